@@ -1,0 +1,55 @@
+"""Shared fixtures: the reference's golden values, tiny models, latents on disk, processes with a time limit."""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from xar_scale.checkpoint.interop import official_names
+from xar_scale.config import ModelConfig
+from xar_scale.model.xar import XAR
+
+GOLDEN = Path(os.environ.get("XAR_SCALE_GOLDEN", Path(__file__).parent / "golden"))
+
+TINY = ModelConfig(width=64, depth_encoder=2, depth_decoder=2, heads=4)
+
+
+def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The golden values' seeding: an array is a function of its name (float64, standard normal)."""
+    return np.random.Generator(np.random.Philox(key=zlib.crc32(name.encode()))).standard_normal(shape)
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+@pytest.fixture(scope="session")
+def golden_json() -> dict:
+    return json.loads((GOLDEN / "golden.json").read_text())
+
+
+def golden_parameter(name: str, shape: tuple[int, ...]) -> Tensor:
+    values = draw(f"public/tiny/{name}", shape)
+    if len(shape) == 1:
+        values = 0.02 * values + (1 if name.endswith("weight") else 0)
+    elif "pos_embed" in name or "class_emb" in name:
+        values = 0.5 * values
+    else:
+        values = values / np.sqrt(np.prod(shape[1:])) * (0.5 if "ada_lin" in name else 1)
+    return torch.from_numpy(values.astype(np.float32))
+
+
+@pytest.fixture(scope="session")
+def tiny_golden_model() -> XAR:
+    """The reference's tiny model, its parameters seeded by their published names."""
+    model = XAR(TINY)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    names = official_names(TINY)
+    model.load_state_dict({ours: golden_parameter(theirs, shapes[ours]) for theirs, ours in names.items()})
+    return model

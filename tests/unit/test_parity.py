@@ -1,0 +1,105 @@
+"""The published reference's numbers, to the tolerance the project promises."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import GOLDEN, TINY, draw, golden
+from xar_scale.checkpoint.interop import from_official, official_names
+from xar_scale.errors import DataError
+from xar_scale.flow import velocity_loss
+from xar_scale.config import ModelConfig
+from xar_scale.model import attention
+from xar_scale.model.xar import XAR, create_model
+from xar_scale.presets import model_values
+from xar_scale.sampler import sample
+
+
+@pytest.fixture(params=["dense", "prefix"])
+def backend(request, monkeypatch):
+    monkeypatch.setattr(attention, "DEFAULT_BACKEND", request.param)
+    return request.param
+
+
+def test_velocity_loss_and_gradient_norms(tiny_golden_model, golden_json, backend):
+    case = golden("tiny_forward")
+    model = tiny_golden_model
+    model.zero_grad()
+    noise = case["noise"].flatten(1, 2)
+    velocities = []
+
+    def network(*inputs):
+        velocities.append(model(*inputs))
+        return velocities[-1]
+
+    loss = velocity_loss(network, model.layout, case["latents"], noise, case["time"], case["labels"].long())
+    loss.backward()
+    torch.testing.assert_close(velocities[0], case["velocity"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, case["loss"].reshape(()), atol=1e-5, rtol=0, check_dtype=False)
+    parameters = dict(model.named_parameters())
+    names = official_names(TINY)
+    assert set(names) == set(golden_json["tiny"]["grad_norms"])
+    for name, norm in golden_json["tiny"]["grad_norms"].items():
+        assert parameters[names[name]].grad.norm().item() == pytest.approx(norm, rel=1e-4), name
+
+
+@pytest.mark.parametrize(("sampler", "steps", "cfg"), [("euler", 4, 2.5), ("euler", 3, 1.0), ("euler_maruyama", 5, 2.2)])
+def test_sampled_latents(tiny_golden_model, golden_json, sampler, steps, cfg, backend):
+    name = f"{sampler}_{steps}_{cfg}"
+    case = golden(f"tiny_{name}")
+    count = 0
+
+    def reference_draw(shape, dtype):
+        nonlocal count
+        count += 1
+        return torch.from_numpy(draw(f"public/tiny/{sampler}{steps}_{cfg}/draw{count - 1}", shape)).to(dtype)
+
+    latents = sample(
+        tiny_golden_model, case["labels"].long(), steps=steps, guidance=cfg, sampler=sampler, draw=reference_draw
+    )
+    assert count == golden_json["tiny"][name]["draws"]
+    torch.testing.assert_close(latents, case["tokens"], atol=1e-4, rtol=1e-4)
+
+
+PUBLISHED = {"xar_b": ("xar_base", 172_638_224), "xar_l": ("xar_large", 608_397_968), "xar_h": ("xar_huge", 1_186_024_096)}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_published_names_shapes_and_counts(preset):
+    theirs, count = PUBLISHED[preset]
+    published = json.loads((GOLDEN / "official_state_dicts.json").read_text())[theirs]
+    config = ModelConfig(**model_values(preset))
+    with torch.device("meta"):
+        model = XAR(config)
+        state = {name: torch.empty(shape) for name, shape in published.items()}
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    ours = from_official(state, config)
+    assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == {
+        name: tuple(parameter.shape) for name, parameter in model.named_parameters()
+    }
+    # what the map leaves out is derived from the sizes, nothing else
+    left_out = set(published) - set(official_names(config))
+    assert all(name == "mask" or ".rope.freqs" in name for name in left_out)
+
+
+def test_published_weights_that_do_not_fit_are_refused_by_name():
+    model = create_model("nano")
+    state = {theirs: model.state_dict()[ours] for theirs, ours in official_names(model.config).items()}
+    assert set(from_official(state, model.config)) == set(model.state_dict())
+    with pytest.raises(DataError, match="lack 1 entries, first pred.bias"):
+        from_official({name: tensor for name, tensor in state.items() if name != "pred.bias"}, model.config)
+    with pytest.raises(DataError, match="1 unknown entries, first extra"):
+        from_official(state | {"extra": torch.zeros(1)}, model.config)
+    with pytest.raises(DataError, match=r"pred.bias is \(3,\), the model has \(16,\)"):
+        from_official(state | {"pred.bias": torch.zeros(3)}, model.config)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("sampler", ["euler", "euler_maruyama"])
+def test_batch_1_and_few_steps(sampler, steps):
+    model = create_model("nano", grid=(4, 4), entity_size=2, channels=4, classes=10)
+    alone = sample(model, [3], steps=steps, guidance=2.0, sampler=sampler, seed=5, first_image=1)
+    beside = sample(model, [7, 3], steps=steps, guidance=2.0, sampler=sampler, seed=5)
+    assert alone.shape == (1, 4, 4, 4) and torch.isfinite(alone).all()
+    torch.testing.assert_close(alone[0], beside[1], atol=1e-5, rtol=1e-5)  # an image does not depend on its batch

@@ -1,0 +1,7 @@
+"""``python -m xar_scale``: what launchers start."""
+
+import sys
+
+from xar_scale.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Checkpoints: the store of a run, and the formats of others."""

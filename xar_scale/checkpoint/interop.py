@@ -1,0 +1,119 @@
+"""Weights of others: the published xAR state dicts, by an explicit map of names."""
+
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+
+from xar_scale.errors import DataError, UsageError
+from xar_scale.model.xar import XAR
+from xar_scale.presets import MODELS, model_values
+from xar_scale.config import ModelConfig
+
+# published -> ours; the block entries stand for every block
+_TOP = {
+    "class_emb.weight": "class_embed.weight",
+    "time_embed.mlp.0.weight": "time_embed.fc1.weight",
+    "time_embed.mlp.0.bias": "time_embed.fc1.bias",
+    "time_embed.mlp.2.weight": "time_embed.fc2.weight",
+    "time_embed.mlp.2.bias": "time_embed.fc2.bias",
+    "z_proj.weight": "in_proj.weight",
+    "z_proj.bias": "in_proj.bias",
+    "encoder_pos_embed_learned": "encoder_pos",
+    "z_proj_ln.weight": "in_norm.weight",
+    "encoder_norm.weight": "encoder_norm.weight",
+    "decoder_embed.weight": "mid_proj.weight",
+    "decoder_embed.bias": "mid_proj.bias",
+    "decoder_pos_embed_learned": "decoder_pos",
+    "decoder_norm.weight": "decoder_norm.weight",
+    "pred.weight": "out_proj.weight",
+    "pred.bias": "out_proj.bias",
+}
+_BLOCK = {
+    "attn.qkv.weight": "attn.qkv.weight",
+    "attn.qkv.bias": "attn.qkv.bias",
+    "attn.proj.weight": "attn.proj.weight",
+    "attn.proj.bias": "attn.proj.bias",
+    "mlp.fc1_g.weight": "mlp.gate.weight",
+    "mlp.fc1_g.bias": "mlp.gate.bias",
+    "mlp.fc1_x.weight": "mlp.up.weight",
+    "mlp.fc1_x.bias": "mlp.up.bias",
+    "mlp.fc2.weight": "mlp.down.weight",
+    "mlp.fc2.bias": "mlp.down.bias",
+    "ada_lin.1.weight": "ada.weight",
+    "ada_lin.1.bias": "ada.bias",
+}
+
+
+def official_names(config: ModelConfig) -> dict[str, str]:
+    """Published parameter name -> ours, for every parameter of a model of these depths."""
+    names = dict(_TOP)
+    for part, depth in (("encoder", config.depth_encoder), ("decoder", config.depth_decoder)):
+        for block in range(depth):
+            names |= {f"{part}_blocks.{block}.{theirs}": f"{part}.{block}.{ours}" for theirs, ours in _BLOCK.items()}
+    return names
+
+
+def _is_constant(name: str) -> bool:
+    """Published buffers that follow from the sizes."""
+    return name == "mask" or ".rope.freqs" in name
+
+
+def from_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """A published state dict under our names. Raises DataError that names what is missing, unknown or misshapen."""
+    with torch.device("meta"):
+        wanted = {name: parameter.shape for name, parameter in XAR(config).named_parameters()}
+    names = official_names(config)
+    given = {name: tensor for name, tensor in state.items() if not _is_constant(name)}
+    if missing := sorted(set(names) - set(given)):
+        raise DataError(f"published weights lack {len(missing)} entries, first {missing[0]}")
+    if unknown := sorted(set(given) - set(names)):
+        raise DataError(f"published weights hold {len(unknown)} unknown entries, first {unknown[0]}")
+    for theirs, ours in names.items():
+        if given[theirs].shape != wanted[ours]:
+            raise DataError(f"published {theirs} is {tuple(given[theirs].shape)}, the model has {tuple(wanted[ours])}")
+    return {ours: given[theirs] for theirs, ours in names.items()}
+
+
+def load_official(source: str | Path | dict[str, Tensor], ema: bool = True) -> XAR:
+    """A model with published weights, from a ``.pth`` file or a state dict; the preset is known by its shapes.
+
+    A training checkpoint holds two sets of weights: ``ema`` chooses. Files are read without unpickling objects.
+    """
+    state = source if isinstance(source, dict) else _read_pth(Path(source))
+    if "model" in state:
+        chosen = state["model_ema"] if ema and state.get("model_ema") is not None else state["model"]
+        if not isinstance(chosen, dict):
+            raise DataError(f"{source}: no state dict under 'model'")
+        state = chosen
+    config = _published_config(state)
+    model = XAR(config)
+    model.load_state_dict(from_official(state, config), strict=True)
+    return model
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UsageError(f"no weights at {path}")
+    try:
+        # The training arguments beside the weights are an argparse.Namespace: plain data, named so that nothing else is let in.
+        import argparse
+
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (UnpicklingError, RuntimeError, EOFError) as error:
+        raise DataError(f"{path} cannot be read as plain weights: {str(error).splitlines()[0]}") from None
+
+
+def _published_config(state: dict[str, Tensor]) -> ModelConfig:
+    if "class_emb.weight" not in state:
+        raise DataError("these are not published xAR weights: class_emb.weight is missing")
+    width = state["class_emb.weight"].shape[1]
+    depth = len({name.split(".")[1] for name in state if name.startswith("encoder_blocks.")})
+    for name in MODELS:
+        values = model_values(name)
+        if values["width"] == width and values["depth_encoder"] == depth:
+            return ModelConfig(**values)
+    raise DataError(f"published weights of width {width} and {depth} encoder blocks match no preset")

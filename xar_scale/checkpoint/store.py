@@ -1,0 +1,267 @@
+"""Checkpoints on disk: written whole or not at all, checked before they are used, one format for every engine and size.
+
+A checkpoint is a folder ``step-00001000`` with PyTorch DCP files in safetensors format and ``manifest.json``. Every tensor
+is a flat float32 vector, cut over ranks as a 1-D DTensor: ``model/NAME``, ``ema/NAME``, ``exp_avg/NAME``,
+``exp_avg_sq/NAME``. So what ZeRO-3 wrote on any number of ranks loads on any other, or on one process, without conversion.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardPlacement
+
+from xar_scale import dist
+from xar_scale.config import Config
+from xar_scale.data.order import Position
+from xar_scale.data.shards import DatasetInfo, write_atomically
+from xar_scale.ema import EMA
+from xar_scale.engines import Engine
+from xar_scale.errors import ConfigError, DataError, UsageError
+
+FORMAT = 1
+MANIFEST, LATEST = "manifest.json", "latest"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds. There is no generator state: every draw of a run follows from (seed, step, sample number)."""
+
+    format: int
+    step: int  # steps taken
+    seed: int
+    samples_consumed: int  # of the run
+    position: tuple[int, int]  # epoch, samples consumed of it
+    dataset: dict[str, Any]  # samples, tokenizer and latent scale: what decoding needs
+    world: int  # ranks that wrote it
+    engine: str
+    precision: str
+    config: dict[str, Any]
+    shapes: dict[str, list[int]]
+    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose manifest could be read."""
+
+    path: Path
+    manifest: Manifest
+
+
+class Store:
+    """The checkpoints of one run, in ``RUN/checkpoints``."""
+
+    def __init__(self, run: Path, keep_last: int) -> None:
+        self.folder, self.keep_last = run / "checkpoints", keep_last
+
+    def paths(self) -> list[Path]:
+        """Complete checkpoints by name, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+
+    def save(
+        self, step: int, engine: Engine, ema: EMA, config: Config, position: Position, info: DatasetInfo
+    ) -> Path:
+        """Write all ranks' shards, then make the checkpoint appear at once and ``latest`` name it. Every rank calls this."""
+        final = self.folder / f"step-{step:08d}"
+        temporary = self.folder / f".{final.name}.tmp"
+        if dist.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        with _quiet_dcp():
+            dcp.save(
+                _state(engine, ema),
+                storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+                no_dist=not torch.distributed.is_initialized(),
+            )
+        dist.barrier()
+        names = sorted(path.name for path in temporary.iterdir())
+        mine = {name: _fingerprint(temporary / name) for name in names[dist.rank() :: dist.world()]}
+        files = {name: entry for part in dist.gather_objects(mine) for name, entry in part.items()}
+        if dist.rank() == 0:
+            manifest = Manifest(
+                format=FORMAT,
+                step=step,
+                seed=config.train.seed,
+                samples_consumed=step * config.train.global_batch,
+                position=tuple(position),
+                dataset={"samples": info.samples, "tokenizer": info.tokenizer, "latent_scale": info.latent_scale},
+                world=dist.world(),
+                engine=config.train.engine,
+                precision=config.train.precision,
+                config=config.to_dict(),
+                shapes={shard.name: list(shard.shape) for shard in engine.shards()},
+                files=dict(sorted(files.items())),
+            )
+            write_atomically(temporary / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+            self._publish(temporary, final)
+        dist.barrier()
+        return final
+
+    def _publish(self, temporary: Path, final: Path) -> None:
+        """One rename makes it visible; only then does anything older go."""
+        _sync_folder(temporary)
+        if final.exists():  # a damaged one of the same step, passed over on resume
+            replaced = final.with_name(f".{final.name}.replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        temporary.rename(final)
+        _sync_folder(self.folder)
+        write_atomically(self.folder / LATEST, f"{final.name}\n".encode())
+        for stale in [*self.paths()[: -self.keep_last], *self.folder.glob(".step-*")]:
+            if stale != final:
+                shutil.rmtree(stale, ignore_errors=True)
+
+    def newest_valid(self, report: "Report") -> Checkpoint | None:
+        """The newest checkpoint whose files are all as written; None when there is none at all.
+
+        A damaged one is reported and the one before it tried. Raises DataError when there are some and none is valid.
+        Every rank calls this, and checks a share of the files.
+        """
+        paths = self.paths()
+        for path in reversed(paths):
+            try:
+                return dist.together(lambda at=path: verify(at))  # type: ignore[misc]
+            except DataError as error:
+                report(f"{error}; trying the checkpoint before it")
+        if paths:
+            raise DataError(f"none of the {len(paths)} checkpoints in {self.folder} is valid; to start anew use another --run")
+        return None
+
+
+class Report:
+    """Says a line to the user, from rank 0."""
+
+    def __call__(self, line: str) -> None:
+        if dist.rank() == 0:
+            print(line, flush=True)
+
+
+def read_manifest(path: Path) -> Checkpoint:
+    """Raises UsageError when there is no checkpoint, DataError when its manifest is torn or of another format."""
+    if not path.is_dir():
+        raise UsageError(f"no checkpoint at {path}")
+    try:
+        values = json.loads((path / MANIFEST).read_text())
+        if values["format"] != FORMAT:
+            raise DataError(f"checkpoint {path} is of format {values['format']}, this version reads {FORMAT}")
+        return Checkpoint(path, Manifest(**{**values, "position": tuple(values["position"])}))
+    except FileNotFoundError:
+        raise DataError(f"checkpoint {path} has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"checkpoint {path}: {MANIFEST} is torn or changed") from None
+
+
+def verify(path: Path) -> Checkpoint:
+    """Check this rank's share of the files, by size and SHA-256. Raises DataError naming the first that differs."""
+    checkpoint = read_manifest(path)
+    names = list(checkpoint.manifest.files)
+    for name in names[dist.rank() :: dist.world()]:
+        if not (path / name).is_file():
+            raise DataError(f"checkpoint {path}: {name} is missing")
+        if _fingerprint(path / name) != checkpoint.manifest.files[name]:
+            raise DataError(f"checkpoint {path}: {name} is not as it was written (size or checksum differs)")
+    return checkpoint
+
+
+def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -> None:
+    """Raises ConfigError when ``config`` cannot continue the checkpoint exactly, with both values."""
+    manifest, old = checkpoint.manifest, checkpoint.manifest.config
+    new = config.to_dict()
+    keys = [f"model.{key}" for key in new["model"]] + ["train.seed", "train.global_batch", "train.label_drop", "data.window"]
+    for key in keys:
+        section, name = key.split(".")
+        before, now = old.get(section, {}).get(name), new[section][name]
+        if before != now:
+            raise ConfigError(f"{key} is {now}, checkpoint {checkpoint.path} was made with {before}: it would not continue")
+    if manifest.dataset["samples"] != info.samples:
+        raise ConfigError(
+            f"data.path holds {info.samples} samples, checkpoint {checkpoint.path} was made with "
+            f"{manifest.dataset['samples']}: "
+            "its data position would mean another sample"
+        )
+
+
+def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
+    """Fill weights, moments and averages. Every rank reads only what it owns."""
+    with _quiet_dcp():
+        dcp.load(
+            _state(engine, ema),
+            storage_reader=HuggingFaceStorageReader(str(checkpoint.path)),
+            no_dist=not torch.distributed.is_initialized(),
+        )
+    engine.shards_written(checkpoint.manifest.step)
+
+
+def load_weights(checkpoint: Checkpoint, which: str = "ema") -> dict[str, Tensor]:
+    """Whole weights for one process: ``which`` is "ema" or "model"."""
+    shapes = checkpoint.manifest.shapes
+    flat = {f"{which}/{name}": torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()}
+    with _quiet_dcp():
+        dcp.load(flat, storage_reader=HuggingFaceStorageReader(str(checkpoint.path)), no_dist=True)
+    return {name: flat[f"{which}/{name}"].view(shape) for name, shape in shapes.items()}
+
+
+def _state(engine: Engine, ema: EMA) -> dict[str, Tensor]:
+    """Views of everything that a checkpoint holds, under its names."""
+    distributed = torch.distributed.is_initialized()
+    mesh = init_device_mesh(engine.device.type, (dist.world(),)) if distributed else None
+
+    def whole(local: Tensor, size: int) -> Tensor:
+        if mesh is None:
+            return local
+        shape = torch.Size([size])
+        return DTensor.from_local(local, mesh, [ShardPlacement(0)], run_check=False, shape=shape, stride=(1,))
+
+    state: dict[str, Tensor] = {}
+    for shard, average in zip(engine.shards(), ema.averages, strict=True):
+        tensors = {"model": shard.master, "ema": average, "exp_avg": shard.exp_avg, "exp_avg_sq": shard.exp_avg_sq}
+        for kind, tensor in tensors.items():
+            state[f"{kind}/{shard.name}"] = whole(tensor, shard.shape.numel())
+    return state
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sync_folder(path: Path) -> None:
+    """Make renames and new entries of a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _quiet_dcp() -> Iterator[None]:
+    """DCP warns that it runs on one process when that is what was asked for."""
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

@@ -1,0 +1,149 @@
+"""The command line: xar-scale train | sample | evaluate."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from xar_scale.config import Config, merge, override, read_yaml
+from xar_scale.errors import OK, UsageError, XarScaleError
+from xar_scale.presets import RECIPES, recipe
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Endings on purpose are one line on standard error and a documented exit code."""
+    from xar_scale import dist
+
+    try:
+        options = _parse(arguments)
+        options.run_command(options)
+    except XarScaleError as error:
+        if dist.rank() == (error.rank or 0):
+            print(f"xar-scale: {error}", file=sys.stderr, flush=True)
+        return error.exit_code  # without leaving the process group: other ranks may be waiting in it for the launcher
+    dist.close()
+    return OK
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Options in any order with ``section.key=value`` overrides among them, which argparse has no word for."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    options.overrides = [word for word in rest if options.overridable and "=" in word and not word.startswith("-")]
+    if unknown := [word for word in rest if word not in options.overrides]:
+        parser.error(f"unknown argument {unknown[0]}")
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} ({self.prog} --help shows what there is)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="xar-scale",
+        description="Train, sample and check xAR and larger next-X image models.",
+        epilog="exit codes: 0 done, 64 usage, 65 bad data, 70 non-finite, 78 config",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model, under a launcher or in one process",
+        epilog="section.key=value arguments are laid over everything else, e.g. optim.lr=1e-4",
+    )
+    train.add_argument("--recipe", help=f"where the config starts: {', '.join(RECIPES)}")
+    train.add_argument("--config", type=Path, help="a YAML file laid over the recipe")
+    train.add_argument("--run", type=Path, help="folder of checkpoints, metrics and the config (default: runs/RECIPE)")
+    train.add_argument("--resume", default="auto", help="auto (the run's newest valid checkpoint), none, or a checkpoint's path")
+    train.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
+    train.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment says it too
+    train.set_defaults(run_command=_train, overridable=True)
+
+    sample = commands.add_parser(
+        "sample",
+        help="draw images from a run or checkpoint",
+        epilog="sample.key=value arguments are laid over the run's config, e.g. sample.guidance=1.5",
+    )
+    sample.add_argument("checkpoint", type=Path, help="a run's folder, or one checkpoint's")
+    sample.add_argument("--classes", help="numbers with commas (default: all)")
+    sample.add_argument("--per-class", type=int, default=10)
+    sample.add_argument("--show", type=int, default=10, help="images a class in the grid")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--out", type=Path, required=True, help="the grid, a PNG; all images go to the .npz of the same name")
+    sample.set_defaults(run_command=_sample, overridable=True)
+
+    evaluate = commands.add_parser("evaluate", help="judge samples of the digits by a classifier fitted on the real ones")
+    evaluate.add_argument("samples", type=Path, help="the .npz that `xar-scale sample` wrote")
+    evaluate.add_argument("--out", type=Path, required=True, help="the verdict, a JSON file")
+    evaluate.set_defaults(run_command=_evaluate, overridable=False)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    if options.recipe is None and options.config is None:
+        raise UsageError("train needs --recipe or --config")
+    values: dict[str, Any] = recipe(options.recipe) if options.recipe else {}
+    if options.config:
+        values = merge(values, read_yaml(options.config))
+    config = Config.from_dict(override(values, options.overrides))
+    if options.print_config:
+        print(config.to_yaml(), end="")
+        return
+    if options.run is None and options.recipe is None:
+        raise UsageError("train needs --run when there is no --recipe to name it after")
+    from xar_scale.train import train
+
+    train(config, options.run or Path("runs") / options.recipe, options.resume)
+
+
+def _sample(options: argparse.Namespace) -> None:
+    import numpy as np
+
+    from xar_scale import dist
+    from xar_scale.evaluate.generate import draw_grid, generate, open_checkpoint
+
+    if options.per_class < 1 or options.show < 1:
+        raise UsageError("--per-class and --show are at least 1")
+    checkpoint = open_checkpoint(options.checkpoint)
+    config = Config.from_dict(override(checkpoint.manifest.config, options.overrides))
+    try:
+        classes = [int(name) for name in options.classes.split(",")] if options.classes else range(config.model.classes)
+    except ValueError:
+        raise UsageError(f"--classes {options.classes!r} is not numbers with commas") from None
+    labels = [label for label in classes for _ in range(options.per_class)]
+    images = generate(checkpoint, labels, config.sample, options.seed, dist.local_device())
+    draw_grid(images, labels, min(options.show, options.per_class), options.out)
+    archive = options.out.with_suffix(".npz")
+    np.savez(archive, images=images, labels=np.array(labels))
+    print(f"{len(labels)} images of {checkpoint.path}: {options.out}, {archive}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    import zipfile
+
+    import numpy as np
+
+    from xar_scale.data.shards import write_atomically
+    from xar_scale.errors import DataError
+    from xar_scale.evaluate.digits import judge
+
+    if not options.samples.is_file():
+        raise UsageError(f"no samples at {options.samples}")
+    try:
+        with np.load(options.samples, allow_pickle=False) as archive:
+            images, labels = archive["images"], archive["labels"]
+    except (ValueError, KeyError, zipfile.BadZipFile):
+        raise DataError(f"{options.samples} is not what `xar-scale sample` writes") from None
+    verdict = judge(images, labels)
+    write_atomically(options.out, json.dumps(dataclasses.asdict(verdict), indent=1).encode())
+    print(f"samples read as the class asked for: {verdict.samples:.1%} of {verdict.sample_count}")
+    print(f"held-out real digits read rightly:   {verdict.held_out:.1%} of {verdict.held_out_count}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""The configuration: frozen dataclasses, validated on construction; every field is read somewhere."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from typing_extensions import Self
+
+from xar_scale.errors import ConfigError, UsageError
+
+_STRICT = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class ModelConfig:
+    """Sizes of one xAR network. The published models differ in width, depth and heads only."""
+
+    width: int = Field(gt=0)
+    depth_encoder: int = Field(gt=0)
+    depth_decoder: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    channels: int = Field(default=16, gt=0)  # of a latent token
+    grid: tuple[int, int] = (16, 16)  # rows and columns of tokens
+    entity: Literal["cell"] = "cell"
+    entity_size: int = Field(default=8, gt=0)  # cell: tokens on a side
+    classes: int = Field(default=1000, gt=0)  # the null class comes after them
+    mlp_ratio: float = Field(default=4.0, gt=0)
+    time_bins: int = Field(default=1000, gt=0)  # the network sees floor(time_bins * t)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ConfigError(f"model.width {self.width} is not divisible by model.heads {self.heads}")
+        if self.head_width % 4:
+            raise ConfigError(
+                f"model.width {self.width} / model.heads {self.heads} = {self.head_width} channels a head: "
+                "2-D rotary positions need a multiple of 4"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class DataConfig:
+    """Where the latents are and how they are read."""
+
+    path: str = ""
+    workers: int = Field(default=2, ge=0)  # processes a rank
+    prefetch: int = Field(default=4, gt=0)  # batches ahead a worker
+    window: int = Field(default=8192, gt=0)  # samples shuffled together
+    flip: bool = False  # half of the samples from their mirrored latents
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class OptimConfig:
+    """AdamW, its schedule, clipping and the weights' moving average."""
+
+    lr: float = Field(gt=0)
+    final_lr: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_share: float = Field(default=0.0, ge=0, le=1)  # last share of the run's steps, a cosine to final_lr
+    betas: tuple[float, float] = (0.9, 0.96)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.02, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class TrainConfig:
+    """One run: how long, in what batches, on which engine."""
+
+    steps: int = Field(gt=0)
+    global_batch: int = Field(gt=0)
+    micro_batch: int | None = Field(default=None, gt=0)  # samples a rank and pass; none: no accumulation
+    seed: int = Field(default=0, ge=0)
+    label_drop: float = Field(default=0.1, ge=0, le=1)
+    engine: Literal["single", "deepspeed"] = "deepspeed"
+    ds_config: str = "ds_configs/zero3.json"
+    precision: Literal["bf16", "tf32", "fp32"] = "bf16"
+    log_every: int = Field(default=50, gt=0)
+    checkpoint_every: int = Field(default=5000, gt=0)
+    keep_last: int = Field(default=3, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class SampleConfig:
+    """How images are drawn from a trained model."""
+
+    sampler: Literal["euler", "euler_maruyama"] = "euler_maruyama"
+    steps: int = Field(default=50, gt=0)
+    guidance: float = Field(default=2.2, ge=0)
+    batch: int = Field(default=64, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT, kw_only=True)
+class Config:
+    """Everything that a run depends on; saved with it."""
+
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    sample: SampleConfig
+
+    def __post_init__(self) -> None:
+        if self.optim.warmup_steps > self.train.steps:
+            raise ConfigError(f"optim.warmup_steps {self.optim.warmup_steps} is more than train.steps {self.train.steps}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Validated from plain values. Raises ConfigError that names the first offending key and its value."""
+        try:
+            # through JSON, where a list is a tuple and nothing else is coerced
+            return TypeAdapter(cls).validate_json(json.dumps(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+                raise ConfigError(f"unknown config key {key}{_known_keys(values, first['loc'])}") from None
+            if first["type"] in ("missing", "missing_argument"):
+                raise ConfigError(f"config key {key} is missing") from None
+            raise ConfigError(f"{key} = {first['input']!r}: {first['msg']}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def _known_keys(values: dict[str, Any], location: tuple[int | str, ...]) -> str:
+    """The keys that would have been right beside an unknown one."""
+    fields = {field.name: field.type for field in dataclasses.fields(Config)}
+    section: Any = Config if len(location) == 1 else fields.get(str(location[0]))
+    return f"; known there: {', '.join(field.name for field in dataclasses.fields(section))}" if section else ""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose 1e-4 is a number, as in YAML 1.2 (1.1 wants 1.0e-4)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes`` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UsageError when it cannot be read, ConfigError when it is no mapping."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UsageError(f"cannot read config {path}: {error.strerror}") from None
+    try:
+        values = _parse_yaml(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[-1].strip()}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of keys")
+    return values
+
+
+def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """``values`` with ``section.key=value`` assignments from the command line laid over it."""
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or "." not in key:
+            raise UsageError(f"override {assignment!r} is not of the form section.key=value")
+        try:
+            change: Any = _parse_yaml(text)
+        except yaml.YAMLError:
+            raise UsageError(f"override {assignment!r}: the value is not YAML") from None
+        for part in reversed(key.split(".")):
+            change = {part: change}
+        values = merge(values, change)
+    return values
+
+
+def micro_batches(train: TrainConfig, world: int) -> tuple[int, int]:
+    """(samples a rank and pass, passes a step) that make up the global batch on ``world`` ranks.
+
+    Raises ConfigError with the numbers when they do not divide.
+    """
+    if train.micro_batch is None:
+        if train.global_batch % world:
+            raise ConfigError(f"global_batch {train.global_batch} is not divisible by world {world}")
+        return train.global_batch // world, 1
+    together = train.micro_batch * world
+    if train.global_batch % together:
+        raise ConfigError(
+            f"global_batch {train.global_batch} is not divisible by micro_batch {train.micro_batch} "
+            f"x world {world} = {together}"
+        )
+    return train.micro_batch, train.global_batch // together

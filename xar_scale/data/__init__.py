@@ -1,0 +1,1 @@
+"""Latents: shards on disk, the global order, batches."""

@@ -1,0 +1,91 @@
+"""The process group: who this process is, and decisions that all ranks take together."""
+
+import os
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from xar_scale.errors import XarScaleError
+
+T = TypeVar("T")
+
+
+def init(device: torch.device) -> None:
+    """Join the process group that the launcher's environment describes; a process without a launcher is a group of one."""
+    if torch_dist.is_initialized():
+        return
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def rank() -> int:
+    """This process's rank: the process group's, or before there is one the launcher's."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_device() -> torch.device:
+    """This rank's device: its GPU where there is one, else the CPU."""
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if torch_dist.is_initialized() and world() > 1:
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    if torch_dist.is_initialized() and world() > 1:
+        torch_dist.barrier()
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, on every rank."""
+    if not torch_dist.is_initialized() or world() == 1:
+        return [value]
+    values: list[T] = [value] * world()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def together(work: Callable[[], T]) -> T:
+    """Do ``work`` on every rank; if it ends in an XarScaleError on any, every rank raises the lowest such rank's error.
+
+    So no rank goes on alone into a collective that the others never enter.
+    """
+    error: XarScaleError | None = None
+    result: T | None = None
+    try:
+        result = work()
+    except XarScaleError as caught:
+        error = caught
+    errors = gather_objects(error)
+    for at, raised in enumerate(errors):
+        if raised is not None:
+            raised.rank = at
+            raise raised
+    return result  # type: ignore[return-value]
+
+
+def close() -> None:
+    """Leave the process group, if there is one."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()

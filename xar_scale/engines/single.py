@@ -1,0 +1,55 @@
+"""One process, whole tensors, plain PyTorch: the engine that the others are held to."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from xar_scale import dist
+from xar_scale.config import Config, micro_batches
+from xar_scale.data.loader import Batch
+from xar_scale.engines.base import Engine, Shard, adam_state
+from xar_scale.errors import ConfigError
+from xar_scale.model.xar import XAR
+from xar_scale.optim import create_adamw
+from xar_scale.precision import MODES
+
+
+class SingleEngine(Engine):
+    def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
+        """Raises ConfigError when there is more than one rank."""
+        if dist.world() > 1:
+            raise ConfigError(f"train.engine single is one process, not {dist.world()}; use train.engine=deepspeed")
+        super().__init__(model.to(device), config, device)
+        self.optimizer = create_adamw(model, config.optim)
+        self.parameters = dict(model.named_parameters())
+        self.passes = micro_batches(config.train, 1)[1]
+        self.compute = MODES[config.train.precision].compute
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute is torch.bfloat16):
+            loss = self._loss(batch)
+        (loss / self.passes).backward()
+        return loss.detach()
+
+    def gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+
+    def _optimizer_step(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
+
+    def shards(self) -> Iterator[Shard]:
+        for name, parameter in self.parameters.items():
+            state = adam_state(self.optimizer, parameter)
+            views = (tensor.detach().view(-1) for tensor in (parameter, state["exp_avg"], state["exp_avg_sq"]))
+            yield Shard(name, parameter.shape, 0, parameter.numel(), *views)
+
+    def shards_written(self, steps: int) -> None:
+        for parameter in self.parameters.values():
+            adam_state(self.optimizer, parameter)["step"].fill_(steps)

@@ -1,0 +1,37 @@
+"""What ends a program on purpose: one class and one documented exit code for each kind of ending."""
+
+OK = 0
+
+
+class XarScaleError(Exception):
+    """An ending that the user can act on: printed as one line, without a traceback.
+
+    ``rank`` is the one process that reports it; None means that every rank met it alike, and rank 0 speaks.
+    """
+
+    exit_code = 1
+    rank: int | None = None
+
+
+class UsageError(XarScaleError):
+    """The command line asks for something that is not there, or would overwrite what is."""
+
+    exit_code = 64
+
+
+class DataError(XarScaleError):
+    """Latents, an index or a checkpoint are missing, torn or changed."""
+
+    exit_code = 65
+
+
+class NonFiniteError(XarScaleError):
+    """A loss or gradient is NaN or infinite; the weights on disk are those before it."""
+
+    exit_code = 70
+
+
+class ConfigError(XarScaleError):
+    """The configuration contradicts itself, the data or the machine."""
+
+    exit_code = 78

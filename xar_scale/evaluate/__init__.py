@@ -1,0 +1,1 @@
+"""Generating images from checkpoints, and judging them."""

@@ -1,0 +1,62 @@
+"""The demonstration's images, scikit-learn's 1,797 handwritten digits, and its judge: a classifier fitted on them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xar_scale.errors import UsageError
+
+CLASSES = 10
+LEVELS = 16  # grey levels of the set, 0..16
+HELD_OUT = 0.25  # share of the real digits that the classifier is not fitted on
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Shares of images that the classifier reads as their class."""
+
+    samples: float
+    held_out: float  # real digits that it was not fitted on
+    sample_count: int
+    held_out_count: int
+    by_class: list[float]
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """uint8 images (1797, 1, 8, 8), ink bright, and labels (1797,). Raises UsageError without scikit-learn."""
+    images, labels = _sklearn("datasets").load_digits(return_X_y=True)
+    return np.round(images.reshape(-1, 1, 8, 8) * (255 / LEVELS)).astype(np.uint8), labels
+
+
+def judge(images: np.ndarray, labels: np.ndarray) -> Verdict:
+    """Fit a support vector classifier on three quarters of the real digits; read the rest, and ``images`` (N, 1, 8, 8)."""
+    real, real_labels = load_digits()
+    if images.shape[1:] != real.shape[1:]:
+        raise UsageError(f"the samples are {images.shape[1:]} (channels, rows, columns), the digits are {real.shape[1:]}")
+    split = _sklearn("model_selection").train_test_split(
+        _features(real), real_labels, test_size=HELD_OUT, stratify=real_labels, random_state=0
+    )
+    fit_on, held_out, fit_labels, held_labels = split
+    classifier = _sklearn("svm").SVC(gamma=0.001).fit(fit_on, fit_labels)
+    right = classifier.predict(_features(images)) == labels
+    return Verdict(
+        samples=float(right.mean()),
+        held_out=float((classifier.predict(held_out) == held_labels).mean()),
+        sample_count=len(images),
+        held_out_count=len(held_labels),
+        by_class=[float(right[labels == label].mean()) for label in range(CLASSES) if (labels == label).any()],
+    )
+
+
+def _features(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1) * (LEVELS / 255)
+
+
+def _sklearn(module: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(f"sklearn.{module}")
+    except ImportError:
+        raise UsageError("the digits need scikit-learn: pip install 'xar_scale[demo]'") from None

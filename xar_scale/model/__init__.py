@@ -1,0 +1,1 @@
+"""The xAR network and its mathematics: no processes, no files."""

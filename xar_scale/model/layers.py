@@ -1,0 +1,116 @@
+"""The parts of a block: norm, time embedding, gated MLP, attention, per-entity modulation."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xar_scale.config import ModelConfig
+from xar_scale.model.attention import block_causal_attention
+from xar_scale.model.entities import EntityLayout
+from xar_scale.model.kv_cache import KVCache
+from xar_scale.model.rope import apply_rotary
+
+NORM_EPS = 1e-6
+TIME_CHANNELS = 256
+MAX_PERIOD = 10000.0
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, statistics in float32; ``affine``: with a learned weight."""
+
+    def __init__(self, width: int, affine: bool) -> None:
+        super().__init__()
+        self.width = width
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), (self.width,), eps=NORM_EPS).type_as(x)
+        return normed if self.weight is None else normed * self.weight
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of the quantised time (cosines first), then a two-layer MLP."""
+
+    def __init__(self, width: int, bins: int) -> None:
+        super().__init__()
+        self.bins = bins
+        self.fc1 = nn.Linear(TIME_CHANNELS, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, t_BK: Tensor) -> Tensor:
+        """Times in [0, 1], (B, K) -> (B, K, D)."""
+        half = TIME_CHANNELS // 2
+        frequencies = MAX_PERIOD ** (-torch.arange(half, device=t_BK.device, dtype=torch.float32) / half)
+        angles = torch.floor(self.bins * t_BK.float())[..., None] * frequencies
+        return self.fc2(F.silu(self.fc1(torch.cat([angles.cos(), angles.sin()], dim=-1))))
+
+
+class GatedMLP(nn.Module):
+    """down(gelu(gate(x)) * up(x)), with timm's two drops: on the product and on the output."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = int(config.width * config.mlp_ratio * 2 / 3)
+        self.gate = nn.Linear(config.width, hidden)
+        self.up = nn.Linear(config.width, hidden)
+        self.down = nn.Linear(hidden, config.width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.down(self.drop(F.gelu(self.gate(x)) * self.up(x))))
+
+
+class Attention(nn.Module):
+    """Multi-head block-causal self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layout: EntityLayout, layer: int) -> None:
+        super().__init__()
+        self.heads, self.head_width, self.dropout = config.heads, config.head_width, config.dropout
+        self.layout, self.layer = layout, layer
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.proj = nn.Linear(config.width, config.width)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], first: int, cache: KVCache | None) -> Tensor:
+        qkv = self.qkv(x_BTD).unflatten(-1, (3, self.heads, self.head_width))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, N, T, H)
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        if cache is not None:
+            k, v = cache.update(self.layer, self.layout.offsets[first], k, v)
+        dropout = self.dropout if self.training else 0.0
+        out = block_causal_attention(q, k, v, self.layout, first=first, dropout=dropout)
+        return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
+
+
+def by_entity(x_BTD: Tensor, layout: EntityLayout, first: int, entities: int) -> Tensor:
+    """A view (B, K, L, D) of tokens whose entities are of equal length, so that (B, K, 1, D) broadcasts over them."""
+    assert len(set(layout.lengths)) == 1, "entities of unequal length"
+    return x_BTD.unflatten(1, (entities, layout.lengths[first]))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm, shifted, scaled and gated by its entity's condition (adaLN, DiT section 3.2)."""
+
+    def __init__(self, config: ModelConfig, layout: EntityLayout, layer: int) -> None:
+        super().__init__()
+        self.layout = layout
+        self.norm = RMSNorm(config.width, affine=False)
+        self.attn = Attention(config, layout, layer)
+        self.mlp = GatedMLP(config)
+        self.ada = nn.Linear(config.width, 6 * config.width)
+
+    def forward(
+        self, x_BTD: Tensor, condition_BKD: Tensor, rotary: tuple[Tensor, Tensor], first: int, cache: KVCache | None
+    ) -> Tensor:
+        modulation = self.ada(F.silu(condition_BKD)).unflatten(-1, (6, -1))[:, :, :, None]  # (B, K, 6, 1, D)
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
+        entities = condition_BKD.shape[1]
+
+        def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+            return (by_entity(self.norm(x), self.layout, first, entities) * (1 + scale) + shift).flatten(1, 2)
+
+        def gated(x: Tensor, gate: Tensor) -> Tensor:
+            return (by_entity(x, self.layout, first, entities) * gate).flatten(1, 2)
+
+        x = x_BTD + gated(self.attn(modulated(x_BTD, scale1, shift1), rotary, first, cache), gate1)
+        return x + gated(self.mlp(modulated(x, scale2, shift2)), gate2)
