@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", help=f"where the config starts: {', '.join(RECIPES)}")
     train.add_argument("--config", type=Path, help="a YAML file laid over the recipe")
     train.add_argument("--run", type=Path, help="folder of checkpoints, metrics and the config (default: runs/RECIPE)")
-    train.add_argument("--resume", default="auto", help="auto (the run's newest valid checkpoint), none, or a checkpoint's path")
+    train.add_argument("--resume", default="auto", help="auto (the newest valid checkpoint of the run), none, or a path")
     train.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
     train.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment says it too
     train.set_defaults(run_command=_train, overridable=True)

@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         train=dict(
             steps=1000, global_batch=128, label_drop=0.1, precision="fp32", log_every=20, checkpoint_every=500, keep_last=2
         ),
-        sample=dict(sampler="euler_maruyama", steps=25, guidance=2.0, batch=500),
+        sample=dict(sampler="euler_maruyama", steps=25, guidance=1.5, batch=500),
     ),
 }
 

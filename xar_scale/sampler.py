@@ -1,6 +1,7 @@
 """Sampling, entity by entity: integrate each from noise, conditioned on the finished ones through the cache."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -99,7 +100,7 @@ def _integrate(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Te
     dx = (v - t s) dt + sqrt(2 t) dW with the score s = -((1 - t) v + x) / t (SiT, Ma et al. 2024, section 2.3).
     """
     t_list = times.tolist()
-    for step, (t, t_next) in enumerate(zip(t_list[:-1], t_list[1:], strict=True)):
+    for step, (t, t_next) in enumerate(pairwise(t_list)):
         dt = t_next - t
         if sampler == "euler":
             x = x + velocity(x, t) * dt

@@ -47,7 +47,7 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     if checkpoint is not None:
         load(checkpoint, engine, ema)
         start = checkpoint.manifest.step
-        report(f"resumed from {checkpoint.path} at step {start}, epoch {checkpoint.manifest.position[0]}")
+        report(f"resumed from {checkpoint.path} at step {start}, epoch {checkpoint.manifest.position.epoch}")
     if dist.rank() == 0:
         run.mkdir(parents=True, exist_ok=True)
         write_atomically(run / CONFIG_FILE, config.to_yaml().encode())
@@ -59,9 +59,7 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     report(f"done: {config.train.steps} steps; checkpoint {store.paths()[-1] if store.paths() else 'none'}")
 
 
-def _loop(
-    config: Config, run: Path, engine: Engine, ema: EMA, dataset: LatentDataset, store: Store, start: int
-) -> None:
+def _loop(config: Config, run: Path, engine: Engine, ema: EMA, dataset: LatentDataset, store: Store, start: int) -> None:
     settings = config.train
     micro, passes = micro_batches(settings, dist.world())
     numbers = RankNumbers(

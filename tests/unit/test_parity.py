@@ -7,9 +7,9 @@ import torch
 
 from tests.conftest import GOLDEN, TINY, draw, golden
 from xar_scale.checkpoint.interop import from_official, official_names
+from xar_scale.config import ModelConfig
 from xar_scale.errors import DataError
 from xar_scale.flow import velocity_loss
-from xar_scale.config import ModelConfig
 from xar_scale.model import attention
 from xar_scale.model.xar import XAR, create_model
 from xar_scale.presets import model_values
@@ -55,9 +55,7 @@ def test_sampled_latents(tiny_golden_model, golden_json, sampler, steps, cfg, ba
         count += 1
         return torch.from_numpy(draw(f"public/tiny/{sampler}{steps}_{cfg}/draw{count - 1}", shape)).to(dtype)
 
-    latents = sample(
-        tiny_golden_model, case["labels"].long(), steps=steps, guidance=cfg, sampler=sampler, draw=reference_draw
-    )
+    latents = sample(tiny_golden_model, case["labels"].long(), steps=steps, guidance=cfg, sampler=sampler, draw=reference_draw)
     assert count == golden_json["tiny"][name]["draws"]
     torch.testing.assert_close(latents, case["tokens"], atol=1e-4, rtol=1e-4)
 

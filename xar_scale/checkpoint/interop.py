@@ -7,10 +7,10 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
+from xar_scale.config import ModelConfig
 from xar_scale.errors import DataError, UsageError
 from xar_scale.model.xar import XAR
 from xar_scale.presets import MODELS, model_values
-from xar_scale.config import ModelConfig
 
 # published -> ours; the block entries stand for every block
 _TOP = {

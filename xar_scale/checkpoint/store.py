@@ -45,7 +45,7 @@ class Manifest:
     step: int  # steps taken
     seed: int
     samples_consumed: int  # of the run
-    position: tuple[int, int]  # epoch, samples consumed of it
+    position: Position  # epoch, samples consumed of it
     dataset: dict[str, Any]  # samples, tokenizer and latent scale: what decoding needs
     world: int  # ranks that wrote it
     engine: str
@@ -73,9 +73,7 @@ class Store:
         """Complete checkpoints by name, oldest first."""
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
-    def save(
-        self, step: int, engine: Engine, ema: EMA, config: Config, position: Position, info: DatasetInfo
-    ) -> Path:
+    def save(self, step: int, engine: Engine, ema: EMA, config: Config, position: Position, info: DatasetInfo) -> Path:
         """Write all ranks' shards, then make the checkpoint appear at once and ``latest`` name it. Every rank calls this."""
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
@@ -99,7 +97,7 @@ class Store:
                 step=step,
                 seed=config.train.seed,
                 samples_consumed=step * config.train.global_batch,
-                position=tuple(position),
+                position=position,
                 dataset={"samples": info.samples, "tokenizer": info.tokenizer, "latent_scale": info.latent_scale},
                 world=dist.world(),
                 engine=config.train.engine,
@@ -160,7 +158,7 @@ def read_manifest(path: Path) -> Checkpoint:
         values = json.loads((path / MANIFEST).read_text())
         if values["format"] != FORMAT:
             raise DataError(f"checkpoint {path} is of format {values['format']}, this version reads {FORMAT}")
-        return Checkpoint(path, Manifest(**{**values, "position": tuple(values["position"])}))
+        return Checkpoint(path, Manifest(**{**values, "position": Position(*values["position"])}))
     except FileNotFoundError:
         raise DataError(f"checkpoint {path} has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError):

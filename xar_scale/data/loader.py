@@ -1,6 +1,6 @@
 """Self-contained training batches: latents and everything random about them, drawn in worker processes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,13 @@ class Batch:
     keys: tuple[str, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        tensors = (tensor.to(device, non_blocking=True) for tensor in (self.latents, self.labels, self.t, self.noise))
-        return Batch(*tensors, keys=self.keys)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        tensors = (tensor.pin_memory() for tensor in (self.latents, self.labels, self.t, self.noise))
-        return Batch(*tensors, keys=self.keys)
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(change(self.latents), change(self.labels), change(self.t), change(self.noise), self.keys)
 
 
 class LatentDataset(Dataset[Batch]):

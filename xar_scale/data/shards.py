@@ -87,7 +87,9 @@ class ShardWriter:
     the folder already holds one.
     """
 
-    def __init__(self, folder: str | Path, info: DatasetInfo, *, prefix: str = "latents", samples_per_shard: int = 1024) -> None:
+    def __init__(
+        self, folder: str | Path, info: DatasetInfo, *, prefix: str = "latents", samples_per_shard: int = 1024
+    ) -> None:
         self.folder, self.info, self.prefix, self.samples_per_shard = Path(folder), info, prefix, samples_per_shard
         if (self.folder / DATASET_FILE).exists():
             raise UsageError(f"{self.folder} already holds a data set; remove it or write elsewhere")
@@ -224,7 +226,7 @@ class LatentShards:
         return {name: value for name, value in self.__dict__.items() if name != "_opened"}
 
     def read(self, shard: int, position: int) -> Sample:
-        """Sample ``position`` of shard ``shard``. Raises DataError naming shard and sample when its bytes are not as written."""
+        """Sample ``position`` of shard ``shard``. Raises DataError naming both when its bytes are not as written."""
         descriptor, index = self._open(shard)
         key, (begin, size) = index.keys[position], index.spans[position]
         span = os.pread(descriptor, int(size), int(begin))

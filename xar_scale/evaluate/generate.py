@@ -58,7 +58,7 @@ def draw_grid(images: np.ndarray, labels: list[int], columns: int, path: Path, c
         members = [image for image, of in zip(images, labels, strict=True) if of == label][:columns]
         for column, image in enumerate(members):
             pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
-            tile = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST)
+            tile = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.BICUBIC)
             sheet.paste(tile, (margin + column * (cell + gap), top))
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

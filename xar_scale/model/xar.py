@@ -50,9 +50,7 @@ class XAR(nn.Module):
         """The label of no class, learned by label drop and used for guidance."""
         return self.config.classes
 
-    def forward(
-        self, x_BTC: Tensor, t_BK: Tensor, labels_B: Tensor, first: int = 0, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BTC: Tensor, t_BK: Tensor, labels_B: Tensor, first: int = 0, cache: KVCache | None = None) -> Tensor:
         """Velocity (B, T, C) of noisy tokens x (B, T, C), entity-major, at times t (B, K) in [0, 1].
 
         ``first``: the index of the first entity fed; what comes before it is read from ``cache``.
@@ -74,9 +72,7 @@ class XAR(nn.Module):
         """An empty cache for sampling ``batch`` sequences, of the parameters' device and dtype."""
         config, like = self.config, self.in_proj.weight
         layers = config.depth_encoder + config.depth_decoder
-        return KVCache(
-            layers, batch, config.heads, self.layout.tokens, config.head_width, device=like.device, dtype=like.dtype
-        )
+        return KVCache(layers, batch, config.heads, self.layout.tokens, config.head_width, device=like.device, dtype=like.dtype)
 
 
 @torch.no_grad()

@@ -13,8 +13,10 @@ class Tokenizer(Protocol):
     """``name`` and ``settings`` identify it in a data set's index; ``latent_scale`` brings stored latents to unit size."""
 
     name: str
-    settings: dict[str, Any]
     latent_scale: float
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
 
     def encode(self, images_BIHW: np.ndarray) -> np.ndarray:
         """uint8 images (B, I, H, W) -> stored arrays (B, ..., rows, columns), float16."""

@@ -1,0 +1,176 @@
+"""Training on 1, 2 and 3 ranks: the same curve, the same state, and exact resume, through the command line itself."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.processes import finish, kill, launch, start
+from tools.cache_latents import cache_digits
+from xar_scale.checkpoint.store import load_weights, read_manifest
+
+STEPS = 20
+KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
+SETTINGS = [
+    f"train.steps={STEPS}",
+    "train.global_batch=96",
+    "train.micro_batch=16",  # passes a step: 6, 3 and 2 on 1, 2 and 3 ranks
+    "train.log_every=1",
+    "train.checkpoint_every=10",
+    "optim.warmup_steps=5",
+    "train.ds_config=tests/dist/zero3.json",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    cache_digits(folder / "data", samples_per_shard=500)
+    return folder
+
+
+def arguments(folder: Path, run: str, engine: str, *more: str) -> list[str]:
+    own = [f"data.path={folder / 'data'}", f"train.engine={engine}"]
+    return ["-m", "xar_scale", "train", "--recipe", "digits", "--run", str(folder / run), *SETTINGS, *own, *more]
+
+
+def train(folder: Path, run: str, world: int, engine: str, *more: str) -> Path:
+    ended = launch(world, arguments(folder, run, engine, *more), folder / "logs" / run)
+    assert ended.codes == [0] * world, ended.text
+    return folder / run
+
+
+def curve(run: Path, name: str = "loss") -> torch.Tensor:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(lines[0]["step"], STEPS + 1))
+    return torch.tensor([line[name] for line in lines], dtype=torch.float64)
+
+
+def state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    checkpoint = read_manifest(run / "checkpoints" / f"step-{step:08d}")
+    return {f"{kind}/{name}": tensor for kind in KINDS for name, tensor in load_weights(checkpoint, kind).items()}
+
+
+def assert_bitwise(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """To 1e-5 of each tensor's size, moments and averages too.
+
+    One exception: the bias of the keys hardly has a gradient (softmax takes no notice of what all scores share), so what
+    Adam divides by its own size there is rounding noise, which depends on the order of the sum over ranks.
+    """
+    assert one.keys() == other.keys()
+    for name in one:
+        tolerance = 1e-3 if name.startswith(("model/", "ema/")) and name.endswith("attn.qkv.bias") else 1e-5
+        error = ((one[name] - other[name]).norm() / other[name].norm().clamp(min=1e-12)).item()
+        assert error < tolerance, f"{name}: {error}"
+    for kind in KINDS:
+        whole, reference = (torch.cat([t.flatten() for name, t in of.items() if name.startswith(kind)]) for of in (one, other))
+        assert (whole - reference).norm() < 1e-5 * reference.norm(), kind
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    return train(folder, "single", 1, "single")
+
+
+@pytest.fixture(scope="module")
+def zero2(folder):
+    return train(folder, "zero2", 2, "deepspeed")
+
+
+@pytest.fixture(scope="module")
+def zero3(folder):
+    return train(folder, "zero3", 3, "deepspeed")
+
+
+@pytest.mark.timeout(400)
+def test_single_and_zero3_on_2_and_3_ranks_give_the_same_losses_and_norms(single, zero2, zero3):
+    assert curve(single)[-1] < 0.9 * curve(single)[0]  # they learn at all
+    for run in (zero2, zero3):
+        for name in ("loss", "grad_norm"):
+            torch.testing.assert_close(curve(run, name), curve(single, name), rtol=1e-5, atol=0)
+        assert torch.equal(curve(run, "lr"), curve(single, "lr"))
+
+
+def test_weights_moments_and_ema_are_the_same_on_any_number_of_ranks(single, zero2, zero3):
+    assert_near(state(zero2, STEPS), state(single, STEPS))
+    assert_near(state(zero3, STEPS), state(single, STEPS))
+
+
+def test_training_moves_every_part_of_the_state(zero2):
+    before, after = state(zero2, 10), state(zero2, STEPS)
+    assert [name for name in before if torch.equal(before[name], after[name])] == []
+    assert all(not torch.equal(after[name], after[name.replace("ema/", "model/")]) for name in after if name.startswith("ema/"))
+
+
+@pytest.mark.timeout(300)
+def test_10_and_10_steps_are_20_bitwise_on_as_many_ranks(folder, zero2):
+    middle = zero2 / "checkpoints" / "step-00000010"
+    resumed = train(folder, "resumed2", 2, "deepspeed", "--resume", str(middle))
+    assert_bitwise(state(resumed, STEPS), state(zero2, STEPS))
+    assert torch.equal(curve(resumed), curve(zero2)[10:])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("world", "engine"), [(3, "deepspeed"), (1, "single")])
+def test_10_and_10_steps_are_20_on_another_number_of_ranks(folder, zero2, world, engine):
+    middle = zero2 / "checkpoints" / "step-00000010"
+    resumed = train(folder, f"resumed{world}{engine}", world, engine, "--resume", str(middle))
+    assert_near(state(resumed, STEPS), state(zero2, STEPS))
+    torch.testing.assert_close(curve(resumed), curve(zero2)[10:], rtol=1e-5, atol=0)
+
+
+@pytest.mark.timeout(300)
+def test_zero3_goes_on_from_a_checkpoint_of_one_process(folder, single):
+    middle = single / "checkpoints" / "step-00000010"
+    resumed = train(folder, "resumed-from-single", 2, "deepspeed", "--resume", str(middle))
+    assert_near(state(resumed, STEPS), state(single, STEPS))
+
+
+@pytest.mark.timeout(300)
+def test_killed_ranks_go_on_exactly_from_the_last_checkpoint(folder, zero2):
+    run, logs = folder / "killed", folder / "logs" / "killed"
+    ranks = start(2, arguments(folder, "killed", "deepspeed", "--resume", "auto"), logs)
+    try:
+        metrics, begun = run / "metrics.jsonl", time.monotonic()
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 13:
+            assert all(rank.poll() is None for rank in ranks), [log.read_text() for log in logs.iterdir()]
+            assert time.monotonic() - begun < 120
+            time.sleep(0.02)
+    finally:
+        kill(ranks)
+    assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000010"]
+    again = finish(start(2, arguments(folder, "killed", "deepspeed"), logs), logs)
+    assert again.codes == [0, 0], again.text
+    assert "resumed from" in again.outputs[0] and "at step 10" in again.outputs[0]
+    assert torch.equal(curve(run), curve(zero2))  # one line a step, none twice
+    assert_bitwise(state(run, STEPS), state(zero2, STEPS))
+
+
+@pytest.mark.timeout(300)
+def test_a_damaged_checkpoint_is_passed_over_out_loud_and_replaced(folder, zero2):
+    run = folder / "damaged"
+    shutil.copytree(zero2, run)
+    newest = run / "checkpoints" / f"step-{STEPS:08d}"
+    victim = sorted(newest.glob("*.safetensors"))[1]  # the second rank's: the first must hear of it
+    flip_byte(victim)
+    ended = launch(2, arguments(folder, "damaged", "deepspeed"), folder / "logs" / "damaged")
+    assert ended.codes == [0, 0], ended.text
+    assert f"{victim.name} is not as it was written" in ended.outputs[0]
+    assert "trying the checkpoint before it" in ended.outputs[0] and "at step 10" in ended.outputs[0]
+    assert_bitwise(state(run, STEPS), state(zero2, STEPS))
+    assert sorted(os.listdir(run / "checkpoints")) == ["latest", "step-00000010", f"step-{STEPS:08d}"]
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

@@ -1,0 +1,86 @@
+"""Starting ranks as a launcher would: one process each, a free port, a time limit, and nothing left running."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 150
+
+
+@dataclass
+class Ended:
+    """How the ranks of a launch ended. Output is stdout and stderr together, a text a rank."""
+
+    codes: list[int]
+    outputs: list[str]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.outputs)
+
+
+def environment() -> dict[str, str]:
+    """A new shell's: CPU only, one thread a rank, no rank variables of a process group that the tests run in."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start(world: int, arguments: list[str], folder: Path) -> list[subprocess.Popen[str]]:
+    """``python ARGUMENTS`` on ``world`` ranks, each in a session of its own; output goes to files in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = environment() | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank in range(world):
+        with (folder / f"rank{rank}.log").open("w") as log:
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    cwd=ROOT,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    start_new_session=True,
+                )
+            )
+    return ranks
+
+
+def kill(ranks: list[subprocess.Popen[str]]) -> None:
+    """SIGKILL the ranks and their workers."""
+    for rank in ranks:
+        try:
+            os.killpg(rank.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        rank.wait()
+
+
+def finish(
+    ranks: list[subprocess.Popen[str]], folder: Path, meanwhile: Callable[[], None] | None = None, limit_s: float = LIMIT_S
+) -> Ended:
+    """Wait for all ranks, after ``meanwhile``; whatever happens, none is left running."""
+    try:
+        if meanwhile is not None:
+            meanwhile()
+        codes = [rank.wait(timeout=limit_s) for rank in ranks]
+    finally:
+        kill(ranks)
+    return Ended(codes, [(folder / f"rank{rank}.log").read_text() for rank in range(len(ranks))])
+
+
+def launch(world: int, arguments: list[str], folder: Path) -> Ended:
+    return finish(start(world, arguments, folder), folder)
