@@ -11,12 +11,31 @@ import torch
 from torch import Tensor
 
 from xar_scale.checkpoint.interop import official_names
-from xar_scale.config import ModelConfig
+from xar_scale.config import Config, ModelConfig, override
+from xar_scale.data.loader import Batch
 from xar_scale.model.xar import XAR
+from xar_scale.presets import recipe
 
 GOLDEN = Path(os.environ.get("XAR_SCALE_GOLDEN", Path(__file__).parent / "golden"))
 
 TINY = ModelConfig(width=64, depth_encoder=2, depth_decoder=2, heads=4)
+
+
+def digits_config(*overrides: str) -> Config:
+    """The demonstration's config with ``section.key=value`` overrides."""
+    return Config.from_dict(override(recipe("digits"), list(overrides)))
+
+
+def random_batch(seed: int, size: int = 8) -> Batch:
+    """A training batch of the digits' shape."""
+    generator = torch.Generator().manual_seed(seed)
+    return Batch(
+        latents=torch.randn(size, 4, 4, 4, generator=generator),
+        labels=torch.randint(0, 11, (size,), generator=generator),
+        t=torch.rand(size, 4, generator=generator),
+        noise=torch.randn(size, 16, 4, generator=generator),
+        keys=tuple(str(n) for n in range(size)),
+    )
 
 
 def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Starting ranks as a launcher would: one process each, a free port, a time limit, and nothing left running."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -62,10 +63,8 @@ def start(world: int, arguments: list[str], folder: Path) -> list[subprocess.Pop
 def kill(ranks: list[subprocess.Popen[str]]) -> None:
     """SIGKILL the ranks and their workers."""
     for rank in ranks:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(rank.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         rank.wait()
 
 

@@ -13,17 +13,43 @@ MODELS: dict[str, dict[str, Any]] = {
     "xar_h": dict(width=1280, depth_encoder=20, depth_decoder=20, heads=16),
 }
 
+_IMAGENET_STEPS_AN_EPOCH = 1_281_167 / 2048
+
+
+def _imagenet256(model: str, steps: int, guidance: float) -> dict[str, Any]:
+    """The published training at 256 px on KL-16 latents: 800 epochs, 5e-5 per 256 images, constant to epoch 600."""
+    return dict(
+        model=dict(MODELS[model], channels=16, grid=[16, 16], entity_size=8, classes=1000, dropout=0.1),
+        data=dict(workers=8, flip=True),
+        optim=dict(
+            lr=5e-5 * 2048 / 256,
+            final_lr=1e-5,
+            warmup_steps=round(100 * _IMAGENET_STEPS_AN_EPOCH),
+            decay_share=0.25,
+            betas=[0.9, 0.96],
+            weight_decay=0.02,
+            clip=1.0,
+            ema_decay=0.9999,
+        ),
+        train=dict(steps=round(800 * _IMAGENET_STEPS_AN_EPOCH), global_batch=2048, label_drop=0.1, precision="bf16"),
+        sample=dict(sampler="euler_maruyama", steps=steps, guidance=guidance),
+    )
+
+
 RECIPES: dict[str, dict[str, Any]] = {
-    # scikit-learn's 8x8 digits as a 4x4 grid of 2x2-pixel tokens: two minutes on two CPU cores
+    # scikit-learn's 8x8 digits as a 4x4 grid of 2x2-pixel tokens: three minutes on two CPU cores
     "digits": dict(
         model=dict(MODELS["nano"], channels=4, grid=[4, 4], entity_size=2, classes=10),
         data=dict(path="runs/demo/data", workers=1),
-        optim=dict(lr=2e-3, warmup_steps=50, decay_share=0.5, weight_decay=0.02, ema_decay=0.99),
+        optim=dict(lr=3e-3, warmup_steps=50, decay_share=0.5, weight_decay=0.02, ema_decay=0.99),
         train=dict(
-            steps=1000, global_batch=128, label_drop=0.1, precision="fp32", log_every=20, checkpoint_every=500, keep_last=2
+            steps=700, global_batch=128, label_drop=0.1, precision="fp32", log_every=20, checkpoint_every=350, keep_last=2
         ),
         sample=dict(sampler="euler_maruyama", steps=25, guidance=1.5, batch=500),
     ),
+    "imagenet256_b": _imagenet256("xar_b", steps=40, guidance=2.7),
+    "imagenet256_l": _imagenet256("xar_l", steps=50, guidance=2.3),
+    "imagenet256_h": _imagenet256("xar_h", steps=50, guidance=2.2),
 }
 
 

@@ -50,7 +50,7 @@ def draw_grid(images: np.ndarray, labels: list[int], columns: int, path: Path, c
     gap, margin = 4, 40
     rows = sorted(set(labels))
     size = (margin + columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap)
-    sheet = Image.new("RGB", size, "white")
+    sheet = Image.new("L" if images.shape[1] == 1 else "RGB", size, "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=cell // 2)
     for row, label in enumerate(rows):
         top = gap + row * (cell + gap)

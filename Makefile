@@ -1,0 +1,42 @@
+# make demo: install, train on real images under ZeRO-3, sample, judge.   make test: install, lint, every test.
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+export PATH := $(VENV)/bin:$(PATH)
+DEMO := runs/demo
+
+.PHONY: demo test lint install clean-demo
+
+demo: install
+	test -f $(DEMO)/data/dataset.json || python tools/cache_latents.py digits --out $(DEMO)/data
+	launchers/deepspeed.sh train --recipe digits --run $(DEMO)
+	xar-scale sample $(DEMO) --per-class 50 --show 10 --out $(DEMO)/samples.png
+	xar-scale evaluate $(DEMO)/samples.npz --out $(DEMO)/verdict.json
+	@echo
+	@echo "picture      $(DEMO)/samples.png"
+	@echo "verdict      $(DEMO)/verdict.json"
+	@echo "checkpoint   $(DEMO)/checkpoints/$$(cat $(DEMO)/checkpoints/latest)"
+	@echo "TensorBoard  $(VENV)/bin/tensorboard --logdir $(DEMO)/tensorboard"
+	@echo "next         . .venv/bin/activate"
+	@echo "             xar-scale sample $(DEMO) --classes 3,7 --out $(DEMO)/more.png --seed 1 sample.guidance=3.0"
+	@echo "             launchers/deepspeed.sh train --recipe digits --run runs/wider data.path=$(DEMO)/data model.width=192"
+	@echo "             README.md, From here to ImageNet"
+
+test: install lint
+	python -m pytest
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "xar_scale needs Python >= 3.10, $(PYTHON) is older; make PYTHON=python3.x"; exit 1; }
+	@echo "installing into .venv (torch with its CUDA libraries: 5.6 GB, some minutes)"
+	$(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev]'
+	@touch $@
+
+clean-demo:
+	rm -rf $(DEMO)

@@ -1,0 +1,150 @@
+"""Bad input ends with one clear line, the documented exit code, no traceback, and nothing overwritten."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.processes import launch
+from tools.cache_latents import cache_digits
+from xar_scale.data.shards import LatentShards, ShardWriter
+from xar_scale.evaluate.digits import load_digits
+from xar_scale.tokenizers.pixel import PixelTokenizer
+
+SMALL = ["train.steps=4", "optim.warmup_steps=1", "train.global_batch=8", "train.log_every=1", "train.checkpoint_every=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    cache_digits(folder / "data", samples_per_shard=500)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A finished run of one process, to damage copies of."""
+    ended = train(folder, "run", "train.engine=single")
+    assert ended.codes == [0], ended.text
+    return folder / "run"
+
+
+def train(folder: Path, run: str, *more: str, world: int = 1, data: str = "data"):
+    own = ["--recipe", "digits", "--run", str(folder / run), f"data.path={folder / data}", *SMALL]
+    return launch(world, ["-m", "xar_scale", "train", *own, *more], folder / "logs" / run)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_one_line(ended, code: int, *parts: str) -> None:
+    """Every rank ends with ``code``; together they say one line of ours, with all ``parts``, and print no traceback."""
+    assert set(ended.codes) == {code}, ended.text
+    assert "Traceback" not in ended.text, ended.text
+    lines = [line for line in ended.text.splitlines() if line.startswith("xar-scale: ")]
+    assert len(lines) == 1, ended.text
+    assert all(part in lines[0] for part in parts), lines[0]
+
+
+def test_a_missing_data_folder(folder):
+    assert_one_line(train(folder, "new", world=2, data="nowhere"), 65, "no data folder at", "nowhere")
+    assert not (folder / "new").exists()
+
+
+def test_a_truncated_shard(folder):
+    shutil.copytree(folder / "data", folder / "cut")
+    shard = folder / "cut" / "digits-000001.tar"
+    size = shard.stat().st_size
+    os.truncate(shard, size - 700)
+    ended = train(folder, "new", world=2, data="cut")
+    assert_one_line(ended, 65, "digits-000001.tar is truncated", str(size - 700), str(size))
+    assert not (folder / "new").exists()
+
+
+def test_a_flipped_bit_in_a_latent_names_shard_and_sample(folder):
+    shutil.copytree(folder / "data", folder / "flipped")
+    for shard in (folder / "flipped").glob("*.tar"):  # somewhere in every sample, so the first batch meets one
+        content = np.fromfile(shard, np.uint8)
+        index = json.loads(shard.with_suffix(".index.json").read_text())
+        content[np.array(index["offset"]) + 1600] ^= 1
+        content.tofile(shard)
+    ended = train(folder, "new-flipped", "train.engine=single", data="flipped")
+    assert_one_line(ended, 65, "digits-00000", ".tar, sample ", "checksum does not match")
+
+
+def test_a_checkpoint_with_a_flipped_byte_when_it_is_the_only_one(folder, run):
+    damaged = folder / "only"
+    shutil.copytree(run, damaged)
+    shutil.rmtree(damaged / "checkpoints" / "step-00000002")
+    victim = next((damaged / "checkpoints" / "step-00000004").glob("*.safetensors"))
+    content = bytearray(victim.read_bytes())
+    content[-5] ^= 64
+    victim.write_bytes(content)
+    before = files(damaged)
+    ended = train(folder, "only", "train.engine=single", "train.steps=6")
+    assert_one_line(ended, 65, "none of the 1 checkpoints", "is valid")
+    assert f"{victim.name} is not as it was written" in ended.text
+    assert files(damaged) == before
+
+    out = folder / "samples.png"
+    sampled = launch(
+        1, ["-m", "xar_scale", "sample", str(victim.parent), "--per-class", "1", "--out", str(out)], folder / "logs" / "sample"
+    )
+    assert_one_line(sampled, 65, victim.name, "is not as it was written")
+    assert not out.exists()
+
+
+def test_an_unknown_recipe(folder):
+    ended = launch(2, ["-m", "xar_scale", "train", "--recipe", "nosuch"], folder / "logs" / "recipe")
+    assert_one_line(ended, 64, "no recipe 'nosuch'", "digits")
+
+
+def test_a_global_batch_that_does_not_divide(folder):
+    ended = train(folder, "new", "train.global_batch=128", "train.micro_batch=24", world=2)
+    assert_one_line(ended, 78, "global_batch 128 is not divisible by micro_batch 24 x world 2 = 48")
+    assert not (folder / "new").exists()
+
+
+def test_a_run_that_exists_is_not_started_over(folder, run):
+    before = files(run)
+    for resume in ("none", str(run / "checkpoints" / "step-00000002")):
+        ended = train(folder, "run", "train.engine=single", "--resume", resume)
+        assert_one_line(ended, 64, "holds checkpoints")
+    assert files(run) == before
+
+
+def test_another_model_does_not_continue_the_run(folder, run):
+    before = files(run)
+    ended = train(folder, "run", "train.engine=single", "model.width=64")
+    assert_one_line(ended, 78, "model.width is 64", "was made with 128")
+    assert files(run) == before
+
+
+@pytest.mark.timeout(200)
+def test_a_nan_on_one_rank_stops_all_before_the_weights_change(folder, run):
+    """A latent that is NaN, with a right checksum, of a sample that only the second rank of two reads at step 2."""
+    images, labels = load_digits()
+    latents = PixelTokenizer().encode(images)
+    good = LatentShards(folder / "data")
+    keys = read_at_step(good, folder, step=2)
+    latents[int(keys[-1]), 0, 0, 0] = np.nan
+    with ShardWriter(folder / "nan", good.info, prefix="digits", samples_per_shard=500) as writer:
+        for number, (latent, label) in enumerate(zip(latents, labels, strict=True)):
+            writer.add(f"{number:06d}", int(label), latent)
+    ended = train(folder, "nan-run", world=2, data="nan")
+    assert_one_line(ended, 70, "step 2: loss nan", "before the weights changed")
+    assert sorted(os.listdir(folder / "nan-run" / "checkpoints")) == ["latest", "step-00000002"]
+
+
+def read_at_step(shards: LatentShards, folder: Path, step: int) -> tuple[str, ...]:
+    from tests.conftest import digits_config
+    from xar_scale.data.loader import LatentDataset
+    from xar_scale.model.entities import create_layout
+
+    config = digits_config(f"data.path={folder / 'data'}", *SMALL)
+    dataset = LatentDataset(shards, config, create_layout(config.model))
+    return dataset.__getitems__(list(range(step * 8, step * 8 + 8))).keys

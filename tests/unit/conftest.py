@@ -1,0 +1,66 @@
+"""What several unit tests build: a small model, a layout of unequal entities, small data sets on disk."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from xar_scale.data.shards import DatasetInfo, LatentShards, Sample, ShardWriter
+from xar_scale.model.entities import EntityLayout
+from xar_scale.model.xar import XAR, create_model
+
+CLASSES = 10
+
+
+def nano_model(**changes) -> XAR:
+    """A nano model on a 4x4 grid of four cells."""
+    return create_model("nano", **({"grid": (4, 4), "entity_size": 2, "channels": 4, "classes": CLASSES} | changes))
+
+
+def unequal_layout() -> EntityLayout:
+    """Entities of 1, 3, 2 and 4 tokens, in no particular order, on a 2x5 grid."""
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    return EntityLayout(grid=(2, 5), lengths=(1, 3, 2, 4), order=order)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def small_info(**changes) -> DatasetInfo:
+    values = {
+        "tokenizer": {"name": "pixel", "patch": 2},
+        "latent_scale": 1.0,
+        "stored": "latents",
+        "shape": (4, 4, 4),
+        "dtype": "float16",
+        "classes": CLASSES,
+        "flipped": False,
+    }
+    return DatasetInfo(**(values | changes))
+
+
+def small_samples(count: int, info: DatasetInfo) -> list[Sample]:
+    generator = np.random.default_rng(count)
+
+    def array() -> np.ndarray:
+        return generator.standard_normal(info.shape).astype(info.dtype)
+
+    return [Sample(f"s{n:04d}", 3 * n % CLASSES, array(), array() if info.flipped else None) for n in range(count)]
+
+
+def write_set(
+    folder: Path, count: int = 10, *, per_shard: int = 4, samples: list[Sample] | None = None, **changes
+) -> list[Sample]:
+    """A data set in ``folder``, of ``count`` random samples or of those given; returns its samples in order."""
+    info = small_info(**changes)
+    samples = small_samples(count, info) if samples is None else samples
+    with ShardWriter(folder, info, samples_per_shard=per_shard) as writer:
+        for sample in samples:
+            writer.add(*sample)
+    return samples
+
+
+def read_set(folder: Path) -> list[Sample]:
+    shards = LatentShards(folder)
+    return [shards.read(number, at) for number, shard in enumerate(shards.info.shards) for at in range(shard.samples)]

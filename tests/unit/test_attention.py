@@ -1,0 +1,210 @@
+"""Block-causal attention, its cache and its positions."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from tests.unit.conftest import nano_model, normal, unequal_layout
+from xar_scale.config import ModelConfig
+from xar_scale.model import attention
+from xar_scale.model.attention import block_causal_attention
+from xar_scale.model.entities import create_layout
+from xar_scale.model.kv_cache import KVCache
+from xar_scale.model.rope import BASE, apply_rotary, rotary_angles
+
+BACKENDS = ["dense", "prefix"]
+LAYOUTS = {
+    "equal": create_layout(ModelConfig(width=8, depth_encoder=1, depth_decoder=1, heads=1, grid=(4, 4), entity_size=2)),
+    "unequal": unequal_layout(),
+    "one entity": create_layout(ModelConfig(width=8, depth_encoder=1, depth_decoder=1, heads=1, grid=(2, 2), entity_size=2)),
+}
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return LAYOUTS[request.param]
+
+
+def qkv(layout, first=0, last=None, dtype=torch.float64):
+    """Queries of entities first to last, keys and values of entity 0 to last."""
+    begin, end = layout.offsets[first], layout.offsets[layout.entities if last is None else last + 1]
+    return [normal(seed, 2, 3, end, 4, dtype=dtype)[:, :, start:] for seed, start in ((1, begin), (2, 0), (3, 0))]
+
+
+def naive(q, k, v, layout, first):
+    """Token by token, as the paper says it."""
+    entity = [number for number, length in enumerate(layout.lengths) for _ in range(length)]
+    outputs = []
+    for token in range(q.shape[2]):
+        seen = [other for other in range(k.shape[2]) if entity[other] <= entity[layout.offsets[first] + token]]
+        scores = (k[:, :, seen] @ q[:, :, token, :, None])[..., 0] / q.shape[-1] ** 0.5
+        outputs.append((scores.softmax(-1)[..., None] * v[:, :, seen]).sum(2))
+    return torch.stack(outputs, dim=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_is_the_naive_sum(layout, backend):
+    for first in range(layout.entities):
+        for last in range(first, layout.entities):
+            q, k, v = qkv(layout, first, last)
+            out = block_causal_attention(q, k, v, layout, first=first, backend=backend)
+            torch.testing.assert_close(out, naive(q, k, v, layout, first), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_prefix_is_dense_forward_and_backward(layout, dtype):
+    tolerance = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
+    for first in range(layout.entities):
+        for last in range(first, layout.entities):
+            results = []
+            for backend in BACKENDS:
+                inputs = [tensor.clone().requires_grad_() for tensor in qkv(layout, first, last, dtype)]
+                out = block_causal_attention(*inputs, layout, first=first, backend=backend)
+                assert out.dtype == dtype and out.shape == inputs[0].shape
+                gradients = torch.autograd.grad(out, inputs, normal(4, *out.shape, dtype=dtype))
+                results.append((out, *gradients))
+            for dense, prefix in zip(*results, strict=True):
+                torch.testing.assert_close(prefix, dense, **tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_is_seen_by_its_entity_and_later_ones_only(layout, backend):
+    tensors = qkv(layout)
+    before = block_causal_attention(*tensors, layout, backend=backend)
+    for entity in range(layout.entities):
+        for which in (1, 2):  # key, value
+            changed = [tensor.clone() for tensor in tensors]
+            changed[which][:, :, layout.offsets[entity]] += 1
+            after = block_causal_attention(*changed, layout, backend=backend)
+            differs = (after != before).any(-1).all(0).all(0)  # of every sample and head
+            begin = layout.offsets[entity]
+            assert torch.equal(after[:, :, :begin], before[:, :, :begin])
+            if which == 2 or layout.lengths[entity] > 1 or entity > 0:  # else the only key, whatever its score
+                assert differs[begin:].all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_network_output_depends_on_its_entity_and_earlier_ones_only(backend, monkeypatch):
+    monkeypatch.setattr(attention, "DEFAULT_BACKEND", backend)
+    model = nano_model()
+    x, t, labels = normal(0, 2, 16, 4, dtype=torch.float32), normal(1, 2, 4).sigmoid(), torch.tensor([1, 2])
+    before = model(x, t, labels)
+    for entity in range(4):
+        changed = x.clone()
+        changed[:, 4 * entity + 1] += 1
+        moved = (model(changed, t, labels) - before).abs().amax(dim=(0, 2))
+        assert (moved[: 4 * entity] == 0).all()
+        assert (moved[4 * entity :] > 1e-4).all()
+
+
+def test_the_default_backend_is_used_when_none_is_named(monkeypatch):
+    layout = LAYOUTS["equal"]
+    used = []
+    monkeypatch.setattr(attention, "_dense", lambda *_: used.append("dense"))
+    monkeypatch.setattr(attention, "_prefix", lambda *_: used.append("prefix"))
+    for backend in (None, *BACKENDS):
+        block_causal_attention(*qkv(layout), layout, backend=backend)
+    assert used == [attention.DEFAULT_BACKEND, *BACKENDS]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_acts_on_the_probabilities_and_keeps_their_mean(backend):
+    layout = LAYOUTS["one entity"]
+    q, k, v = (tensor[:1, :1].expand(4000, -1, -1, -1) for tensor in qkv(layout))
+    plain = block_causal_attention(q, k, v, layout, backend=backend)
+    torch.manual_seed(0)
+    dropped = block_causal_attention(q, k, v, layout, backend=backend, dropout=0.5)
+    assert not torch.equal(dropped[0], dropped[1])
+    assert (dropped == 0).all(-1).any()  # all four probabilities of a query dropped
+    torch.testing.assert_close(dropped.mean(0), plain[0], atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_are_those_of_finite_differences(backend):
+    layout = unequal_layout()
+    inputs = [tensor[:1, :1, :, :2].clone().requires_grad_() for tensor in qkv(layout, first=1)]
+    assert gradcheck(lambda q, k, v: block_causal_attention(q, k, v, layout, first=1, backend=backend), inputs)
+
+
+def test_entity_by_entity_with_a_cache_is_the_whole_forward():
+    model = nano_model(grid=(4, 8)).eval()
+    layout, batch = model.layout, 3
+    x, t, labels = (
+        normal(0, batch, layout.tokens, 4, dtype=torch.float32),
+        normal(1, batch, layout.entities).sigmoid(),
+        torch.tensor([1, 10, 3]),
+    )
+    with torch.no_grad():
+        whole = model(x, t, labels)
+        for chunk in (1, 2, 3):  # entities fed at a time
+            cache, parts = model.new_cache(batch), []
+            for first in range(0, layout.entities, chunk):
+                last = min(first + chunk, layout.entities)
+                tokens = slice(layout.offsets[first], layout.offsets[last])
+                parts.append(model(x[:, tokens], t[:, first:last], labels, first=first, cache=cache))
+            torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
+
+
+def test_a_cache_holds_what_was_written_last_at_each_position():
+    cache = KVCache(2, 3, 1, 6, 4, device=torch.device("cpu"), dtype=torch.float32)
+    first, second, third = (normal(seed, 3, 1, 4, 4, dtype=torch.float32) for seed in range(3))
+    keys, values = cache.update(1, 0, first, 2 * first)
+    assert torch.equal(keys, first) and torch.equal(values, 2 * first)
+    keys, values = cache.update(1, 2, second, 2 * second)
+    assert torch.equal(keys, torch.cat([first[:, :, :2], second], dim=2)) and torch.equal(values, 2 * keys)
+    keys, _ = cache.update(0, 0, third, third)  # another layer
+    assert torch.equal(keys, third)
+    keys, _ = cache.update(1, 0, third[:2], third[:2])  # fewer samples than the cache holds
+    assert torch.equal(keys, third[:2]) and torch.equal(cache.keys[1, 2, :, :2], first[2, :, :2])
+
+
+def rotary(coordinates, head_width):
+    angles = rotary_angles(coordinates, head_width)
+    return angles.cos(), angles.sin()
+
+
+def test_rotary_turns_complex_numbers():
+    head_width, coordinates = 8, torch.tensor([[0.0, 0.0], [3.0, 1.0], [7.0, 15.0]])
+    x = normal(0, 2, 1, 3, head_width)
+    numbers = torch.view_as_complex(x.clone().unflatten(-1, (-1, 2)))
+    for token, (row, column) in enumerate(coordinates.tolist()):
+        # two pairs turn with the row, two with the column, the second of each more slowly
+        angles = torch.tensor([row, row * BASE**-0.5, column, column * BASE**-0.5], dtype=torch.float64)
+        numbers[:, :, token] *= torch.polar(torch.ones(4, dtype=torch.float64), angles)
+    expected = torch.view_as_real(numbers).flatten(-2)
+    torch.testing.assert_close(apply_rotary(x, *rotary(coordinates, head_width)), expected, atol=1e-6, rtol=0)
+
+
+def test_rotary_keeps_norms_and_leaves_the_origin():
+    coordinates = torch.tensor([[0.0, 0.0], [3.0, 1.0], [15.0, 15.0]])
+    x = normal(0, 2, 3, 3, 16)
+    turned = apply_rotary(x, *rotary(coordinates, 16))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-6, rtol=0)
+    assert torch.equal(turned[:, :, 0], x[:, :, 0])
+
+
+def test_rotary_scores_depend_on_the_difference_of_positions_only():
+    q, k = normal(0, 1, 1, 1, 16), normal(1, 1, 1, 1, 16)
+
+    def score(at_q, at_k):
+        turned = [apply_rotary(x, *rotary(torch.tensor([at]), 16)) for x, at in ((q, at_q), (k, at_k))]
+        return (turned[0] * turned[1]).sum()
+
+    base = score((2.0, 5.0), (1.0, 9.0))
+    torch.testing.assert_close(score((12.0, 6.0), (11.0, 10.0)), base, atol=1e-5, rtol=0)
+    for other in ((3.0, 5.0), (2.0, 6.0), (1.0, 9.0)):
+        assert (score(other, (1.0, 9.0)) - base).abs() > 1e-2
+
+
+def test_rotary_computes_in_the_type_of_its_angles_and_returns_that_of_its_input():
+    cos, sin = rotary(LAYOUTS["equal"].coordinates, 8)
+    x = normal(0, 1, 1, 16, 8).bfloat16()
+    turned = apply_rotary(x, cos, sin)
+    assert turned.dtype == torch.bfloat16
+    assert torch.equal(turned, apply_rotary(x.float(), cos, sin).bfloat16())
+
+
+def test_rotary_gradients_are_those_of_finite_differences():
+    cos, sin = (tensor.double() for tensor in rotary(LAYOUTS["equal"].coordinates[:5], 8))
+    assert gradcheck(lambda x: apply_rotary(x, cos, sin), normal(0, 1, 2, 5, 8).requires_grad_())

@@ -1,0 +1,244 @@
+"""The configuration: where values come from, what is refused and how that is said, and that no field is dead."""
+
+import ast
+import copy
+import dataclasses
+import inspect
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+import xar_scale
+from tests.conftest import digits_config
+from xar_scale.config import Config, TrainConfig, merge, micro_batches, override, read_yaml
+from xar_scale.errors import ConfigError, UsageError
+from xar_scale.presets import MODELS, RECIPES, model_values, recipe, recipe_config
+from xar_scale.sampler import sample
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_a_valid_config(name):
+    config = recipe_config(name)
+    assert isinstance(config, Config)
+    for section, values in RECIPES[name].items():
+        for key, value in values.items():
+            got = getattr(getattr(config, section), key)
+            assert got == (tuple(value) if isinstance(value, list) else value), f"{section}.{key}"
+
+
+def test_unknown_recipe_and_model_are_refused_with_the_known_names():
+    with pytest.raises(UsageError, match="no recipe 'digit'; there are: digits"):
+        recipe("digit")
+    with pytest.raises(UsageError, match="no model 'xar_z'; there are: nano, xar_b"):
+        model_values("xar_z")
+
+
+def test_a_recipe_that_is_changed_leaves_the_table_as_it_was():
+    values = recipe("digits")
+    values["seed"] = 1
+    model_values("nano")["width"] = 1
+    override(values, ["train.steps=7"])
+    assert "seed" not in RECIPES["digits"] and RECIPES["digits"]["train"]["steps"] != 7
+    assert MODELS["nano"]["width"] != 1
+
+
+def test_overrides_reach_their_field_and_no_other():
+    config = digits_config("optim.lr=0.5", "train.steps=77", "data.flip=true", "data.path=some/where", "model.grid=[8, 4]")
+    base = digits_config()
+    assert config.optim.lr == 0.5 and config.train.steps == 77 and config.data.flip is True
+    assert config.data.path == "some/where" and config.model.grid == (8, 4)
+    undone = {"optim": {"lr": base.optim.lr}, "train": {"steps": base.train.steps}, "model": {"grid": [4, 4]}}
+    undone["data"] = {"flip": False, "path": base.data.path}
+    assert Config.from_dict(merge(config.to_dict(), undone)) == base
+
+
+def test_of_two_overrides_the_last_one_counts():
+    assert digits_config("train.steps=60", "train.steps=70").train.steps == 70
+
+
+@pytest.mark.parametrize("assignment", ["train.steps", "steps=3", "=3"])
+def test_an_override_that_is_no_assignment_is_refused(assignment):
+    with pytest.raises(UsageError, match="is not of the form section.key=value"):
+        override({}, [assignment])
+
+
+def test_an_override_whose_value_is_not_yaml_is_refused():
+    with pytest.raises(UsageError, match=r"override 'model.grid=\[4' *: the value is not YAML"):
+        override({}, ["model.grid=[4"])
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", "1.e-4", "0.0001", "+1e-4"])
+def test_a_number_with_an_exponent_is_a_number(text, tmp_path):
+    assert digits_config(f"optim.lr={text}").optim.lr == 1e-4
+    path = tmp_path / "config.yaml"
+    path.write_text(f"optim:\n  lr: {text}\n")
+    assert read_yaml(path) == {"optim": {"lr": 1e-4}}
+
+
+@pytest.mark.parametrize("text", ["1e", "e4", "1e-4x", "a1e4"])
+def test_text_that_only_looks_like_a_number_stays_text(text):
+    assert override({}, [f"data.path={text}"]) == {"data": {"path": text}}
+
+
+def test_a_yaml_file_is_laid_over_a_recipe_key_by_key(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("optim: {lr: 3e-4}\ntrain:\n  steps: 123\n")
+    config = Config.from_dict(merge(recipe("digits"), read_yaml(path)))
+    expected = recipe("digits")
+    assert (config.optim.lr, config.train.steps) == (3e-4, 123)
+    assert config.optim.warmup_steps == expected["optim"]["warmup_steps"]
+    assert config.train.global_batch == expected["train"]["global_batch"]
+
+
+def test_an_empty_yaml_file_changes_nothing(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("# nothing\n")
+    assert read_yaml(path) == {}
+
+
+def test_config_files_that_cannot_be_read_are_refused_by_name(tmp_path):
+    with pytest.raises(UsageError, match="cannot read config .*absent.yaml: No such file"):
+        read_yaml(tmp_path / "absent.yaml")
+    with pytest.raises(UsageError, match=f"cannot read config {tmp_path}: Is a directory"):
+        read_yaml(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("model: [1", "is not YAML"), ("model:\n\t- 1", "is not YAML"), ("- 1\n- 2", "holds a list"), ("text", "holds a str")],
+)
+def test_a_config_file_that_is_no_mapping_is_refused_by_name(tmp_path, text, says):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"config.yaml {says}"):
+        read_yaml(path)
+
+
+def test_unknown_keys_are_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown config key modle; known there: model, data, optim, train, sample"):
+        Config.from_dict(merge(recipe("digits"), {"modle": {"width": 64}}))
+    with pytest.raises(ConfigError, match="unknown config key optim.learning_rate; known there: lr, final_lr"):
+        digits_config("optim.learning_rate=1")
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "optim.lr=true",  # a bool is no number
+        "train.steps=true",
+        "train.steps=100.0",  # a float is no int
+        "train.steps=1e3",
+        "optim.lr='0.1'",  # a text is no number
+        "train.steps='100'",
+        "data.flip=1",  # a number is no bool
+        "data.path=3",  # nor a text
+        "model.grid=[4, 4, 4]",
+        "model.width=",
+        "train.engine=horovod",
+        "optim.lr=-1",
+        "optim.lr=.nan",
+        "train.label_drop=1.5",
+    ],
+)
+def test_a_value_of_a_wrong_type_or_range_is_refused_by_key(assignment):
+    with pytest.raises(ConfigError, match=rf"^{assignment.partition('=')[0]}\b"):
+        digits_config(assignment)
+
+
+def test_an_int_serves_as_a_float():
+    config = digits_config("optim.lr=1", "sample.guidance=2")
+    assert config.optim.lr == 1.0 and config.sample.guidance == 2.0
+
+
+def test_a_missing_key_or_section_is_named():
+    values = copy.deepcopy(recipe("digits"))
+    del values["optim"]["lr"]
+    with pytest.raises(ConfigError, match="config key optim.lr is missing"):
+        Config.from_dict(values)
+    values = recipe("digits")
+    del values["sample"]
+    with pytest.raises(ConfigError, match="config key sample is missing"):
+        Config.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model.width=130"], "model.width 130 is not divisible by model.heads 4"),
+        (["model.width=24"], "model.width 24 / model.heads 4 = 6 channels a head"),
+        (["optim.warmup_steps=101", "train.steps=100"], "optim.warmup_steps 101 is more than train.steps 100"),
+    ],
+)
+def test_combinations_that_cannot_be_are_refused_with_their_numbers(overrides, says):
+    with pytest.raises(ConfigError, match=says):
+        digits_config(*overrides)
+
+
+def test_warmup_of_the_whole_run_is_allowed():
+    assert digits_config("optim.warmup_steps=100", "train.steps=100").optim.warmup_steps == 100
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "expected"),
+    [
+        (2048, None, 64, (32, 1)),
+        (2048, 8, 64, (8, 4)),
+        (2048, 32, 64, (32, 1)),
+        (6, 1, 2, (1, 3)),
+        (6, 2, 1, (2, 3)),
+        (5, None, 1, (5, 1)),
+    ],
+)
+def test_micro_batches_make_up_the_global_batch(batch, micro, world, expected):
+    assert micro_batches(TrainConfig(steps=1, global_batch=batch, micro_batch=micro), world) == expected
+
+
+def test_batches_that_do_not_divide_are_refused_with_the_numbers():
+    with pytest.raises(ConfigError) as caught:
+        micro_batches(TrainConfig(steps=1, global_batch=2048, micro_batch=24), 64)
+    assert str(caught.value) == "global_batch 2048 is not divisible by micro_batch 24 x world 64 = 1536"
+    with pytest.raises(ConfigError) as caught:
+        micro_batches(TrainConfig(steps=1, global_batch=2048), 24)
+    assert str(caught.value) == "global_batch 2048 is not divisible by world 24"
+
+
+def test_a_config_survives_its_yaml(tmp_path):
+    config = digits_config(
+        "optim.lr=1e-5", "optim.eps=1e-12", "train.micro_batch=32", "data.path='a b: c'", "model.grid=[8, 4]"
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml())
+    assert Config.from_dict(read_yaml(path)) == config
+    assert yaml.safe_load(config.to_yaml()) == config.to_dict()  # other readers see the same values
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_a_config_is_frozen():
+    config = digits_config()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.steps = 2
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train = None
+
+
+def _attributes_read() -> set[str]:
+    """Names of attributes that the package reads, outside the files that define the config."""
+    root = Path(xar_scale.__file__).parent
+    names = set()
+    for path in root.rglob("*.py"):
+        if path.relative_to(root).name not in ("config.py", "presets.py"):
+            nodes = ast.walk(ast.parse(path.read_text()))
+            names |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    return names
+
+
+def test_every_field_is_read_somewhere():
+    sections = typing.get_type_hints(Config)
+    fields = {(name, field.name) for name, section in sections.items() for field in dataclasses.fields(section)}
+    # the sample section goes to sample() as keywords
+    as_keywords = {("sample", name) for name in inspect.signature(sample).parameters}
+    read = _attributes_read()
+    assert set(sections) <= read
+    assert {f"{section}.{name}" for section, name in fields - as_keywords if name not in read} == set()

@@ -1,0 +1,188 @@
+"""Engines in one process: the settings that DeepSpeed gets, the verdict, a discarded step, shards as views."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import digits_config, random_batch
+from xar_scale.engines import create_engine
+from xar_scale.engines.deepspeed import deepspeed_settings
+from xar_scale.errors import ConfigError
+from xar_scale.model.xar import XAR, init_weights
+
+CPU = torch.device("cpu")
+
+
+def single_engine(*overrides: str):
+    config = digits_config("train.engine=single", *overrides)
+    model = XAR(config.model)
+    init_weights(model, seed=0)
+    return create_engine(model, config, CPU)
+
+
+def one_step(engine, step: int, batch=None) -> float:
+    engine.seed_step(step)
+    loss = engine.forward_backward(batch or random_batch(step))
+    verdict = engine.agree(loss)
+    engine.step(1e-3, verdict)
+    return verdict.loss.item()
+
+
+def copies(engine) -> list[torch.Tensor]:
+    return [tensor.clone() for shard in engine.shards() for tensor in (shard.master, shard.exp_avg, shard.exp_avg_sq)]
+
+
+def settings_of(tmp_path, values: dict, *overrides: str, world: int = 2) -> dict:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(values))
+    return deepspeed_settings(digits_config(f"train.ds_config={path}", *overrides), world)
+
+
+ZERO3 = {"zero_optimization": {"stage": 3}}
+
+
+def test_deepspeed_gets_our_batch_and_precision(tmp_path):
+    settings = settings_of(
+        tmp_path, {**ZERO3, "steps_per_print": 7}, "train.global_batch=128", "train.micro_batch=16", "train.precision=bf16"
+    )
+    assert settings["train_batch_size"] == 128
+    assert settings["train_micro_batch_size_per_gpu"] == 16
+    assert settings["gradient_accumulation_steps"] == 4
+    assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert settings["gradient_clipping"] == 0  # Engine.step clips
+    assert settings["steps_per_print"] == 7  # the file's own keys stay
+    assert "torch_autocast" not in settings_of(tmp_path, ZERO3, "train.precision=fp32")
+
+
+@pytest.mark.parametrize(
+    ("extra", "names"),
+    [
+        ({"train_batch_size": 64}, ["train_batch_size 64", "train.global_batch 128"]),
+        ({"train_micro_batch_size_per_gpu": 3}, ["train_micro_batch_size_per_gpu 3", "train.micro_batch 64"]),
+        ({"gradient_accumulation_steps": 5}, ["gradient_accumulation_steps 5", "global_batch / micro_batch / world 1"]),
+        ({"gradient_clipping": 0.5}, ["gradient_clipping 0.5", "optim.clip 1.0"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled", "train.precision fp32"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled", "train.precision fp32"]),
+        ({"optimizer": {"type": "Adam"}}, ["optimizer", "optim.*"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "optim.warmup_steps"]),
+        ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage 2"]),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, ["zero_optimization.offload_param"]),
+    ],
+)
+def test_a_contradiction_names_both_sides(tmp_path, extra, names):
+    with pytest.raises(ConfigError) as caught:
+        settings_of(tmp_path, {**ZERO3, **extra})
+    assert all(name in str(caught.value) for name in [str(tmp_path / "ds.json"), *names]), caught.value
+
+
+def test_keys_that_agree_are_no_contradiction(tmp_path):
+    settings_of(tmp_path, {**ZERO3, "train_batch_size": 128, "gradient_clipping": 1.0, "fp16": {"enabled": False}})
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"), [(None, "no DeepSpeed config at"), ("{", "is not JSON"), ("[]", "holds a list")]
+)
+def test_an_unreadable_deepspeed_config_is_named(tmp_path, content, complaint):
+    path = tmp_path / "ds.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=complaint):
+        deepspeed_settings(digits_config(f"train.ds_config={path}"), world=1)
+
+
+def test_single_refuses_more_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process, not 2"):
+        single_engine()
+
+
+def test_shards_are_views_of_weights_and_moments():
+    engine = single_engine()
+    one_step(engine, 0)
+    parameters = dict(engine.network.named_parameters())
+    for shard in engine.shards():
+        assert (shard.start, shard.stop) == (0, parameters[shard.name].numel())
+        assert shard.master.data_ptr() == parameters[shard.name].data_ptr()
+        assert shard.exp_avg.abs().sum() > 0 and shard.exp_avg_sq.abs().sum() > 0
+    assert [shard.name for shard in engine.shards()] == list(parameters)
+
+
+def test_the_agreed_norm_is_clipped():
+    engine = single_engine("optim.clip=0.01")
+    verdict = engine.agree(engine.forward_backward(random_batch(0)))
+    norm = torch.cat([gradient.flatten() for gradient in engine.gradients()]).double().norm()
+    torch.testing.assert_close(verdict.grad_norm.double(), norm, rtol=1e-6, atol=0)
+    assert norm > 0.01
+    taken = []
+    engine._optimizer_step = lambda rate: taken.extend(gradient.clone() for gradient in engine.gradients())
+    engine.step(1e-3, verdict)
+    torch.testing.assert_close(
+        torch.cat([gradient.flatten() for gradient in taken]).norm(), torch.tensor(0.01), rtol=1e-3, atol=0
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_non_finite_batch_is_seen_and_discarding_it_leaves_no_trace(value):
+    undisturbed, engine = single_engine(), single_engine()
+    for step in range(3):
+        bad = random_batch(100)
+        bad.latents[1, 0, 0, 0] = value
+        before = copies(engine)
+        verdict = engine.agree(engine.forward_backward(bad))
+        assert not verdict.finite()
+        engine.discard()
+        assert all(torch.equal(was, now) for was, now in zip(before, copies(engine), strict=True))
+        assert one_step(engine, step) == one_step(undisturbed, step)
+    assert all(torch.equal(a, b) for a, b in zip(copies(engine), copies(undisturbed), strict=True))
+
+
+def test_a_finite_loss_with_a_non_finite_gradient_is_seen():
+    engine = single_engine()
+    loss = engine.forward_backward(random_batch(0))
+    engine.gradients()[3].view(-1)[0] = float("nan")
+    verdict = engine.agree(loss)
+    assert torch.isfinite(verdict.loss)
+    assert not verdict.finite()
+
+
+def test_accumulated_passes_are_one_batch():
+    together, apart = single_engine(), single_engine("train.micro_batch=32")
+    whole = random_batch(0, size=128)
+    loss = together.forward_backward(whole)
+    parts = []
+    for first in range(0, 128, 32):
+        parts.append(apart.forward_backward(whole._each(lambda tensor, first=first: tensor[first : first + 32])))
+    torch.testing.assert_close(torch.stack(parts).mean(), loss)
+    for one, other in zip(apart.gradients(), together.gradients(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_follows_seed_and_step_only():
+    engine = single_engine("model.dropout=0.2")
+
+    def loss(step):
+        engine.seed_step(step)
+        return engine.forward_backward(random_batch(0)).item()
+
+    first = loss(1)
+    torch.rand(7)
+    assert loss(1) == first
+    assert loss(2) != first
+
+
+def test_bf16_computes_in_bf16_over_float32_weights():
+    exact, mixed = single_engine(), single_engine("train.precision=bf16")
+    assert {shard.master.dtype for shard in mixed.shards()} == {torch.float32}
+    a, b = one_step(exact, 0), one_step(mixed, 0)
+    assert a != b
+    assert a == pytest.approx(b, rel=1e-2)
+
+
+def test_precision_sets_the_matmul_mode():
+    try:
+        for mode, expected in (("tf32", "high"), ("fp32", "highest")):
+            single_engine(f"train.precision={mode}")
+            assert torch.get_float32_matmul_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -1,0 +1,249 @@
+"""Flow matching and sampling, on networks whose integral is known."""
+
+import pytest
+import torch
+from torch import nn
+
+from tests.unit.conftest import nano_model, normal, unequal_layout
+from xar_scale.config import ModelConfig
+from xar_scale.errors import UsageError
+from xar_scale.flow import interpolate, sample_time, velocity_loss
+from xar_scale.model.entities import create_layout
+from xar_scale.sampler import LAST_STOCHASTIC_TIME, sample
+
+CLASSES = 5
+
+
+class KnownField(nn.Module):
+    """Stands for an XAR: the velocity is ``field(x, t (B, K, 1), labels (B, 1, 1))`` of each token; calls are recorded."""
+
+    def __init__(self, field, grid=(4, 4), side=2):
+        super().__init__()
+        self.config = ModelConfig(
+            width=8, depth_encoder=1, depth_decoder=1, heads=1, channels=3, grid=grid, entity_size=side, classes=CLASSES
+        )
+        self.layout, self.null_class = create_layout(self.config), CLASSES
+        self.in_proj = nn.Linear(1, 1).double()
+        self.field, self.calls = field, []
+
+    def new_cache(self, batch):
+        return None
+
+    def forward(self, x, t, labels, first, cache):
+        assert not self.training
+        self.calls.append((first, tuple(t[0].tolist()), len(x)))
+        entity = self.layout.on(x.device).entity[self.layout.offsets[first] :][: x.shape[1]] - first
+        return self.field(x, t[:, entity, None], labels[:, None, None].expand_as(x))
+
+
+def zeros(shape, dtype):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def test_the_path_runs_from_data_to_noise():
+    x, noise = normal(0, 2, 3), normal(1, 2, 3)
+    assert torch.equal(interpolate(x, noise, torch.zeros(())), x)
+    assert torch.equal(interpolate(x, noise, torch.ones(())), noise)
+    torch.testing.assert_close(interpolate(x, noise, torch.tensor(0.25)), 0.75 * x + 0.25 * noise)
+
+
+def test_times_are_the_sigmoid_of_a_normal_draw():
+    draw = normal(0, 4, 3)
+    torch.testing.assert_close(sample_time(draw), 1 / (1 + torch.exp(-draw)))
+
+
+def test_the_loss_is_the_naive_mean_over_tokens_each_at_the_time_of_its_entity():
+    layout = unequal_layout()
+    latents, noise, t = normal(0, 2, 3, 2, 5), normal(1, 2, 10, 3), torch.rand(2, 4, dtype=torch.float64)
+    labels, seen = torch.tensor([4, 2]), []
+
+    def network(x, times, of):
+        seen.append((x, times, of))
+        return 0.3 * x + of[:, None, None]
+
+    loss = velocity_loss(network, layout, latents, noise, t, labels)
+
+    total, point = 0.0, torch.empty(2, 10, 3, dtype=torch.float64)
+    for sample_ in range(2):
+        token = 0
+        for entity, length in enumerate(layout.lengths):
+            for _ in range(length):
+                row, column = divmod(int(layout.order[token]), 5)
+                data, time = latents[sample_, :, row, column], t[sample_, entity]
+                point[sample_, token] = data + time * (noise[sample_, token] - data)
+                velocity = 0.3 * point[sample_, token] + labels[sample_]
+                total += ((velocity - (noise[sample_, token] - data)) ** 2).sum()
+                token += 1
+    torch.testing.assert_close(seen[0][0], point)
+    assert seen[0][1] is t and seen[0][2] is labels
+    torch.testing.assert_close(loss, total / (2 * 10 * 3), atol=1e-6, rtol=1e-6)
+
+
+def test_the_loss_of_a_low_precision_network_is_computed_in_float32():
+    layout = unequal_layout()
+    latents, noise = normal(0, 2, 3, 2, 5, dtype=torch.float32), normal(1, 2, 10, 3, dtype=torch.float32)
+    loss = velocity_loss(lambda x, t, y: x.bfloat16(), layout, latents, noise, torch.rand(2, 4), torch.zeros(2))
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("steps", [1, 3, 50])
+def test_euler_integrates_a_constant_velocity_exactly(steps):
+    noise, data = normal(0, 2, 16, 3, dtype=torch.float32), normal(1, 2, 16, 3, dtype=torch.float32)
+    entity = iter(noise.split(4, dim=1))
+    velocity = iter([v for v in (noise - data).split(4, dim=1) for _ in range(steps)])
+    model = KnownField(lambda x, t, y: next(velocity).repeat(1, x.shape[1] // 4, 1))
+    out = sample(model, [0, 1], steps=steps, guidance=1, sampler="euler", draw=lambda shape, dtype: next(entity).to(dtype))
+    torch.testing.assert_close(model.layout.to_entities(out), data, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_euler_takes_equal_steps_and_passes_position_and_time(steps):
+    model = KnownField(lambda x, t, y: 2 * x + t.double())
+    x = torch.ones((), dtype=torch.float64)
+    for step in range(steps):
+        x = x - (2 * x + (1 - step / steps)) / steps
+    out = sample(model, [0], steps=steps, guidance=1, sampler="euler", draw=lambda shape, dtype: torch.ones(shape, dtype=dtype))
+    torch.testing.assert_close(out, x.float().expand_as(out), atol=1e-6, rtol=0)
+
+
+def test_each_entity_is_begun_beside_the_finished_one_before_it():
+    fed = []
+    model = KnownField(lambda x, t, y: fed.append(x.clone()) or torch.ones_like(x))
+    sample(model, [0, 1], steps=2, guidance=1, sampler="euler", draw=zeros)
+    assert model.calls == [
+        (0, (1.0,), 2),
+        (0, (0.5,), 2),
+        (0, (0.0, 1.0), 2),
+        (1, (0.5,), 2),
+        (1, (0.0, 1.0), 2),
+        (2, (0.5,), 2),
+        (2, (0.0, 1.0), 2),
+        (3, (0.5,), 2),
+    ]
+    assert (fed[2][:, :4] == -1).all() and (fed[2][:, 4:] == 0).all()  # the finished entity, then the new noise
+
+
+def _naive_euler_maruyama(x, steps, field, noises):
+    times = [1 - (1 - LAST_STOCHASTIC_TIME) * step / max(steps - 1, 1) for step in range(steps)] + [0.0]
+    for step in range(steps):
+        t, dt = times[step], times[step] - times[step + 1]
+        v = field(x, t)
+        score = -((1 - t) * v + x) / t
+        x = x - (v - t * score) * dt
+        if step < steps - 1:
+            x = x + (2 * t * dt) ** 0.5 * noises[step]
+    return x
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_euler_maruyama_is_the_naive_loop(steps):
+    drawn = []
+
+    def draw(shape, dtype):
+        drawn.append(normal(len(drawn), *shape, dtype=dtype))
+        return drawn[-1]
+
+    model = KnownField(lambda x, t, y: 0.5 * x + t.double())
+    out = model.layout.to_entities(sample(model, [0, 1], steps=steps, guidance=1, sampler="euler_maruyama", draw=draw))
+    for entity in range(4):
+        start, *noises = drawn[entity * steps : (entity + 1) * steps]
+        expected = _naive_euler_maruyama(start.double(), steps, lambda x, t: 0.5 * x + t, noises)
+        torch.testing.assert_close(out[:, 4 * entity : 4 * entity + 4], expected.float(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("euler", 1), ("euler", 5), ("euler_maruyama", 1), ("euler_maruyama", 5)])
+def test_an_entity_draws_its_start_and_one_noise_a_stochastic_step(sampler, steps):
+    drawn = []
+
+    def draw(shape, dtype):
+        drawn.append((shape, dtype))
+        return torch.zeros(shape, dtype=dtype)
+
+    sample(KnownField(lambda x, t, y: x), [0, 1], steps=steps, guidance=2, sampler=sampler, draw=draw)
+    stochastic = steps - 1 if sampler == "euler_maruyama" else 0
+    assert drawn == [((2, 4, 3), torch.float32), *[((2, 4, 3), torch.float64)] * stochastic] * 4
+    assert sampler == "euler" or len(drawn) == 4 * (1 + steps - 1)
+
+
+@pytest.mark.parametrize("guidance", [1.5, 4.0])
+def test_guidance_grows_linearly_over_the_entities(guidance):
+    model = KnownField(lambda x, t, y: (y != CLASSES).double())  # 1 with a class, 0 without: guided, the scale itself
+    out = model.layout.to_entities(sample(model, [0, 3], steps=3, guidance=guidance, sampler="euler", draw=zeros))
+    for entity in range(4):
+        expected = -(1 + (guidance - 1) * entity / 3)
+        torch.testing.assert_close(out[:, 4 * entity : 4 * entity + 4], torch.full((2, 4, 3), expected))
+    # the first entity's scale is 1: without the class it is not computed
+    assert [batch for _, _, batch in model.calls] == [2] * 3 + [4] * 9
+
+
+def test_one_entity_is_guided_at_full_strength():
+    model = KnownField(lambda x, t, y: (y != CLASSES).double(), grid=(2, 2))
+    out = sample(model, [0], steps=2, guidance=3.0, sampler="euler", draw=zeros)
+    torch.testing.assert_close(out, torch.full((1, 3, 2, 2), -3.0))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0])
+def test_without_guidance_nothing_unconditional_is_computed(guidance):
+    caches = []
+    model = KnownField(lambda x, t, y: (y != CLASSES).double())
+    model.new_cache = caches.append
+    out = sample(model, [0, 3], steps=2, guidance=guidance, sampler="euler", draw=zeros)
+    assert {batch for _, _, batch in model.calls} == {2} and caches == [2]
+    torch.testing.assert_close(out, torch.full((2, 3, 4, 4), -1.0))
+
+
+def test_guided_is_each_pass_alone_put_together():
+    """Against two networks run side by side: the cache of the unconditional half is right from the second entity on."""
+    model = nano_model(classes=CLASSES)
+    labels, guidance, steps = torch.tensor([1, 3]), 3.0, 3
+    starts = [normal(entity, 2, 4, 4, dtype=torch.float32) for entity in range(4)]
+    queue = iter(starts)
+    out = sample(model, labels, steps=steps, guidance=guidance, sampler="euler", draw=lambda shape, dtype: next(queue))
+
+    done = []
+    with torch.no_grad():
+        for entity, start in enumerate(starts):
+            x, scale = start.double(), 1 + (guidance - 1) * entity / 3
+            for step in range(steps):
+                t = torch.tensor([[0.0] * entity + [1 - step / steps]]).expand(2, -1)
+                with_class, without = (
+                    model(torch.cat([*done, x], dim=1).float(), t, y)[:, -4:].double()
+                    for y in (labels, torch.full_like(labels, CLASSES))
+                )
+                x = x - (without + scale * (with_class - without)) / steps
+            done.append(x)
+    torch.testing.assert_close(model.layout.to_entities(out).double(), torch.cat(done, dim=1), atol=1e-5, rtol=0)
+
+
+def test_an_image_is_a_function_of_seed_and_number():
+    model = KnownField(lambda x, t, y: x)
+    settings = {"steps": 2, "guidance": 1, "sampler": "euler_maruyama"}
+    images = sample(model, [0] * 4, seed=1, **settings)
+    assert torch.equal(images, sample(model, [0] * 4, seed=1, **settings))
+    assert torch.equal(images[2:], sample(model, [0] * 2, seed=1, first_image=2, **settings))
+    assert not torch.equal(images, sample(model, [0] * 4, seed=2, **settings))
+    assert not torch.equal(images[0], images[1])
+    assert images.shape == (4, 3, 4, 4) and images.dtype == torch.float32
+
+
+def test_unknown_samplers_and_step_counts_are_refused():
+    model = KnownField(lambda x, t, y: x)
+    with pytest.raises(UsageError, match="no sampler 'heun'; there are: euler, euler_maruyama"):
+        sample(model, [0], sampler="heun")
+    with pytest.raises(UsageError, match="at least 1 step, not 0"):
+        sample(model, [0], steps=0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_training_mode_comes_back_also_after_an_error(training):
+    model = KnownField(lambda x, t, y: x).train(training)
+    sample(model, [0], steps=1)
+    assert model.training is training
+
+    def breaks(x, t, y):
+        raise ArithmeticError
+
+    model = KnownField(breaks).train(training)
+    with pytest.raises(ArithmeticError):
+        sample(model, [0], steps=1)
+    assert model.training is training

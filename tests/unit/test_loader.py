@@ -1,0 +1,240 @@
+"""Batches: self-contained, the same for every number of workers and ranks, random as promised."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import digits_config
+from tests.unit.conftest import write_set
+from xar_scale.data import loader
+from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches, check_fits
+from xar_scale.data.shards import LatentShards, Sample
+from xar_scale.errors import ConfigError, DataError
+from xar_scale.flow import sample_time
+from xar_scale.model.entities import create_layout
+
+CPU = torch.device("cpu")
+
+
+def open_set(folder, *overrides: str) -> LatentDataset:
+    config = digits_config(f"data.path={folder}", "data.window=6", "data.prefetch=1", *overrides)
+    return LatentDataset(LatentShards(folder), config, create_layout(config.model))
+
+
+def read(folder, workers=0, *, start=0, steps=3, batch=6, micro=None, rank=0, world=1) -> list[Batch]:
+    micro = micro or batch // world
+    numbers = RankNumbers(start=start, steps=steps, global_batch=batch, micro_batch=micro, rank=rank, world=world)
+    dataset = open_set(folder, f"data.workers={workers}", "data.flip=true", "train.label_drop=0.3")
+    return list(batches(dataset, numbers, CPU))
+
+
+def joined(parts: list[Batch]) -> Batch:
+    names = ("latents", "labels", "t", "noise")
+    return Batch(*(torch.cat([getattr(part, name) for part in parts]) for name in names), sum((p.keys for p in parts), ()))
+
+
+def assert_equal(one: Batch, two: Batch):
+    assert one.keys == two.keys
+    for name in ("latents", "labels", "t", "noise"):
+        ours, theirs = getattr(one, name), getattr(two, name)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A set with mirrored arrays."""
+    write_set(tmp_path, 10, flipped=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_change_a_bit(folder, workers):
+    alone, many = read(folder), read(folder, workers)
+    assert len(alone) == len(many) == 3
+    for one, two in zip(alone, many, strict=True):
+        assert_equal(one, two)
+
+
+@pytest.mark.parametrize("micro", [None, 1])
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_together_read_what_one_reads(folder, world, micro):
+    by_rank = [read(folder, micro=micro, rank=rank, world=world) for rank in range(world)]
+    passes = len(by_rank[0]) // 3
+    for step, whole in enumerate(read(folder)):
+        parts = [part for ranks in by_rank for part in ranks[step * passes : (step + 1) * passes]]
+        assert_equal(joined(parts), whole)
+
+
+def test_a_resumed_run_reads_the_same_batches(folder):
+    assert_equal(joined(read(folder, start=2, steps=4)), joined(read(folder, steps=4)[2:]))
+
+
+def test_a_batch_has_the_promised_shapes_and_types(folder):
+    batch = read(folder)[0]
+    assert batch.latents.shape == (6, 4, 4, 4) and batch.latents.dtype == torch.float32
+    assert batch.labels.shape == (6,) and batch.labels.dtype == torch.int64
+    assert batch.t.shape == (6, 4) and batch.t.dtype == torch.float32
+    assert batch.noise.shape == (6, 16, 4) and batch.noise.dtype == torch.float32
+    assert len(batch.keys) == 6
+
+
+def test_a_sample_is_the_stored_one_at_its_place_in_the_order(tmp_path):
+    written = {sample.key: sample for sample in write_set(tmp_path, 10)}
+    dataset = open_set(tmp_path, "train.label_drop=0")
+    batch = dataset.__getitems__(list(range(20)))
+    assert sorted(batch.keys) == sorted(list(written) * 2)  # two epochs
+    for number, key in enumerate(batch.keys):
+        assert dataset.shards.read(*dataset.order.locate(number)).key == key
+        assert batch.labels[number] == written[key].label
+        assert np.array_equal(batch.latents[number].numpy(), written[key].latent.astype(np.float32))
+
+
+def test_time_and_noise_are_normal_and_new_each_time(tmp_path):
+    write_set(tmp_path, 10)
+    batch = open_set(tmp_path).__getitems__(list(range(2000)))
+    assert ((batch.t > 0) & (batch.t < 1)).all()
+    for values in (batch.t.logit(), batch.noise):
+        assert values.mean().item() == pytest.approx(0, abs=0.05)
+        assert values.std().item() == pytest.approx(1, abs=0.03)
+        assert (values.abs() < 1).float().mean().item() == pytest.approx(0.683, abs=0.02)
+        assert values.flatten(1).unique(dim=0).shape[0] == 2000
+    # entities and tokens of a sample are drawn apart, and time apart from noise
+    for columns in (
+        batch.t.logit(),
+        batch.noise.flatten(1)[:, :8],
+        torch.stack([batch.t[:, 0].logit(), batch.noise[:, 0, 0]], 1),
+    ):
+        correlation = torch.corrcoef(columns.T) - torch.eye(columns.shape[1])
+        assert correlation.abs().max() < 0.1
+
+
+def test_times_go_through_the_flow_s_distribution(tmp_path, monkeypatch):
+    write_set(tmp_path, 10)
+    dataset = open_set(tmp_path)
+    expected = dataset.__getitems__([5]).t
+    monkeypatch.setattr(loader, "sample_time", lambda normal: normal)
+    assert torch.equal(sample_time(dataset.__getitems__([5]).t), expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_labels_are_dropped_at_the_set_share_by_sample_number(tmp_path, share):
+    write_set(tmp_path, 10)
+    dataset = open_set(tmp_path, f"train.label_drop={share}")
+    labels = dataset.__getitems__(list(range(2000))).labels
+    assert (labels == 10).float().mean().item() == pytest.approx(share, abs=0.03)
+    for number in (0, 7, 1500):
+        assert dataset.__getitems__([number]).labels[0] == labels[number]
+
+
+def test_all_randomness_changes_with_the_seed(folder):
+    numbers = list(range(40))
+    one, two = (open_set(folder, "train.label_drop=0.5", f"train.seed={seed}").__getitems__(numbers) for seed in (0, 1))
+    assert one.keys != two.keys
+    assert not torch.equal(one.labels == 10, two.labels == 10)
+    assert not (one.t == two.t).any() and not (one.noise == two.noise).any()
+
+
+def test_flip_takes_the_mirrored_array_half_of_the_time_and_only_when_on(tmp_path):
+    written = {sample.key: sample for sample in write_set(tmp_path, 10, flipped=True)}
+    numbers = list(range(1000))
+    plain = open_set(tmp_path).__getitems__(numbers)
+    flipping = open_set(tmp_path, "data.flip=true").__getitems__(numbers)
+    mirrored = {key: [] for key in written}
+    for number, key in enumerate(plain.keys):
+        image, mirror = (array.astype(np.float32) for array in (written[key].latent, written[key].flipped))
+        got = flipping.latents[number].numpy()
+        mirrored[key].append(np.array_equal(got, mirror))
+        assert np.array_equal(plain.latents[number].numpy(), image)
+        assert mirrored[key][-1] or np.array_equal(got, image)
+    assert sum(map(sum, mirrored.values())) / 1000 == pytest.approx(0.5, abs=0.06)
+    assert all(0 < sum(times) < len(times) for times in mirrored.values())  # drawn anew each epoch, not by sample
+
+
+def posterior(tmp_path, mean: float, log_variance: float, scale: float) -> LatentDataset:
+    """A set of one stored posterior of 4 channels, all of the mean and log variance given."""
+    stored = np.concatenate([np.full((4, 4, 4), value, np.float32) for value in (mean, log_variance)])
+    samples = [Sample("s", 0, stored, None)]
+    write_set(tmp_path, samples=samples, shape=(8, 4, 4), dtype="float32", stored="moments", latent_scale=scale)
+    return open_set(tmp_path)
+
+
+def test_latents_are_drawn_from_the_stored_posterior_and_scaled(tmp_path):
+    dataset = posterior(tmp_path, 3.0, 2 * np.log(0.5), 0.25)
+    latents = dataset.__getitems__(list(range(500))).latents
+    assert latents.shape == (500, 4, 4, 4) and latents.dtype == torch.float32
+    assert latents.mean().item() == pytest.approx(0.25 * 3.0, abs=0.01)
+    assert latents.std().item() == pytest.approx(0.25 * 0.5, rel=0.03)
+    assert latents.flatten().unique().numel() > 31_000  # drawn anew for every sample number and value
+
+
+@pytest.mark.parametrize(("stored", "counted"), [(50.0, 20.0), (-100.0, -30.0), (20.0, 20.0), (-29.0, -29.0)])
+def test_the_log_variance_is_clipped(tmp_path, stored, counted):
+    latents = posterior(tmp_path, 0.0, stored, 1.0).__getitems__(list(range(100))).latents
+    assert latents.std().item() == pytest.approx(np.exp(0.5 * counted), rel=0.05)
+
+
+def test_the_posterior_noise_is_not_the_flow_noise(tmp_path):
+    dataset = posterior(tmp_path, 0.0, 0.0, 1.0)
+    batch = dataset.__getitems__(list(range(20)))
+    assert not (batch.latents.flatten(1) == batch.noise.flatten(1)).any()
+
+
+def test_stored_latents_are_scaled(tmp_path):
+    written = write_set(tmp_path, 1, latent_scale=0.5)
+    latents = open_set(tmp_path).__getitems__([0]).latents
+    assert np.array_equal(latents[0].numpy(), 0.5 * written[0].latent.astype(np.float32))
+
+
+def test_a_set_that_does_not_fit_the_model_is_refused_with_both_numbers(tmp_path):
+    write_set(tmp_path)
+    info = LatentShards(tmp_path).info
+    path = f"data.path={tmp_path}"
+    with pytest.raises(ConfigError, match=rf"latents in {tmp_path} are \(4, 4, 4\) .*, the model takes \(16, 4, 4\)"):
+        check_fits(info, digits_config(path, "model.channels=16"))
+    with pytest.raises(ConfigError, match=r"are \(4, 4, 4\) .*, the model takes \(4, 8, 4\)"):
+        check_fits(info, digits_config(path, "model.grid=[8, 4]"))
+    with pytest.raises(ConfigError, match=r"10 classes, model.classes is 9"):
+        check_fits(info, digits_config(path, "model.classes=9"))
+    with pytest.raises(ConfigError, match=f"data.flip is on, but {tmp_path} holds no mirrored latents"):
+        check_fits(info, digits_config(path, "data.flip=true"))
+    check_fits(info, digits_config(path, "model.classes=11"))
+    with pytest.raises(ConfigError, match="model.classes is 9"):  # and opening it asks
+        open_set(tmp_path, "model.classes=9")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_corrupt_sample_ends_as_one_line_that_names_it(tmp_path, workers):
+    write_set(tmp_path, 10)
+    path = tmp_path / "latents-000000.tar"
+    content = bytearray(path.read_bytes())
+    content[600] ^= 1
+    path.write_bytes(content)
+    dataset = open_set(tmp_path, f"data.workers={workers}")
+    numbers = RankNumbers(start=0, steps=2, global_batch=10, micro_batch=10, rank=0, world=1)
+    error = None
+    try:
+        list(batches(dataset, numbers, CPU))
+    except DataError as caught:
+        error = caught.with_traceback(None)  # its frames hold the workers, which the garbage collector is slow to end
+    assert type(error) is DataError and error.rank == 0
+    assert str(error) == f"shard {path}, sample s0000 (number 0): checksum does not match"
+
+
+def test_a_dataset_can_be_pickled_to_a_worker(folder):
+    dataset = open_set(folder)
+    expected = dataset.__getitems__([1, 2, 3])
+    assert_equal(pickle.loads(pickle.dumps(dataset)).__getitems__([1, 2, 3]), expected)
+
+
+def test_moving_a_batch_keeps_everything(folder, monkeypatch):
+    batch = read(folder)[0]
+    assert_equal(batch.to(CPU), batch)
+    assert {tensor.device.type for tensor in vars(batch.to(torch.device("meta"))).values() if torch.is_tensor(tensor)} == {
+        "meta"
+    }
+    assert batch.to(torch.device("meta")).keys == batch.keys
+    monkeypatch.setattr("xar_scale.data.loader.Tensor.pin_memory", lambda tensor: tensor.clone())  # pinning needs a GPU
+    assert_equal(batch.pin_memory(), batch)
+    assert batch.pin_memory().noise is not batch.noise

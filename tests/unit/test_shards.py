@@ -1,0 +1,356 @@
+"""Shards: what is written is read, by us and by stock webdataset; every fault is found and named."""
+
+import gc
+import io
+import json
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.unit.conftest import read_set, small_info, small_samples, write_set
+from xar_scale.data import shards as shards_module
+from xar_scale.data.shards import DATASET_FILE, LatentShards, ShardWriter
+from xar_scale.errors import DataError, UsageError
+
+TAR, INDEX = "latents-000001.tar", "latents-000001.index.json"
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def assert_same(read, written):
+    assert [(sample.key, sample.label) for sample in read] == [(sample.key, sample.label) for sample in written]
+    for got, expected in zip(read, written, strict=True):
+        assert got.latent.dtype == expected.latent.dtype and np.array_equal(got.latent, expected.latent)
+        assert (got.flipped is None) == (expected.flipped is None)
+        assert expected.flipped is None or np.array_equal(got.flipped, expected.flipped)
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    count=st.integers(1, 9),
+    per_shard=st.integers(1, 5),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+    dtype=st.sampled_from(["float16", "float32"]),
+    flipped=st.booleans(),
+)
+def test_what_is_written_is_read(tmp_path_factory, count, per_shard, shape, dtype, flipped):
+    folder = tmp_path_factory.mktemp("set")
+    written = write_set(folder, count, per_shard=per_shard, shape=shape, dtype=dtype, flipped=flipped)
+    info = LatentShards(folder).info
+    assert info.samples == count and len(info.shards) == -(-count // per_shard)
+    assert info == small_info(shape=shape, dtype=dtype, flipped=flipped, shards=info.shards)
+    assert_same(read_set(folder), written)
+    LatentShards(folder).check_sizes()
+
+
+def test_samples_are_read_in_any_order(tmp_path):
+    written = write_set(tmp_path, 10)
+    shards = LatentShards(tmp_path)
+    for number in (9, 0, 5, 4, 5):
+        assert_same([shards.read(*divmod(number, 4))], [written[number]])
+
+
+def test_no_more_files_stay_open_than_allowed(tmp_path, monkeypatch):
+    written = write_set(tmp_path, 10, per_shard=1)
+    monkeypatch.setattr(LatentShards, "OPEN_SHARDS", 2)
+    shards = LatentShards(tmp_path)
+
+    def opened():
+        links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+        return sum(os.path.realpath(link).startswith(str(tmp_path)) for link in links)
+
+    for number in (*range(10), *range(10)):
+        assert_same([shards.read(number, 0)], [written[number]])
+        assert opened() <= 2
+    del shards
+    gc.collect()
+    assert opened() == 0
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        write_set(tmp_path / name, flipped=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_stock_webdataset_reads_our_tars(tmp_path):
+    written = write_set(tmp_path, 10, flipped=True)
+    read = []
+    for path in sorted(tmp_path.glob("*.tar")):
+        read += list(wds.WebDataset(str(path), shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in read] == [sample.key for sample in written]
+    for got, expected in zip(read, written, strict=True):
+        assert got["cls"] == expected.label and isinstance(got["cls"], int)
+        assert got["latent.npy"].dtype == np.float16 and np.array_equal(got["latent.npy"], expected.latent)
+        assert np.array_equal(got["flipped.npy"], expected.flipped)
+
+
+def test_mirrored_arrays_are_kept_apart(tmp_path):
+    written = write_set(tmp_path, 3, flipped=True)
+    for got, expected in zip(read_set(tmp_path), written, strict=True):
+        assert np.array_equal(got.flipped, expected.flipped) and not np.array_equal(got.flipped, got.latent)
+
+
+def test_moments_are_twice_the_latent_channels(tmp_path):
+    write_set(tmp_path, 1, shape=(8, 4, 2), stored="moments")
+    assert LatentShards(tmp_path).info.latent_shape == (4, 4, 2)
+    assert small_info(shape=(8, 4, 2)).latent_shape == (8, 4, 2)
+
+
+def test_an_opened_set_can_be_pickled_to_a_worker(tmp_path):
+    written = write_set(tmp_path, 6)
+    shards = LatentShards(tmp_path)
+    shards.read(0, 0)
+    again = pickle.loads(pickle.dumps(shards))
+    assert again.info == shards.info
+    assert_same([again.read(1, 1), shards.read(1, 0)], [written[5], written[4]])
+
+
+# writing
+
+
+def test_a_set_is_never_written_over(tmp_path):
+    write_set(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(UsageError, match=f"{tmp_path} already holds a data set"):
+        write_set(tmp_path, 3)
+    assert contents(tmp_path) == before
+
+
+def test_a_set_not_written_to_its_end_is_no_set(tmp_path):
+    info = small_info()
+
+    def breaks():
+        with ShardWriter(tmp_path, info, samples_per_shard=2) as writer:
+            for sample in small_samples(5, info):
+                writer.add(*sample)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        breaks()
+    assert (tmp_path / "latents-000000.tar").exists() and not (tmp_path / DATASET_FILE).exists()
+    with pytest.raises(DataError, match=f"{tmp_path} holds no dataset.json: not a data set, or one not written to its end"):
+        LatentShards(tmp_path)
+    written = write_set(tmp_path, 5)  # and can be written again
+    assert_same(read_set(tmp_path), written)
+
+
+def test_no_temporary_file_is_left(tmp_path):
+    write_set(tmp_path, 5)
+    shards = ["latents-000000.index.json", "latents-000000.tar", INDEX, TAR]
+    assert sorted(contents(tmp_path)) == ["dataset.json", *shards]
+
+
+@pytest.mark.parametrize("key", ["n.1", "a/b"])
+def test_keys_that_webdataset_would_cut_are_refused(tmp_path, key):
+    with pytest.raises(UsageError, match=f"sample key '{key}'"):
+        ShardWriter(tmp_path, small_info()).add(key, 0, np.zeros((4, 4, 4), np.float16))
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_outside_the_classes_are_refused(tmp_path, label):
+    with pytest.raises(DataError, match=rf"sample a: label {label} is outside 0..9"):
+        ShardWriter(tmp_path, small_info()).add("a", label, np.zeros((4, 4, 4), np.float16))
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 4, 5), np.float16), np.zeros((4, 4, 4), np.float32)])
+def test_arrays_of_another_shape_or_type_are_refused(tmp_path, array):
+    right = np.zeros((4, 4, 4), np.float16)
+    writer = ShardWriter(tmp_path, small_info(flipped=True))
+    with pytest.raises(DataError, match=r"sample a: latent.npy is float.*, the set is float16\(4, 4, 4\)"):
+        writer.add("a", 0, array, right)
+    with pytest.raises(DataError, match=r"sample a: flipped.npy is float"):
+        writer.add("a", 0, right, array)
+
+
+# faults: each ends in a DataError that names the file
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(DataError, match=f"no data folder at {tmp_path}/absent"):
+        LatentShards(tmp_path / "absent")
+
+
+def edit_json(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("text", ["", '{"format": 1, "sha', "[]", "null", "\x00\x01"])
+def test_a_torn_description_is_named(tmp_path, text):
+    write_set(tmp_path)
+    (tmp_path / DATASET_FILE).write_text(text)
+    with pytest.raises(DataError, match=f"{tmp_path}/dataset.json "):
+        LatentShards(tmp_path)
+
+
+def test_a_description_of_another_format_is_refused_with_both(tmp_path):
+    write_set(tmp_path)
+    edit_json(tmp_path / DATASET_FILE, lambda values: values.update(format=99))
+    with pytest.raises(DataError, match=r"dataset.json is of format 99, this version reads 1"):
+        LatentShards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.pop("shards"),
+        lambda values: values.pop("classes"),
+        lambda values: values.update(more=1),
+        lambda values: values["shards"][0].pop("bytes"),
+    ],
+)
+def test_a_description_with_other_fields_is_refused(tmp_path, change):
+    write_set(tmp_path)
+    edit_json(tmp_path / DATASET_FILE, change)
+    with pytest.raises(DataError, match="dataset.json lacks fields or has unknown ones"):
+        LatentShards(tmp_path)
+
+
+def test_an_empty_set_is_refused(tmp_path):
+    write_set(tmp_path, 0)
+    with pytest.raises(DataError, match="dataset.json lists no samples"):
+        LatentShards(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), r"is truncated: \d+ bytes, the index says \d+"),
+        (lambda path: path.write_bytes(path.read_bytes()[:3000]), "is truncated: 3000 bytes"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "is changed"),
+    ],
+)
+def test_a_missing_or_cut_tar_is_named(tmp_path, change, says):
+    write_set(tmp_path)
+    change(tmp_path / TAR)
+    shards = LatentShards(tmp_path)
+    shards.read(0, 0)  # the others are read as before
+    for use in (shards.check_sizes, lambda: shards.read(1, 0)):
+        with pytest.raises(DataError, match=f"shard {tmp_path}/{TAR} {says}"):
+            use()
+
+
+def _member(folder, number):
+    """A member of the shard: (name, offset of its header, offset of its payload, size)."""
+    with tarfile.open(folder / TAR) as tar:
+        member = tar.getmembers()[number]
+        return member.name, member.offset, member.offset_data, member.size
+
+
+@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("where", ["header's first byte", "header's padding", "payload's first byte", "payload's last byte"])
+def test_one_flipped_bit_is_found_and_its_sample_named(tmp_path, number, where):
+    written = write_set(tmp_path, 10)
+    name, header, payload, size = _member(tmp_path, number)
+    at = {"header's first byte": header, "header's padding": header + 511, "payload's first byte": payload}
+    at["payload's last byte"] = payload + size - 1
+    content = bytearray((tmp_path / TAR).read_bytes())
+    content[at[where]] ^= 1
+    (tmp_path / TAR).write_bytes(content)
+    shards, bad = LatentShards(tmp_path), number // 2
+    with pytest.raises(DataError, match=rf"shard {tmp_path}/{TAR}, sample {name.split('.')[0]} \(number {bad}\): checksum"):
+        shards.read(1, bad)
+    for position in set(range(4)) - {bad}:
+        assert_same([shards.read(1, position)], [written[4 + position]])
+
+
+def test_a_tar_cut_while_it_is_open_is_found(tmp_path):
+    write_set(tmp_path)
+    shards = LatentShards(tmp_path)
+    shards.read(1, 0)
+    with (tmp_path / TAR).open("r+b") as file:
+        file.truncate(3000)
+    with pytest.raises(DataError, match=f"{TAR}, sample s0007"):
+        shards.read(1, 3)
+
+
+@pytest.mark.parametrize("text", ["", '{"keys": ["a', "[1]", '{"keys": []}', '{"keys": 3, "offset": 3}'])
+def test_a_torn_index_is_named(tmp_path, text):
+    write_set(tmp_path)
+    (tmp_path / INDEX).write_text(text)
+    shards = LatentShards(tmp_path)
+    shards.read(0, 0)
+    with pytest.raises(DataError, match=f"{tmp_path}/{INDEX} "):
+        shards.read(1, 0)
+
+
+def test_a_missing_index_is_named(tmp_path):
+    write_set(tmp_path)
+    (tmp_path / INDEX).unlink()
+    with pytest.raises(DataError, match=f"{tmp_path}/{INDEX} is missing"):
+        LatentShards(tmp_path).read(1, 0)
+
+
+@pytest.mark.parametrize("field", ["keys", "crc32", "spans"])
+def test_an_index_of_another_count_is_refused(tmp_path, field):
+    write_set(tmp_path)
+
+    def shorten(values):
+        for name in ("offset", "size") if field == "spans" else (field,):
+            values[name].pop()
+
+    edit_json(tmp_path / INDEX, shorten)
+    with pytest.raises(DataError, match=rf"{INDEX} lists \d samples, dataset.json says 4"):
+        LatentShards(tmp_path).read(1, 0)
+
+
+def test_the_index_of_another_shard_is_refused(tmp_path):
+    write_set(tmp_path, 8)
+    (tmp_path / INDEX).write_bytes((tmp_path / "latents-000000.index.json").read_bytes())
+    with pytest.raises(DataError, match=TAR):
+        LatentShards(tmp_path).read(1, 0)
+
+
+class Marker:
+    """Unpickling one is seen."""
+
+    def __reduce__(self):
+        return _unpickled.append, (1,)
+
+
+_unpickled: list[int] = []
+
+
+def test_a_pickle_is_never_loaded(tmp_path, monkeypatch):
+    def evil_npy(array):
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([Marker()] * array.size, dtype=object).reshape(array.shape), allow_pickle=True)
+        return buffer.getvalue()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "_npy", evil_npy)
+        write_set(tmp_path)  # index and checksums are right
+    with pytest.raises(DataError, match=r"latents-000000.tar, sample s0000: array is not float16\(4, 4, 4\)"):
+        LatentShards(tmp_path).read(0, 0)
+    assert _unpickled == []
+
+
+@pytest.mark.parametrize("other", [np.zeros((4, 4, 2), np.float16), np.zeros((4, 4, 4), np.float32), np.zeros(1)])
+def test_an_array_of_another_shape_or_type_in_a_tar_is_refused(tmp_path, monkeypatch, other):
+    npy = shards_module._npy
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "_npy", lambda array: npy(other))
+        write_set(tmp_path)
+    with pytest.raises(DataError, match=r"latents-000000.tar, sample s0000: array is not float16\(4, 4, 4\)"):
+        LatentShards(tmp_path).read(0, 0)
+
+
+def test_an_array_that_ends_early_is_refused(tmp_path, monkeypatch):
+    npy = shards_module._npy
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module, "_npy", lambda array: npy(array)[:-2])
+        write_set(tmp_path)
+    with pytest.raises(DataError, match="sample s0000: array is not"):
+        LatentShards(tmp_path).read(0, 0)

@@ -1,0 +1,218 @@
+"""Checkpoints of one process: whole or absent, checked, kept and replaced as promised; and what resuming refuses."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import digits_config, random_batch
+from xar_scale.checkpoint import store as store_module
+from xar_scale.checkpoint.store import Report, Store, check_continues, load, load_weights, read_manifest, verify
+from xar_scale.data.order import Position
+from xar_scale.data.shards import DatasetInfo, ShardInfo
+from xar_scale.ema import EMA
+from xar_scale.engines import create_engine
+from xar_scale.errors import ConfigError, DataError, UsageError
+from xar_scale.model.xar import XAR, init_weights
+
+CONFIG = digits_config("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
+INFO = DatasetInfo(
+    tokenizer={"name": "pixel", "patch": 2, "image_channels": 1},
+    latent_scale=1.0,
+    stored="latents",
+    shape=(4, 4, 4),
+    dtype="float16",
+    classes=10,
+    flipped=False,
+    shards=(ShardInfo("a", 100, 1),),
+)
+
+
+class Run:
+    """A tiny model in training, and its store."""
+
+    def __init__(self, folder: Path, seed: int = 0, keep_last: int = 2) -> None:
+        model = XAR(CONFIG.model)
+        init_weights(model, seed)
+        self.engine = create_engine(model, CONFIG, torch.device("cpu"))
+        self.ema = EMA([shard.master for shard in self.engine.shards()], 0.9)
+        self.store, self.step = Store(folder, keep_last), 0
+
+    def train(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            verdict = self.engine.agree(self.engine.forward_backward(random_batch(self.step)))
+            self.engine.step(1e-2, verdict)
+            self.ema.update()
+            self.step += 1
+
+    def save(self) -> Path:
+        position = Position(*divmod(self.step * CONFIG.train.global_batch, INFO.samples))
+        return self.store.save(self.step, self.engine, self.ema, CONFIG, position, INFO)
+
+    def state(self) -> list[torch.Tensor]:
+        shards = [tensor.clone() for s in self.engine.shards() for tensor in (s.master, s.exp_avg, s.exp_avg_sq)]
+        return shards + [average.clone() for average in self.ema.averages]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_saved_comes_back_into_another_engine_and_trains_on_the_same(tmp_path):
+    run, other = Run(tmp_path), Run(tmp_path, seed=1)
+    run.train(3)
+    load(verify(run.save()), other.engine, other.ema)
+    other.step = 3
+    assert same(run.state(), other.state())
+    run.train(2)
+    other.train(2)
+    assert same(run.state(), other.state())
+
+
+def test_the_manifest_says_what_is_inside(tmp_path):
+    run = Run(tmp_path)
+    run.train(13)
+    path = run.save()
+    manifest = read_manifest(path).manifest
+    assert (manifest.step, manifest.samples_consumed, manifest.position) == (13, 104, Position(1, 4))
+    assert (manifest.world, manifest.engine, manifest.precision, manifest.seed) == (1, "single", "fp32", 0)
+    assert manifest.config == CONFIG.to_dict()
+    assert manifest.dataset == {"samples": 100, "tokenizer": INFO.tokenizer, "latent_scale": 1.0}
+    assert manifest.shapes["encoder.0.attn.qkv.weight"] == [48, 16]
+    assert set(manifest.files) == set(os.listdir(path)) - {"manifest.json"}
+    assert not [name for name in manifest.files if not name.endswith(".safetensors")]  # no pickle
+
+
+def test_averages_and_weights_load_whole(tmp_path):
+    run = Run(tmp_path)
+    run.train(2)
+    checkpoint = verify(run.save())
+    for which, tensors in (("model", [s.master for s in run.engine.shards()]), ("ema", run.ema.averages)):
+        loaded = load_weights(checkpoint, which)
+        for shard, tensor in zip(run.engine.shards(), tensors, strict=True):
+            assert torch.equal(loaded[shard.name], tensor.view(shard.shape))
+    assert not torch.equal(
+        load_weights(checkpoint, "model")["in_proj.weight"], load_weights(checkpoint, "ema")["in_proj.weight"]
+    )
+
+
+def test_keeps_the_last_and_names_the_newest(tmp_path):
+    run = Run(tmp_path, keep_last=2)
+    for _ in range(4):
+        run.train()
+        run.save()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step-00000003", "step-00000004"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000004\n"
+
+
+@pytest.mark.parametrize("moment", ["write", "checksum", "manifest", "publish"])
+def test_a_save_cut_short_leaves_the_one_before_and_nothing_half(tmp_path, monkeypatch, moment):
+    run = Run(tmp_path)
+    run.train()
+    first = run.save()
+    run.train()
+
+    def crash(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    place = {
+        "write": (store_module.dcp, "save"),
+        "checksum": (store_module, "_fingerprint"),
+        "manifest": (store_module, "write_atomically"),
+        "publish": (Store, "_publish"),
+    }[moment]
+    with monkeypatch.context() as broken:
+        broken.setattr(*place, crash)
+        with pytest.raises(KeyboardInterrupt):
+            run.save()
+    assert run.store.newest_valid(Report()).path == first
+    again = run.save()  # and the leftovers are in nobody's way
+    assert run.store.newest_valid(Report()).path == again
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda path: flip_byte(next(path.glob("*.safetensors"))), "is not as it was written"),
+        (lambda path: next(path.glob("*.safetensors")).unlink(), "is missing"),
+        (lambda path: os.truncate(next(path.glob("*.safetensors")), 100), "is not as it was written"),
+        (lambda path: os.truncate(path / "manifest.json", 50), "manifest.json is torn or changed"),
+        (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
+        (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "is of format 99"),
+        (lambda path: (path / "manifest.json").write_text('{"format": 1}'), "manifest.json is torn or changed"),
+    ],
+)
+def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, damage, complaint):
+    run = Run(tmp_path)
+    run.train()
+    first = run.save()
+    run.train()
+    second = run.save()
+    damage(second)
+    with pytest.raises(DataError, match=complaint):
+        verify(second)
+    assert run.store.newest_valid(Report()).path == first
+    said = capsys.readouterr().out
+    assert complaint in said and str(second) in said and "trying the checkpoint before it" in said
+    damage(first)
+    with pytest.raises(DataError, match="none of the 2 checkpoints"):  # never a silent start from nothing
+        run.store.newest_valid(Report())
+
+
+def test_no_checkpoint_is_not_an_error_but_a_wrong_path_is(tmp_path):
+    assert Store(tmp_path, keep_last=1).newest_valid(Report()) is None
+    with pytest.raises(UsageError, match="no checkpoint at"):
+        verify(tmp_path / "step-00000001")
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "complaint"),
+    [
+        ("model", {"width": 32}, "model.width is 32, .* was made with 16"),
+        ("train", {"seed": 1}, "train.seed is 1, .* was made with 0"),
+        ("train", {"global_batch": 16}, "train.global_batch is 16, .* was made with 8"),
+        ("data", {"window": 5}, "data.window is 5, .* was made with 8192"),
+    ],
+)
+def test_a_config_that_would_not_continue_is_refused(tmp_path, section, change, complaint):
+    run = Run(tmp_path)
+    checkpoint = verify(run.save())
+    check_continues(checkpoint, CONFIG, INFO)
+    changed = dataclasses.replace(CONFIG, **{section: dataclasses.replace(getattr(CONFIG, section), **change)})
+    with pytest.raises(ConfigError, match=complaint):
+        check_continues(checkpoint, changed, INFO)
+
+
+def test_other_data_is_refused(tmp_path):
+    checkpoint = verify(Run(tmp_path).save())
+    with pytest.raises(ConfigError, match="data.path holds 101 samples, .* was made with 100"):
+        check_continues(checkpoint, CONFIG, dataclasses.replace(INFO, shards=(ShardInfo("a", 101, 1),)))
+
+
+def test_a_longer_run_or_another_rate_continues(tmp_path):
+    checkpoint = verify(Run(tmp_path).save())
+    longer = digits_config(
+        "train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8", "train.steps=5000", "optim.lr=1e-5"
+    )
+    check_continues(checkpoint, longer, INFO)
+
+
+def test_the_format_is_read_back_by_safetensors_alone(tmp_path):
+    from safetensors.torch import load_file
+
+    run = Run(tmp_path)
+    run.train()
+    path = run.save()
+    tensors = load_file(next(path.glob("*.safetensors")))
+    names = {shard.name for shard in run.engine.shards()}
+    assert set(tensors) == {f"{kind}/{name}" for kind in ("model", "ema", "exp_avg", "exp_avg_sq") for name in names}
+    assert {(tensor.dtype, tensor.ndim) for tensor in tensors.values()} == {(torch.float32, 1)}

@@ -1,0 +1,72 @@
+"""The pixel tokenizer is exact."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xar_scale.errors import ConfigError, DataError
+from xar_scale.tokenizers import create_tokenizer
+from xar_scale.tokenizers.pixel import PixelTokenizer
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    batch=st.integers(1, 3),
+    channels=st.integers(1, 4),
+    patch=st.integers(1, 4),
+    down=st.integers(1, 4),
+    across=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_decoding_gives_back_every_pixel(batch, channels, patch, down, across, seed):
+    shape = (batch, channels, patch * down, patch * across)
+    images = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    tokenizer = PixelTokenizer(patch, channels)
+    latents = tokenizer.encode(images)
+    assert latents.dtype == np.float16 and latents.shape == (batch, channels * patch**2, down, across)
+    assert latents.flags.c_contiguous
+    decoded = tokenizer.decode(torch.from_numpy(latents))
+    assert decoded.dtype == np.uint8
+    assert np.array_equal(decoded, images)
+
+
+def test_decoding_gives_back_every_grey_level():
+    images = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    tokenizer = PixelTokenizer(patch=2)
+    latents = tokenizer.encode(images)
+    assert latents.min() == -1 and latents.max() == 1
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        assert np.array_equal(tokenizer.decode(torch.from_numpy(latents).to(dtype)), images)
+
+
+def test_a_token_is_a_patch_row_by_row():
+    image = np.arange(16, dtype=np.uint8).reshape(1, 1, 4, 4)
+    latents = PixelTokenizer(patch=2).encode(image)
+    assert np.rint((latents[0, :, 0, 1] + 1) * 127.5).tolist() == [2, 3, 6, 7]
+
+
+def test_levels_beyond_black_and_white_are_clipped():
+    latents = torch.tensor([-3.0, -1.0, 1.0, 3.0]).view(1, 1, 2, 2)
+    assert PixelTokenizer(patch=1).decode(latents).flatten().tolist() == [0, 0, 255, 255]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5, 4), (1, 1, 4, 5), (1, 3, 4, 4)])
+def test_images_that_do_not_fit_are_refused_with_both_sizes(shape):
+    says = f"images of {shape[1]} channels and {shape[2]}x{shape[3]} pixels do not fit .* 1 channels and 2x2 patches"
+    with pytest.raises(ConfigError, match=says):
+        PixelTokenizer(patch=2).encode(np.zeros(shape, np.uint8))
+
+
+def test_a_tokenizer_is_made_again_from_its_name_and_settings():
+    tokenizer = PixelTokenizer(patch=4, image_channels=3)
+    again = create_tokenizer(tokenizer.name, **tokenizer.settings)
+    assert isinstance(again, PixelTokenizer) and again.settings == {"patch": 4, "image_channels": 3}
+
+
+def test_unknown_tokenizers_and_settings_are_refused_with_the_known_names():
+    with pytest.raises(DataError, match="no tokenizer 'vq' .*; there are: pixel"):
+        create_tokenizer("vq")
+    with pytest.raises(DataError, match="no tokenizer 'pixel' with settings {'side': 2}"):
+        create_tokenizer("pixel", side=2)
