@@ -8,7 +8,7 @@ DEMO := runs/demo
 
 demo: install
 	test -f $(DEMO)/data/dataset.json || python tools/cache_latents.py digits --out $(DEMO)/data
-	launchers/deepspeed.sh train --recipe digits --run $(DEMO)
+	launchers/deepspeed.sh train --recipe digits --run-dir $(DEMO)
 	xar-scale sample $(DEMO) --per-class 50 --show 10 --out $(DEMO)/samples.png
 	xar-scale evaluate $(DEMO)/samples.npz --out $(DEMO)/verdict.json
 	@echo
@@ -18,7 +18,7 @@ demo: install
 	@echo "TensorBoard  $(VENV)/bin/tensorboard --logdir $(DEMO)/tensorboard"
 	@echo "next         . .venv/bin/activate"
 	@echo "             xar-scale sample $(DEMO) --classes 3,7 --out $(DEMO)/more.png --seed 1 sample.guidance=3.0"
-	@echo "             launchers/deepspeed.sh train --recipe digits --run runs/wider data.path=$(DEMO)/data model.width=192"
+	@echo "             launchers/deepspeed.sh train --recipe digits --run-dir runs/wider data.path=$(DEMO)/data model.width=192"
 	@echo "             README.md, From here to ImageNet"
 
 test: install lint

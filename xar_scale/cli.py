@@ -39,6 +39,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ({self.prog} --help shows what there is)")
 
@@ -58,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--recipe", help=f"where the config starts: {', '.join(RECIPES)}")
     train.add_argument("--config", type=Path, help="a YAML file laid over the recipe")
-    train.add_argument("--run", type=Path, help="folder of checkpoints, metrics and the config (default: runs/RECIPE)")
+    train.add_argument("--run-dir", type=Path, help="folder of checkpoints, metrics and the config (default: runs/RECIPE)")
     train.add_argument("--resume", default="auto", help="auto (the newest valid checkpoint of the run), none, or a path")
     train.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
     train.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment says it too
@@ -94,11 +97,11 @@ def _train(options: argparse.Namespace) -> None:
     if options.print_config:
         print(config.to_yaml(), end="")
         return
-    if options.run is None and options.recipe is None:
-        raise UsageError("train needs --run when there is no --recipe to name it after")
+    if options.run_dir is None and options.recipe is None:
+        raise UsageError("train needs --run-dir when there is no --recipe to name it after")
     from xar_scale.train import train
 
-    train(config, options.run or Path("runs") / options.recipe, options.resume)
+    train(config, options.run_dir or Path("runs") / options.recipe, options.resume)
 
 
 def _sample(options: argparse.Namespace) -> None:

@@ -128,8 +128,8 @@ def _find_checkpoint(store: Store, resume: str, report: Report) -> Checkpoint | 
         return store.newest_valid(report)
     if resume == "none":
         if store.paths():
-            raise UsageError(f"{store.folder} holds checkpoints: use --resume auto to go on, or another --run")
+            raise UsageError(f"{store.folder} holds checkpoints: use --resume auto to go on, or another --run-dir")
         return None
     if store.paths():
-        raise UsageError(f"{store.folder} holds checkpoints already: --resume {resume} needs a new --run")
+        raise UsageError(f"{store.folder} holds checkpoints already: --resume {resume} needs a new --run-dir")
     return dist.together(lambda: verify(Path(resume)))

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def folder(tmp_path_factory):
 
 def arguments(folder: Path, run: str, engine: str, *more: str) -> list[str]:
     own = [f"data.path={folder / 'data'}", f"train.engine={engine}"]
-    return ["-m", "xar_scale", "train", "--recipe", "digits", "--run", str(folder / run), *SETTINGS, *own, *more]
+    return ["-m", "xar_scale", "train", "--recipe", "digits", "--run-dir", str(folder / run), *SETTINGS, *own, *more]
 
 
 def train(folder: Path, run: str, world: int, engine: str, *more: str) -> Path:
@@ -109,6 +110,18 @@ def test_training_moves_every_part_of_the_state(zero2):
     before, after = state(zero2, 10), state(zero2, STEPS)
     assert [name for name in before if torch.equal(before[name], after[name])] == []
     assert all(not torch.equal(after[name], after[name.replace("ema/", "model/")]) for name in after if name.startswith("ema/"))
+
+
+def test_the_average_follows_every_step(folder):
+    run = train(
+        folder, "average", 1, "single", "train.checkpoint_every=1", "train.keep_last=9", "train.steps=5", "optim.ema_decay=0.7"
+    )
+    states = [state(run, step) for step in range(1, 6)]
+    for before, after in pairwise(states):
+        for name, weight in after.items():
+            if name.startswith("model/"):
+                average = name.replace("model/", "ema/")
+                torch.testing.assert_close(after[average], 0.7 * before[average] + 0.3 * weight, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.timeout(300)

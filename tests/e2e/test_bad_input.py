@@ -33,7 +33,7 @@ def run(folder):
 
 
 def train(folder: Path, run: str, *more: str, world: int = 1, data: str = "data"):
-    own = ["--recipe", "digits", "--run", str(folder / run), f"data.path={folder / data}", *SMALL]
+    own = ["--recipe", "digits", "--run-dir", str(folder / run), f"data.path={folder / data}", *SMALL]
     return launch(world, ["-m", "xar_scale", "train", *own, *more], folder / "logs" / run)
 
 

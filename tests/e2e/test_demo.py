@@ -47,7 +47,7 @@ def trained(folder):
     cached = command(sys.executable, "tools/cache_latents.py", "digits", "--out", str(folder / "data"))
     assert (cached.returncode, cached.stdout) == (0, f"1797 samples in 8 shards: {folder / 'data'}\n"), cached.stderr
     more = ["train.steps=300", "train.checkpoint_every=250", "optim.lr=4e-3", f"data.path={folder / 'data'}"]
-    done = command("launchers/deepspeed.sh", "train", "--recipe", "digits", "--run", str(folder / "run"), *more)
+    done = command("launchers/deepspeed.sh", "train", "--recipe", "digits", "--run-dir", str(folder / "run"), *more)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -10,7 +10,7 @@ from torch import nn
 from tests.unit.conftest import nano_model, normal, unequal_layout
 from xar_scale.config import ModelConfig
 from xar_scale.errors import ConfigError, UsageError
-from xar_scale.model.layers import NORM_EPS, GatedMLP, RMSNorm, TimeEmbedding, by_entity
+from xar_scale.model.layers import GatedMLP, RMSNorm, TimeEmbedding, by_entity
 from xar_scale.model.xar import XAR, create_model, init_weights
 
 
@@ -28,11 +28,11 @@ class NoAttention(nn.Module):
 @pytest.mark.parametrize("affine", [True, False])
 def test_rms_norm_is_the_naive_one(affine):
     norm = RMSNorm(8, affine)
-    x = normal(0, 3, 5, 8, dtype=torch.float32)
+    x = 1e-3 * normal(0, 3, 5, 8, dtype=torch.float32)  # so small that epsilon, 1e-6, is half of it
     weight = torch.ones(8)
     if affine:
         weight = norm.weight.data = normal(1, 8, dtype=torch.float32)
-    expected = x / torch.sqrt((x**2).mean(-1, keepdim=True) + NORM_EPS) * weight
+    expected = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6) * weight
     torch.testing.assert_close(norm(x), expected, atol=1e-6, rtol=1e-5)
     assert len(list(norm.parameters())) == int(affine)
 

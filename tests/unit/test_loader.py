@@ -10,6 +10,7 @@ from tests.conftest import digits_config
 from tests.unit.conftest import write_set
 from xar_scale.data import loader
 from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches, check_fits
+from xar_scale.data.order import SampleOrder
 from xar_scale.data.shards import LatentShards, Sample
 from xar_scale.errors import ConfigError, DataError
 from xar_scale.flow import sample_time
@@ -84,6 +85,8 @@ def test_a_sample_is_the_stored_one_at_its_place_in_the_order(tmp_path):
     written = {sample.key: sample for sample in write_set(tmp_path, 10)}
     dataset = open_set(tmp_path, "train.label_drop=0")
     batch = dataset.__getitems__(list(range(20)))
+    order = SampleOrder([4, 4, 2], seed=0, window=6)
+    assert [dataset.order.locate(n) for n in range(20)] == [order.locate(n) for n in range(20)]
     assert sorted(batch.keys) == sorted(list(written) * 2)  # two epochs
     for number, key in enumerate(batch.keys):
         assert dataset.shards.read(*dataset.order.locate(number)).key == key

@@ -52,9 +52,11 @@ def test_epochs_and_seeds_differ_and_none_is_in_storage_order():
     assert all(one != two for one, two in itertools.combinations(seen, 2))
 
 
-def test_shards_and_windows_are_both_shuffled_anew_each_epoch():
+def test_shards_and_windows_are_both_shuffled_by_epoch_and_seed():
     shard_orders = {tuple(epoch(SampleOrder(COUNTS, 0, 1), number)) for number in range(20)}
     assert len(shard_orders) > 10  # of 24
+    assert len({tuple(epoch(SampleOrder(COUNTS, seed, 1), 0)) for seed in range(20)}) > 10
+    assert len({tuple(epoch(SampleOrder([20], seed, 20), 0)) for seed in range(20)}) == 20
     one_shard = [epoch(SampleOrder([40], 0, 20), number) for number in range(3)]
     inside = [tuple(place % 20 for _, place in order[half * 20 : half * 20 + 20]) for order in one_shard for half in (0, 1)]
     assert len(set(inside)) == 6  # each window of each epoch has its own order

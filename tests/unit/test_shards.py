@@ -80,6 +80,8 @@ def test_the_same_samples_give_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         write_set(tmp_path / name, flipped=True)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    with tarfile.open(tmp_path / "one" / TAR) as tar:  # nothing of when and by whom
+        assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
 
 
 def test_stock_webdataset_reads_our_tars(tmp_path):
@@ -276,7 +278,17 @@ def test_a_tar_cut_while_it_is_open_is_found(tmp_path):
         shards.read(1, 3)
 
 
-@pytest.mark.parametrize("text", ["", '{"keys": ["a', "[1]", '{"keys": []}', '{"keys": 3, "offset": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"keys": ["a',
+        "[1]",
+        '{"keys": []}',
+        '{"keys": ["a"], "offset": [1], "size": [1, 2], "crc32": [1], "members": {}}',
+        '{"keys": ["a"], "offset": [1], "size": [1], "crc32": [1], "members": {"cls": 3}}',
+    ],
+)
 def test_a_torn_index_is_named(tmp_path, text):
     write_set(tmp_path)
     (tmp_path / INDEX).write_text(text)
@@ -293,12 +305,13 @@ def test_a_missing_index_is_named(tmp_path):
         LatentShards(tmp_path).read(1, 0)
 
 
-@pytest.mark.parametrize("field", ["keys", "crc32", "spans"])
+@pytest.mark.parametrize("field", ["keys", "crc32", "spans", "all"])
 def test_an_index_of_another_count_is_refused(tmp_path, field):
     write_set(tmp_path)
 
     def shorten(values):
-        for name in ("offset", "size") if field == "spans" else (field,):
+        fields = {"spans": ("offset", "size"), "all": ("keys", "crc32", "offset", "size")}
+        for name in fields.get(field, (field,)):
             values[name].pop()
 
     edit_json(tmp_path / INDEX, shorten)
@@ -337,7 +350,9 @@ def test_a_pickle_is_never_loaded(tmp_path, monkeypatch):
     assert _unpickled == []
 
 
-@pytest.mark.parametrize("other", [np.zeros((4, 4, 2), np.float16), np.zeros((4, 4, 4), np.float32), np.zeros(1)])
+@pytest.mark.parametrize(
+    "other", [np.zeros((4, 4, 2), np.float16), np.zeros((4, 4, 4), np.int16), np.zeros((4, 2, 8), np.float16)]
+)
 def test_an_array_of_another_shape_or_type_in_a_tar_is_refused(tmp_path, monkeypatch, other):
     npy = shards_module._npy
     with monkeypatch.context() as patch:

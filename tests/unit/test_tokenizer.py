@@ -39,6 +39,8 @@ def test_decoding_gives_back_every_grey_level():
     assert latents.min() == -1 and latents.max() == 1
     for dtype in (torch.float16, torch.float32, torch.float64):
         assert np.array_equal(tokenizer.decode(torch.from_numpy(latents).to(dtype)), images)
+    rounded = torch.from_numpy(latents).bfloat16()  # not exact, but no worse than its own rounding
+    assert np.array_equal(tokenizer.decode(rounded), tokenizer.decode(rounded.float()))
 
 
 def test_a_token_is_a_patch_row_by_row():

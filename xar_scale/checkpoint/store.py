@@ -138,7 +138,7 @@ class Store:
             except DataError as error:
                 report(f"{error}; trying the checkpoint before it")
         if paths:
-            raise DataError(f"none of the {len(paths)} checkpoints in {self.folder} is valid; to start anew use another --run")
+            raise DataError(f"none of the {len(paths)} checkpoints in {self.folder} is valid; another --run-dir starts anew")
         return None
 
 

@@ -84,12 +84,10 @@ class DeepSpeedEngine(Engine):
     def shards_written(self, steps: int) -> None:
         for flat in self.optimizer.fp32_partitioned_groups_flat:
             adam_state(self.optimizer.optimizer, flat)["step"].fill_(steps)
-        # 0.19.8: the master shards are not what the next pass gathers; copy them there, and gather anew what is kept whole
+        # 0.19.8: the master shards are not what the next pass gathers: let go of what is gathered, and copy them there
         self.optimizer._partition_all_parameters()
         for group in range(len(self.optimizer.fp16_groups)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if self.optimizer.persistent_parameters:
-            self.optimizer.persistent_parameters[0].all_gather(self.optimizer.persistent_parameters)
 
 
 def _offsets(parameters: list[Any]) -> list[int]:

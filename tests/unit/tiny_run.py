@@ -1,0 +1,51 @@
+"""A tiny model in training on one process, and its checkpoints."""
+
+from pathlib import Path
+
+import torch
+
+from tests.conftest import digits_config, random_batch
+from xar_scale.checkpoint.store import Store
+from xar_scale.data.order import Position
+from xar_scale.data.shards import DatasetInfo, ShardInfo
+from xar_scale.ema import EMA
+from xar_scale.engines import create_engine
+from xar_scale.model.xar import XAR, init_weights
+
+CONFIG = digits_config("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
+INFO = DatasetInfo(
+    tokenizer={"name": "pixel", "patch": 2, "image_channels": 1},
+    latent_scale=1.0,
+    stored="latents",
+    shape=(4, 4, 4),
+    dtype="float16",
+    classes=10,
+    flipped=False,
+    shards=(ShardInfo("a", 100, 1),),
+)
+
+
+class Run:
+    """A tiny model in training, and its store."""
+
+    def __init__(self, folder: Path, seed: int = 0, keep_last: int = 2) -> None:
+        model = XAR(CONFIG.model)
+        init_weights(model, seed)
+        self.engine = create_engine(model, CONFIG, torch.device("cpu"))
+        self.ema = EMA([shard.master for shard in self.engine.shards()], 0.9)
+        self.store, self.step = Store(folder, keep_last), 0
+
+    def train(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            verdict = self.engine.agree(self.engine.forward_backward(random_batch(self.step)))
+            self.engine.step(1e-2, verdict)
+            self.ema.update()
+            self.step += 1
+
+    def save(self) -> Path:
+        position = Position(*divmod(self.step * CONFIG.train.global_batch, INFO.samples))
+        return self.store.save(self.step, self.engine, self.ema, CONFIG, position, INFO)
+
+    def state(self) -> list[torch.Tensor]:
+        shards = [tensor.clone() for s in self.engine.shards() for tensor in (s.master, s.exp_avg, s.exp_avg_sq)]
+        return shards + [average.clone() for average in self.ema.averages]
