@@ -79,9 +79,9 @@ def test_the_loss_is_the_naive_mean_over_tokens_each_at_the_time_of_its_entity()
     torch.testing.assert_close(loss, total / (2 * 10 * 3), atol=1e-6, rtol=1e-6)
 
 
-def test_the_loss_of_a_low_precision_network_is_computed_in_float32():
+def test_the_loss_of_low_precision_tensors_is_computed_in_float32():
     layout = unequal_layout()
-    latents, noise = normal(0, 2, 3, 2, 5, dtype=torch.float32), normal(1, 2, 10, 3, dtype=torch.float32)
+    latents, noise = normal(0, 2, 3, 2, 5).bfloat16(), normal(1, 2, 10, 3).bfloat16()
     loss = velocity_loss(lambda x, t, y: x.bfloat16(), layout, latents, noise, torch.rand(2, 4), torch.zeros(2))
     assert loss.dtype == torch.float32
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 import typing
 
 import pytest
@@ -174,6 +175,21 @@ def test_tensorboard_reads_the_values(tmp_path):
     for name in FIELDS:
         found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
         assert found == [(step, pytest.approx(values(step)[name])) for step in (10, 20, 30)]
+
+
+def test_tensorboard_forgets_what_a_resumed_run_logs_again(tmp_path):
+    log(tmp_path, 0, 30)
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name("events.out.tfevents.0000000001.host.1.0"))  # surely before the second
+    log(tmp_path, 20, 40)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [10, 20, 30, 40]
+
+
+def test_no_thread_outlives_the_run(tmp_path):
+    before = threading.active_count()
+    log(tmp_path, 0, 20)
+    assert threading.active_count() == before
 
 
 def test_memory_is_that_of_this_process():
