@@ -38,7 +38,7 @@ def cache_digits(folder: Path, samples_per_shard: int) -> tuple[int, int]:
         latent_scale=tokenizer.latent_scale,
         stored="latents",
         shape=latents.shape[1:],
-        dtype=str(latents.dtype),
+        dtype="float16",
         classes=CLASSES,
         flipped=False,
     )

@@ -4,19 +4,22 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
-from xar_scale.errors import ConfigError, UsageError
+from xar_scale.errors import ConfigError, UsageError, XarScaleError
 
-_STRICT = ConfigDict(extra="forbid", strict=True)
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+T = TypeVar("T")
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclass(frozen=True, config=_STRICT, kw_only=True)
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class ModelConfig:
     """Sizes of one xAR network. The published models differ in width, depth and heads only."""
 
@@ -25,13 +28,13 @@ class ModelConfig:
     depth_decoder: int = Field(gt=0)
     heads: int = Field(gt=0)
     channels: int = Field(default=16, gt=0)  # of a latent token
-    grid: tuple[int, int] = (16, 16)  # rows and columns of tokens
+    grid: tuple[PositiveInt, PositiveInt] = (16, 16)  # rows and columns of tokens
     entity: Literal["cell"] = "cell"
     entity_size: int = Field(default=8, gt=0)  # cell: tokens on a side
     classes: int = Field(default=1000, gt=0)  # the null class comes after them
     mlp_ratio: float = Field(default=4.0, gt=0)
     time_bins: int = Field(default=1000, gt=0)  # the network sees floor(time_bins * t)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: Share = 0.0
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -47,7 +50,7 @@ class ModelConfig:
         return self.width // self.heads
 
 
-@dataclass(frozen=True, config=_STRICT, kw_only=True)
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class DataConfig:
     """Where the latents are and how they are read."""
 
@@ -58,7 +61,7 @@ class DataConfig:
     flip: bool = False  # half of the samples from their mirrored latents
 
 
-@dataclass(frozen=True, config=_STRICT, kw_only=True)
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class OptimConfig:
     """AdamW, its schedule, clipping and the weights' moving average."""
 
@@ -66,14 +69,14 @@ class OptimConfig:
     final_lr: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
     decay_share: float = Field(default=0.0, ge=0, le=1)  # last share of the run's steps, a cosine to final_lr
-    betas: tuple[float, float] = (0.9, 0.96)
+    betas: tuple[Share, Share] = (0.9, 0.96)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.02, ge=0)
     clip: float = Field(default=1.0, gt=0)
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    ema_decay: Share = 0.9999
 
 
-@dataclass(frozen=True, config=_STRICT, kw_only=True)
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class TrainConfig:
     """One run: how long, in what batches, on which engine."""
 
@@ -90,7 +93,7 @@ class TrainConfig:
     keep_last: int = Field(default=3, gt=0)
 
 
-@dataclass(frozen=True, config=_STRICT, kw_only=True)
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class SampleConfig:
     """How images are drawn from a trained model."""
 
@@ -100,7 +103,7 @@ class SampleConfig:
     batch: int = Field(default=64, gt=0)
 
 
-@dataclass(frozen=True, config=_STRICT, kw_only=True)
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class Config:
     """Everything that a run depends on; saved with it."""
 
@@ -117,39 +120,53 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Validated from plain values. Raises ConfigError that names the first offending key and its value."""
-        try:
-            # through JSON, where a list is a tuple and nothing else is coerced
-            return TypeAdapter(cls).validate_json(json.dumps(values))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                raise ConfigError(f"unknown config key {key}{_known_keys(values, first['loc'])}") from None
-            if first["type"] in ("missing", "missing_argument"):
-                raise ConfigError(f"config key {key} is missing") from None
-            raise ConfigError(f"{key} = {first['input']!r}: {first['msg']}") from None
+        return validated(cls, values, ConfigError)
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
 
 
-def _known_keys(values: dict[str, Any], location: tuple[int | str, ...]) -> str:
-    """The keys that would have been right beside an unknown one."""
-    fields = {field.name: field.type for field in dataclasses.fields(Config)}
-    section: Any = Config if len(location) == 1 else fields.get(str(location[0]))
-    return f"; known there: {', '.join(field.name for field in dataclasses.fields(section))}" if section else ""
+def validated(cls: type[T], values: dict[str, Any], error: type[XarScaleError], where: str = "") -> T:
+    """A dataclass from plain values. Raises ``error`` that names the first offending key and its value, after ``where``."""
+
+    def refuse(value: Any) -> None:
+        raise error(f"{where}{value!r} is a {type(value).__name__}: no key takes one")
+
+    try:
+        # through JSON, where a list is a tuple and nothing else is coerced
+        return TypeAdapter(cls).validate_json(json.dumps(values, default=refuse))
+    except ValidationError as caught:
+        first = caught.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "unexpected_keyword_argument":
+            raise error(f"{where}unknown key {key}; known there: {', '.join(_known_keys(cls, first['loc']))}") from None
+        if first["type"] in ("missing", "missing_argument"):
+            raise error(f"{where}key {key} is missing") from None
+        raise error(f"{where}{key} = {first['input']!r}: {first['msg']}") from None
+
+
+def _known_keys(cls: Any, location: tuple[int | str, ...]) -> list[str]:
+    """The keys that would have been right in the place of an unknown one."""
+    for part in location[:-1]:
+        cls = {field.name: field.type for field in dataclasses.fields(cls)}[str(part)]
+    return [field.name for field in dataclasses.fields(cls)]
 
 
 class _Loader(yaml.SafeLoader):
     """YAML whose 1e-4 is a number, as in YAML 1.2 (1.1 wants 1.0e-4)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that ``_Loader`` would take for a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
 
 
 def _parse_yaml(text: str) -> Any:
@@ -168,9 +185,11 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UsageError when it cannot be read, ConfigError when it is no mapping."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"cannot read config {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text") from None
     try:
         values = _parse_yaml(text) or {}
     except yaml.YAMLError as error:

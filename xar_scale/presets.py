@@ -1,8 +1,9 @@
 """One table of models and recipes: everything published or tried, as plain values for the config."""
 
+import copy
 from typing import Any
 
-from xar_scale.config import Config, merge
+from xar_scale.config import Config
 from xar_scale.errors import UsageError
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -56,7 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 def recipe(name: str) -> dict[str, Any]:
     """The recipe's values. Raises UsageError that lists the known names."""
     try:
-        return merge({}, RECIPES[name])
+        return copy.deepcopy(RECIPES[name])
     except KeyError:
         raise UsageError(f"no recipe {name!r}; there are: {', '.join(RECIPES)}") from None
 

@@ -117,9 +117,9 @@ def test_a_config_file_that_is_no_mapping_is_refused_by_name(tmp_path, text, say
 
 
 def test_unknown_keys_are_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown config key modle; known there: model, data, optim, train, sample"):
+    with pytest.raises(ConfigError, match="unknown key modle; known there: model, data, optim, train, sample"):
         Config.from_dict(merge(recipe("digits"), {"modle": {"width": 64}}))
-    with pytest.raises(ConfigError, match="unknown config key optim.learning_rate; known there: lr, final_lr"):
+    with pytest.raises(ConfigError, match="unknown key optim.learning_rate; known there: lr, final_lr"):
         digits_config("optim.learning_rate=1")
 
 
@@ -155,11 +155,11 @@ def test_an_int_serves_as_a_float():
 def test_a_missing_key_or_section_is_named():
     values = copy.deepcopy(recipe("digits"))
     del values["optim"]["lr"]
-    with pytest.raises(ConfigError, match="config key optim.lr is missing"):
+    with pytest.raises(ConfigError, match="key optim.lr is missing"):
         Config.from_dict(values)
     values = recipe("digits")
     del values["sample"]
-    with pytest.raises(ConfigError, match="config key sample is missing"):
+    with pytest.raises(ConfigError, match="key sample is missing"):
         Config.from_dict(values)
 
 
@@ -242,3 +242,46 @@ def test_every_field_is_read_somewhere():
     read = _attributes_read()
     assert set(sections) <= read
     assert {f"{section}.{name}" for section, name in fields - as_keywords if name not in read} == set()
+
+
+@pytest.mark.parametrize("assignment", ["optim.lr=.inf", "optim.lr=.nan", "optim.betas=[0.9,1.5]", "model.grid=[0,0]"])
+def test_impossible_numbers_are_refused(assignment):
+    with pytest.raises(ConfigError, match=assignment.split("=")[0]):
+        Config.from_dict(override(recipe("digits"), [assignment]))
+
+
+def test_a_value_of_a_type_that_no_key_takes_is_refused():
+    with pytest.raises(ConfigError, match=r"datetime.date\(2024, 1, 1\) is a date: no key takes one"):
+        Config.from_dict(override(recipe("digits"), ["data.path=2024-01-01"]))
+
+
+def test_text_that_looks_like_a_number_survives_yaml(tmp_path):
+    config = Config.from_dict(override(recipe("digits"), ["data.path='1e4'"]))
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert Config.from_dict(read_yaml(tmp_path / "config.yaml")) == config
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        read_yaml(tmp_path / "config.yaml")
+
+
+def test_a_recipe_is_a_copy():
+    del recipe("digits")["optim"]["lr"]
+    assert "lr" in recipe("digits")["optim"]
+
+
+@pytest.mark.parametrize(("name", "steps", "guidance"), [("b", 40, 2.7), ("l", 50, 2.3), ("h", 50, 2.2)])
+def test_the_imagenet_recipes_are_the_published_ones(name, steps, guidance):
+    config = Config.from_dict(recipe(f"imagenet256_{name}"))
+    epoch = 1_281_167 / config.train.global_batch
+    assert config.train.global_batch == 2048
+    assert config.train.steps == pytest.approx(800 * epoch, abs=1)
+    assert config.optim.warmup_steps == pytest.approx(100 * epoch, abs=1)
+    assert config.optim.decay_share * config.train.steps == pytest.approx(200 * epoch, abs=1)
+    assert (config.optim.lr, config.optim.final_lr) == (5e-5 * 2048 / 256, 1e-5)
+    assert (config.optim.betas, config.optim.weight_decay, config.optim.clip) == ((0.9, 0.96), 0.02, 1.0)
+    assert (config.optim.ema_decay, config.model.dropout, config.train.label_drop) == (0.9999, 0.1, 0.1)
+    assert (config.sample.steps, config.sample.guidance) == (steps, guidance)
+    assert config.model.entity_size == 8 and config.model.grid == (16, 16) and config.data.flip

@@ -12,6 +12,7 @@ from xar_scale.config import ModelConfig
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.model.layers import GatedMLP, RMSNorm, TimeEmbedding, by_entity
 from xar_scale.model.xar import XAR, create_model, init_weights
+from xar_scale.sampler import sample
 
 
 def inputs(batch=2):
@@ -50,7 +51,9 @@ def test_rms_norm_of_zeros_is_zero():
 
 def test_the_time_embedding_is_cosines_then_sines_of_the_bin():
     embedding = TimeEmbedding(8, bins=1000)
-    embedding.fc1, embedding.fc2 = nn.Identity(), nn.Identity()
+    embedding.fc1, embedding.fc2 = nn.Linear(256, 256), nn.Identity()
+    nn.init.eye_(embedding.fc1.weight)
+    nn.init.zeros_(embedding.fc1.bias)
     out = embedding(torch.tensor([[0.25, 0.0]]))
     angles = [250 * 10000 ** (-channel / 128) for channel in range(128)]
     expected = F.silu(torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles]))
@@ -233,7 +236,18 @@ def test_a_model_is_made_of_a_preset_and_changes():
 def test_unknown_models_and_fields_are_refused_with_the_known_ones():
     with pytest.raises(UsageError, match="no model 'xar_huge'; there are: nano, xar_b, xar_l, xar_h"):
         create_model("xar_huge")
-    with pytest.raises(ConfigError, match="unknown model fields: depth, size; known: channels, classes"):
-        create_model("nano", size=3, depth=2)
+    with pytest.raises(ConfigError, match="unknown key size; known there: width, depth_encoder"):
+        create_model("nano", size=3)
+    with pytest.raises(ConfigError, match="heads = 0: "):
+        create_model("nano", heads=0)
+    with pytest.raises(ConfigError, match="grid.0 = 0: "):
+        create_model("nano", grid=(0, 4))
     with pytest.raises(ConfigError, match="do not tile a 5x5 grid"):
         create_model("nano", grid=(5, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_dtype_runs(dtype):
+    model = nano_model().to(dtype)
+    latents = sample(model, [1], steps=1, guidance=1.0)
+    assert torch.isfinite(latents).all()

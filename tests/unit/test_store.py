@@ -155,7 +155,7 @@ def test_a_config_that_would_not_continue_is_refused(tmp_path, section, change, 
 def test_other_data_is_refused(tmp_path):
     checkpoint = verify(Run(tmp_path).save())
     with pytest.raises(ConfigError, match="data.path holds 101 samples, .* was made with 100"):
-        check_continues(checkpoint, CONFIG, dataclasses.replace(INFO, shards=(ShardInfo("a", 101, 1),)))
+        check_continues(checkpoint, CONFIG, dataclasses.replace(INFO, shards=(ShardInfo("a", 101, 1, 0),)))
 
 
 def test_a_longer_run_or_another_rate_continues(tmp_path):

@@ -21,7 +21,7 @@ INFO = DatasetInfo(
     dtype="float16",
     classes=10,
     flipped=False,
-    shards=(ShardInfo("a", 100, 1),),
+    shards=(ShardInfo("a", 100, 1, 0),),
 )
 
 

@@ -135,7 +135,10 @@ def batches(dataset: LatentDataset, numbers: RankNumbers, device: torch.device) 
     for batch in loader:
         if isinstance(batch, DataError):
             batch.rank = dist.rank()
-            raise batch
+            try:
+                raise batch
+            finally:
+                del batch  # else error, traceback and this frame would keep each other, and the workers, alive
         yield batch.to(device)
 
 

@@ -9,39 +9,44 @@ import json
 import os
 import tarfile
 import zlib
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import asdict
+from functools import lru_cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
+from xar_scale.config import STRICT, validated
 from xar_scale.errors import DataError, UsageError
 
 FORMAT = 1
+MAX_KEY = 80  # characters: with a member's ending it must fit the 100 of a tar header
 DATASET_FILE = "dataset.json"
 LATENT, FLIPPED, LABEL = "latent.npy", "flipped.npy", "cls"  # members of a sample
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class ShardInfo:
     name: str
-    samples: int
-    bytes: int
+    samples: PositiveInt
+    bytes: PositiveInt
+    index_crc32: int  # of the index file: what it says is as good as what it describes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class DatasetInfo:
     """What all samples of a set share. ``stored`` says what an array is: latents, or a posterior's mean and log variance."""
 
     tokenizer: dict[str, Any]  # name and settings
     latent_scale: float
-    stored: str  # "latents" | "moments"
-    shape: tuple[int, ...]  # of a stored array
-    dtype: str
-    classes: int
+    stored: Literal["latents", "moments"]
+    shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # of a stored array: channels, rows, columns
+    dtype: Literal["float16", "float32"]
+    classes: PositiveInt
     flipped: bool  # a second array of the mirrored image
     shards: tuple[ShardInfo, ...] = ()
 
@@ -93,15 +98,24 @@ class ShardWriter:
         self.folder, self.info, self.prefix, self.samples_per_shard = Path(folder), info, prefix, samples_per_shard
         if (self.folder / DATASET_FILE).exists():
             raise UsageError(f"{self.folder} already holds a data set; remove it or write elsewhere")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot write a data set to {self.folder}: {error.strerror}") from None
         self.shards: list[ShardInfo] = []
         self._samples: list[tuple[str, list[tuple[str, bytes]]]] = []
 
     def add(self, key: str, label: int, latent: np.ndarray, flipped: np.ndarray | None = None) -> None:
-        if "." in key or "/" in key:
-            raise UsageError(f"sample key {key!r}: WebDataset ends a key at the first dot, and folders are not kept")
+        if not key or len(key) > MAX_KEY or "." in key or "/" in key:
+            raise DataError(
+                f"sample key {key!r}: 1 to {MAX_KEY} characters without dots, where WebDataset ends a key, and slashes"
+            )
+        if any(key == before for before, _ in self._samples):
+            raise DataError(f"sample key {key!r} comes twice in one shard: WebDataset would merge the two")
         if not 0 <= label < self.info.classes:
             raise DataError(f"sample {key}: label {label} is outside 0..{self.info.classes - 1}")
+        if (flipped is not None) != self.info.flipped:
+            raise DataError(f"sample {key}: mirrored array {'missing' if self.info.flipped else 'unexpected'} in this set")
         members = [(LABEL, str(label).encode())]
         for name, array in ((LATENT, latent), (FLIPPED, flipped)):
             if array is not None:
@@ -109,7 +123,7 @@ class ShardWriter:
                     raise DataError(
                         f"sample {key}: {name} is {array.dtype}{array.shape}, the set is {self.info.dtype}{self.info.shape}"
                     )
-                members.append((name, _npy(array)))
+                members.append((name, _npy(np.ascontiguousarray(array))))
         self._samples.append((key, members))
         if len(self._samples) == self.samples_per_shard:
             self._flush()
@@ -137,8 +151,9 @@ class ShardWriter:
                 index["crc32"].append(zlib.crc32(tar_bytes.getbuffer()[begin:end]))
         content = tar_bytes.getvalue()
         write_atomically(self.folder / f"{name}.tar", content)
-        write_atomically(self.folder / f"{name}.index.json", json.dumps(index).encode())
-        self.shards.append(ShardInfo(name, len(self._samples), len(content)))
+        index_content = json.dumps(index).encode()
+        write_atomically(self.folder / f"{name}.index.json", index_content)
+        self.shards.append(ShardInfo(name, len(self._samples), len(content), zlib.crc32(index_content)))
         self._samples = []
 
     def __enter__(self) -> Self:
@@ -150,24 +165,6 @@ class ShardWriter:
         self._flush()
         description = {"format": FORMAT, **asdict(self.info), "shards": [asdict(shard) for shard in self.shards]}
         write_atomically(self.folder / DATASET_FILE, json.dumps(description, indent=1).encode())
-
-
-class _ShardIndex:
-    """Positions and checksums of one shard's samples."""
-
-    def __init__(self, path: Path, samples: int) -> None:
-        values = _read_json(path)
-        try:
-            self.keys: list[str] = values["keys"]
-            self.spans = np.array([values["offset"], values["size"]], dtype=np.int64).T
-            self.crc32 = np.array(values["crc32"], dtype=np.uint32)
-            self.members = {
-                name: np.array([where["offset"], where["size"]], dtype=np.int64).T for name, where in values["members"].items()
-            }
-        except (KeyError, TypeError, ValueError):
-            raise DataError(f"{path} is no shard index") from None
-        if not len(self.keys) == len(self.spans) == len(self.crc32) == samples:
-            raise DataError(f"{path} lists {len(self.keys)} samples, {DATASET_FILE} says {samples}")
 
 
 class LatentShards:
@@ -184,14 +181,9 @@ class LatentShards:
         if not path.exists():
             raise DataError(f"{self.folder} holds no {DATASET_FILE}: not a data set, or one not written to its end")
         values = _read_json(path)
-        if values.get("format") != FORMAT:
-            raise DataError(f"{path} is of format {values.get('format')}, this version reads {FORMAT}")
-        try:
-            shards = tuple(ShardInfo(**shard) for shard in values.pop("shards"))
-            del values["format"]
-            self.info = DatasetInfo(**{**values, "shape": tuple(values["shape"]), "shards": shards})
-        except (KeyError, TypeError):
-            raise DataError(f"{path} lacks fields or has unknown ones") from None
+        if (version := values.pop("format", None)) != FORMAT:
+            raise DataError(f"{path} is of format {version}, this version reads {FORMAT}")
+        self.info = validated(DatasetInfo, values, DataError, where=f"{path}: ")
         if not self.info.samples:
             raise DataError(f"{path} lists no samples")
         self._npy_header = _npy(np.zeros(self.info.shape, self.info.dtype))[: -self._array_bytes]
@@ -203,71 +195,87 @@ class LatentShards:
     def check_sizes(self) -> None:
         """Compare every shard's size with the index. Raises DataError for the first that is missing, truncated or grown."""
         for shard in self.info.shards:
-            self._check_size(shard)
+            _check_size(self.folder, shard)
 
-    def _check_size(self, shard: ShardInfo) -> Path:
-        path = self.folder / f"{shard.name}.tar"
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise DataError(f"shard {path} is missing") from None
-        if size != shard.bytes:
-            what = "truncated" if size < shard.bytes else "changed"
-            raise DataError(f"shard {path} is {what}: {size} bytes, the index says {shard.bytes}")
-        return path
-
-    def _open(self, shard: int) -> tuple[int, _ShardIndex]:
+    def _open(self, shard: int) -> "_OpenShard":
         if not hasattr(self, "_opened"):  # made on first use, so that a worker process has its own
-            self._opened = lru_cache(maxsize=self.OPEN_SHARDS)(_OpenShard)
-        opened = self._opened(self, shard)
-        return opened.descriptor, opened.index
+            self._opened = lru_cache(maxsize=self.OPEN_SHARDS)(partial(_OpenShard, self.folder))
+        return self._opened(self.info.shards[shard])
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_opened"}
 
     def read(self, shard: int, position: int) -> Sample:
         """Sample ``position`` of shard ``shard``. Raises DataError naming both when its bytes are not as written."""
-        descriptor, index = self._open(shard)
-        key, (begin, size) = index.keys[position], index.spans[position]
-        span = os.pread(descriptor, int(size), int(begin))
-        if zlib.crc32(span) != index.crc32[position]:
-            name = self.info.shards[shard].name
-            raise DataError(f"shard {self.folder / name}.tar, sample {key} (number {position}): checksum does not match")
+        opened = self._open(shard)
+        key, (begin, size) = opened.keys[position], opened.spans[position]
+        try:
+            span = os.pread(opened.descriptor, int(size), int(begin))
+        except OSError as error:
+            raise DataError(f"shard {opened.path}, sample {key}: {error.strerror}") from None
+        if zlib.crc32(span) != opened.crc32[position]:
+            raise DataError(f"shard {opened.path}, sample {key} (number {position}): checksum does not match")
 
         def member(name: str) -> bytes:
-            offset, length = index.members[name][position]
+            offset, length = opened.members[name][position]
             return span[offset - begin : offset - begin + length]
 
-        flipped = self._array(member(FLIPPED), shard, key) if self.info.flipped else None
-        return Sample(key, int(member(LABEL)), self._array(member(LATENT), shard, key), flipped)
+        def array(name: str) -> np.ndarray:
+            """A view of the stored array. Its header must be the set's, byte for byte: no header is ever interpreted."""
+            content, header = member(name), len(self._npy_header)
+            if content[:header] != self._npy_header or len(content) != header + self._array_bytes:
+                raise DataError(f"shard {opened.path}, sample {key}: {name} is not {self.info.dtype}{self.info.shape}")
+            return np.frombuffer(content, self.info.dtype, offset=header).reshape(self.info.shape)
 
-    def _array(self, content: bytes, shard: int, key: str) -> np.ndarray:
-        """A view of the stored array. Its header must be the set's, byte for byte: no header is ever interpreted."""
-        header = len(self._npy_header)
-        if content[:header] != self._npy_header or len(content) != header + self._array_bytes:
-            name = self.info.shards[shard].name
-            raise DataError(f"shard {self.folder / name}.tar, sample {key}: array is not {self.info.dtype}{self.info.shape}")
-        return np.frombuffer(content, self.info.dtype, offset=header).reshape(self.info.shape)
+        return Sample(key, int(member(LABEL)), array(LATENT), array(FLIPPED) if self.info.flipped else None)
 
 
 class _OpenShard:
     """A shard's file and index; closed when the cache lets go of it."""
 
-    def __init__(self, shards: LatentShards, shard: int) -> None:
-        info = shards.info.shards[shard]
-        self.index = _ShardIndex(shards.folder / f"{info.name}.index.json", info.samples)
-        self.descriptor = os.open(shards._check_size(info), os.O_RDONLY)
+    def __init__(self, folder: Path, shard: ShardInfo) -> None:
+        index_path = folder / f"{shard.name}.index.json"
+        if zlib.crc32(_read(index_path)) != shard.index_crc32:
+            raise DataError(f"{index_path} is torn or changed: its checksum is not the one in {DATASET_FILE}")
+        index = _read_json(index_path)
+        self.keys: list[str] = index["keys"]
+        self.spans = np.array([index["offset"], index["size"]], dtype=np.int64).T
+        self.crc32 = np.array(index["crc32"], dtype=np.uint32)
+        self.members = {
+            name: np.array([where["offset"], where["size"]], dtype=np.int64).T for name, where in index["members"].items()
+        }
+        self.path = _check_size(folder, shard)
+        self.descriptor = os.open(self.path, os.O_RDONLY)
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
             os.close(self.descriptor)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _check_size(folder: Path, shard: ShardInfo) -> Path:
+    path = folder / f"{shard.name}.tar"
     try:
-        values = json.loads(path.read_text())
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"shard {path} is missing: {error.strerror}") from None
+    if size != shard.bytes:
+        what = "truncated" if size < shard.bytes else "changed"
+        raise DataError(f"shard {path} is {what}: {size} bytes, the index says {shard.bytes}")
+    return path
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path} is missing") from None
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(_read(path))
     except ValueError:
         raise DataError(f"{path} is not JSON: torn or changed") from None
     if not isinstance(values, dict):

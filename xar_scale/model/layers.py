@@ -42,7 +42,8 @@ class TimeEmbedding(nn.Module):
         half = TIME_CHANNELS // 2
         frequencies = MAX_PERIOD ** (-torch.arange(half, device=t_BK.device, dtype=torch.float32) / half)
         angles = torch.floor(self.bins * t_BK.float())[..., None] * frequencies
-        return self.fc2(F.silu(self.fc1(torch.cat([angles.cos(), angles.sin()], dim=-1))))
+        sinusoids = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(sinusoids)))
 
 
 class GatedMLP(nn.Module):

@@ -1,13 +1,12 @@
 """The xAR network: velocity of every noisy entity, given itself, the noisy ones before it, its time and the class."""
 
-import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xar_scale import rng
-from xar_scale.config import ModelConfig
+from xar_scale.config import ModelConfig, validated
 from xar_scale.errors import ConfigError
 from xar_scale.model.entities import create_layout
 from xar_scale.model.kv_cache import KVCache
@@ -97,9 +96,6 @@ def create_model(name: str, seed: int = 0, **changes: Any) -> XAR:
 
     Raises UsageError for an unknown name, ConfigError for fields that do not exist or fit.
     """
-    known = {field.name for field in dataclasses.fields(ModelConfig)}
-    if unknown := sorted(set(changes) - known):
-        raise ConfigError(f"unknown model fields: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    model = XAR(ModelConfig(**{**model_values(name), **changes}))
+    model = XAR(validated(ModelConfig, {**model_values(name), **changes}, ConfigError))
     init_weights(model, seed)
     return model
