@@ -7,25 +7,24 @@ import argparse
 import sys
 from pathlib import Path
 
+from xar_scale.cli import Parser, ending
 from xar_scale.data.shards import DatasetInfo, ShardWriter
-from xar_scale.errors import OK, XarScaleError
 from xar_scale.evaluate.digits import CLASSES, load_digits
 from xar_scale.tokenizers.pixel import PixelTokenizer
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="cache_latents", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", choices=["digits"], help="digits: the 1,797 that ship with scikit-learn")
     parser.add_argument("--out", type=Path, required=True, help="the data set's folder")
     parser.add_argument("--samples-per-shard", type=int, default=256)
-    options = parser.parse_args()
-    try:
+
+    def run() -> None:
+        options = parser.parse_args()
         samples, shards = cache_digits(options.out, options.samples_per_shard)
-    except XarScaleError as error:
-        print(f"cache_latents: {error}", file=sys.stderr)
-        return error.exit_code
-    print(f"{samples} samples in {shards} shards: {options.out}")
-    return OK
+        print(f"{samples} samples in {shards} shards: {options.out}")
+
+    return ending("cache_latents", run)
 
 
 def cache_digits(folder: Path, samples_per_shard: int) -> tuple[int, int]:

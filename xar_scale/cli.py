@@ -4,25 +4,36 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from xar_scale.config import Config, merge, override, read_yaml
-from xar_scale.errors import OK, UsageError, XarScaleError
+from xar_scale.errors import OK, DataError, UsageError, XarScaleError
+from xar_scale.files import write_atomically
 from xar_scale.presets import RECIPES, recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Endings on purpose are one line on standard error and a documented exit code."""
+
+    def run() -> None:
+        options = _parse(arguments)
+        options.run_command(options)
+
+    return ending("xar-scale", run)
+
+
+def ending(program: str, run: Callable[[], None]) -> int:
+    """The exit code of ``run``, its error on standard error as one line. Of several ranks the one that met it speaks, or 0."""
     from xar_scale import dist
 
     try:
-        options = _parse(arguments)
-        options.run_command(options)
-    except XarScaleError as error:
+        run()
+    except (XarScaleError, OSError) as caught:
+        error = dist.file_error(caught) if isinstance(caught, OSError) else caught
         if dist.rank() == (error.rank or 0):
-            print(f"xar-scale: {error}", file=sys.stderr, flush=True)
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
         return error.exit_code  # without leaving the process group: other ranks may be waiting in it for the launcher
     dist.close()
     return OK
@@ -38,7 +49,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Options in full only, since launchers pass theirs too; what is wrong is a UsageError."""
+
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
 
@@ -47,11 +60,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="xar-scale",
         description="Train, sample and check xAR and larger next-X image models.",
-        epilog="exit codes: 0 done, 64 usage, 65 bad data, 70 non-finite, 78 config",
+        epilog="exit codes: 0 done, 64 usage, 65 bad data, 70 non-finite, 74 files, 78 config",
     )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment says it too
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -64,7 +78,6 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--run-dir", type=Path, help="folder of checkpoints, metrics and the config (default: runs/RECIPE)")
     train.add_argument("--resume", default="auto", help="auto (the newest valid checkpoint of the run), none, or a path")
     train.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
-    train.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment says it too
     train.set_defaults(run_command=_train, overridable=True)
 
     sample = commands.add_parser(
@@ -112,17 +125,22 @@ def _sample(options: argparse.Namespace) -> None:
 
     if options.per_class < 1 or options.show < 1:
         raise UsageError("--per-class and --show are at least 1")
+    if options.out.suffix != ".png":
+        raise UsageError(f"--out {options.out} is not a .png")
+    if wrong := [word for word in options.overrides if not word.startswith("sample.")]:
+        raise UsageError(f"{wrong[0]}: only sample.* can be changed when sampling")
     checkpoint = open_checkpoint(options.checkpoint)
     config = Config.from_dict(override(checkpoint.manifest.config, options.overrides))
     try:
         classes = [int(name) for name in options.classes.split(",")] if options.classes else range(config.model.classes)
     except ValueError:
         raise UsageError(f"--classes {options.classes!r} is not numbers with commas") from None
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     labels = [label for label in classes for _ in range(options.per_class)]
     images = generate(checkpoint, labels, config.sample, options.seed, dist.local_device())
-    draw_grid(images, labels, min(options.show, options.per_class), options.out)
     archive = options.out.with_suffix(".npz")
     np.savez(archive, images=images, labels=np.array(labels))
+    draw_grid(images, labels, min(options.show, options.per_class), options.out)
     print(f"{len(labels)} images of {checkpoint.path}: {options.out}, {archive}")
 
 
@@ -131,8 +149,6 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     import numpy as np
 
-    from xar_scale.data.shards import write_atomically
-    from xar_scale.errors import DataError
     from xar_scale.evaluate.digits import judge
 
     if not options.samples.is_file():
@@ -140,9 +156,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     try:
         with np.load(options.samples, allow_pickle=False) as archive:
             images, labels = archive["images"], archive["labels"]
-    except (ValueError, KeyError, zipfile.BadZipFile):
+    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         raise DataError(f"{options.samples} is not what `xar-scale sample` writes") from None
     verdict = judge(images, labels)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.out, json.dumps(dataclasses.asdict(verdict), indent=1).encode())
     print(f"samples read as the class asked for: {verdict.samples:.1%} of {verdict.sample_count}")
     print(f"held-out real digits read rightly:   {verdict.held_out:.1%} of {verdict.held_out_count}")

@@ -136,8 +136,11 @@ def validated(cls: type[T], values: dict[str, Any], error: type[XarScaleError], 
         raise error(f"{where}{value!r} is a {type(value).__name__}: no key takes one")
 
     try:
-        # through JSON, where a list is a tuple and nothing else is coerced
-        return TypeAdapter(cls).validate_json(json.dumps(values, default=refuse))
+        text = json.dumps(values, default=refuse)
+    except (ValueError, RecursionError):
+        raise error(f"{where}the values contain themselves") from None
+    try:
+        return TypeAdapter(cls).validate_json(text)  # JSON's list is a tuple; nothing else is coerced
     except ValidationError as caught:
         first = caught.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -169,8 +172,14 @@ for _class in (_Loader, _Dumper):
     )
 
 
-def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{where} is not YAML: {error.problem}{line}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} cannot be read: {error}") from None
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -190,10 +199,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UsageError(f"cannot read config {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
-    try:
-        values = _parse_yaml(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {str(error).splitlines()[-1].strip()}") from None
+    values = _parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of keys")
     return values
@@ -205,10 +211,7 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         key, equals, text = assignment.partition("=")
         if not equals or "." not in key:
             raise UsageError(f"override {assignment!r} is not of the form section.key=value")
-        try:
-            change: Any = _parse_yaml(text)
-        except yaml.YAMLError:
-            raise UsageError(f"override {assignment!r}: the value is not YAML") from None
+        change: Any = _parse_yaml(text, f"override {assignment!r}")
         for part in reversed(key.split(".")):
             change = {part: change}
         values = merge(values, change)

@@ -2,14 +2,14 @@
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
-from xar_scale.errors import XarScaleError
+from xar_scale.errors import FileError, XarScaleError
 
 T = TypeVar("T")
 
@@ -66,23 +66,46 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def together(work: Callable[[], T]) -> T:
-    """Do ``work`` on every rank; if it ends in an XarScaleError on any, every rank raises the lowest such rank's error.
+def mine(items: Sequence[T]) -> Sequence[T]:
+    """This rank's share of work that any rank can do."""
+    return items[rank() :: world()] if torch_dist.is_initialized() else items
 
-    So no rank goes on alone into a collective that the others never enter.
+
+def together(work: Callable[[], T]) -> T:
+    """Do ``work`` on every rank; if it fails on any, every rank raises, with the lowest such rank's message.
+
+    So no rank goes on alone into a collective that the others never enter. An OSError becomes a FileError.
     """
-    error: XarScaleError | None = None
     result: T | None = None
+    unexpected: Exception | None = None
+    error: XarScaleError | None = None
     try:
         result = work()
     except XarScaleError as caught:
         error = caught
+    except OSError as caught:
+        error = file_error(caught)
+    except Exception as caught:
+        unexpected = caught
+        error = XarScaleError(f"rank {rank()} failed: {type(caught).__name__}: {caught}")
     errors = gather_objects(error)
+    if unexpected is not None:
+        raise unexpected  # a defect: with its traceback
     for at, raised in enumerate(errors):
         if raised is not None:
-            raised.rank = at
+            raised.rank = at if torch_dist.is_initialized() else None
             raise raised
     return result  # type: ignore[return-value]
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """What ``work`` returns on rank 0, on every rank; its error likewise."""
+    return gather_objects(together(lambda: work() if rank() == 0 else None))[0]  # type: ignore[return-value]
+
+
+def file_error(error: OSError) -> FileError:
+    """One line for what the system said."""
+    return FileError(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
 
 
 def close() -> None:

@@ -31,6 +31,12 @@ class NonFiniteError(XarScaleError):
     exit_code = 70
 
 
+class FileError(XarScaleError):
+    """A file or folder cannot be read or written: permissions, a full disk, something else in its place."""
+
+    exit_code = 74
+
+
 class ConfigError(XarScaleError):
     """The configuration contradicts itself, the data or the machine."""
 

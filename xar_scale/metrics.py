@@ -1,6 +1,7 @@
 """What a run says while it runs: TensorBoard, one JSON line a logging step, a progress bar or plain lines. Rank 0 only."""
 
 import json
+import math
 import resource
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from typing_extensions import Self
+
+from xar_scale.files import write_atomically
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
@@ -23,8 +26,8 @@ class Metrics:
 
         self.start, self.steps = start, steps
         path = run / METRICS_FILE
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [line for line in _lines(path) if _step(line) <= start]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         self.file = path.open("a", buffering=1)
         self.tensorboard = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=start + 1)
         console = Console(file=sys.stdout)
@@ -75,6 +78,14 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _step(line: str) -> float:
+    """The step of a log line; beyond every step where it cannot be read, so that it is dropped."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _lines(path: Path) -> list[str]:

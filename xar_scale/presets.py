@@ -3,7 +3,6 @@
 import copy
 from typing import Any
 
-from xar_scale.config import Config
 from xar_scale.errors import UsageError
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -68,7 +67,3 @@ def model_values(name: str) -> dict[str, Any]:
         return dict(MODELS[name])
     except KeyError:
         raise UsageError(f"no model {name!r}; there are: {', '.join(MODELS)}") from None
-
-
-def recipe_config(name: str) -> Config:
-    return Config.from_dict(recipe(name))

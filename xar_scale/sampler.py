@@ -17,7 +17,7 @@ Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
 LAST_STOCHASTIC_TIME = 0.04
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample(
     model: XAR,
     labels: Tensor | Sequence[int],
@@ -43,6 +43,8 @@ def sample(
     device, layout = model.in_proj.weight.device, model.layout
     labels_B = torch.as_tensor(labels, dtype=torch.int64, device=device)
     batch = labels_B.shape[0]
+    if batch == 0 or labels_B.min() < 0 or labels_B.max() > model.null_class:
+        raise UsageError(f"labels must be one or more numbers in 0..{model.null_class}, the last for no class")
     draw = draw or _draw_per_image(seed, range(first_image, first_image + batch))
     guided = guidance > 1
     cache = model.new_cache(2 * batch if guided else batch)

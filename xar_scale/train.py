@@ -2,18 +2,29 @@
 
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from xar_scale import dist
-from xar_scale.checkpoint.store import Checkpoint, Report, Store, check_continues, load, verify
+from xar_scale.checkpoint.store import (
+    Checkpoint,
+    Report,
+    Store,
+    check_continues,
+    checkpoint_paths,
+    load,
+    newest_valid,
+    verify,
+)
 from xar_scale.config import Config, micro_batches
 from xar_scale.data.loader import LatentDataset, RankNumbers, batches
-from xar_scale.data.shards import LatentShards, write_atomically
+from xar_scale.data.shards import LatentShards
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine, create_engine
-from xar_scale.errors import NonFiniteError, UsageError
+from xar_scale.errors import ConfigError, DataError, NonFiniteError, UsageError
+from xar_scale.files import write_atomically
 from xar_scale.metrics import Metrics, memory_gb
 from xar_scale.model.entities import create_layout
 from xar_scale.model.xar import XAR, init_weights
@@ -34,32 +45,33 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
         dist.init(device)
     micro_batches(config.train, dist.world())  # refused before anything is built or written
     dataset = dist.together(lambda: _open_data(config))
-    store = Store(run, config.train.keep_last)
-    checkpoint = _find_checkpoint(store, resume, report)
+    checkpoint = _find_checkpoint(run, resume, report)
     if checkpoint is not None:
         dist.together(lambda: check_continues(checkpoint, config, dataset.shards.info))
+    start = 0 if checkpoint is None else checkpoint.manifest.step
+    store = Store(run, config.train.keep_last)
+    metrics = dist.together(lambda: _open_run(config, run, store, start) if dist.rank() == 0 else None)
 
     model = XAR(config.model)
     init_weights(model, config.train.seed)
     engine = create_engine(model, config, device)
     ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
-    start = 0
     if checkpoint is not None:
         load(checkpoint, engine, ema)
-        start = checkpoint.manifest.step
         report(f"resumed from {checkpoint.path} at step {start}, epoch {checkpoint.manifest.position.epoch}")
-    if dist.rank() == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(run / CONFIG_FILE, config.to_yaml().encode())
     report(
         f"{sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
         f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}"
     )
-    _loop(config, run, engine, ema, dataset, store, start)
-    report(f"done: {config.train.steps} steps; checkpoint {store.paths()[-1] if store.paths() else 'none'}")
+    with metrics or nullcontext():
+        newest = _loop(config, engine, ema, dataset, store, start, metrics)
+    report(f"done: {config.train.steps} steps; checkpoint {newest or (checkpoint and checkpoint.path)}")
 
 
-def _loop(config: Config, run: Path, engine: Engine, ema: EMA, dataset: LatentDataset, store: Store, start: int) -> None:
+def _loop(
+    config: Config, engine: Engine, ema: EMA, dataset: LatentDataset, store: Store, start: int, metrics: Metrics | None
+) -> Path | None:
+    """Steps ``start`` to ``train.steps``. Returns the last checkpoint written."""
     settings = config.train
     micro, passes = micro_batches(settings, dist.world())
     numbers = RankNumbers(
@@ -71,65 +83,79 @@ def _loop(config: Config, run: Path, engine: Engine, ema: EMA, dataset: LatentDa
         world=dist.world(),
     )
     stream = batches(dataset, numbers, engine.device)
-    metrics = Metrics(run, start, settings.steps) if dist.rank() == 0 else None
-    with metrics or nullcontext():
-        since, waited = time.perf_counter(), 0.0
-        logged = start
-        for step in range(start, settings.steps):
-            engine.seed_step(step)
-            loss = torch.zeros((), device=engine.device)
-            for _ in range(passes):
-                asked = time.perf_counter()
-                batch = next(stream)
-                waited += time.perf_counter() - asked
-                loss += engine.forward_backward(batch) / passes
-            verdict = engine.agree(loss)
-            if not verdict.finite():
-                engine.discard()
-                raise NonFiniteError(
-                    f"step {step}: loss {verdict.loss.item()}, gradient norm {verdict.grad_norm.item()}; "
-                    f"stopped before the weights changed, checkpoints are in {store.folder}"
-                )
-            rate = learning_rate(config.optim, step, settings.steps)
-            engine.step(rate, verdict)
-            ema.update()
+    since, waited, logged = time.perf_counter(), 0.0, start
+    newest: Path | None = None
+    for step in range(start, settings.steps):
+        engine.seed_step(step)
+        loss = torch.zeros((), device=engine.device)
+        error: DataError | None = None
+        for _ in range(passes):
+            asked = time.perf_counter()
+            batch = next(stream)
+            waited += time.perf_counter() - asked
+            error = error or batch.error
+            loss += engine.forward_backward(batch) / passes
+        verdict = engine.agree(loss if error is None else torch.full_like(loss, torch.nan))
+        if not verdict.finite():
+            engine.discard()
+            dist.together(partial(_raise, error))
+            raise NonFiniteError(
+                f"step {step}: loss {verdict.loss.item()}, gradient norm {verdict.grad_norm.item()}; "
+                f"stopped before the weights changed, checkpoints are in {store.folder}"
+            )
+        rate = learning_rate(config.optim, step, settings.steps)
+        engine.step(rate, verdict)
+        ema.update()
 
-            done = step + 1
-            if metrics is not None:
-                metrics.advance(done)
-                if done % settings.log_every == 0 or done == settings.steps:
-                    seconds = (time.perf_counter() - since) / (done - logged)
-                    values = {
-                        "loss": verdict.loss.item(),
-                        "lr": rate,
-                        "grad_norm": verdict.grad_norm.item(),
-                        "images_per_s": settings.global_batch / seconds,
-                        "step_s": seconds,
-                        "data_wait_s": waited / (done - logged),
-                        "memory_gb": memory_gb(engine.device),
-                        "epoch": done * settings.global_batch / dataset.order.samples,
-                    }
-                    metrics.log(done, values)
-                    since, waited, logged = time.perf_counter(), 0.0, done
-            if done % settings.checkpoint_every == 0 or done == settings.steps:
-                position = dataset.order.position(done * settings.global_batch)
-                store.save(done, engine, ema, config, position, dataset.shards.info)
+        done = step + 1
+        if metrics is not None:
+            metrics.advance(done)
+            if done % settings.log_every == 0 or done == settings.steps:
+                seconds = (time.perf_counter() - since) / (done - logged)
+                values = {
+                    "loss": verdict.loss.item(),
+                    "lr": rate,
+                    "grad_norm": verdict.grad_norm.item(),
+                    "images_per_s": settings.global_batch / seconds,
+                    "step_s": seconds,
+                    "data_wait_s": waited / (done - logged),
+                    "memory_gb": memory_gb(engine.device),
+                    "epoch": done * settings.global_batch / dataset.order.samples,
+                }
+                metrics.log(done, values)
+                since, waited, logged = time.perf_counter(), 0.0, done
+        if done % settings.checkpoint_every == 0 or done == settings.steps:
+            position = dataset.order.position(done * settings.global_batch)
+            newest = store.save(done, engine, ema, config, position, dataset.shards.info)
+    return newest
+
+
+def _raise(error: DataError | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _open_run(config: Config, run: Path, store: Store, start: int) -> Metrics:
+    """Rank 0's part of beginning: all that can fail for want of a writable folder fails here, before anything is trained."""
+    store.folder.mkdir(parents=True, exist_ok=True)
+    store.set_aside_after(start)
+    write_atomically(run / CONFIG_FILE, config.to_yaml().encode())
+    return Metrics(run, start, config.train.steps)
 
 
 def _open_data(config: Config) -> LatentDataset:
+    if not config.data.path:
+        raise ConfigError("data.path is not set: the folder of latents")
     shards = LatentShards(config.data.path)
     if dist.rank() == 0:  # one rank looks at all shards; the others check what they open
         shards.check_sizes()
     return LatentDataset(shards, config, create_layout(config.model))
 
 
-def _find_checkpoint(store: Store, resume: str, report: Report) -> Checkpoint | None:
+def _find_checkpoint(run: Path, resume: str, report: Report) -> Checkpoint | None:
     if resume == "auto":
-        return store.newest_valid(report)
-    if resume == "none":
-        if store.paths():
-            raise UsageError(f"{store.folder} holds checkpoints: use --resume auto to go on, or another --run-dir")
-        return None
-    if store.paths():
-        raise UsageError(f"{store.folder} holds checkpoints already: --resume {resume} needs a new --run-dir")
-    return dist.together(lambda: verify(Path(resume)))
+        return newest_valid(run, report)
+    if dist.on_rank_0(lambda: bool(checkpoint_paths(run))):
+        advice = "use --resume auto to go on, or another --run-dir" if resume == "none" else "a new --run-dir is needed"
+        raise UsageError(f"{run} holds checkpoints already, --resume is {resume}: {advice}")
+    return None if resume == "none" else dist.together(lambda: verify(Path(resume)))

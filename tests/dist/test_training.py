@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_passed_over_out_loud_and_replaced(folder, zero2
     assert f"{victim.name} is not as it was written" in ended.outputs[0]
     assert "trying the checkpoint before it" in ended.outputs[0] and "at step 10" in ended.outputs[0]
     assert_bitwise(state(run, STEPS), state(zero2, STEPS))
-    assert sorted(os.listdir(run / "checkpoints")) == ["latest", "step-00000010", f"step-{STEPS:08d}"]
+    assert sorted(os.listdir(run / "checkpoints")) == ["damaged-step-00000020", "latest", "step-00000010", "step-00000020"]
 
 
 def flip_byte(path: Path) -> None:

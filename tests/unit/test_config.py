@@ -14,13 +14,13 @@ import xar_scale
 from tests.conftest import digits_config
 from xar_scale.config import Config, TrainConfig, merge, micro_batches, override, read_yaml
 from xar_scale.errors import ConfigError, UsageError
-from xar_scale.presets import MODELS, RECIPES, model_values, recipe, recipe_config
+from xar_scale.presets import MODELS, RECIPES, model_values, recipe
 from xar_scale.sampler import sample
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_a_valid_config(name):
-    config = recipe_config(name)
+    config = Config.from_dict(recipe(name))
     assert isinstance(config, Config)
     for section, values in RECIPES[name].items():
         for key, value in values.items():
@@ -65,7 +65,7 @@ def test_an_override_that_is_no_assignment_is_refused(assignment):
 
 
 def test_an_override_whose_value_is_not_yaml_is_refused():
-    with pytest.raises(UsageError, match=r"override 'model.grid=\[4' *: the value is not YAML"):
+    with pytest.raises(ConfigError, match=r"override 'model.grid=\[4' is not YAML: expected .* in line 1"):
         override({}, ["model.grid=[4"])
 
 
@@ -285,3 +285,15 @@ def test_the_imagenet_recipes_are_the_published_ones(name, steps, guidance):
     assert (config.optim.ema_decay, config.model.dropout, config.train.label_drop) == (0.9999, 0.1, 0.1)
     assert (config.sample.steps, config.sample.guidance) == (steps, guidance)
     assert config.model.entity_size == 8 and config.model.grid == (16, 16) and config.data.flip
+
+
+@pytest.mark.parametrize("value", ["2024-13-45", "1" * 5000])
+def test_a_value_that_yaml_cannot_make_is_refused(value):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        override({}, [f"optim.lr={value}"])
+
+
+def test_values_that_contain_themselves_are_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: &a {path: *a}")
+    with pytest.raises(ConfigError):
+        Config.from_dict(read_yaml(tmp_path / "config.yaml"))

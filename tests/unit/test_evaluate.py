@@ -9,7 +9,7 @@ from PIL import Image
 
 from tests.unit.tiny_run import CONFIG, Run
 from xar_scale.checkpoint.store import load_weights, verify
-from xar_scale.errors import UsageError
+from xar_scale.errors import DataError, UsageError
 from xar_scale.evaluate.digits import judge, load_digits
 from xar_scale.evaluate.generate import draw_grid, generate, open_checkpoint
 from xar_scale.model.xar import XAR
@@ -58,14 +58,17 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path):
     newest = run.save()
     assert open_checkpoint(tmp_path).path == newest
     assert open_checkpoint(newest).path == newest
-    with pytest.raises(UsageError, match="no checkpoint in"):
+    with pytest.raises(UsageError, match="no checkpoint at"):
         open_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UsageError, match="no checkpoint in"):
+        open_checkpoint(tmp_path / "empty")
 
 
 def test_the_grid_has_a_row_a_class_in_order(tmp_path):
     images = np.stack([np.full((1, 8, 8), level, np.uint8) for level in (10, 20, 200, 210, 220)])
-    draw_grid(images, [5, 5, 2, 2, 2], columns=2, path=tmp_path / "new" / "grid.png", cell=16)
-    with Image.open(tmp_path / "new" / "grid.png") as sheet:
+    draw_grid(images, [5, 5, 2, 2, 2], columns=2, path=tmp_path / "grid.png", cell=16)
+    with Image.open(tmp_path / "grid.png") as sheet:
         assert sheet.size == (40 + 2 * 20 + 4, 2 * 20 + 4)
         pixels = np.asarray(sheet)
     centres = pixels[[12, 32]][:, [48, 68]]
@@ -82,6 +85,23 @@ def test_the_judge_reads_real_digits_and_not_noise():
     assert verdict.held_out > 0.97
 
 
-def test_the_judge_refuses_other_images():
-    with pytest.raises(UsageError, match=r"\(3, 8, 8\)"):
-        judge(np.zeros((2, 3, 8, 8), np.uint8), np.zeros(2, int))
+@pytest.mark.parametrize(
+    ("images", "labels"),
+    [
+        (np.zeros((2, 3, 8, 8), np.uint8), np.zeros(2, int)),
+        (np.zeros((2, 1, 8, 8)), np.zeros(2, int)),
+        (np.zeros((0, 1, 8, 8), np.uint8), np.zeros(0, int)),
+        (np.zeros((2, 1, 8, 8), np.uint8), np.zeros(3, int)),
+        (np.zeros((2, 1, 8, 8), np.uint8), np.array(["0", "1"])),
+        (np.zeros((2, 1, 8, 8), np.uint8), np.array([0, 10])),
+    ],
+)
+def test_the_judge_refuses_what_are_no_digits(images, labels):
+    with pytest.raises(DataError, match="the samples are|the labels are"):
+        judge(images, labels)
+
+
+def test_the_shares_of_classes_go_by_class():
+    images, labels = load_digits()
+    few = np.isin(labels, [3, 7])
+    assert set(judge(images[few], labels[few]).by_class) == {3, 7}

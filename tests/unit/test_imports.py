@@ -12,7 +12,7 @@ PACKAGE = ROOT / "xar_scale"
 
 # From the bottom up: a room imports from those below it, never beside or above.
 LAYERS = [
-    ["errors", "version"],
+    ["errors", "version", "files"],
     ["rng", "config"],
     ["presets"],
     ["model"],

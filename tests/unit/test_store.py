@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tests.conftest import digits_config
 from tests.unit.tiny_run import CONFIG, INFO, Run
 from xar_scale.checkpoint import store as store_module
-from xar_scale.checkpoint.store import Report, Store, check_continues, load, load_weights, read_manifest, verify
+from xar_scale.checkpoint.store import Report, Store, check_continues, load, load_weights, newest_valid, read_manifest, verify
 from xar_scale.data.order import Position
 from xar_scale.data.shards import ShardInfo
 from xar_scale.errors import ConfigError, DataError, UsageError
@@ -24,6 +25,12 @@ def flip_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 def test_what_is_saved_comes_back_into_another_engine_and_trains_on_the_same(tmp_path):
@@ -45,7 +52,8 @@ def test_the_manifest_says_what_is_inside(tmp_path):
     assert (manifest.step, manifest.samples_consumed, manifest.position) == (13, 104, Position(1, 4))
     assert (manifest.world, manifest.engine, manifest.precision, manifest.seed) == (1, "single", "fp32", 0)
     assert manifest.config == CONFIG.to_dict()
-    assert manifest.dataset == {"samples": 100, "tokenizer": INFO.tokenizer, "latent_scale": 1.0}
+    expected = {"samples": 100, "fingerprint": INFO.fingerprint, "tokenizer": INFO.tokenizer, "latent_scale": 1.0}
+    assert manifest.dataset == expected
     assert manifest.shapes["encoder.0.attn.qkv.weight"] == [48, 16]
     assert set(manifest.files) == set(os.listdir(path)) - {"manifest.json"}
     assert not [name for name in manifest.files if not name.endswith(".safetensors")]  # no pickle
@@ -93,9 +101,9 @@ def test_a_save_cut_short_leaves_the_one_before_and_nothing_half(tmp_path, monke
         broken.setattr(*place, crash)
         with pytest.raises(KeyboardInterrupt):
             run.save()
-    assert run.store.newest_valid(Report()).path == first
+    assert newest_valid(tmp_path, Report()).path == first
     again = run.save()  # and the leftovers are in nobody's way
-    assert run.store.newest_valid(Report()).path == again
+    assert newest_valid(tmp_path, Report()).path == again
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
@@ -109,6 +117,8 @@ def test_a_save_cut_short_leaves_the_one_before_and_nothing_half(tmp_path, monke
         (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
         (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "is of format 99"),
         (lambda path: (path / "manifest.json").write_text('{"format": 1}'), "manifest.json is torn or changed"),
+        (lambda path: edit(path / "manifest.json", '"seed": 0', '"seed": 1'), "manifest.json is torn or changed"),
+        (lambda path: (path / "junk.safetensors").write_bytes(b""), "junk.safetensors is not one of its files"),
     ],
 )
 def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, damage, complaint):
@@ -120,16 +130,16 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, dam
     damage(second)
     with pytest.raises(DataError, match=complaint):
         verify(second)
-    assert run.store.newest_valid(Report()).path == first
+    assert newest_valid(tmp_path, Report()).path == first
     said = capsys.readouterr().out
     assert complaint in said and str(second) in said and "trying the checkpoint before it" in said
     damage(first)
     with pytest.raises(DataError, match="none of the 2 checkpoints"):  # never a silent start from nothing
-        run.store.newest_valid(Report())
+        newest_valid(tmp_path, Report())
 
 
 def test_no_checkpoint_is_not_an_error_but_a_wrong_path_is(tmp_path):
-    assert Store(tmp_path, keep_last=1).newest_valid(Report()) is None
+    assert newest_valid(tmp_path, Report()) is None
     with pytest.raises(UsageError, match="no checkpoint at"):
         verify(tmp_path / "step-00000001")
 
@@ -141,6 +151,7 @@ def test_no_checkpoint_is_not_an_error_but_a_wrong_path_is(tmp_path):
         ("train", {"seed": 1}, "train.seed is 1, .* was made with 0"),
         ("train", {"global_batch": 16}, "train.global_batch is 16, .* was made with 8"),
         ("data", {"window": 5}, "data.window is 5, .* was made with 8192"),
+        ("data", {"flip": True}, "data.flip is True, .* was made with False"),
     ],
 )
 def test_a_config_that_would_not_continue_is_refused(tmp_path, section, change, complaint):
@@ -152,10 +163,51 @@ def test_a_config_that_would_not_continue_is_refused(tmp_path, section, change, 
         check_continues(checkpoint, changed, INFO)
 
 
-def test_other_data_is_refused(tmp_path):
+@pytest.mark.parametrize("shards", [(ShardInfo("a", 101, 1, 0),), (ShardInfo("a", 60, 1, 0), ShardInfo("b", 40, 1, 0))])
+def test_other_data_or_the_same_cut_otherwise_is_refused(tmp_path, shards):
     checkpoint = verify(Run(tmp_path).save())
-    with pytest.raises(ConfigError, match="data.path holds 101 samples, .* was made with 100"):
-        check_continues(checkpoint, CONFIG, dataclasses.replace(INFO, shards=(ShardInfo("a", 101, 1, 0),)))
+    with pytest.raises(ConfigError, match="is not the data set that checkpoint .* was made with"):
+        check_continues(checkpoint, CONFIG, dataclasses.replace(INFO, shards=shards))
+
+
+def test_fewer_steps_than_taken_are_refused(tmp_path):
+    run = Run(tmp_path)
+    run.train(3)
+    checkpoint = verify(run.save())
+    shorter = dataclasses.replace(
+        CONFIG, train=dataclasses.replace(CONFIG.train, steps=2), optim=dataclasses.replace(CONFIG.optim, warmup_steps=0)
+    )
+    with pytest.raises(ConfigError, match="train.steps is 2, .* has taken 3"):
+        check_continues(checkpoint, shorter, INFO)
+
+
+def test_folders_that_are_no_checkpoints_are_neither_used_nor_removed(tmp_path):
+    run = Run(tmp_path, keep_last=1)
+    run.train()
+    first = run.save()
+    for name in ("step-backup", "step-zzz", "mine"):
+        shutil.copytree(first, tmp_path / "checkpoints" / name)
+    run.train()
+    second = run.save()
+    assert newest_valid(tmp_path, Report()).path == second
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "mine", second.name, "step-backup", "step-zzz"]
+
+
+def test_later_checkpoints_are_set_aside_and_do_not_count(tmp_path):
+    run = Run(tmp_path, keep_last=2)
+    for _ in range(2):
+        run.train()
+        run.save()
+    for _ in range(2):  # twice the same name
+        run.store.set_aside_after(1)
+        run.save()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [
+        "damaged-step-00000002",
+        "damaged-step-00000002.1",
+        "latest",
+        "step-00000001",
+        "step-00000002",
+    ]
 
 
 def test_a_longer_run_or_another_rate_continues(tmp_path):

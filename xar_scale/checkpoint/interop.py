@@ -86,7 +86,7 @@ def load_official(source: str | Path | dict[str, Tensor], ema: bool = True) -> X
     if "model" in state:
         chosen = state["model_ema"] if ema and state.get("model_ema") is not None else state["model"]
         if not isinstance(chosen, dict):
-            raise DataError(f"{source}: no state dict under 'model'")
+            raise DataError("no state dict under 'model'")
         state = chosen
     config = _published_config(state)
     model = XAR(config)
@@ -102,9 +102,12 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
         import argparse
 
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (UnpicklingError, RuntimeError, EOFError) as error:
         raise DataError(f"{path} cannot be read as plain weights: {str(error).splitlines()[0]}") from None
+    if not isinstance(state, dict):
+        raise DataError(f"{path} holds a {type(state).__name__}, not a state dict")
+    return state
 
 
 def _published_config(state: dict[str, Tensor]) -> ModelConfig:

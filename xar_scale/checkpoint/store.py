@@ -7,9 +7,10 @@ is a flat float32 vector, cut over ranks as a 1-D DTensor: ``model/NAME``, ``ema
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
-import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -28,13 +29,14 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from xar_scale import dist
 from xar_scale.config import Config
 from xar_scale.data.order import Position
-from xar_scale.data.shards import DatasetInfo, write_atomically
+from xar_scale.data.shards import DatasetInfo
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
 from xar_scale.errors import ConfigError, DataError, UsageError
+from xar_scale.files import sync_folder, write_atomically
 
 FORMAT = 1
-MANIFEST, LATEST = "manifest.json", "latest"
+FOLDER, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Manifest:
     seed: int
     samples_consumed: int  # of the run
     position: Position  # epoch, samples consumed of it
-    dataset: dict[str, Any]  # samples, tokenizer and latent scale: what decoding needs
+    dataset: dict[str, Any]  # samples and fingerprint; tokenizer and latent scale, which decoding needs
     world: int  # ranks that wrote it
     engine: str
     precision: str
@@ -64,82 +66,102 @@ class Checkpoint:
 
 
 class Store:
-    """The checkpoints of one run, in ``RUN/checkpoints``."""
+    """Writes the checkpoints of one run, in ``RUN/checkpoints``."""
 
     def __init__(self, run: Path, keep_last: int) -> None:
-        self.folder, self.keep_last = run / "checkpoints", keep_last
-
-    def paths(self) -> list[Path]:
-        """Complete checkpoints by name, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+        self.folder, self.keep_last = run / FOLDER, keep_last
 
     def save(self, step: int, engine: Engine, ema: EMA, config: Config, position: Position, info: DatasetInfo) -> Path:
         """Write all ranks' shards, then make the checkpoint appear at once and ``latest`` name it. Every rank calls this."""
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
-        if dist.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
+        dist.on_rank_0(lambda: _empty_folder(temporary))
         with _quiet_dcp():
             dcp.save(
                 _state(engine, ema),
                 storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
                 no_dist=not torch.distributed.is_initialized(),
             )
-        dist.barrier()
-        names = sorted(path.name for path in temporary.iterdir())
-        mine = {name: _fingerprint(temporary / name) for name in names[dist.rank() :: dist.world()]}
-        files = {name: entry for part in dist.gather_objects(mine) for name, entry in part.items()}
-        if dist.rank() == 0:
-            manifest = Manifest(
-                format=FORMAT,
-                step=step,
-                seed=config.train.seed,
-                samples_consumed=step * config.train.global_batch,
-                position=position,
-                dataset={"samples": info.samples, "tokenizer": info.tokenizer, "latent_scale": info.latent_scale},
-                world=dist.world(),
-                engine=config.train.engine,
-                precision=config.train.precision,
-                config=config.to_dict(),
-                shapes={shard.name: list(shard.shape) for shard in engine.shards()},
-                files=dict(sorted(files.items())),
-            )
-            write_atomically(temporary / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
-            self._publish(temporary, final)
-        dist.barrier()
+        # the union: on a network file system a rank is sure to see only what it wrote itself
+        names = set().union(*dist.gather_objects({path.name for path in temporary.iterdir()}))
+        fingerprints = dist.together(lambda: {name: _fingerprint(temporary / name) for name in dist.mine(sorted(names))})
+        files = {name: entry for part in dist.gather_objects(fingerprints) for name, entry in part.items()}
+        manifest = Manifest(
+            format=FORMAT,
+            step=step,
+            seed=config.train.seed,
+            samples_consumed=step * config.train.global_batch,
+            position=position,
+            dataset={
+                "samples": info.samples,
+                "fingerprint": info.fingerprint,
+                "tokenizer": info.tokenizer,
+                "latent_scale": info.latent_scale,
+            },
+            world=dist.world(),
+            engine=config.train.engine,
+            precision=config.train.precision,
+            config=config.to_dict(),
+            shapes={shard.name: list(shard.shape) for shard in engine.shards()},
+            files=dict(sorted(files.items())),
+        )
+        dist.on_rank_0(lambda: self._publish(manifest, temporary, final))
         return final
 
-    def _publish(self, temporary: Path, final: Path) -> None:
+    def _publish(self, manifest: Manifest, temporary: Path, final: Path) -> None:
         """One rename makes it visible; only then does anything older go."""
-        _sync_folder(temporary)
-        if final.exists():  # a damaged one of the same step, passed over on resume
-            replaced = final.with_name(f".{final.name}.replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            final.rename(replaced)
+        values = asdict(manifest)
+        write_atomically(temporary / MANIFEST, json.dumps({"sha256": _digest(values), **values}, indent=1).encode())
+        sync_folder(temporary)
         temporary.rename(final)
-        _sync_folder(self.folder)
+        sync_folder(self.folder)
         write_atomically(self.folder / LATEST, f"{final.name}\n".encode())
-        for stale in [*self.paths()[: -self.keep_last], *self.folder.glob(".step-*")]:
-            if stale != final:
-                shutil.rmtree(stale, ignore_errors=True)
+        for stale in [*checkpoint_paths(self.folder.parent)[: -self.keep_last], *self.folder.glob(".step-*.tmp")]:
+            shutil.rmtree(stale, ignore_errors=True)
 
-    def newest_valid(self, report: "Report") -> Checkpoint | None:
-        """The newest checkpoint whose files are all as written; None when there is none at all.
+    def set_aside_after(self, step: int) -> None:
+        """Rename checkpoints of later steps, damaged ones that resuming passed over, so that they neither count nor block."""
+        for path in checkpoint_paths(self.folder.parent):
+            if _step(path) > step:
+                path.rename(_free_name(path.with_name(f"damaged-{path.name}")))
 
-        A damaged one is reported and the one before it tried. Raises DataError when there are some and none is valid.
-        Every rank calls this, and checks a share of the files.
-        """
-        paths = self.paths()
-        for path in reversed(paths):
-            try:
-                return dist.together(lambda at=path: verify(at))  # type: ignore[misc]
-            except DataError as error:
-                report(f"{error}; trying the checkpoint before it")
-        if paths:
-            raise DataError(f"none of the {len(paths)} checkpoints in {self.folder} is valid; another --run-dir starts anew")
-        return None
+
+def checkpoint_paths(run: Path) -> list[Path]:
+    """The run's checkpoints by name, oldest first, whole or damaged."""
+    paths = [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    return sorted(paths, key=_step)
+
+
+def newest_valid(run: Path, report: "Report") -> Checkpoint | None:
+    """The newest checkpoint whose files are all as written; None when there is none at all.
+
+    A damaged one is reported and the one before it tried. Raises DataError when there are some and none is valid.
+    Every rank calls this, and checks a share of the files.
+    """
+    paths = dist.on_rank_0(lambda: checkpoint_paths(run))
+    for path in reversed(paths):
+        try:
+            return dist.together(lambda at=path: verify(at))  # type: ignore[misc]
+        except DataError as error:
+            report(f"{error}; trying the checkpoint before it")
+    if paths:
+        raise DataError(f"none of the {len(paths)} checkpoints in {run / FOLDER} is valid; another --run-dir starts anew")
+    return None
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _free_name(path: Path) -> Path:
+    """``path``, or where something is there already, with a number after it."""
+    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
+    return path if not path.exists() else next(name for name in numbered if not name.exists())
+
+
+def _empty_folder(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
 
 
 class Report:
@@ -151,13 +173,15 @@ class Report:
 
 
 def read_manifest(path: Path) -> Checkpoint:
-    """Raises UsageError when there is no checkpoint, DataError when its manifest is torn or of another format."""
+    """Raises UsageError when there is no checkpoint, DataError when its manifest is torn, changed or of another format."""
     if not path.is_dir():
         raise UsageError(f"no checkpoint at {path}")
     try:
         values = json.loads((path / MANIFEST).read_text())
         if values["format"] != FORMAT:
             raise DataError(f"checkpoint {path} is of format {values['format']}, this version reads {FORMAT}")
+        if values.pop("sha256") != _digest(values):
+            raise DataError(f"checkpoint {path}: {MANIFEST} is torn or changed")
         return Checkpoint(path, Manifest(**{**values, "position": Position(*values["position"])}))
     except FileNotFoundError:
         raise DataError(f"checkpoint {path} has no {MANIFEST}") from None
@@ -168,31 +192,34 @@ def read_manifest(path: Path) -> Checkpoint:
 def verify(path: Path) -> Checkpoint:
     """Check this rank's share of the files, by size and SHA-256. Raises DataError naming the first that differs."""
     checkpoint = read_manifest(path)
-    names = list(checkpoint.manifest.files)
-    for name in names[dist.rank() :: dist.world()]:
+    files = checkpoint.manifest.files
+    if extra := {file.name for file in path.glob("*.safetensors")} - set(files):
+        raise DataError(f"checkpoint {path}: {min(extra)} is not one of its files")
+    for name in dist.mine(list(files)):
         if not (path / name).is_file():
             raise DataError(f"checkpoint {path}: {name} is missing")
-        if _fingerprint(path / name) != checkpoint.manifest.files[name]:
+        if _fingerprint(path / name) != files[name]:
             raise DataError(f"checkpoint {path}: {name} is not as it was written (size or checksum differs)")
     return checkpoint
 
 
 def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -> None:
     """Raises ConfigError when ``config`` cannot continue the checkpoint exactly, with both values."""
-    manifest, old = checkpoint.manifest, checkpoint.manifest.config
-    new = config.to_dict()
-    keys = [f"model.{key}" for key in new["model"]] + ["train.seed", "train.global_batch", "train.label_drop", "data.window"]
+    manifest, old, new = checkpoint.manifest, checkpoint.manifest.config, config.to_dict()
+    keys = [f"model.{key}" for key in new["model"]]
+    keys += ["train.seed", "train.global_batch", "train.label_drop", "data.window", "data.flip"]
     for key in keys:
         section, name = key.split(".")
         before, now = old.get(section, {}).get(name), new[section][name]
         if before != now:
             raise ConfigError(f"{key} is {now}, checkpoint {checkpoint.path} was made with {before}: it would not continue")
-    if manifest.dataset["samples"] != info.samples:
+    if manifest.dataset["fingerprint"] != info.fingerprint:
         raise ConfigError(
-            f"data.path holds {info.samples} samples, checkpoint {checkpoint.path} was made with "
-            f"{manifest.dataset['samples']}: "
-            "its data position would mean another sample"
+            f"{config.data.path} ({info.samples} samples) is not the data set that checkpoint {checkpoint.path} was made "
+            f"with ({manifest.dataset['samples']} samples): its data position would mean another sample"
         )
+    if manifest.step > config.train.steps:
+        raise ConfigError(f"train.steps is {config.train.steps}, checkpoint {checkpoint.path} has taken {manifest.step}")
 
 
 def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
@@ -234,21 +261,17 @@ def _state(engine: Engine, ema: EMA) -> dict[str, Tensor]:
     return state
 
 
+def _digest(values: dict[str, Any]) -> str:
+    """SHA-256 of plain values, the same after a trip through a file."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
     return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _sync_folder(path: Path) -> None:
-    """Make renames and new entries of a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

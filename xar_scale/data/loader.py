@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from xar_scale import dist, rng
+from xar_scale import rng
 from xar_scale.config import Config
 from xar_scale.data.order import SampleOrder
 from xar_scale.data.shards import DatasetInfo, LatentShards, Sample
@@ -29,6 +29,7 @@ class Batch:
     t: Tensor  # (B, K)
     noise: Tensor  # (B, T, C), entity-major
     keys: tuple[str, ...]
+    error: DataError | None = None  # why this batch is blank: the rank still takes part in the step, which all then discard
 
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -37,7 +38,7 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(change(self.latents), change(self.labels), change(self.t), change(self.noise), self.keys)
+        return Batch(change(self.latents), change(self.labels), change(self.t), change(self.noise), self.keys, self.error)
 
 
 class LatentDataset(Dataset[Batch]):
@@ -49,12 +50,12 @@ class LatentDataset(Dataset[Batch]):
         self.seed = config.train.seed
         self.order = SampleOrder([shard.samples for shard in shards.info.shards], self.seed, config.data.window)
 
-    def __getitems__(self, numbers: list[int]) -> Batch | DataError:
-        """The batch of these sample numbers; an error is returned, not raised: a worker would wrap it in a traceback."""
+    def __getitems__(self, numbers: list[int]) -> Batch:
+        """The batch of these sample numbers; where one cannot be read, a blank batch that says why."""
         try:
             samples = [self.shards.read(*self.order.locate(number)) for number in numbers]
         except DataError as error:
-            return error
+            return self._blank(len(numbers), error)
         shape = (self.layout.tokens, self.config.model.channels)
         latents = np.stack([self._latent(sample, n) for sample, n in zip(samples, numbers, strict=True)])
         labels = [self._label(sample, n) for sample, n in zip(samples, numbers, strict=True)]
@@ -66,6 +67,17 @@ class LatentDataset(Dataset[Batch]):
             t=sample_time(torch.from_numpy(time)),
             noise=torch.from_numpy(noise),
             keys=tuple(sample.key for sample in samples),
+        )
+
+    def _blank(self, size: int, error: DataError) -> Batch:
+        model, layout = self.config.model, self.layout
+        return Batch(
+            latents=torch.zeros(size, model.channels, *model.grid),
+            labels=torch.zeros(size, dtype=torch.int64),
+            t=torch.zeros(size, layout.entities),
+            noise=torch.zeros(size, layout.tokens, model.channels),
+            keys=(),
+            error=error,
         )
 
     def _normal(self, purpose: str, number: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -124,7 +136,7 @@ def batches(dataset: LatentDataset, numbers: RankNumbers, device: torch.device) 
     """The rank's batches in order, read ahead by worker processes; their number does not change a bit of what comes."""
     settings = dataset.config.data
     ahead: dict[str, Any] = {"prefetch_factor": settings.prefetch, "persistent_workers": True} if settings.workers else {}
-    loader: DataLoader[Any] = DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         dataset,
         batch_sampler=numbers,
         num_workers=settings.workers,
@@ -133,12 +145,6 @@ def batches(dataset: LatentDataset, numbers: RankNumbers, device: torch.device) 
         **ahead,
     )
     for batch in loader:
-        if isinstance(batch, DataError):
-            batch.rank = dist.rank()
-            try:
-                raise batch
-            finally:
-                del batch  # else error, traceback and this frame would keep each other, and the workers, alive
         yield batch.to(device)
 
 

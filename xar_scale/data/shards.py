@@ -4,6 +4,7 @@ A set is a folder: ``dataset.json`` (what all samples share, and the list of sha
 ``NAME.index.json`` (keys, positions, a checksum a sample). The tars are plain WebDataset: stock readers need no index.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from typing_extensions import Self
 
 from xar_scale.config import STRICT, validated
 from xar_scale.errors import DataError, UsageError
+from xar_scale.files import write_atomically
 
 FORMAT = 1
 MAX_KEY = 80  # characters: with a member's ending it must fit the 100 of a tar header
@@ -55,6 +57,11 @@ class DatasetInfo:
         return sum(shard.samples for shard in self.shards)
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the description: the same for a copy elsewhere, another for anything that moves or changes a sample."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         channels, rows, columns = self.shape
         return (channels // 2 if self.stored == "moments" else channels), rows, columns
@@ -75,16 +82,6 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Either the old file or the whole new one is there at any moment, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 class ShardWriter:
     """Writes samples to shards of ``samples_per_shard`` in the order given; the same samples give the same bytes.
 
@@ -96,6 +93,8 @@ class ShardWriter:
         self, folder: str | Path, info: DatasetInfo, *, prefix: str = "latents", samples_per_shard: int = 1024
     ) -> None:
         self.folder, self.info, self.prefix, self.samples_per_shard = Path(folder), info, prefix, samples_per_shard
+        if samples_per_shard < 1:
+            raise UsageError(f"a shard has at least 1 sample, not {samples_per_shard}")
         if (self.folder / DATASET_FILE).exists():
             raise UsageError(f"{self.folder} already holds a data set; remove it or write elsewhere")
         try:
@@ -245,7 +244,10 @@ class _OpenShard:
             name: np.array([where["offset"], where["size"]], dtype=np.int64).T for name, where in index["members"].items()
         }
         self.path = _check_size(folder, shard)
-        self.descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"shard {self.path}: {error.strerror}") from None
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -256,8 +258,10 @@ def _check_size(folder: Path, shard: ShardInfo) -> Path:
     path = folder / f"{shard.name}.tar"
     try:
         size = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"shard {path} is missing") from None
     except OSError as error:
-        raise DataError(f"shard {path} is missing: {error.strerror}") from None
+        raise DataError(f"shard {path}: {error.strerror}") from None
     if size != shard.bytes:
         what = "truncated" if size < shard.bytes else "changed"
         raise DataError(f"shard {path} is {what}: {size} bytes, the index says {shard.bytes}")

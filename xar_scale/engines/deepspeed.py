@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from xar_scale import dist
@@ -20,6 +21,19 @@ from xar_scale.errors import ConfigError
 from xar_scale.model.xar import XAR
 from xar_scale.optim import create_adamw
 from xar_scale.precision import MODES
+
+# What a ds_config may hold beside what ours decides: DeepSpeed's own affairs
+THEIRS = {
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "dump_state",
+    "memory_breakdown",
+    "comms_logger",
+    "flops_profiler",
+}
+PRECISION = {"bf16", "fp16", "torch_autocast", "amp", "communication_data_type", "data_types"}  # train.precision decides
 
 
 class DeepSpeedEngine(Engine):
@@ -35,9 +49,12 @@ class DeepSpeedEngine(Engine):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
         names = {parameter: name for name, parameter in model.named_parameters()}
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=create_adamw(model, config.optim), config=settings
-        )
+        try:
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=create_adamw(model, config.optim), config=settings
+            )
+        except (ValidationError, deepspeed.DeepSpeedConfigError) as error:
+            raise ConfigError(f"{config.train.ds_config}: DeepSpeed refuses it: {' '.join(str(error).split())}") from None
         self.network = self.engine
         # 0.19.8: fp16_groups holds the parameters of each sub-group, whatever their dtype; their shards lie end to end in
         # fp32_partitioned_groups_flat, each ds_tensor.ds_numel long (the last rank's padded)
@@ -114,17 +131,20 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     for key, (name, value) in ours.items():
         if key in settings and settings[key] != value:
             raise ConfigError(f"{path}: {key} {settings[key]} contradicts {name} {value}")
-    for key in ("bf16", "fp16", "torch_autocast", "amp"):
-        if settings.get(key, {}).get("enabled"):
-            raise ConfigError(f"{path}: {key}.enabled contradicts train.precision {train.precision}, which decides; remove it")
+    for key in sorted(PRECISION):
+        if settings.get(key) not in (None, {}, {"enabled": False}):
+            raise ConfigError(f"{path}: {key} contradicts train.precision {train.precision}, which decides; remove it")
     for key, name in (("optimizer", "optim.*"), ("scheduler", "optim.warmup_steps and decay_share")):
         if key in settings:
             raise ConfigError(f"{path}: {key} contradicts {name}, which decides; remove it")
-    zero = settings.get("zero_optimization", {})
-    if zero.get("stage") != 3:
-        raise ConfigError(f"{path}: zero_optimization.stage {zero.get('stage')}; this version's deepspeed engine runs stage 3")
+    if unknown := sorted(set(settings) - set(ours) - PRECISION - THEIRS):
+        raise ConfigError(f"{path}: this engine does not take {unknown[0]}; it takes {', '.join(sorted(THEIRS))}")
+    zero = settings.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if not isinstance(zero, dict) or stage != 3:
+        raise ConfigError(f"{path}: zero_optimization.stage {stage}; this version's deepspeed engine runs stage 3")
     for key in ("offload_optimizer", "offload_param"):
-        if zero.get(key, {}).get("device", "none") != "none":
+        if key in zero:
             raise ConfigError(f"{path}: zero_optimization.{key} is not supported by this version's deepspeed engine")
     settings |= {key: value for key, (_, value) in ours.items()}
     settings["gradient_clipping"] = 0.0  # Engine.step clips, by the norm that all ranks agreed on
@@ -141,6 +161,8 @@ def read_settings(path: str) -> dict[str, Any]:
         settings = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise ConfigError(f"no DeepSpeed config at {path} (train.ds_config)") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} (train.ds_config): {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(settings, dict):

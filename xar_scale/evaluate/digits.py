@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from xar_scale.errors import UsageError
+from xar_scale.errors import DataError, UsageError
 
 CLASSES = 10
 LEVELS = 16  # grey levels of the set, 0..16
@@ -20,7 +20,7 @@ class Verdict:
     held_out: float  # real digits that it was not fitted on
     sample_count: int
     held_out_count: int
-    by_class: list[float]
+    by_class: dict[int, float]
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -30,10 +30,17 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def judge(images: np.ndarray, labels: np.ndarray) -> Verdict:
-    """Fit a support vector classifier on three quarters of the real digits; read the rest, and ``images`` (N, 1, 8, 8)."""
+    """Fit a support vector classifier on three quarters of the real digits; read the rest, and ``images`` (N, 1, 8, 8).
+
+    Raises DataError when images or labels are not the digits' kind.
+    """
     real, real_labels = load_digits()
-    if images.shape[1:] != real.shape[1:]:
-        raise UsageError(f"the samples are {images.shape[1:]} (channels, rows, columns), the digits are {real.shape[1:]}")
+    if images.dtype != np.uint8 or images.shape[1:] != real.shape[1:] or not len(images):
+        raise DataError(f"the samples are {images.dtype}{images.shape}, digits are one or more of uint8{real.shape[1:]}")
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not np.isin(labels, range(CLASSES)).all():
+        raise DataError(
+            f"the labels are {labels.dtype}{labels.shape}, not one of 0..{CLASSES - 1} for each of {len(images)} images"
+        )
     split = _sklearn("model_selection").train_test_split(
         _features(real), real_labels, test_size=HELD_OUT, stratify=real_labels, random_state=0
     )
@@ -45,7 +52,7 @@ def judge(images: np.ndarray, labels: np.ndarray) -> Verdict:
         held_out=float((classifier.predict(held_out) == held_labels).mean()),
         sample_count=len(images),
         held_out_count=len(held_labels),
-        by_class=[float(right[labels == label].mean()) for label in range(CLASSES) if (labels == label).any()],
+        by_class={int(label): float(right[labels == label].mean()) for label in np.unique(labels)},
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from xar_scale.checkpoint.store import MANIFEST, Checkpoint, Report, Store, load_weights, verify
+from xar_scale.checkpoint.store import FOLDER, Checkpoint, Report, load_weights, newest_valid, verify
 from xar_scale.config import Config, SampleConfig
 from xar_scale.errors import UsageError
 from xar_scale.model.xar import XAR
@@ -17,10 +17,9 @@ from xar_scale.tokenizers import create_tokenizer
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint's folder, or a run's: its newest valid checkpoint. Raises UsageError when there is none."""
-    if (path / MANIFEST).exists() or path.name.startswith("step-"):
+    if not (path / FOLDER).is_dir():
         return verify(path)
-    checkpoint = Store(path, keep_last=1).newest_valid(Report()) if path.is_dir() else None
-    if checkpoint is None:
+    if (checkpoint := newest_valid(path, Report())) is None:
         raise UsageError(f"no checkpoint in {path}")
     return checkpoint
 
@@ -60,5 +59,4 @@ def draw_grid(images: np.ndarray, labels: list[int], columns: int, path: Path, c
             pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
             tile = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.BICUBIC)
             sheet.paste(tile, (margin + column * (cell + gap), top))
-    path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)

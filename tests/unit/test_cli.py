@@ -1,0 +1,144 @@
+"""The command line: one line and a documented exit code for whatever is asked of it."""
+
+import os
+import subprocess
+
+import numpy as np
+import pytest
+
+from tests.processes import ROOT
+from tests.unit.tiny_run import Run
+from xar_scale.cli import main
+
+FAST = ["sample.steps=1", "sample.sampler=euler", "sample.guidance=1.0"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path / "run")
+    run.save()
+    return str(tmp_path / "run")
+
+
+def assert_ends(capsys, arguments: list, code: int, *parts: str) -> None:
+    assert main([str(word) for word in arguments]) == code
+    said = capsys.readouterr().err
+    assert said.startswith("xar-scale: ") and said.count("\n") == 1, said
+    assert all(part in said for part in parts), said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "part"),
+    [
+        ([], 64, "COMMAND"),
+        (["nosuch"], 64, "nosuch"),
+        (["train"], 64, "needs --recipe or --config"),
+        (["train", "--recipe", "nosuch"], 64, "no recipe 'nosuch'; there are: digits, imagenet256_b"),
+        (["train", "--recipe", "digits", "--nosuch", "1"], 64, "--nosuch"),
+        (["train", "--recipe", "digits", "nonsense"], 64, "nonsense"),
+        (["train", "--rec", "digits"], 64, "--rec"),  # no abbreviations
+        (["train", "--config", "nowhere.yaml"], 64, "nowhere.yaml"),
+        (["train", "--recipe", "digits", "optim.lr=nan-ish"], 78, "optim.lr = 'nan-ish'"),
+        (["train", "--recipe", "imagenet256_b", "train.engine=single"], 78, "data.path is not set"),
+        (["sample", "nowhere", "--out", "x.png"], 64, "no checkpoint at nowhere"),
+        (["evaluate", "nowhere.npz", "--out", "x.json"], 64, "no samples at nowhere.npz"),
+        (["evaluate", "train.steps=1", "--out", "x.json"], 64, "no samples at train.steps=1"),
+    ],
+)
+def test_wrong_words(capsys, arguments, code, part):
+    assert_ends(capsys, arguments, code, part)
+
+
+def test_print_config_prints_and_trains_nothing(capsys, tmp_path):
+    arguments = [
+        "train",
+        "optim.lr=1e-4",
+        "--recipe",
+        "digits",
+        "--run-dir",
+        tmp_path / "run",
+        "--print-config",
+        "train.seed=3",
+    ]
+    assert main([str(word) for word in arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "lr: 0.0001" in printed and "seed: 3" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_rank_that_deepspeed_puts_before_the_command_is_taken(capsys):
+    assert main(["--local_rank=0", "train", "--recipe", "digits", "--print-config"]) == 0
+
+
+def test_samples_of_chosen_classes(capsys, run, tmp_path):
+    out = tmp_path / "new" / "grid.png"
+    assert main(["sample", run, "--classes", "3,7", "--per-class", "2", "--out", str(out), *FAST]) == 0
+    assert "4 images of" in capsys.readouterr().out
+    with np.load(out.with_suffix(".npz")) as archive:
+        assert archive["labels"].tolist() == [3, 3, 7, 7]
+    assert out.exists()
+
+
+def test_wrong_samples(capsys, run, tmp_path):
+    out = tmp_path / "grid.png"
+    assert_ends(capsys, ["sample", run, "--out", tmp_path / "grid.jpg"], 64, "grid.jpg is not a .png")
+    assert_ends(capsys, ["sample", run, "--out", out, "--per-class", "0"], 64, "--per-class")
+    assert_ends(capsys, ["sample", run, "--out", out, "--classes", "cat"], 64, "--classes 'cat'")
+    assert_ends(capsys, ["sample", run, "--out", out, "--classes", "10"], 64, "class 10 is outside 0..9")
+    assert_ends(capsys, ["sample", run, "--out", out, "model.classes=3"], 64, "model.classes=3: only sample.*")
+    assert_ends(capsys, ["sample", run, "--out", out, "sample.steps=0"], 78, "sample.steps = 0")
+    assert not out.exists() and not out.with_suffix(".npz").exists()
+    (tmp_path / "file").write_text("")
+    assert_ends(capsys, ["sample", run, "--out", tmp_path / "file" / "grid.png"], 74, "file")
+
+
+def test_wrong_archives(capsys, tmp_path):
+    for name, content in (("empty.npz", b""), ("text.npz", b"text")):
+        (tmp_path / name).write_bytes(content)
+        assert_ends(capsys, ["evaluate", tmp_path / name, "--out", tmp_path / "v.json"], 65, name, "is not what")
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    assert_ends(capsys, ["evaluate", tmp_path / "array.npy", "--out", tmp_path / "v.json"], 65, "array.npy")
+    np.savez(tmp_path / "other.npz", images=np.zeros((2, 1, 8, 8)), labels=np.zeros(2, int))
+    assert_ends(capsys, ["evaluate", tmp_path / "other.npz", "--out", tmp_path / "v.json"], 65, "the samples are float64")
+    assert not (tmp_path / "v.json").exists()
+
+
+def test_a_run_folder_that_is_a_file(capsys, tmp_path):
+    from tools.cache_latents import cache_digits
+
+    cache_digits(tmp_path / "data", 1000)
+    (tmp_path / "run").write_text("mine")
+    arguments = ["train", "--recipe", "digits", "--run-dir", tmp_path / "run", f"data.path={tmp_path / 'data'}"]
+    assert_ends(capsys, [*arguments, "train.engine=single"], 74, str(tmp_path / "run"))
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launchers/deepspeed.sh where ``deepspeed`` and ``nvidia-smi`` only say what they were asked."""
+    for name, script in (("deepspeed", 'echo "deepspeed $* DS=${DS_ACCELERATOR:-}"'), ("nvidia-smi", "cat $GPU_LIST")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def launch(gpus: str, **variables: str) -> str:
+        (tmp_path / "gpus").write_text(gpus)
+        kept = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")}
+        given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GPU_LIST": str(tmp_path / "gpus"), "MASTER_PORT": "1"} | variables
+        done = subprocess.run(
+            ["launchers/deepspeed.sh", "train", "a=1"], cwd=ROOT, env=kept | given, capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()[-1]
+
+    return launch
+
+
+def test_the_launcher_chooses_the_ranks(launch):
+    gpus = "".join(f"GPU {n}: NVIDIA (UUID: x)\n" for n in range(6))
+    rest = "--master_port 1 --no_local_rank --module xar_scale train a=1 DS="
+    assert launch(gpus) == f"deepspeed --quiet --include localhost:0,1,2,3 {rest}"
+    assert launch(gpus, PROCESSES="6") == f"deepspeed --quiet --include localhost:0,1,2,3,4,5 {rest}"
+    assert launch(gpus, CUDA_VISIBLE_DEVICES="2,5") == f"deepspeed --quiet --include localhost:2,5 {rest}"
+    for nothing in ("", "No devices were found\n"):
+        assert launch(nothing) == f"deepspeed --quiet --num_gpus 2 {rest}cpu"
+    assert launch(gpus, CUDA_VISIBLE_DEVICES="") == f"deepspeed --quiet --num_gpus 2 {rest}cpu"
+    assert launch("", PROCESSES="3") == f"deepspeed --quiet --num_gpus 3 {rest}cpu"
