@@ -29,8 +29,9 @@ class ModelConfig:
     heads: int = Field(gt=0)
     channels: int = Field(default=16, gt=0)  # of a latent token
     grid: tuple[PositiveInt, PositiveInt] = (16, 16)  # rows and columns of tokens
-    entity: Literal["cell"] = "cell"
-    entity_size: int = Field(default=8, gt=0)  # cell: tokens on a side
+    entity: Literal["patch", "cell", "subsample", "scale", "image"] = "cell"
+    # cell: tokens on a side; subsample: the stride; scale: how many. None: at most half the grid; 2; all that halve evenly
+    entity_size: int | None = Field(default=None, gt=0)
     classes: int = Field(default=1000, gt=0)  # the null class comes after them
     mlp_ratio: float = Field(default=4.0, gt=0)
     time_bins: int = Field(default=1000, gt=0)  # the network sees floor(time_bins * t)

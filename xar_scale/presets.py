@@ -19,7 +19,7 @@ _IMAGENET_STEPS_AN_EPOCH = 1_281_167 / 2048
 def _imagenet256(model: str, steps: int, guidance: float) -> dict[str, Any]:
     """The published training at 256 px on KL-16 latents: 800 epochs, 5e-5 per 256 images, constant to epoch 600."""
     return dict(
-        model=dict(MODELS[model], channels=16, grid=[16, 16], entity_size=8, classes=1000, dropout=0.1),
+        model=dict(MODELS[model], channels=16, grid=[16, 16], classes=1000, dropout=0.1),
         data=dict(workers=8, flip=True),
         optim=dict(
             lr=5e-5 * 2048 / 256,
@@ -39,7 +39,7 @@ def _imagenet256(model: str, steps: int, guidance: float) -> dict[str, Any]:
 RECIPES: dict[str, dict[str, Any]] = {
     # scikit-learn's 8x8 digits as a 4x4 grid of 2x2-pixel tokens: three minutes on two CPU cores
     "digits": dict(
-        model=dict(MODELS["nano"], channels=4, grid=[4, 4], entity_size=2, classes=10),
+        model=dict(MODELS["nano"], channels=4, grid=[4, 4], classes=10),
         data=dict(path="runs/demo/data", workers=1),
         optim=dict(lr=3e-3, warmup_steps=50, decay_share=0.5, weight_decay=0.02, ema_decay=0.99),
         train=dict(

@@ -14,13 +14,13 @@ CLASSES = 10
 
 def nano_model(**changes) -> XAR:
     """A nano model on a 4x4 grid of four cells."""
-    return create_model("nano", **({"grid": (4, 4), "entity_size": 2, "channels": 4, "classes": CLASSES} | changes))
+    return create_model("nano", **({"grid": (4, 4), "channels": 4, "classes": CLASSES} | changes))
 
 
 def unequal_layout() -> EntityLayout:
     """Entities of 1, 3, 2 and 4 tokens, in no particular order, on a 2x5 grid."""
     order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
-    return EntityLayout(grid=(2, 5), lengths=(1, 3, 2, 4), order=order)
+    return EntityLayout(grids=((2, 5),), lengths=(1, 3, 2, 4), order=order)
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -8,7 +8,7 @@ from tests.unit.conftest import nano_model, normal, unequal_layout
 from xar_scale.config import ModelConfig
 from xar_scale.model import attention
 from xar_scale.model.attention import block_causal_attention
-from xar_scale.model.entities import create_layout
+from xar_scale.model.entities import create_layout, kinds
 from xar_scale.model.kv_cache import KVCache
 from xar_scale.model.rope import BASE, apply_rotary, rotary_angles
 
@@ -84,18 +84,24 @@ def test_a_token_is_seen_by_its_entity_and_later_ones_only(layout, backend):
                 assert differs[begin:].all()
 
 
+@pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_network_output_depends_on_its_entity_and_earlier_ones_only(backend, monkeypatch):
+def test_a_network_output_depends_on_its_entity_and_earlier_ones_only(backend, kind, monkeypatch):
     monkeypatch.setattr(attention, "DEFAULT_BACKEND", backend)
-    model = nano_model()
-    x, t, labels = normal(0, 2, 16, 4, dtype=torch.float32), normal(1, 2, 4).sigmoid(), torch.tensor([1, 2])
+    model = nano_model(entity=kind)
+    layout = model.layout
+    x, t = normal(0, 2, layout.tokens, 4, dtype=torch.float32), normal(1, 2, layout.entities).sigmoid()
+    labels = torch.tensor([1, 2])
     before = model(x, t, labels)
-    for entity in range(4):
-        changed = x.clone()
-        changed[:, 4 * entity + 1] += 1
-        moved = (model(changed, t, labels) - before).abs().amax(dim=(0, 2))
-        assert (moved[: 4 * entity] == 0).all()
-        assert (moved[4 * entity :] > 1e-4).all()
+    for entity, begin in enumerate(layout.offsets[:-1]):
+        for input_, time in ((x.clone(), t), (x, t.clone())):  # its tokens, its time
+            if time is t:
+                input_[:, begin] += 1
+            else:
+                time[:, entity] = (time[:, entity] + 0.5) % 1
+            moved = (model(input_, time, labels) - before).abs().amax(dim=(0, 2))
+            assert (moved[:begin] == 0).all()
+            assert (moved[begin:] > 1e-6).all()
 
 
 def test_the_default_backend_is_used_when_none_is_named(monkeypatch):
@@ -127,8 +133,9 @@ def test_gradients_are_those_of_finite_differences(backend):
     assert gradcheck(lambda q, k, v: block_causal_attention(q, k, v, layout, first=1, backend=backend), inputs)
 
 
-def test_entity_by_entity_with_a_cache_is_the_whole_forward():
-    model = nano_model(grid=(4, 8)).eval()
+@pytest.mark.parametrize("entity", kinds())
+def test_entity_by_entity_with_a_cache_is_the_whole_forward(entity):
+    model = nano_model(grid=(4, 8), entity=entity).eval()
     layout, batch = model.layout, 3
     x, t, labels = (
         normal(0, batch, layout.tokens, 4, dtype=torch.float32),

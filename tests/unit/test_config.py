@@ -284,7 +284,7 @@ def test_the_imagenet_recipes_are_the_published_ones(name, steps, guidance):
     assert (config.optim.betas, config.optim.weight_decay, config.optim.clip) == ((0.9, 0.96), 0.02, 1.0)
     assert (config.optim.ema_decay, config.model.dropout, config.train.label_drop) == (0.9999, 0.1, 0.1)
     assert (config.sample.steps, config.sample.guidance) == (steps, guidance)
-    assert config.model.entity_size == 8 and config.model.grid == (16, 16) and config.data.flip
+    assert config.model.entity == "cell" and config.model.grid == (16, 16) and config.data.flip
 
 
 @pytest.mark.parametrize("value", ["2024-13-45", "1" * 5000])

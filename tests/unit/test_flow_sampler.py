@@ -8,7 +8,7 @@ from tests.unit.conftest import nano_model, normal, unequal_layout
 from xar_scale.config import ModelConfig
 from xar_scale.errors import UsageError
 from xar_scale.flow import interpolate, sample_time, velocity_loss
-from xar_scale.model.entities import create_layout
+from xar_scale.model.entities import create_layout, kinds
 from xar_scale.sampler import LAST_STOCHASTIC_TIME, sample
 
 CLASSES = 5
@@ -247,3 +247,27 @@ def test_the_training_mode_comes_back_also_after_an_error(training):
     with pytest.raises(ArithmeticError):
         sample(model, [0], steps=1)
     assert model.training is training
+
+
+@pytest.mark.parametrize("entity", kinds())
+def test_every_kind_of_entity_is_sampled(entity):
+    model = nano_model(entity=entity)
+    alone = sample(model, [3], steps=2, guidance=2.0, seed=5, first_image=1)
+    beside = sample(model, [7, 3], steps=2, guidance=2.0, seed=5)
+    assert alone.shape == (1, 4, 4, 4) and torch.isfinite(alone).all()
+    torch.testing.assert_close(alone[0], beside[1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("entity", kinds())
+def test_the_loss_of_every_kind_is_that_of_its_tokens(entity):
+    model = nano_model(entity=entity)
+    layout, latents = model.layout, normal(0, 2, 4, 4, 4, dtype=torch.float32)
+    noise = normal(1, 2, layout.tokens, 4, dtype=torch.float32)
+    t, labels = normal(2, 2, layout.entities).sigmoid().float(), torch.tensor([1, 2])
+    tokens = layout.to_entities(latents)
+    x_t, target = torch.empty_like(tokens), noise - tokens
+    for k in range(layout.entities):
+        part = slice(layout.offsets[k], layout.offsets[k + 1])
+        x_t[:, part] = (1 - t[:, k, None, None]) * tokens[:, part] + t[:, k, None, None] * noise[:, part]
+    expected = (model(x_t, t, labels) - target).square().mean()
+    torch.testing.assert_close(velocity_loss(model, layout, latents, noise, t, labels), expected)

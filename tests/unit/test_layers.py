@@ -10,7 +10,7 @@ from torch import nn
 from tests.unit.conftest import nano_model, normal, unequal_layout
 from xar_scale.config import ModelConfig
 from xar_scale.errors import ConfigError, UsageError
-from xar_scale.model.layers import GatedMLP, RMSNorm, TimeEmbedding, by_entity
+from xar_scale.model.layers import GatedMLP, RMSNorm, TimeEmbedding, each_entity
 from xar_scale.model.xar import XAR, create_model, init_weights
 from xar_scale.sampler import sample
 
@@ -138,9 +138,15 @@ def test_samples_do_not_see_each_other():
         torch.testing.assert_close(alone[0], together[n], atol=1e-5, rtol=1e-5)
 
 
-def test_entities_of_unequal_length_are_not_modulated_wrongly():
-    with pytest.raises(AssertionError, match="unequal length"):
-        by_entity(torch.zeros(1, 10, 2), unequal_layout(), 0, 4)
+@pytest.mark.parametrize(("layout", "first"), [(unequal_layout(), 0), (unequal_layout(), 1), (nano_model().layout, 2)])
+def test_rows_of_an_entity_meet_its_tokens_and_no_others(layout, first):
+    entities = layout.entities - first
+    tokens = normal(0, 2, layout.tokens - layout.offsets[first], 3)
+    scale, shift = normal(1, 2, entities, 3), normal(2, 2, entities, 3)
+    changed = each_entity(layout, first, lambda x, a, b: x * a + b, tokens, scale, shift)
+    for at in range(tokens.shape[1]):
+        entity = sum(at + layout.offsets[first] >= end for end in layout.offsets[1:]) - first
+        torch.testing.assert_close(changed[:, at], tokens[:, at] * scale[:, entity] + shift[:, entity])
 
 
 def test_times_and_tokens_that_disagree_are_refused():
@@ -243,7 +249,7 @@ def test_unknown_models_and_fields_are_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="grid.0 = 0: "):
         create_model("nano", grid=(0, 4))
     with pytest.raises(ConfigError, match="do not tile a 5x5 grid"):
-        create_model("nano", grid=(5, 5))
+        create_model("nano", grid=(5, 5), entity_size=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

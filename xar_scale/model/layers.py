@@ -1,5 +1,7 @@
 """The parts of a block: norm, time embedding, gated MLP, attention, per-entity modulation."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -83,10 +85,17 @@ class Attention(nn.Module):
         return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
-def by_entity(x_BTD: Tensor, layout: EntityLayout, first: int, entities: int) -> Tensor:
-    """A view (B, K, L, D) of tokens whose entities are of equal length, so that (B, K, 1, D) broadcasts over them."""
-    assert len(set(layout.lengths)) == 1, "entities of unequal length"
-    return x_BTD.unflatten(1, (entities, layout.lengths[first]))
+def each_entity(layout: EntityLayout, first: int, change: Callable[..., Tensor], x_BTD: Tensor, *rows_BKD: Tensor) -> Tensor:
+    """``change(tokens, *rows)`` of each entity's tokens, from entity ``first`` on, and its rows of D values, broadcast.
+
+    Rows are never repeated for tokens in memory: entities of one length are a dimension of their own, others go one by one.
+    """
+    entities = rows_BKD[0].shape[1]
+    lengths = layout.lengths[first : first + entities]
+    if len(set(lengths)) == 1:
+        return change(x_BTD.unflatten(1, (entities, -1)), *(row[:, :, None] for row in rows_BKD)).flatten(1, 2)
+    parts = x_BTD.split(lengths, dim=1)
+    return torch.cat([change(part, *(row[:, k : k + 1] for row in rows_BKD)) for k, part in enumerate(parts)], dim=1)
 
 
 class Block(nn.Module):
@@ -103,15 +112,14 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, condition_BKD: Tensor, rotary: tuple[Tensor, Tensor], first: int, cache: KVCache | None
     ) -> Tensor:
-        modulation = self.ada(F.silu(condition_BKD)).unflatten(-1, (6, -1))[:, :, :, None]  # (B, K, 6, 1, D)
-        gate1, gate2, scale1, scale2, shift1, shift2 = modulation.unbind(2)
-        entities = condition_BKD.shape[1]
+        rows = self.ada(F.silu(condition_BKD)).unflatten(-1, (6, -1)).unbind(2)
+        gate1, gate2, scale1, scale2, shift1, shift2 = rows  # each (B, K, D)
 
         def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-            return (by_entity(self.norm(x), self.layout, first, entities) * (1 + scale) + shift).flatten(1, 2)
+            return each_entity(self.layout, first, lambda x, a, b: x * (1 + a) + b, self.norm(x), scale, shift)
 
         def gated(x: Tensor, gate: Tensor) -> Tensor:
-            return (by_entity(x, self.layout, first, entities) * gate).flatten(1, 2)
+            return each_entity(self.layout, first, torch.mul, x, gate)
 
         x = x_BTD + gated(self.attn(modulated(x_BTD, scale1, shift1), rotary, first, cache), gate1)
         return x + gated(self.mlp(modulated(x, scale2, shift2)), gate2)
