@@ -4,7 +4,7 @@ VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 DEMO := runs/demo
 
-.PHONY: demo test lint install clean-demo
+.PHONY: demo entities test lint install clean-demo
 
 demo: install
 	test -f $(DEMO)/data/dataset.json || python tools/cache_latents.py digits --out $(DEMO)/data
@@ -20,6 +20,9 @@ demo: install
 	@echo "             xar-scale sample $(DEMO) --classes 3,7 --out $(DEMO)/more.png --seed 1 sample.guidance=3.0"
 	@echo "             launchers/deepspeed.sh train --recipe digits --run-dir runs/wider data.path=$(DEMO)/data model.width=192"
 	@echo "             README.md, From here to ImageNet"
+
+entities: install
+	python tools/compare_entities.py --out runs/entities
 
 test: install lint
 	python -m pytest

@@ -140,7 +140,7 @@ def _sample(options: argparse.Namespace) -> None:
     images = generate(checkpoint, labels, config.sample, options.seed, dist.local_device())
     archive = options.out.with_suffix(".npz")
     np.savez(archive, images=images, labels=np.array(labels))
-    draw_grid(images, labels, min(options.show, options.per_class), options.out)
+    draw_grid({str(label): images[np.equal(labels, label)][: options.show] for label in classes}, options.out)
     print(f"{len(labels)} images of {checkpoint.path}: {options.out}, {archive}")
 
 

@@ -27,6 +27,7 @@ from xar_scale.errors import ConfigError, DataError, NonFiniteError, UsageError
 from xar_scale.files import write_atomically
 from xar_scale.metrics import Metrics, memory_gb
 from xar_scale.model.entities import create_layout
+from xar_scale.model.flops import training_flops
 from xar_scale.model.xar import XAR, init_weights
 from xar_scale.optim import learning_rate
 
@@ -117,6 +118,7 @@ def _loop(
                     "lr": rate,
                     "grad_norm": verdict.grad_norm.item(),
                     "images_per_s": settings.global_batch / seconds,
+                    "tflops_per_s": settings.global_batch / seconds * training_flops(config.model) / 1e12,
                     "step_s": seconds,
                     "data_wait_s": waited / (done - logged),
                     "memory_gb": memory_gb(engine.device),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.processes import finish, kill, launch, start
-from tools.cache_latents import cache_digits
+from xar_scale.evaluate.digits import cache_digits
 from xar_scale.checkpoint.store import load_weights, read_manifest
 
 STEPS = 20

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from tests.processes import launch
-from tools.cache_latents import cache_digits
 from xar_scale.data.shards import LatentShards, ShardWriter
-from xar_scale.evaluate.digits import load_digits
+from xar_scale.evaluate.digits import cache_digits, load_digits
 from xar_scale.tokenizers.pixel import PixelTokenizer
 
 SMALL = ["train.steps=4", "optim.warmup_steps=1", "train.global_batch=8", "train.log_every=1", "train.checkpoint_every=2"]

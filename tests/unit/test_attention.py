@@ -87,7 +87,7 @@ def test_a_token_is_seen_by_its_entity_and_later_ones_only(layout, backend):
 @pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_network_output_depends_on_its_entity_and_earlier_ones_only(backend, kind, monkeypatch):
-    monkeypatch.setattr(attention, "DEFAULT_BACKEND", backend)
+    monkeypatch.setattr(attention, "choose_backend", lambda layout: backend)
     model = nano_model(entity=kind)
     layout = model.layout
     x, t = normal(0, 2, layout.tokens, 4, dtype=torch.float32), normal(1, 2, layout.entities).sigmoid()
@@ -104,14 +104,18 @@ def test_a_network_output_depends_on_its_entity_and_earlier_ones_only(backend, k
             assert (moved[begin:] > 1e-6).all()
 
 
-def test_the_default_backend_is_used_when_none_is_named(monkeypatch):
-    layout = LAYOUTS["equal"]
+@pytest.mark.parametrize(
+    ("entity", "grid", "expected"),
+    [("cell", (16, 16), "prefix"), ("scale", (16, 16), "prefix"), ("patch", (16, 16), "dense"), ("cell", (4, 4), "dense")],
+)
+def test_long_entities_get_a_call_each_and_short_ones_one_product(monkeypatch, entity, grid, expected):
+    layout = nano_model(entity=entity, grid=grid).layout
     used = []
     monkeypatch.setattr(attention, "_dense", lambda *_: used.append("dense"))
     monkeypatch.setattr(attention, "_prefix", lambda *_: used.append("prefix"))
     for backend in (None, *BACKENDS):
         block_causal_attention(*qkv(layout), layout, backend=backend)
-    assert used == [attention.DEFAULT_BACKEND, *BACKENDS]
+    assert used == [expected, *BACKENDS]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -104,7 +104,7 @@ def test_wrong_archives(capsys, tmp_path):
 
 
 def test_a_run_folder_that_is_a_file(capsys, tmp_path):
-    from tools.cache_latents import cache_digits
+    from xar_scale.evaluate.digits import cache_digits
 
     cache_digits(tmp_path / "data", 1000)
     (tmp_path / "run").write_text("mine")

@@ -65,14 +65,15 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path):
         open_checkpoint(tmp_path / "empty")
 
 
-def test_the_grid_has_a_row_a_class_in_order(tmp_path):
-    images = np.stack([np.full((1, 8, 8), level, np.uint8) for level in (10, 20, 200, 210, 220)])
-    draw_grid(images, [5, 5, 2, 2, 2], columns=2, path=tmp_path / "grid.png", cell=16)
+def test_the_grid_has_a_named_row_for_each_entry(tmp_path):
+    grey = {level: np.full((1, 8, 8), level, np.uint8) for level in (10, 20, 200)}
+    draw_grid({"2": np.stack([grey[200]]), "5": np.stack([grey[10], grey[20]])}, tmp_path / "grid.png", cell=16)
     with Image.open(tmp_path / "grid.png") as sheet:
-        assert sheet.size == (40 + 2 * 20 + 4, 2 * 20 + 4)
         pixels = np.asarray(sheet)
-    centres = pixels[[12, 32]][:, [48, 68]]
-    assert centres.tolist() == [[200, 210], [10, 20]]  # class 2 above class 5; its third image is beyond the columns
+    assert pixels.shape[0] == 2 * 20 + 4
+    margin = pixels.shape[1] - (2 * 20 + 4)
+    assert (pixels[:, :margin] < 128).any()  # the names
+    assert pixels[[12, 32]][:, [margin + 8, margin + 28]].tolist() == [[200, 255], [10, 20]]
 
 
 def test_the_judge_reads_real_digits_and_not_noise():

@@ -18,7 +18,7 @@ from xar_scale.sampler import sample
 
 @pytest.fixture(params=["dense", "prefix"])
 def backend(request, monkeypatch):
-    monkeypatch.setattr(attention, "DEFAULT_BACKEND", request.param)
+    monkeypatch.setattr(attention, "choose_backend", lambda layout: request.param)
     return request.param
 
 

@@ -1,11 +1,14 @@
 """The demonstration's images, scikit-learn's 1,797 handwritten digits, and its judge: a classifier fitted on them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from xar_scale.data.shards import DatasetInfo, ShardWriter
 from xar_scale.errors import DataError, UsageError
+from xar_scale.tokenizers.pixel import PixelTokenizer
 
 CLASSES = 10
 LEVELS = 16  # grey levels of the set, 0..16
@@ -27,6 +30,26 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     """uint8 images (1797, 1, 8, 8), ink bright, and labels (1797,). Raises UsageError without scikit-learn."""
     images, labels = _sklearn("datasets").load_digits(return_X_y=True)
     return np.round(images.reshape(-1, 1, 8, 8) * (255 / LEVELS)).astype(np.uint8), labels
+
+
+def cache_digits(folder: Path, samples_per_shard: int) -> tuple[int, int]:
+    """The digits through the pixel tokenizer into a data set. Returns the numbers of samples and shards written."""
+    images, labels = load_digits()
+    tokenizer = PixelTokenizer(patch=2)
+    latents = tokenizer.encode(images)
+    info = DatasetInfo(
+        tokenizer={"name": tokenizer.name, **tokenizer.settings},
+        latent_scale=tokenizer.latent_scale,
+        stored="latents",
+        shape=latents.shape[1:],
+        dtype="float16",
+        classes=CLASSES,
+        flipped=False,
+    )
+    with ShardWriter(folder, info, prefix="digits", samples_per_shard=samples_per_shard) as writer:
+        for number, (latent, label) in enumerate(zip(latents, labels, strict=True)):
+            writer.add(f"{number:06d}", int(label), latent)
+    return len(latents), len(writer.shards)
 
 
 def judge(images: np.ndarray, labels: np.ndarray) -> Verdict:

@@ -44,18 +44,19 @@ def generate(checkpoint: Checkpoint, labels: list[int], settings: SampleConfig, 
     return np.concatenate(images)
 
 
-def draw_grid(images: np.ndarray, labels: list[int], columns: int, path: Path, cell: int = 48) -> None:
-    """A PNG with a row a class, its label before it, and at most ``columns`` images of it, each ``cell`` pixels wide."""
-    gap, margin = 4, 40
-    rows = sorted(set(labels))
+def draw_grid(rows: dict[str, np.ndarray], path: Path, cell: int = 48) -> None:
+    """A PNG with a named row for each entry: its images (N, I, H, W), uint8, side by side, each ``cell`` pixels wide."""
+    gap, font = 4, ImageFont.load_default(size=cell // 2)
+    margin = int(max(font.getlength(name) for name in rows)) + cell // 2
+    columns = max(len(images) for images in rows.values())
+    grey = all(images.shape[1] == 1 for images in rows.values())
     size = (margin + columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap)
-    sheet = Image.new("L" if images.shape[1] == 1 else "RGB", size, "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=cell // 2)
-    for row, label in enumerate(rows):
+    sheet = Image.new("L" if grey else "RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (name, images) in enumerate(rows.items()):
         top = gap + row * (cell + gap)
-        pen.text((margin // 2, top + cell // 2), str(label), fill="black", font=font, anchor="mm")
-        members = [image for image, of in zip(images, labels, strict=True) if of == label][:columns]
-        for column, image in enumerate(members):
+        pen.text((margin // 2, top + cell // 2), name, fill="black", font=font, anchor="mm")
+        for column, image in enumerate(images):
             pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
             tile = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.BICUBIC)
             sheet.paste(tile, (margin + column * (cell + gap), top))

@@ -65,8 +65,8 @@ class EntityLayout:
         rows, columns = self.grid
         places = [
             torch.cartesian_prod(
-                (torch.arange(r) + 0.5) * (rows / r) - 0.5,
-                (torch.arange(c) + 0.5) * (columns / c) - 0.5,
+                (_numbers(r) + 0.5) * (rows / r) - 0.5,
+                (_numbers(c) + 0.5) * (columns / c) - 0.5,
             )
             for r, c in self.grids
         ]
@@ -75,7 +75,7 @@ class EntityLayout:
     def on(self, device: torch.device) -> _Indices:
         """The index tensors on ``device``, copied there once: a copy each step would stall it."""
         if device not in self._indices:
-            entity = torch.repeat_interleave(torch.arange(self.entities), torch.tensor(self.lengths))
+            entity = torch.repeat_interleave(_numbers(self.entities), torch.tensor(self.lengths, device="cpu"))
             inverse = torch.argsort(self.order)[-self.grid[0] * self.grid[1] :]
             self._indices[device] = _Indices(*(tensor.to(device) for tensor in (self.order, inverse, entity)))
         return self._indices[device]
@@ -104,7 +104,7 @@ def _patch(grid: Grid, size: int | None) -> EntityLayout:
     """Every token an entity, row by row."""
     _no_size("patch", size)
     tokens = grid[0] * grid[1]
-    return EntityLayout((grid,), (1,) * tokens, torch.arange(tokens))
+    return EntityLayout((grid,), (1,) * tokens, _numbers(tokens))
 
 
 def _cell(grid: Grid, side: int | None) -> EntityLayout:
@@ -129,14 +129,14 @@ def _scale(grid: Grid, scales: int | None) -> EntityLayout:
         raise ConfigError(f"{scales} scales of a {grid[0]}x{grid[1]} grid, which halves evenly to at most {len(grids)}")
     grids = grids[-scales:] if scales else grids
     lengths = tuple(rows * columns for rows, columns in grids)
-    return EntityLayout(tuple(grids), lengths, torch.arange(sum(lengths)))
+    return EntityLayout(tuple(grids), lengths, _numbers(sum(lengths)))
 
 
 def _image(grid: Grid, size: int | None) -> EntityLayout:
     """One entity: plain flow matching."""
     _no_size("image", size)
     tokens = grid[0] * grid[1]
-    return EntityLayout((grid,), (tokens,), torch.arange(tokens))
+    return EntityLayout((grid,), (tokens,), _numbers(tokens))
 
 
 _KINDS: dict[str, Callable[[Grid, int | None], EntityLayout]] = {
@@ -148,8 +148,13 @@ _KINDS: dict[str, Callable[[Grid, int | None], EntityLayout]] = {
 }
 
 
+def _numbers(count: int) -> Tensor:
+    """0, 1, 2, ... on the CPU, also where a model is built on the meta device: a layout has no parameters to postpone."""
+    return torch.arange(count, device="cpu")
+
+
 def _raster(grid: Grid) -> Tensor:
-    return torch.arange(grid[0] * grid[1]).view(grid)
+    return _numbers(grid[0] * grid[1]).view(grid)
 
 
 def _grouped(grid: Grid, groups: Tensor) -> EntityLayout:

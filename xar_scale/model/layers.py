@@ -48,12 +48,17 @@ class TimeEmbedding(nn.Module):
         return self.fc2(F.silu(self.fc1(sinusoids)))
 
 
+def mlp_width(config: ModelConfig) -> int:
+    """Hidden channels of the gated MLP: two thirds of a plain one's, for as many parameters."""
+    return int(config.width * config.mlp_ratio * 2 / 3)
+
+
 class GatedMLP(nn.Module):
     """down(gelu(gate(x)) * up(x)), with timm's two drops: on the product and on the output."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        hidden = int(config.width * config.mlp_ratio * 2 / 3)
+        hidden = mlp_width(config)
         self.gate = nn.Linear(config.width, hidden)
         self.up = nn.Linear(config.width, hidden)
         self.down = nn.Linear(hidden, config.width)

@@ -9,7 +9,7 @@ BASE = 10000.0
 def rotary_angles(coordinates_T2: Tensor, head_width: int) -> Tensor:
     """Angles (T, head_width / 2): of each neighbouring channel pair (2j, 2j + 1) of each half, position * BASE^(-2j / half)."""
     half = head_width // 2
-    frequencies = BASE ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)
+    frequencies = BASE ** (-torch.arange(0, half, 2, dtype=torch.float32, device=coordinates_T2.device) / half)
     return (coordinates_T2[:, :, None] * frequencies).flatten(1)
 
 

@@ -1,0 +1,44 @@
+"""Operators' programs, run as typed."""
+
+import sys
+
+import pytest
+from PIL import Image
+
+from tests.e2e.test_demo import command
+from xar_scale.model.entities import kinds
+
+
+@pytest.mark.timeout(300)
+def test_kinds_of_entity_are_compared_and_finished_runs_kept(tmp_path):
+    small = ["train.steps=2", "optim.warmup_steps=1", "train.global_batch=16", "train.log_every=1", "data.workers=0"]
+    words = [sys.executable, "tools/compare_entities.py", "--out", str(tmp_path), *small, "sample.steps=1"]
+    first = command(*words)
+    assert first.returncode == 0, first.stdout + first.stderr
+    table = (tmp_path / "table.md").read_text()
+    assert first.stdout.endswith(table)
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert [row[0].removeprefix("| ") for row in rows] == kinds()
+    assert [row[1:3] for row in rows] == [["16", "16"], ["4", "16"], ["4", "16"], ["3", "21"], ["1", "16"]]  # K, T
+    assert all(float(row[3]) > 0 and row[4].endswith("%") and int(row[5]) > 0 for row in rows)
+    with Image.open(tmp_path / "entities.png") as sheet:
+        assert sheet.height == 5 * 52 + 4
+    again = command(*words)
+    assert again.returncode == 0 and "step 1/2" not in again.stdout
+
+
+def test_the_orders_are_drawn(tmp_path):
+    done = command(sys.executable, "tools/draw_entities.py", "--out", str(tmp_path / "orders.png"), "--grid", "4")
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "orders.png") as sheet:
+        colours = {colour for _, colour in sheet.convert("RGB").getcolors(10_000)}
+    assert len(colours) > 10
+    wrong = command(sys.executable, "tools/draw_entities.py", "--out", str(tmp_path / "orders.png"), "--grid", "0")
+    assert wrong.returncode == 78 and wrong.stderr.startswith("draw_entities: grid.0 = 0")
+
+
+@pytest.mark.parametrize("words", [[], ["nosuch", "--out", "x"], ["digits", "--out", "x", "--samples-per-shard", "0"]])
+def test_wrong_words_end_in_one_line(words, tmp_path):
+    done = command(sys.executable, "tools/cache_latents.py", *words)
+    assert done.returncode == 64
+    assert done.stderr.startswith("cache_latents: ") and done.stderr.count("\n") == 1

@@ -1,0 +1,77 @@
+"""Train the digits recipe with every kind of entity under one budget; write a table and a picture with a row a kind.
+
+python tools/compare_entities.py --out runs/entities
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from xar_scale import dist
+from xar_scale.cli import Parser, ending
+from xar_scale.config import Config, merge, override
+from xar_scale.data.shards import DATASET_FILE
+from xar_scale.evaluate.digits import CLASSES, cache_digits, judge
+from xar_scale.evaluate.generate import draw_grid, generate, open_checkpoint
+from xar_scale.files import write_atomically
+from xar_scale.metrics import METRICS_FILE
+from xar_scale.model.entities import create_layout, kinds
+from xar_scale.presets import recipe
+from xar_scale.train import train
+
+PER_CLASS = 50
+LAST_LOGS = 5  # logging steps that the loss is averaged over
+
+
+def main() -> int:
+    parser = Parser(prog="compare_entities", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of runs, table.md and entities.png")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, for all kinds")
+
+    def run() -> None:
+        options = parser.parse_args()
+        compare(options.out, options.overrides)
+
+    return ending("compare_entities", run)
+
+
+def compare(out: Path, overrides: list[str]) -> None:
+    """Finished runs in ``out`` are kept, so an interrupted comparison goes on."""
+    data = out / "data"
+    if not (data / DATASET_FILE).exists():
+        cache_digits(data, samples_per_shard=256)
+    lines = [
+        "| entity | K | T | loss | read as their class | images/s sampling | sampler, steps |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    rows: dict[str, np.ndarray] = {}
+    for kind in kinds():
+        own = {"model": {"entity": kind}, "data": {"path": str(data)}, "train": {"engine": "single"}}
+        config = Config.from_dict(override(merge(recipe("digits"), own), overrides))
+        print(f"== {kind}", flush=True)
+        train(config, out / kind)
+        checkpoint = open_checkpoint(out / kind)
+        labels = list(range(CLASSES)) * PER_CLASS
+        begun = time.perf_counter()
+        images = generate(checkpoint, labels, config.sample, seed=0, device=dist.local_device())
+        seconds = time.perf_counter() - begun
+        layout = create_layout(config.model)
+        logs = (out / kind / METRICS_FILE).read_text().splitlines()[-LAST_LOGS:]
+        loss = np.mean([json.loads(line)["loss"] for line in logs])
+        lines.append(
+            f"| {kind} | {layout.entities} | {layout.tokens} | {loss:.3f} | {judge(images, np.array(labels)).samples:.1%} | "
+            f"{len(labels) / seconds:.0f} | {config.sample.sampler}, {config.sample.steps} |"
+        )
+        rows[kind] = images[:CLASSES]
+    draw_grid(rows, out / "entities.png")
+    table = "\n".join(lines)
+    write_atomically(out / "table.md", f"{table}\n".encode())
+    print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
