@@ -28,6 +28,7 @@ from xar_scale.files import write_atomically
 from xar_scale.metrics import Metrics, memory_gb
 from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import training_flops
+from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import XAR, init_weights
 from xar_scale.optim import learning_rate
 
@@ -55,6 +56,8 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
 
     model = XAR(config.model)
     init_weights(model, config.train.seed)
+    for blocks in (model.encoder, model.decoder):
+        apply_recompute(blocks, config.train.recompute)
     engine = create_engine(model, config, device)
     ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     if checkpoint is not None:

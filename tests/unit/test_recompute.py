@@ -1,0 +1,80 @@
+"""Activation checkpointing: the same numbers from less memory."""
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.conftest import random_batch
+from tests.unit.conftest import nano_model
+from xar_scale.flow import velocity_loss
+from xar_scale.model import attention
+from xar_scale.model.recompute import apply_recompute
+
+MODES = ["full", "selective", "offload"]
+
+
+def trained(mode: str, kind: str = "cell", dropout: float = 0.2):
+    """Loss, gradients and bytes saved for the backward pass, of one pass with dropout on."""
+    model = nano_model(dropout=dropout, entity=kind).train()
+    for blocks in (model.encoder, model.decoder):
+        apply_recompute(blocks, mode)
+    layout, batch, saved = model.layout, random_batch(0), {}
+
+    def keep(tensor):
+        saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    parameters = {parameter.data_ptr() for parameter in model.parameters()}
+    t = torch.rand(8, layout.entities, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(8, layout.tokens, 4, generator=torch.Generator().manual_seed(2))
+    torch.manual_seed(3)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = velocity_loss(model, layout, batch.latents, noise, t, batch.labels)
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return loss.detach(), gradients, sum(size for pointer, size in saved.items() if pointer not in parameters)
+
+
+@pytest.mark.parametrize("kind", ["cell", "scale"])
+@pytest.mark.parametrize("backend", ["dense", "prefix"])
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_and_gradients_are_those_without(mode, kind, backend, monkeypatch):
+    monkeypatch.setattr(attention, "choose_backend", lambda layout: backend)
+    loss, gradients, _ = trained("none", kind)
+    again, recomputed, _ = trained(mode, kind)
+    assert torch.equal(loss, again)
+    assert [name for name in gradients if not torch.equal(gradients[name], recomputed[name])] == []
+
+
+class CountProducts(TorchDispatchMode):
+    """Counts the product that only a Linear's forward makes: with a bias."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.addmm.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("mode", "again"), [("none", False), ("full", True), ("selective", False), ("offload", True)])
+def test_matrix_products_are_computed_again_unless_kept(mode, again):
+    model = nano_model(depth_encoder=1, depth_decoder=1)
+    apply_recompute(model.encoder, mode)
+    out = model(torch.randn(2, 16, 4), torch.rand(2, 4), torch.tensor([1, 2])).sum()
+    with CountProducts() as products:
+        out.backward()
+    assert (products.count > 0) == again
+
+
+def test_less_is_kept_for_the_backward_pass():
+    everything, only_inputs = trained("none")[2], trained("full")[2]
+    assert only_inputs < 0.5 * everything
+
+
+def test_sampling_recomputes_nothing():
+    model = nano_model()
+    apply_recompute(model.encoder, "full")
+    with torch.no_grad():
+        out = model(torch.zeros(1, 16, 4), torch.zeros(1, 4), torch.tensor([0]), cache=model.new_cache(1))
+    assert torch.equal(out, nano_model()(torch.zeros(1, 16, 4), torch.zeros(1, 4), torch.tensor([0])))

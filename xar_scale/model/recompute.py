@@ -1,0 +1,52 @@
+"""Activation checkpointing of blocks: what the backward pass finds in memory and what it computes again."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Mode = Literal["none", "full", "selective", "offload"]
+
+_aten = torch.ops.aten
+# Matrix products and attention: most of the time of a block, little of its memory
+_KEPT = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def apply_recompute(blocks: nn.ModuleList, mode: Mode) -> None:
+    """Make the backward pass of each block recompute its forward: all of it ("full"), all but matrix products and attention
+    ("selective"), or all of it from an input kept in host memory, pinned on a GPU ("offload"). Dropout is replayed.
+    """
+    if mode == "none":
+        return
+    for block in blocks:
+        block.forward = partial(_recomputed, block.forward, mode)
+
+
+def _recomputed(forward: Callable[..., Any], mode: Mode, *arguments: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*arguments)
+    contexts: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
+    pinned = arguments[0].device.type == "cuda"
+    with save_on_cpu(pin_memory=pinned) if mode == "offload" else nullcontext():
+        return checkpoint(forward, *arguments, use_reentrant=False, **contexts)
+
+
+def _selective_contexts() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, operation: Any, *_arguments: Any, **_keywords: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
