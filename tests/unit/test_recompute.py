@@ -8,8 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.conftest import random_batch
 from tests.unit.conftest import nano_model
 from xar_scale.flow import velocity_loss
-from xar_scale.model import attention
+from xar_scale.model import attention, recompute
 from xar_scale.model.recompute import apply_recompute
+from xar_scale.model.xar import create_model
 
 MODES = ["full", "selective", "offload"]
 
@@ -65,6 +66,36 @@ def test_matrix_products_are_computed_again_unless_kept(mode, again):
     with CountProducts() as products:
         out.backward()
     assert (products.count > 0) == again
+
+
+def test_offload_keeps_the_inputs_of_blocks_in_host_memory_and_nothing_else(monkeypatch):
+    kept = []
+
+    def to_host(pin_memory):
+        assert pin_memory is False  # no GPU here
+        return saved_tensors_hooks(lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor)
+
+    monkeypatch.setattr(recompute, "save_on_cpu", to_host)
+    trained("offload")
+    tokens, condition = (8, 16, 128), (8, 4, 128)  # of 8 images
+    assert kept.count(tokens) == kept.count(condition) == 4  # blocks
+    assert set(kept) <= {tokens, condition, (16, 16), ()}  # and rotary tables
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_falls_from_none_to_selective_to_full_to_offload_on_a_gpu():
+    peaks = {}
+    for mode in ("none", "selective", "full", "offload"):
+        model = create_model("nano", width=512, heads=8).cuda()
+        for blocks in (model.encoder, model.decoder):
+            apply_recompute(blocks, mode)
+        torch.cuda.reset_peak_memory_stats()
+        x, t = torch.randn(16, 256, 16, device="cuda"), torch.rand(16, 4, device="cuda")
+        model(x, t, torch.zeros(16, dtype=torch.int64, device="cuda")).sum().backward()
+        peaks[mode] = torch.cuda.max_memory_allocated()
+        del model
+    assert peaks["none"] > peaks["selective"] > peaks["full"] > peaks["offload"]
 
 
 def test_less_is_kept_for_the_backward_pass():
