@@ -52,9 +52,10 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def barrier() -> None:
-    if torch_dist.is_initialized() and world() > 1:
-        torch_dist.barrier()
+def say(line: str) -> None:
+    """A line to the user, from rank 0."""
+    if rank() == 0:
+        print(line, flush=True)
 
 
 def gather_objects(value: T) -> list[T]:

@@ -10,7 +10,6 @@ import torch
 from xar_scale import dist
 from xar_scale.checkpoint.store import (
     Checkpoint,
-    Report,
     Store,
     check_continues,
     checkpoint_paths,
@@ -41,18 +40,15 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     ``resume``: "auto" goes on from the newest valid checkpoint of ``run`` if there is one; "none" demands that there is
     none; else the path of a checkpoint to start from. Every rank calls this.
     """
-    report = Report()
     device = dist.local_device()
     if config.train.engine != "single":
         dist.init(device)
     micro_batches(config.train, dist.world())  # refused before anything is built or written
     dataset = dist.together(lambda: _open_data(config))
-    checkpoint = _find_checkpoint(run, resume, report)
+    checkpoint = _find_checkpoint(run, resume)
     if checkpoint is not None:
         dist.together(lambda: check_continues(checkpoint, config, dataset.shards.info))
     start = 0 if checkpoint is None else checkpoint.manifest.step
-    store = Store(run, config.train.keep_last)
-    metrics = dist.together(lambda: _open_run(config, run, store, start) if dist.rank() == 0 else None)
 
     model = XAR(config.model)
     init_weights(model, config.train.seed)
@@ -62,14 +58,16 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     if checkpoint is not None:
         load(checkpoint, engine, ema)
-        report(f"resumed from {checkpoint.path} at step {start}, epoch {checkpoint.manifest.position.epoch}")
-    report(
+        dist.say(f"resumed from {checkpoint.path} at step {start}, epoch {checkpoint.manifest.position.epoch}")
+    store = Store(run, config.train.keep_last)  # only now is the run's folder touched: nothing is left to refuse
+    metrics = dist.together(lambda: _open_run(config, run, store, start) if dist.rank() == 0 else None)
+    dist.say(
         f"{sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
         f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}"
     )
     with metrics or nullcontext():
         newest = _loop(config, engine, ema, dataset, store, start, metrics)
-    report(f"done: {config.train.steps} steps; checkpoint {newest or (checkpoint and checkpoint.path)}")
+    dist.say(f"done: {config.train.steps} steps; checkpoint {newest or (checkpoint and checkpoint.path)}")
 
 
 def _loop(
@@ -157,9 +155,9 @@ def _open_data(config: Config) -> LatentDataset:
     return LatentDataset(shards, config, create_layout(config.model))
 
 
-def _find_checkpoint(run: Path, resume: str, report: Report) -> Checkpoint | None:
+def _find_checkpoint(run: Path, resume: str) -> Checkpoint | None:
     if resume == "auto":
-        return newest_valid(run, report)
+        return newest_valid(run)
     if dist.on_rank_0(lambda: bool(checkpoint_paths(run))):
         advice = "use --resume auto to go on, or another --run-dir" if resume == "none" else "a new --run-dir is needed"
         raise UsageError(f"{run} holds checkpoints already, --resume is {resume}: {advice}")

@@ -116,6 +116,14 @@ def test_a_run_that_exists_is_not_started_over(folder, run):
     assert files(run) == before
 
 
+def test_a_refused_deepspeed_config_leaves_the_run_as_it_was(folder, run):
+    before = files(run)
+    (folder / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    ended = train(folder, "run", "train.steps=6", f"train.ds_config={folder / 'zero2.json'}")
+    assert_one_line(ended, 78, "zero_optimization.stage 2")
+    assert files(run) == before
+
+
 def test_another_model_does_not_continue_the_run(folder, run):
     before = files(run)
     ended = train(folder, "run", "train.engine=single", "model.width=64")

@@ -11,7 +11,7 @@ import torch
 from tests.conftest import digits_config
 from tests.unit.tiny_run import CONFIG, INFO, Run
 from xar_scale.checkpoint import store as store_module
-from xar_scale.checkpoint.store import Report, Store, check_continues, load, load_weights, newest_valid, read_manifest, verify
+from xar_scale.checkpoint.store import Store, check_continues, load, load_weights, newest_valid, read_manifest, verify
 from xar_scale.data.order import Position
 from xar_scale.data.shards import ShardInfo
 from xar_scale.errors import ConfigError, DataError, UsageError
@@ -101,9 +101,9 @@ def test_a_save_cut_short_leaves_the_one_before_and_nothing_half(tmp_path, monke
         broken.setattr(*place, crash)
         with pytest.raises(KeyboardInterrupt):
             run.save()
-    assert newest_valid(tmp_path, Report()).path == first
+    assert newest_valid(tmp_path).path == first
     again = run.save()  # and the leftovers are in nobody's way
-    assert newest_valid(tmp_path, Report()).path == again
+    assert newest_valid(tmp_path).path == again
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
@@ -130,16 +130,16 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, dam
     damage(second)
     with pytest.raises(DataError, match=complaint):
         verify(second)
-    assert newest_valid(tmp_path, Report()).path == first
+    assert newest_valid(tmp_path).path == first
     said = capsys.readouterr().out
     assert complaint in said and str(second) in said and "trying the checkpoint before it" in said
     damage(first)
     with pytest.raises(DataError, match="none of the 2 checkpoints"):  # never a silent start from nothing
-        newest_valid(tmp_path, Report())
+        newest_valid(tmp_path)
 
 
 def test_no_checkpoint_is_not_an_error_but_a_wrong_path_is(tmp_path):
-    assert newest_valid(tmp_path, Report()) is None
+    assert newest_valid(tmp_path) is None
     with pytest.raises(UsageError, match="no checkpoint at"):
         verify(tmp_path / "step-00000001")
 
@@ -189,7 +189,7 @@ def test_folders_that_are_no_checkpoints_are_neither_used_nor_removed(tmp_path):
         shutil.copytree(first, tmp_path / "checkpoints" / name)
     run.train()
     second = run.save()
-    assert newest_valid(tmp_path, Report()).path == second
+    assert newest_valid(tmp_path).path == second
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "mine", second.name, "step-backup", "step-zzz"]
 
 

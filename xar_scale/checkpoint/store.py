@@ -83,7 +83,8 @@ class Store:
                 no_dist=not torch.distributed.is_initialized(),
             )
         # the union: on a network file system a rank is sure to see only what it wrote itself
-        names = set().union(*dist.gather_objects({path.name for path in temporary.iterdir()}))
+        seen = dist.together(lambda: {path.name for path in temporary.iterdir()})
+        names = set().union(*dist.gather_objects(seen))
         fingerprints = dist.together(lambda: {name: _fingerprint(temporary / name) for name in dist.mine(sorted(names))})
         files = {name: entry for part in dist.gather_objects(fingerprints) for name, entry in part.items()}
         manifest = Manifest(
@@ -132,7 +133,7 @@ def checkpoint_paths(run: Path) -> list[Path]:
     return sorted(paths, key=_step)
 
 
-def newest_valid(run: Path, report: "Report") -> Checkpoint | None:
+def newest_valid(run: Path) -> Checkpoint | None:
     """The newest checkpoint whose files are all as written; None when there is none at all.
 
     A damaged one is reported and the one before it tried. Raises DataError when there are some and none is valid.
@@ -143,7 +144,7 @@ def newest_valid(run: Path, report: "Report") -> Checkpoint | None:
         try:
             return dist.together(lambda at=path: verify(at))  # type: ignore[misc]
         except DataError as error:
-            report(f"{error}; trying the checkpoint before it")
+            dist.say(f"{error}; trying the checkpoint before it")
     if paths:
         raise DataError(f"none of the {len(paths)} checkpoints in {run / FOLDER} is valid; another --run-dir starts anew")
     return None
@@ -162,14 +163,6 @@ def _free_name(path: Path) -> Path:
 def _empty_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
-
-
-class Report:
-    """Says a line to the user, from rank 0."""
-
-    def __call__(self, line: str) -> None:
-        if dist.rank() == 0:
-            print(line, flush=True)
 
 
 def read_manifest(path: Path) -> Checkpoint:

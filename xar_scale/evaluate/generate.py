@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from xar_scale.checkpoint.store import FOLDER, Checkpoint, Report, load_weights, newest_valid, verify
+from xar_scale.checkpoint.store import FOLDER, Checkpoint, load_weights, newest_valid, verify
 from xar_scale.config import Config, SampleConfig
 from xar_scale.errors import UsageError
 from xar_scale.model.xar import XAR
@@ -19,7 +19,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint's folder, or a run's: its newest valid checkpoint. Raises UsageError when there is none."""
     if not (path / FOLDER).is_dir():
         return verify(path)
-    if (checkpoint := newest_valid(path, Report())) is None:
+    if (checkpoint := newest_valid(path)) is None:
         raise UsageError(f"no checkpoint in {path}")
     return checkpoint
 
