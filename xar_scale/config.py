@@ -17,6 +17,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 T = TypeVar("T")
 Share = Annotated[float, Field(ge=0, lt=1)]
+AttentionBackend = Literal["auto", "dense", "prefix", "flex"]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -106,6 +107,14 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class KernelConfig:
+    """Whose kernels compute what the other sections ask for: never what, but for rounding."""
+
+    attention: AttentionBackend = "auto"
+    library: Literal["auto", "torch", "apex"] = "auto"  # of RMSNorm and Adam; auto: torch, as long as apex is not measured
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class Config:
     """Everything that a run depends on; saved with it."""
 
@@ -114,6 +123,7 @@ class Config:
     optim: OptimConfig
     train: TrainConfig
     sample: SampleConfig
+    kernels: KernelConfig = KernelConfig()
 
     def __post_init__(self) -> None:
         if self.optim.warmup_steps > self.train.steps:

@@ -28,5 +28,6 @@ def velocity_loss(
     """Mean squared error of the velocity over samples, tokens and channels; every entity has its own time and noise."""
     x = layout.to_entities(latents_BCHW)
     t_BT1 = layout.expand(t_BK)[..., None]
-    velocity = network(interpolate(x, noise_BTC, t_BT1), t_BK, labels_B)
-    return F.mse_loss(velocity.float(), noise_BTC - x)
+    velocity, target = network(interpolate(x, noise_BTC, t_BT1), t_BK, labels_B), noise_BTC - x
+    exact = torch.promote_types(target.dtype, torch.float32)
+    return F.mse_loss(velocity.to(exact), target.to(exact))

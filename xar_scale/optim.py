@@ -1,23 +1,31 @@
 """Parameter groups, and the learning rate of a step as a pure function."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from xar_scale.config import OptimConfig
+from xar_scale.model import apex
 
 
-def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Weight decay for matrices and embeddings; none for one-dimensional parameters (norms and biases)."""
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    plain = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+def parameter_groups(model: nn.Module, shapes: Mapping[str, torch.Size], config: OptimConfig) -> list[dict[str, Any]]:
+    """Weight decay for matrices and embeddings; none for one-dimensional parameters (norms and biases).
+
+    ``shapes``: of the whole parameters by name, where those of ``model`` may be shards.
+    """
+    decayed = [parameter for name, parameter in model.named_parameters() if len(shapes[name]) > 1]
+    plain = [parameter for name, parameter in model.named_parameters() if len(shapes[name]) <= 1]
     return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def create_adamw(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameter_groups(model, config), lr=config.lr, betas=config.betas, eps=config.eps)
+def create_adamw(
+    model: nn.Module, shapes: Mapping[str, torch.Size], config: OptimConfig, library: apex.Library = "torch"
+) -> torch.optim.Optimizer:
+    create = apex.fused_adam if library == "apex" else torch.optim.AdamW
+    return create(parameter_groups(model, shapes, config), lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

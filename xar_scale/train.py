@@ -28,8 +28,9 @@ from xar_scale.metrics import Metrics, memory_gb
 from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import training_flops
 from xar_scale.model.recompute import apply_recompute
-from xar_scale.model.xar import XAR, init_weights
+from xar_scale.model.xar import blank_weights, initial_weights, meta_model
 from xar_scale.optim import learning_rate
+from xar_scale.precision import MODES
 
 CONFIG_FILE = "config.yaml"
 
@@ -50,11 +51,11 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
         dist.together(lambda: check_continues(checkpoint, config, dataset.shards.info))
     start = 0 if checkpoint is None else checkpoint.manifest.step
 
-    model = XAR(config.model)
-    init_weights(model, config.train.seed)
-    for blocks in (model.encoder, model.decoder):
-        apply_recompute(blocks, config.train.recompute)
-    engine = create_engine(model, config, device)
+    model = meta_model(config.model)
+    kernels = model.use_kernels(config.kernels, device, MODES[config.train.precision].compute, training=True)
+    apply_recompute(model.blocks, config.train.recompute)
+    weights = initial_weights(model, config.train.seed) if checkpoint is None else blank_weights(model)
+    engine = create_engine(model, weights, config, device)
     ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     if checkpoint is not None:
         load(checkpoint, engine, ema)
@@ -63,7 +64,7 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     metrics = dist.together(lambda: _open_run(config, run, store, start) if dist.rank() == 0 else None)
     dist.say(
         f"{sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
-        f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}"
+        f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}; {kernels}"
     )
     with metrics or nullcontext():
         newest = _loop(config, engine, ema, dataset, store, start, metrics)

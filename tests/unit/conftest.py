@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from xar_scale.config import AttentionBackend
 from xar_scale.data.shards import DatasetInfo, LatentShards, Sample, ShardWriter
 from xar_scale.model.entities import EntityLayout
 from xar_scale.model.xar import XAR, create_model
@@ -15,6 +16,17 @@ CLASSES = 10
 def nano_model(**changes) -> XAR:
     """A nano model on a 4x4 grid of four cells."""
     return create_model("nano", **({"grid": (4, 4), "channels": 4, "classes": CLASSES} | changes))
+
+
+def with_backend(model: XAR, backend: AttentionBackend) -> XAR:
+    """The model, with this attention from now on."""
+    for block in model.blocks:
+        block.attn.backend = backend
+    return model
+
+
+def shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
 def unequal_layout() -> EntityLayout:

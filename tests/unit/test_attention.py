@@ -1,24 +1,31 @@
 """Block-causal attention, its cache and its positions."""
 
+import sys
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from tests.unit.conftest import nano_model, normal, unequal_layout
-from xar_scale.config import ModelConfig
+from tests.unit.conftest import nano_model, normal, unequal_layout, with_backend
+from xar_scale.config import KernelConfig, ModelConfig
+from xar_scale.errors import ConfigError
 from xar_scale.model import attention
-from xar_scale.model.attention import block_causal_attention
+from xar_scale.model.attention import block_causal_attention, choose_backend
 from xar_scale.model.entities import create_layout, kinds
-from xar_scale.model.kv_cache import KVCache
+from xar_scale.model.kv_cache import LayerCache
 from xar_scale.model.rope import BASE, apply_rotary, rotary_angles
 
-BACKENDS = ["dense", "prefix"]
+BACKENDS = ["dense", "prefix", "flex"]
+WITH_BACKWARD = ["dense", "prefix"]  # on a CPU; tests/gpu has all
 LAYOUTS = {
     "equal": create_layout(ModelConfig(width=8, depth_encoder=1, depth_decoder=1, heads=1, grid=(4, 4), entity_size=2)),
     "unequal": unequal_layout(),
     "one entity": create_layout(ModelConfig(width=8, depth_encoder=1, depth_decoder=1, heads=1, grid=(2, 2), entity_size=2)),
 }
-TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13}
+CPU = torch.device("cpu")
+# Of outputs and gradients whose size is about 1: a few roundings of the largest
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 2e-6, torch.float64: 1e-13}
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -26,10 +33,10 @@ def layout(request):
     return LAYOUTS[request.param]
 
 
-def qkv(layout, first=0, last=None, dtype=torch.float64):
+def qkv(layout, first=0, last=None, dtype=torch.float64, head_width=4):
     """Queries of entities first to last, keys and values of entity 0 to last."""
     begin, end = layout.offsets[first], layout.offsets[layout.entities if last is None else last + 1]
-    return [normal(seed, 2, 3, end, 4, dtype=dtype)[:, :, start:] for seed, start in ((1, begin), (2, 0), (3, 0))]
+    return [normal(seed, 2, 3, end, head_width).to(dtype)[:, :, start:] for seed, start in ((1, begin), (2, 0), (3, 0))]
 
 
 def naive(q, k, v, layout, first):
@@ -52,20 +59,24 @@ def test_every_backend_is_the_naive_sum(layout, backend):
             torch.testing.assert_close(out, naive(q, k, v, layout, first), atol=1e-13, rtol=0)
 
 
+@pytest.mark.parametrize("head_width", [4, 64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_prefix_is_dense_forward_and_backward(layout, dtype):
+@pytest.mark.parametrize("backend", ["prefix", "flex"])
+def test_every_backend_is_dense_forward_and_backward(layout, backend, dtype, head_width):
     tolerance = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     for first in range(layout.entities):
-        for last in range(first, layout.entities):
+        for last in range(first, layout.entities):  # queries of some entities, as with a cache
             results = []
-            for backend in BACKENDS:
-                inputs = [tensor.clone().requires_grad_() for tensor in qkv(layout, first, last, dtype)]
-                out = block_causal_attention(*inputs, layout, first=first, backend=backend)
+            for name in ("dense", backend):
+                inputs = qkv(layout, first, last, dtype, head_width)
+                for tensor in inputs:
+                    tensor.requires_grad_(backend in WITH_BACKWARD)
+                out = block_causal_attention(*inputs, layout, first=first, backend=name)
                 assert out.dtype == dtype and out.shape == inputs[0].shape
-                gradients = torch.autograd.grad(out, inputs, normal(4, *out.shape, dtype=dtype))
-                results.append((out, *gradients))
-            for dense, prefix in zip(*results, strict=True):
-                torch.testing.assert_close(prefix, dense, **tolerance)
+                gradient = normal(4, *out.shape).to(dtype)
+                results.append([out, *(torch.autograd.grad(out, inputs, gradient) if out.requires_grad else ())])
+            for dense, other in zip(*results, strict=True):
+                torch.testing.assert_close(other, dense, **tolerance)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -86,9 +97,9 @@ def test_a_token_is_seen_by_its_entity_and_later_ones_only(layout, backend):
 
 @pytest.mark.parametrize("kind", kinds())
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_network_output_depends_on_its_entity_and_earlier_ones_only(backend, kind, monkeypatch):
-    monkeypatch.setattr(attention, "choose_backend", lambda layout: backend)
-    model = nano_model(entity=kind)
+@torch.no_grad()
+def test_a_network_output_depends_on_its_entity_and_earlier_ones_only(backend, kind):
+    model = with_backend(nano_model(entity=kind), backend)
     layout = model.layout
     x, t = normal(0, 2, layout.tokens, 4, dtype=torch.float32), normal(1, 2, layout.entities).sigmoid()
     labels = torch.tensor([1, 2])
@@ -111,14 +122,83 @@ def test_a_network_output_depends_on_its_entity_and_earlier_ones_only(backend, k
 def test_long_entities_get_a_call_each_and_short_ones_one_product(monkeypatch, entity, grid, expected):
     layout = nano_model(entity=entity, grid=grid).layout
     used = []
-    monkeypatch.setattr(attention, "_dense", lambda *_: used.append("dense"))
-    monkeypatch.setattr(attention, "_prefix", lambda *_: used.append("prefix"))
-    for backend in (None, *BACKENDS):
+    monkeypatch.setattr(attention, "_BACKENDS", {name: lambda *_, name=name: used.append(name) for name in BACKENDS})
+    for backend in ("auto", *BACKENDS):
         block_causal_attention(*qkv(layout), layout, backend=backend)
     assert used == [expected, *BACKENDS]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_that_cannot_serve_is_refused_with_the_reason():
+    layout = LAYOUTS["equal"]
+    q, k, v = qkv(layout, dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"flex has no dropout, model.dropout is 0.1; use prefix or dense"):
+        block_causal_attention(q, k, v, layout, backend="flex", dropout=0.1)
+    with pytest.raises(ConfigError, match="flex has no backward pass on a CPU; use prefix or dense"):
+        block_causal_attention(q.requires_grad_(), k, v, layout, backend="flex")
+    assert choose_backend(layout, torch.device("cuda"), 0.0, True, "flex") == "flex"
+    with pytest.raises(ConfigError, match="dropout"):
+        choose_backend(layout, torch.device("cuda"), 0.1, True, "flex")
+
+
+def test_a_model_takes_the_named_backend_in_every_block_and_says_so():
+    model = nano_model(dropout=0.1)
+    for backend, says in (
+        ("dense", "attention dense"),
+        ("prefix", "attention prefix (PyTorch's scaled_dot_product_attention)"),
+    ):
+        said = model.use_kernels(KernelConfig(attention=backend), CPU, torch.float32, training=True)
+        assert {block.attn.backend for block in model.blocks} == {backend}
+        assert said.startswith(says) and said.endswith("norms of torch")
+    with pytest.raises(ConfigError, match="flex has no dropout, model.dropout is 0.1"):
+        model.use_kernels(KernelConfig(attention="flex"), CPU, torch.float32, training=True)
+    said = model.use_kernels(KernelConfig(attention="flex"), CPU, torch.float32, training=False)  # dropout is off there
+    assert said.startswith("attention flex") and model.encoder[0].attn.backend == "flex"
+
+
+@pytest.fixture
+def flash_attn(monkeypatch, tmp_path):
+    """A stand-in for the package, to see when it is called and with what; the real one needs a GPU (tests/gpu)."""
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("")
+    (tmp_path / "flash_attn-2.8.3.dist-info").mkdir()
+    (tmp_path / "flash_attn-2.8.3.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: flash_attn\nVersion: 2.8.3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    attention._flash_attn.cache_clear()
+    yield attention._flash_attn()
+    attention._flash_attn.cache_clear()
+    sys.modules.pop("flash_attn")
+
+
+def test_flash_attn_serves_prefix_where_it_can(flash_attn):
+    cuda = torch.device("cuda")
+    for dtype, head_width, device, serves in (
+        (torch.bfloat16, 80, cuda, True),
+        (torch.float16, 256, cuda, True),
+        (torch.float32, 80, cuda, False),
+        (torch.bfloat16, 257, cuda, False),
+        (torch.bfloat16, 80, CPU, False),
+    ):
+        kernel = "flash_attn 2.8.3" if serves else "PyTorch's scaled_dot_product_attention"
+        assert attention.describe("prefix", device, dtype, head_width) == f"prefix ({kernel})"
+
+
+def test_flash_attn_gets_tokens_before_heads(flash_attn, monkeypatch):
+    def flash_attn_func(q_BTNH, k_BTNH, v_BTNH, dropout_p):
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q_BTNH, k_BTNH, v_BTNH))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2)
+
+    flash_attn.flash_attn_func = flash_attn_func
+    monkeypatch.setattr(attention, "_flash_serves", lambda *_: True)
+    layout = LAYOUTS["unequal"]
+    out = block_causal_attention(*qkv(layout), layout, backend="prefix")
+    torch.testing.assert_close(out, block_causal_attention(*qkv(layout), layout, backend="dense"), atol=1e-13, rtol=0)
+    with pytest.raises(RuntimeError, match="dropout probability"):  # it arrives there
+        block_causal_attention(*qkv(layout), layout, backend="prefix", dropout=1.5)
+
+
+@pytest.mark.parametrize("backend", WITH_BACKWARD)
 def test_dropout_acts_on_the_probabilities_and_keeps_their_mean(backend):
     layout = LAYOUTS["one entity"]
     q, k, v = (tensor[:1, :1].expand(4000, -1, -1, -1) for tensor in qkv(layout))
@@ -130,16 +210,17 @@ def test_dropout_acts_on_the_probabilities_and_keeps_their_mean(backend):
     torch.testing.assert_close(dropped.mean(0), plain[0], atol=0.1, rtol=0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_BACKWARD)
 def test_gradients_are_those_of_finite_differences(backend):
     layout = unequal_layout()
     inputs = [tensor[:1, :1, :, :2].clone().requires_grad_() for tensor in qkv(layout, first=1)]
     assert gradcheck(lambda q, k, v: block_causal_attention(q, k, v, layout, first=1, backend=backend), inputs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entity", kinds())
-def test_entity_by_entity_with_a_cache_is_the_whole_forward(entity):
-    model = nano_model(grid=(4, 8), entity=entity).eval()
+def test_entity_by_entity_with_a_cache_is_the_whole_forward(entity, backend):
+    model = with_backend(nano_model(grid=(4, 8), entity=entity).eval(), backend)
     layout, batch = model.layout, 3
     x, t, labels = (
         normal(0, batch, layout.tokens, 4, dtype=torch.float32),
@@ -158,16 +239,20 @@ def test_entity_by_entity_with_a_cache_is_the_whole_forward(entity):
 
 
 def test_a_cache_holds_what_was_written_last_at_each_position():
-    cache = KVCache(2, 3, 1, 6, 4, device=torch.device("cpu"), dtype=torch.float32)
+    cache = LayerCache(torch.empty(3, 1, 6, 4), torch.empty(3, 1, 6, 4))
     first, second, third = (normal(seed, 3, 1, 4, 4, dtype=torch.float32) for seed in range(3))
-    keys, values = cache.update(1, 0, first, 2 * first)
+    keys, values = cache.update(0, first, 2 * first)
     assert torch.equal(keys, first) and torch.equal(values, 2 * first)
-    keys, values = cache.update(1, 2, second, 2 * second)
+    keys, values = cache.update(2, second, 2 * second)
     assert torch.equal(keys, torch.cat([first[:, :, :2], second], dim=2)) and torch.equal(values, 2 * keys)
-    keys, _ = cache.update(0, 0, third, third)  # another layer
-    assert torch.equal(keys, third)
-    keys, _ = cache.update(1, 0, third[:2], third[:2])  # fewer samples than the cache holds
-    assert torch.equal(keys, third[:2]) and torch.equal(cache.keys[1, 2, :, :2], first[2, :, :2])
+    keys, _ = cache.update(0, third[:2], third[:2])  # fewer sequences than the cache holds
+    assert torch.equal(keys, third[:2]) and torch.equal(cache.keys[2, :, :2], first[2, :, :2])
+
+
+def test_every_layer_has_a_cache_of_its_own():
+    cache = nano_model().new_cache(3)
+    assert len(cache) == 4 and len({tensor.data_ptr() for layer in cache for tensor in layer}) == 8
+    assert {tensor.shape for layer in cache for tensor in layer} == {(3, 4, 16, 32)}
 
 
 def rotary(coordinates, head_width):

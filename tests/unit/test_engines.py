@@ -9,16 +9,15 @@ from tests.conftest import digits_config, random_batch
 from xar_scale.engines import create_engine
 from xar_scale.engines.deepspeed import deepspeed_settings
 from xar_scale.errors import ConfigError
-from xar_scale.model.xar import XAR, init_weights
+from xar_scale.model.xar import initial_weights, meta_model
 
 CPU = torch.device("cpu")
 
 
 def single_engine(*overrides: str):
     config = digits_config("train.engine=single", *overrides)
-    model = XAR(config.model)
-    init_weights(model, seed=0)
-    return create_engine(model, config, CPU)
+    model = meta_model(config.model)
+    return create_engine(model, initial_weights(model, seed=0), config, CPU)
 
 
 def one_step(engine, step: int, batch=None) -> float:

@@ -5,8 +5,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.unit.conftest import with_backend
 from xar_scale.config import ModelConfig
-from xar_scale.model import attention
 from xar_scale.model.entities import kinds
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.model.xar import XAR
@@ -16,7 +16,7 @@ from xar_scale.presets import model_values
 def counted(config: ModelConfig, backward: bool) -> int:
     """What PyTorch counts for one image, without computing it: prefix calls, each decomposed into its two products."""
     with torch.device("meta"):
-        model = XAR(config).to("meta")
+        model = with_backend(XAR(config).to("meta"), "prefix")
         layout = model.layout
         x = torch.empty(1, layout.tokens, config.channels, requires_grad=True)
         t, labels = torch.empty(1, layout.entities), torch.zeros(1, dtype=torch.int64)
@@ -25,11 +25,6 @@ def counted(config: ModelConfig, backward: bool) -> int:
             if backward:
                 out.sum().backward()
     return counter.get_total_flops()
-
-
-@pytest.fixture(autouse=True)
-def prefix(monkeypatch):
-    monkeypatch.setattr(attention, "choose_backend", lambda layout: "prefix")
 
 
 @pytest.mark.parametrize("kind", kinds())

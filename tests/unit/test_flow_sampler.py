@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd import gradcheck
 
 from tests.unit.conftest import nano_model, normal, unequal_layout
 from xar_scale.config import ModelConfig
@@ -77,6 +78,17 @@ def test_the_loss_is_the_naive_mean_over_tokens_each_at_the_time_of_its_entity()
     torch.testing.assert_close(seen[0][0], point)
     assert seen[0][1] is t and seen[0][2] is labels
     torch.testing.assert_close(loss, total / (2 * 10 * 3), atol=1e-6, rtol=1e-6)
+
+
+def test_gradients_of_the_loss_are_those_of_finite_differences():
+    layout = unequal_layout()
+    inputs = [normal(0, 1, 3, 2, 5), normal(1, 1, 10, 3), normal(2, 1, 4).sigmoid(), normal(3, 3, 3)]
+
+    def loss(latents, noise, t, weight):
+        network = lambda x, t_BK, _: torch.tanh(x @ weight) * layout.expand(t_BK)[..., None]  # noqa: E731
+        return velocity_loss(network, layout, latents, noise, t, torch.zeros(1))
+
+    assert gradcheck(loss, [tensor.requires_grad_() for tensor in inputs])
 
 
 def test_the_loss_of_low_precision_tensors_is_computed_in_float32():

@@ -6,12 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import gradcheck
 
 from tests.unit.conftest import nano_model, normal, unequal_layout
 from xar_scale.config import ModelConfig
 from xar_scale.errors import ConfigError, UsageError
-from xar_scale.model.layers import GatedMLP, RMSNorm, TimeEmbedding, each_entity
-from xar_scale.model.xar import XAR, create_model, init_weights
+from xar_scale.model.entities import create_layout
+from xar_scale.model.layers import Block, GatedMLP, RMSNorm, TimeEmbedding, each_entity
+from xar_scale.model.rope import rotary_angles
+from xar_scale.model.xar import XAR, create_model, initial_weights
 from xar_scale.sampler import sample
 
 
@@ -114,6 +117,23 @@ def test_a_block_is_the_naive_formula():
     torch.testing.assert_close(block(x, condition, None, 0, None), expected)
 
 
+@pytest.mark.parametrize("kind", ["cell", "scale"])
+def test_gradients_of_a_block_and_its_modulation_are_those_of_finite_differences(kind):
+    """Norm, attention, MLP and modulation together, in float64 throughout."""
+    config = ModelConfig(width=8, depth_encoder=1, depth_decoder=1, heads=2, grid=(4, 4), entity=kind, entity_size=2)
+    layout = create_layout(config)
+    block = Block(config, layout).double()
+    angles = rotary_angles(layout.coordinates, 4).double()
+    x, condition = normal(0, 1, layout.tokens, 8).requires_grad_(), normal(1, 1, layout.entities, 8).requires_grad_()
+    assert gradcheck(lambda x, c: block(x, c, (angles.cos(), angles.sin()), 0, None), (x, condition), fast_mode=True)
+
+
+def test_a_norm_is_as_exact_as_its_input():
+    x = normal(0, 3, 8)
+    expected = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(RMSNorm(8, affine=False)(x), expected, atol=1e-14, rtol=0)
+
+
 def test_the_mlp_is_gated_and_two_thirds_as_wide():
     mlp = GatedMLP(ModelConfig(width=24, depth_encoder=1, depth_decoder=1, heads=2, mlp_ratio=3.0))
     x = normal(0, 2, 24, dtype=torch.float32)
@@ -211,7 +231,8 @@ def test_the_initialisation_does_not_depend_on_the_order_of_construction():
     assert [name for name, _ in model.named_parameters()] != [name for name, _ in other.named_parameters()]
     for parameter in other.parameters():
         parameter.data.zero_()
-    init_weights(other, seed=0)
+    for weight in initial_weights(other, seed=0):
+        weight.place(torch.device("cpu"))
     ours, theirs = model.state_dict(), other.state_dict()
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

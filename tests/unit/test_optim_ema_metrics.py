@@ -9,7 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.unit.conftest import nano_model, normal
+from tests.unit.conftest import nano_model, normal, shapes_of
 from xar_scale.config import OptimConfig, TrainConfig
 from xar_scale.ema import EMA
 from xar_scale.metrics import Metrics, memory_gb
@@ -19,7 +19,7 @@ from xar_scale.precision import MODES, apply_matmul_mode
 
 def test_every_parameter_is_in_one_group_and_matrices_alone_decay():
     model = nano_model()
-    decayed, plain = parameter_groups(model, OptimConfig(lr=1.0, weight_decay=0.07))
+    decayed, plain = parameter_groups(model, shapes_of(model), OptimConfig(lr=1.0, weight_decay=0.07))
     grouped = [id(parameter) for group in (decayed, plain) for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
     assert decayed["weight_decay"] == 0.07 and plain["weight_decay"] == 0
@@ -29,8 +29,19 @@ def test_every_parameter_is_in_one_group_and_matrices_alone_decay():
     assert any(parameter is model.in_norm.weight for parameter in plain["params"])
 
 
+def test_a_matrix_decays_that_is_cut_into_flat_shards():
+    model = nano_model()
+    shapes = shapes_of(model)
+    matrices = {id(parameter) for parameter in model.parameters() if parameter.ndim > 1}
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)  # as ZeRO-3 leaves it
+    decayed, _ = parameter_groups(model, shapes, OptimConfig(lr=1.0))
+    assert {id(parameter) for parameter in decayed["params"]} == matrices
+
+
 def test_the_optimizer_takes_its_settings():
-    optimizer = create_adamw(nano_model(), OptimConfig(lr=0.3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.1))
+    model = nano_model()
+    optimizer = create_adamw(model, shapes_of(model), OptimConfig(lr=0.3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.1))
     for group, decay in zip(optimizer.param_groups, (0.1, 0.0), strict=True):
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.3, (0.8, 0.7), 1e-5, decay)
 

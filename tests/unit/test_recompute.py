@@ -6,20 +6,19 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import random_batch
-from tests.unit.conftest import nano_model
+from tests.unit.conftest import nano_model, with_backend
 from xar_scale.flow import velocity_loss
-from xar_scale.model import attention, recompute
+from xar_scale.model import recompute
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import create_model
 
 MODES = ["full", "selective", "offload"]
 
 
-def trained(mode: str, kind: str = "cell", dropout: float = 0.2):
+def trained(mode: str, kind: str = "cell", backend: str = "auto", dropout: float = 0.2):
     """Loss, gradients and bytes saved for the backward pass, of one pass with dropout on."""
-    model = nano_model(dropout=dropout, entity=kind).train()
-    for blocks in (model.encoder, model.decoder):
-        apply_recompute(blocks, mode)
+    model = with_backend(nano_model(dropout=dropout, entity=kind).train(), backend)
+    apply_recompute(model.blocks, mode)
     layout, batch, saved = model.layout, random_batch(0), {}
 
     def keep(tensor):
@@ -40,10 +39,9 @@ def trained(mode: str, kind: str = "cell", dropout: float = 0.2):
 @pytest.mark.parametrize("kind", ["cell", "scale"])
 @pytest.mark.parametrize("backend", ["dense", "prefix"])
 @pytest.mark.parametrize("mode", MODES)
-def test_losses_and_gradients_are_those_without(mode, kind, backend, monkeypatch):
-    monkeypatch.setattr(attention, "choose_backend", lambda layout: backend)
-    loss, gradients, _ = trained("none", kind)
-    again, recomputed, _ = trained(mode, kind)
+def test_losses_and_gradients_are_those_without(mode, kind, backend):
+    loss, gradients, _ = trained("none", kind, backend)
+    again, recomputed, _ = trained(mode, kind, backend)
     assert torch.equal(loss, again)
     assert [name for name in gradients if not torch.equal(gradients[name], recomputed[name])] == []
 
@@ -88,8 +86,7 @@ def test_memory_falls_from_none_to_selective_to_full_to_offload_on_a_gpu():
     peaks = {}
     for mode in ("none", "selective", "full", "offload"):
         model = create_model("nano", width=512, heads=8).cuda()
-        for blocks in (model.encoder, model.decoder):
-            apply_recompute(blocks, mode)
+        apply_recompute(model.blocks, mode)
         torch.cuda.reset_peak_memory_stats()
         x, t = torch.randn(16, 256, 16, device="cuda"), torch.rand(16, 4, device="cuda")
         model(x, t, torch.zeros(16, dtype=torch.int64, device="cuda")).sum().backward()

@@ -10,7 +10,7 @@ from xar_scale.data.order import Position
 from xar_scale.data.shards import DatasetInfo, ShardInfo
 from xar_scale.ema import EMA
 from xar_scale.engines import create_engine
-from xar_scale.model.xar import XAR, init_weights
+from xar_scale.model.xar import initial_weights, meta_model
 
 CONFIG = digits_config("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
 INFO = DatasetInfo(
@@ -29,9 +29,8 @@ class Run:
     """A tiny model in training, and its store."""
 
     def __init__(self, folder: Path, seed: int = 0, keep_last: int = 2) -> None:
-        model = XAR(CONFIG.model)
-        init_weights(model, seed)
-        self.engine = create_engine(model, CONFIG, torch.device("cpu"))
+        model = meta_model(CONFIG.model)
+        self.engine = create_engine(model, initial_weights(model, seed), CONFIG, torch.device("cpu"))
         self.ema = EMA([shard.master for shard in self.engine.shards()], 0.9)
         self.store, self.step = Store(folder, keep_last), 0
 

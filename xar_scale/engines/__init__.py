@@ -1,20 +1,26 @@
 """Engines, by name: how a model is spread over ranks and stepped."""
 
+from collections.abc import Iterable
+
 import torch
 
 from xar_scale.config import Config
 from xar_scale.engines.base import Engine, Shard, Verdict
-from xar_scale.model.xar import XAR
+from xar_scale.model.xar import XAR, Weight
 
 __all__ = ["Engine", "Shard", "Verdict", "create_engine"]
 
 
-def create_engine(model: XAR, config: Config, device: torch.device) -> Engine:
-    """The engine that ``train.engine`` names; an engine's library is imported only when it is asked for."""
+def create_engine(model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> Engine:
+    """The engine that ``train.engine`` names; an engine's library is imported only when it is asked for.
+
+    ``model`` may be on the meta device: the engine takes ``weights``, which are all of its parameters, one at a time and
+    keeps of each what is this rank's.
+    """
     if config.train.engine == "deepspeed":
         from xar_scale.engines.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, config, device)
+        return DeepSpeedEngine(model, weights, config, device)
     from xar_scale.engines.single import SingleEngine
 
-    return SingleEngine(model, config, device)
+    return SingleEngine(model, weights, config, device)

@@ -49,6 +49,7 @@ class Engine(ABC):
     def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
         self.layout, self.config, self.device = model.layout, config, device
         self.network: nn.Module = model
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         apply_matmul_mode(config.train.precision)
 
     def seed_step(self, step: int) -> None:
@@ -102,3 +103,10 @@ def adam_state(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Te
         state["exp_avg"] = torch.zeros_like(weight, requires_grad=False)
         state["exp_avg_sq"] = torch.zeros_like(weight, requires_grad=False)
     return state
+
+
+def set_steps(optimizer: torch.optim.Optimizer, weight: Tensor, steps: int) -> None:
+    """Tell the optimizer how many steps its moments of ``weight`` have seen; where it counts a group, the whole group."""
+    adam_state(optimizer, weight)["step"].fill_(steps)
+    for group in optimizer.param_groups:
+        group["step"] = steps

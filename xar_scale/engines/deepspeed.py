@@ -5,20 +5,21 @@ Private names are used where DeepSpeed has no public ones, each marked with the 
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from xar_scale import dist
 from xar_scale.config import Config, micro_batches
 from xar_scale.data.loader import Batch
-from xar_scale.engines.base import Engine, Shard, adam_state
+from xar_scale.engines.base import Engine, Shard, adam_state, set_steps
 from xar_scale.errors import ConfigError
-from xar_scale.model.xar import XAR
+from xar_scale.model.apex import choose_library
+from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
 from xar_scale.precision import MODES
 
@@ -37,7 +38,7 @@ PRECISION = {"bf16", "fp16", "torch_autocast", "amp", "communication_data_type",
 
 
 class DeepSpeedEngine(Engine):
-    def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
+    def __init__(self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> None:
         """Raises ConfigError when the DeepSpeed config contradicts ours or asks for what this engine does not run."""
         super().__init__(model, config, device)
         settings = deepspeed_settings(config, dist.world())
@@ -48,10 +49,17 @@ class DeepSpeedEngine(Engine):
         # ZeRO-3, which gathers and reduce-scatters, never calls
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        if choose_library(config.kernels.library, device) == "apex":
+            # it would count a step for each sub-group that ZeRO-3 steps, and so correct the moments' bias wrongly
+            dist.say("kernels.library apex: its Adam counts steps a parameter group, ZeRO-3 has sub-groups: Adam is torch's")
         try:
+            # an empty module: this makes the partitioner and its memory-saving Linear, and converts nothing yet
+            partitioner = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=torch.float32)
+            for weight in weights:  # 0.19.8: sends rank 0's value to all, then every rank keeps its shard of it
+                partitioner._convert_to_zero_parameters([weight.place(device)])
+            names = {parameter: name for name, parameter in model.named_parameters()}
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=create_adamw(model, config.optim), config=settings
+                model=model, optimizer=create_adamw(model, self.shapes, config.optim), config=settings
             )
         except (ValidationError, deepspeed.DeepSpeedConfigError) as error:
             raise ConfigError(f"{config.train.ds_config}: DeepSpeed refuses it: {' '.join(str(error).split())}") from None
@@ -100,7 +108,7 @@ class DeepSpeedEngine(Engine):
 
     def shards_written(self, steps: int) -> None:
         for flat in self.optimizer.fp32_partitioned_groups_flat:
-            adam_state(self.optimizer.optimizer, flat)["step"].fill_(steps)
+            set_steps(self.optimizer.optimizer, flat, steps)
         # 0.19.8: the master shards are not what the next pass gathers: let go of what is gathered, and copy them there
         self.optimizer._partition_all_parameters()
         for group in range(len(self.optimizer.fp16_groups)):
@@ -146,6 +154,13 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     for key in ("offload_optimizer", "offload_param"):
         if key in zero:
             raise ConfigError(f"{path}: zero_optimization.{key} is not supported by this version's deepspeed engine")
+    if train.recompute == "selective":
+        # 0.19.8: its Linear adds the bias in place, to the very product that selective recomputation has kept and adds it to
+        # once more: wrong gradients. What that Linear saves, gathered weights held until the backward pass, recomputation
+        # saves too.
+        if zero.get("memory_efficient_linear"):
+            raise ConfigError(f"{path}: zero_optimization.memory_efficient_linear contradicts train.recompute selective")
+        zero["memory_efficient_linear"] = False
     settings |= {key: value for key, (_, value) in ours.items()}
     settings["gradient_clipping"] = 0.0  # Engine.step clips, by the norm that all ranks agreed on
     settings["zero_allow_untested_optimizer"] = True  # torch's AdamW

@@ -1,6 +1,6 @@
 """One process, whole tensors, plain PyTorch: the engine that the others are held to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -8,20 +8,24 @@ from torch import Tensor
 from xar_scale import dist
 from xar_scale.config import Config, micro_batches
 from xar_scale.data.loader import Batch
-from xar_scale.engines.base import Engine, Shard, adam_state
+from xar_scale.engines.base import Engine, Shard, adam_state, set_steps
 from xar_scale.errors import ConfigError
-from xar_scale.model.xar import XAR
+from xar_scale.model.apex import choose_library
+from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
 from xar_scale.precision import MODES
 
 
 class SingleEngine(Engine):
-    def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
+    def __init__(self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> None:
         """Raises ConfigError when there is more than one rank."""
         if dist.world() > 1:
             raise ConfigError(f"train.engine single is one process, not {dist.world()}; use train.engine=deepspeed")
-        super().__init__(model.to(device), config, device)
-        self.optimizer = create_adamw(model, config.optim)
+        super().__init__(model, config, device)
+        for weight in weights:
+            weight.place(device)
+        model.to(device)  # what else it has: buffers
+        self.optimizer = create_adamw(model, self.shapes, config.optim, choose_library(config.kernels.library, device))
         self.parameters = dict(model.named_parameters())
         self.passes = micro_batches(config.train, 1)[1]
         self.compute = MODES[config.train.precision].compute
@@ -52,4 +56,4 @@ class SingleEngine(Engine):
 
     def shards_written(self, steps: int) -> None:
         for parameter in self.parameters.values():
-            adam_state(self.optimizer, parameter)["step"].fill_(steps)
+            set_steps(self.optimizer, parameter, steps)

@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xar_scale.config import ModelConfig
+from xar_scale.config import AttentionBackend, ModelConfig
+from xar_scale.model import apex
 from xar_scale.model.attention import block_causal_attention
 from xar_scale.model.entities import EntityLayout
-from xar_scale.model.kv_cache import KVCache
+from xar_scale.model.kv_cache import LayerCache
 from xar_scale.model.rope import apply_rotary
 
 NORM_EPS = 1e-6
@@ -18,15 +19,20 @@ MAX_PERIOD = 10000.0
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, statistics in float32; ``affine``: with a learned weight."""
+    """Root-mean-square norm over the last dimension, statistics in float32 or better; ``affine``: with a learned weight."""
 
     def __init__(self, width: int, affine: bool) -> None:
         super().__init__()
         self.width = width
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.library: apex.Library = "torch"
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), (self.width,), eps=NORM_EPS).type_as(x)
+        if self.library == "apex":
+            normed = apex.rms_norm(x, self.width, NORM_EPS)
+        else:
+            exact = x.to(torch.promote_types(x.dtype, torch.float32))
+            normed = F.rms_norm(exact, (self.width,), eps=NORM_EPS).type_as(x)
         return normed if self.weight is None else normed * self.weight
 
 
@@ -71,22 +77,23 @@ class GatedMLP(nn.Module):
 class Attention(nn.Module):
     """Multi-head block-causal self-attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, layout: EntityLayout, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layout: EntityLayout) -> None:
         super().__init__()
         self.heads, self.head_width, self.dropout = config.heads, config.head_width, config.dropout
-        self.layout, self.layer = layout, layer
+        self.layout = layout
+        self.backend: AttentionBackend = "auto"
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], first: int, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], first: int, cache: LayerCache | None) -> Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (3, self.heads, self.head_width))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, N, T, H)
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if cache is not None:
-            k, v = cache.update(self.layer, self.layout.offsets[first], k, v)
+            k, v = cache.update(self.layout.offsets[first], k, v)
         dropout = self.dropout if self.training else 0.0
-        out = block_causal_attention(q, k, v, self.layout, first=first, dropout=dropout)
+        out = block_causal_attention(q, k, v, self.layout, first=first, backend=self.backend, dropout=dropout)
         return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
@@ -106,16 +113,16 @@ def each_entity(layout: EntityLayout, first: int, change: Callable[..., Tensor],
 class Block(nn.Module):
     """Attention and MLP, each behind a norm, shifted, scaled and gated by its entity's condition (adaLN, DiT section 3.2)."""
 
-    def __init__(self, config: ModelConfig, layout: EntityLayout, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layout: EntityLayout) -> None:
         super().__init__()
         self.layout = layout
         self.norm = RMSNorm(config.width, affine=False)
-        self.attn = Attention(config, layout, layer)
+        self.attn = Attention(config, layout)
         self.mlp = GatedMLP(config)
         self.ada = nn.Linear(config.width, 6 * config.width)
 
     def forward(
-        self, x_BTD: Tensor, condition_BKD: Tensor, rotary: tuple[Tensor, Tensor], first: int, cache: KVCache | None
+        self, x_BTD: Tensor, condition_BKD: Tensor, rotary: tuple[Tensor, Tensor], first: int, cache: LayerCache | None
     ) -> Tensor:
         rows = self.ada(F.silu(condition_BKD)).unflatten(-1, (6, -1)).unbind(2)
         gate1, gate2, scale1, scale2, shift1, shift2 = rows  # each (B, K, D)

@@ -1,6 +1,6 @@
 """Activation checkpointing of blocks: what the backward pass finds in memory and what it computes again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -25,7 +25,7 @@ _KEPT = {
 }
 
 
-def apply_recompute(blocks: nn.ModuleList, mode: Mode) -> None:
+def apply_recompute(blocks: Iterable[nn.Module], mode: Mode) -> None:
     """Make the backward pass of each block recompute its forward: all of it ("full"), all but matrix products and attention
     ("selective"), or all of it from an input kept in host memory, pinned on a GPU ("offload"). Dropout is replayed.
     """

@@ -1,16 +1,19 @@
 """The xAR network: velocity of every noisy entity, given itself, the noisy ones before it, its time and the class."""
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from xar_scale import rng
-from xar_scale.config import ModelConfig, validated
+from xar_scale.config import KernelConfig, ModelConfig, validated
 from xar_scale.errors import ConfigError
+from xar_scale.model.apex import choose_library
+from xar_scale.model.attention import choose_backend, describe
 from xar_scale.model.entities import create_layout
-from xar_scale.model.kv_cache import KVCache
-from xar_scale.model.layers import Block, RMSNorm, TimeEmbedding
+from xar_scale.model.kv_cache import KVCache, LayerCache
+from xar_scale.model.layers import Attention, Block, RMSNorm, TimeEmbedding
 from xar_scale.model.rope import rotary_angles
 from xar_scale.presets import model_values
 
@@ -31,13 +34,11 @@ class XAR(nn.Module):
         self.in_proj = nn.Linear(config.channels, width)
         self.encoder_pos = nn.Parameter(torch.empty(1, tokens, width))
         self.in_norm = RMSNorm(width, affine=True)
-        self.encoder = nn.ModuleList(Block(config, layout, layer) for layer in range(config.depth_encoder))
+        self.encoder = nn.ModuleList(Block(config, layout) for _ in range(config.depth_encoder))
         self.encoder_norm = RMSNorm(width, affine=True)
         self.mid_proj = nn.Linear(width, width)
         self.decoder_pos = nn.Parameter(torch.empty(1, tokens, width))
-        self.decoder = nn.ModuleList(
-            Block(config, layout, config.depth_encoder + layer) for layer in range(config.depth_decoder)
-        )
+        self.decoder = nn.ModuleList(Block(config, layout) for _ in range(config.depth_decoder))
         self.decoder_norm = RMSNorm(width, affine=True)
         self.out_proj = nn.Linear(width, config.channels)
         angles = rotary_angles(layout.coordinates, config.head_width)
@@ -49,6 +50,26 @@ class XAR(nn.Module):
         """The label of no class, learned by label drop and used for guidance."""
         return self.config.classes
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The encoder's, then the decoder's."""
+        return [*self.encoder, *self.decoder]
+
+    def use_kernels(self, kernels: KernelConfig, device: torch.device, dtype: torch.dtype, *, training: bool) -> str:
+        """Take the kernels that ``kernels`` names, to run on ``device`` in ``dtype``. Returns what is used, for the log.
+
+        Raises ConfigError where one that is named cannot serve.
+        """
+        dropout = self.config.dropout if training else 0.0
+        backend = choose_backend(self.layout, device, dropout, training, kernels.attention)
+        library = choose_library(kernels.library, device)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+            elif isinstance(module, RMSNorm):
+                module.library = library
+        return f"attention {describe(backend, device, dtype, self.config.head_width)}, norms of {library}"
+
     def forward(self, x_BTC: Tensor, t_BK: Tensor, labels_B: Tensor, first: int = 0, cache: KVCache | None = None) -> Tensor:
         """Velocity (B, T, C) of noisy tokens x (B, T, C), entity-major, at times t (B, K) in [0, 1].
 
@@ -58,37 +79,71 @@ class XAR(nn.Module):
         assert x_BTC.shape[1] == tokens.stop - tokens.start, "tokens and times name different entities"
         condition = self.class_embed(labels_B)[:, None] + self.time_embed(t_BK)
         rotary = self.rotary_cos[tokens], self.rotary_sin[tokens]
+        caches: Sequence[LayerCache | None] = cache or [None] * len(self.blocks)
 
         x = self.in_norm(self.in_proj(x_BTC) + self.encoder_pos[:, tokens])
-        for block in self.encoder:
-            x = block(x, condition, rotary, first, cache)
+        for block, layer_cache in zip(self.encoder, caches, strict=False):
+            x = block(x, condition, rotary, first, layer_cache)
         x = self.mid_proj(self.encoder_norm(x)) + self.decoder_pos[:, tokens]
-        for block in self.decoder:
-            x = block(x, condition, rotary, first, cache)
+        for block, layer_cache in zip(self.decoder, caches[len(self.encoder) :], strict=True):
+            x = block(x, condition, rotary, first, layer_cache)
         return self.out_proj(self.decoder_norm(x))
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for sampling ``batch`` sequences, of the parameters' device and dtype."""
-        config, like = self.config, self.in_proj.weight
-        layers = config.depth_encoder + config.depth_decoder
-        return KVCache(layers, batch, config.heads, self.layout.tokens, config.head_width, device=like.device, dtype=like.dtype)
+        shape = (batch, self.config.heads, self.layout.tokens, self.config.head_width)
+        like = self.in_proj.weight
+        return [LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in self.blocks]
 
 
-@torch.no_grad()
-def init_weights(model: XAR, seed: int) -> None:
+class Weight(NamedTuple):
+    """The value of one parameter, and where it belongs."""
+
+    module: nn.Module
+    key: str
+    value: Tensor
+
+    def place(self, device: torch.device) -> nn.Parameter:
+        """Put the value in the module, in place of what stood there."""
+        parameter = nn.Parameter(self.value.to(device))
+        setattr(self.module, self.key, parameter)
+        return parameter
+
+
+def meta_model(config: ModelConfig) -> XAR:
+    """The network without memory for its parameters; the engine fills them one by one. Its buffers are real."""
+    with torch.device("meta"):
+        return XAR(config)
+
+
+def initial_weights(model: XAR, seed: int) -> Iterator[Weight]:
     """The published initialisation: Xavier uniform for every Linear, biases 0, embeddings and positions normal 0.02.
 
-    Every parameter has a generator of its own, keyed by its name, so the order of construction does not matter.
+    One parameter at a time, whole, in float32 on the CPU. Each has a generator of its own, keyed by its name: its value
+    does not depend on the order or the process that asks for it.
     """
-    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for name, parameter in model.named_parameters():
-        generator = rng.torch_generator(seed, f"init/{name}")
-        if name in linear:
-            nn.init.xavier_uniform_(parameter, generator=generator)
-        elif parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.02, generator=generator)
+    for module, key, name, shape in _parameters(model):
+        generator, value = rng.torch_generator(seed, f"init/{name}"), torch.empty(shape, device="cpu")
+        if isinstance(module, nn.Linear) and key == "weight":
+            nn.init.xavier_uniform_(value, generator=generator)
+        elif len(shape) > 1:
+            nn.init.normal_(value, std=0.02, generator=generator)
         else:
-            nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+            nn.init.constant_(value, 1.0 if key == "weight" else 0.0)
+        yield Weight(module, key, value)
+
+
+def blank_weights(model: XAR) -> Iterator[Weight]:
+    """Zeros, where a checkpoint is loaded next: drawing billions of numbers takes minutes."""
+    for module, key, _, shape in _parameters(model):
+        yield Weight(module, key, torch.zeros(shape, device="cpu"))
+
+
+def _parameters(model: XAR) -> Iterator[tuple[nn.Module, str, str, torch.Size]]:
+    """(owner, key in it, full name, shape) of every parameter, in the model's order; safe while they are replaced."""
+    for name, parameter in list(model.named_parameters()):
+        owner, _, key = name.rpartition(".")
+        yield model.get_submodule(owner), key, name, parameter.shape
 
 
 def create_model(name: str, seed: int = 0, **changes: Any) -> XAR:
@@ -96,6 +151,7 @@ def create_model(name: str, seed: int = 0, **changes: Any) -> XAR:
 
     Raises UsageError for an unknown name, ConfigError for fields that do not exist or fit.
     """
-    model = XAR(validated(ModelConfig, {**model_values(name), **changes}, ConfigError))
-    init_weights(model, seed)
+    model = meta_model(validated(ModelConfig, {**model_values(name), **changes}, ConfigError))
+    for weight in initial_weights(model, seed):
+        weight.place(torch.device("cpu"))
     return model

@@ -1,0 +1,61 @@
+"""Blocks and networks compile whole: no graph break is left. Graphs run as they were captured, without code generation."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+from tests.unit.conftest import nano_model, normal, with_backend
+from xar_scale.flow import velocity_loss
+from xar_scale.model.entities import kinds
+
+KINDS = [kind for kind in kinds() if kind != "image"]  # with one entity nothing is left to break
+
+
+@pytest.fixture
+def counted():
+    """A compiler that counts the graphs it is given."""
+    torch._dynamo.reset()
+    yield torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+
+
+def loss_of(model):
+    layout = model.layout
+    noise, t = normal(1, 2, layout.tokens, 4, dtype=torch.float32), normal(2, 2, layout.entities, dtype=torch.float32).sigmoid()
+    return velocity_loss(model, layout, normal(0, 2, 4, 4, 4, dtype=torch.float32), noise, t, torch.tensor([1, 2]))
+
+
+@pytest.mark.parametrize("backend", ["dense", "prefix"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_blocks_are_one_graph_in_training(kind, backend, counted):
+    model = with_backend(nano_model(entity=kind), backend).train()
+    expected = loss_of(model)
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    for block in model.blocks:
+        block.compile(backend=counted, fullgraph=True)
+    loss = loss_of(model)
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-5)
+    assert counted.frame_count == 1
+
+
+def test_blocks_with_dropout_are_one_graph(counted):
+    model = nano_model(dropout=0.1).train()
+    for block in model.blocks:
+        block.compile(backend=counted, fullgraph=True)
+    loss_of(model).backward()
+    assert counted.frame_count == 1
+
+
+@torch.no_grad()
+def test_flex_attention_is_part_of_the_graph(counted):
+    model = with_backend(nano_model(entity="scale"), "flex")
+    expected = loss_of(model)
+    for block in model.blocks:
+        block.compile(backend=counted, fullgraph=True)
+    torch.testing.assert_close(loss_of(model), expected, atol=0, rtol=1e-6)
+    assert counted.frame_count == 1
