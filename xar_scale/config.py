@@ -17,6 +17,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 T = TypeVar("T")
 Share = Annotated[float, Field(ge=0, lt=1)]
+UnitInterval = Annotated[float, Field(ge=0, le=1)]
 AttentionBackend = Literal["auto", "dense", "prefix", "flex"]
 
 
@@ -100,10 +101,17 @@ class TrainConfig:
 class SampleConfig:
     """How images are drawn from a trained model."""
 
-    sampler: Literal["euler", "euler_maruyama"] = "euler_maruyama"
+    sampler: Literal["euler", "euler_maruyama", "heun", "adams_bashforth"] = "euler_maruyama"
     steps: int = Field(default=50, gt=0)
     guidance: float = Field(default=2.2, ge=0)
+    guidance_schedule: Literal["linear", "cosine", "constant"] = "linear"  # over the entities
+    guidance_interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # of times at which guidance acts
     batch: int = Field(default=64, gt=0)
+
+    def __post_init__(self) -> None:
+        low, high = self.guidance_interval
+        if low > high:
+            raise ConfigError(f"sample.guidance_interval begins at {low}, after its end {high}")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

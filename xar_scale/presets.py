@@ -11,6 +11,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "xar_b": dict(width=768, depth_encoder=8, depth_decoder=8, heads=12),
     "xar_l": dict(width=1024, depth_encoder=16, depth_decoder=16, heads=16),
     "xar_h": dict(width=1280, depth_encoder=20, depth_decoder=20, heads=16),
+    # beyond the published ones: head width 128
+    "xar_2b": dict(width=1792, depth_encoder=18, depth_decoder=18, heads=14),
+    "xar_4b": dict(width=2048, depth_encoder=24, depth_decoder=24, heads=16),
+    "xar_7b": dict(width=2560, depth_encoder=30, depth_decoder=30, heads=20),
 }
 
 _IMAGENET_STEPS_AN_EPOCH = 1_281_167 / 2048

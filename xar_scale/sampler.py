@@ -1,7 +1,9 @@
 """Sampling, entity by entity: integrate each from noise, conditioned on the finished ones through the cache."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from xar_scale.model.kv_cache import KVCache
 from xar_scale.model.xar import XAR
 
 Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
+Velocity = Callable[[Tensor, float], Tensor]
 
 # Below this time the score, velocity / t, is too stiff for a stochastic step: the last one is deterministic.
 LAST_STOCHASTIC_TIME = 0.04
@@ -24,6 +27,8 @@ def sample(
     *,
     steps: int = 50,
     guidance: float = 2.2,
+    guidance_schedule: str = "linear",
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     sampler: str = "euler_maruyama",
     seed: int = 0,
     first_image: int = 0,
@@ -33,100 +38,162 @@ def sample(
 
     Image i of the batch draws from a generator keyed by (seed, first_image + i), so it does not depend on its batch; when
     ``draw(shape, dtype)`` is given, every random tensor comes from there instead: for each entity its start noise in
-    float32, then one float64 tensor a stochastic step. Guidance grows linearly over the entities from 1 to ``guidance``;
-    with one entity it is ``guidance``. Integration runs in float64, the network in its own dtype.
+    float32, then one float64 tensor a stochastic step.
+
+    ``guidance_schedule`` says how guidance grows over the entities, from 1 to ``guidance``: "linear" (published) or "cosine";
+    or "constant". With one entity it is ``guidance``. It acts at times t within ``guidance_interval`` (Kynkaanniemi et al.
+    2024), and of at most 1 costs nothing. Integration runs in float64, the network in its own dtype. Within an entity the host
+    waits for nothing, and the network may be compiled before: ``model.compile(fullgraph=True)``.
     """
-    if sampler not in _TIMES:
-        raise UsageError(f"no sampler {sampler!r}; there are: {', '.join(_TIMES)}")
+    if sampler not in SAMPLERS:
+        raise UsageError(f"no sampler {sampler!r}; there are: {', '.join(SAMPLERS)}")
+    if guidance_schedule not in SCHEDULES:
+        raise UsageError(f"no guidance schedule {guidance_schedule!r}; there are: {', '.join(SCHEDULES)}")
     if steps < 1:
         raise UsageError(f"sampling needs at least 1 step, not {steps}")
     device, layout = model.in_proj.weight.device, model.layout
-    labels_B = torch.as_tensor(labels, dtype=torch.int64, device=device)
-    batch = labels_B.shape[0]
-    if batch == 0 or labels_B.min() < 0 or labels_B.max() > model.null_class:
+    labels_B = torch.as_tensor(labels, dtype=torch.int64)
+    numbers, batch = labels_B.tolist(), labels_B.shape[0]
+    if batch == 0 or min(numbers) < 0 or max(numbers) > model.null_class:
         raise UsageError(f"labels must be one or more numbers in 0..{model.null_class}, the last for no class")
+    labels_B = labels_B.to(device)
+    integrate, stochastic_steps = SAMPLERS[sampler]
     draw = draw or _draw_per_image(seed, range(first_image, first_image + batch))
-    guided = guidance > 1
-    cache = model.new_cache(2 * batch if guided else batch)
+    cache = model.new_cache(2 * batch if guidance > 1 else batch)
+    layout.on(device)  # a compiled network that finds its layout's indices there needs no second graph
     was_training = model.training
     model.eval()
     try:
         finished: list[Tensor] = []
         for entity, length in enumerate(layout.lengths):
             share = entity / (layout.entities - 1) if layout.entities > 1 else 1.0
-            scale = 1 + (guidance - 1) * share
-            x = draw((batch, length, model.config.channels), torch.float32).to(device)
-            velocity = _EntityVelocity(model, labels_B, entity, finished[-1] if finished else None, scale, cache)
-            finished.append(_integrate(velocity, x.double(), _TIMES[sampler](steps), sampler, draw).float())
+            scale = 1 + (guidance - 1) * SCHEDULES[guidance_schedule](share)
+            previous = finished[-1] if finished else None
+            velocity = _EntityVelocity(model, labels_B, entity, previous, scale, guidance_interval, cache)
+            shape = (batch, length, model.config.channels)
+            x = draw(shape, torch.float32).to(device).double()
+            # all at once, before the first step: to fetch each in its step would make the host wait for the device
+            noises = [draw(shape, torch.float64) for _ in range(stochastic_steps(steps))]
+            noise = torch.stack(noises).to(device) if noises else x.new_empty(0)
+            finished.append(integrate(velocity, x, steps, noise).float())
     finally:
         model.train(was_training)
     return layout.from_entities(torch.cat(finished, dim=1))
+
+
+# The share of guidance, 0 to 1, of an entity at the share 0 to 1 of the sequence
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: share,
+    "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
+    "constant": lambda share: 1.0,
+}
 
 
 class _EntityVelocity:
     """The guided velocity of one entity.
 
     Its first call feeds the entity before it, finished, at t = 0 beside it, and so leaves that one's keys and values in the
-    cache for the calls after. Without guidance the unconditional half is not computed: half of the batch, one cache.
+    cache for the calls after. Without guidance the unconditional half is not computed: half of the batch, the first half of
+    the cache.
     """
 
     def __init__(
-        self, model: XAR, labels_B: Tensor, entity: int, previous: Tensor | None, scale: float, cache: KVCache
+        self,
+        model: XAR,
+        labels_B: Tensor,
+        entity: int,
+        previous: Tensor | None,
+        scale: float,
+        interval: tuple[float, float],
+        cache: KVCache,
     ) -> None:
-        self.model, self.entity, self.previous, self.scale, self.cache = model, entity, previous, scale, cache
+        self.model, self.entity, self.previous, self.cache = model, entity, previous, cache
+        self.scale, self.interval = scale, interval
         self.length = model.layout.lengths[entity]
-        self.guided = scale > 1
-        # The first entity's scale is 1, but later guided ones need its unconditional keys: they write those themselves.
-        self.labels = torch.cat([labels_B, torch.full_like(labels_B, model.null_class)]) if self.guided else labels_B
+        self.labels, self.null = labels_B, torch.full_like(labels_B, model.null_class)
 
     def __call__(self, x_BLC: Tensor, t: float) -> Tensor:
         """(B, L, C) float64 at time t -> velocity, float64."""
-        x, first = x_BLC.to(self.model.in_proj.weight.dtype), self.entity
-        times = [t]
+        acts = self.scale > 1 and self.interval[0] <= t <= self.interval[1]
+        # Guided calls to come need the entity before in both halves of the cache. Its own scale of 1 is no obstacle: what it
+        # has not written of the unconditional half is what is fed here.
+        both = acts or (self.scale > 1 and self.previous is not None)
+        x, first, labels = x_BLC.to(self.model.in_proj.weight.dtype), self.entity, self.labels
         if self.previous is not None:
-            x, first, times = torch.cat([self.previous.to(x.dtype), x], dim=1), self.entity - 1, [0.0, t]
-            self.previous = None
-        if self.guided:
-            x = torch.cat([x, x])
-        t_BK = torch.tensor(times, dtype=torch.float32, device=x.device).expand(x.shape[0], -1)
-        velocity = self.model(x, t_BK, self.labels, first=first, cache=self.cache)[:, -self.length :].double()
-        if not self.guided:
-            return velocity
+            x, first = torch.cat([self.previous.to(x.dtype), x], dim=1), self.entity - 1
+        if both:
+            x, labels = torch.cat([x, x]), torch.cat([labels, self.null])
+        # filled on the device: copying a list of times there would make the host wait
+        t_BK = torch.full((x.shape[0], 1 + self.entity - first), t, dtype=torch.float32, device=x.device)
+        t_BK[:, :-1] = 0
+        self.previous = None
+        velocity = self.model(x, t_BK, labels, first=first, cache=self.cache)[:, -self.length :].double()
+        if not acts:
+            return velocity[: x_BLC.shape[0]]
         conditional, unconditional = velocity.chunk(2)
         return unconditional + self.scale * (conditional - unconditional)
 
 
-def _integrate(velocity: Callable[[Tensor, float], Tensor], x: Tensor, times: Tensor, sampler: str, draw: Draw) -> Tensor:
-    """From t = 1 to 0. On the linear path the probability-flow drift is the velocity itself; a stochastic step follows
+def _equal_steps(steps: int) -> Iterator[tuple[float, float]]:
+    """(t, t_next) of equal steps from 1 to 0."""
+    return pairwise(1 - step / steps for step in range(steps + 1))
 
-    dx = (v - t s) dt + sqrt(2 t) dW with the score s = -((1 - t) v + x) / t (SiT, Ma et al. 2024, section 2.3).
-    """
-    t_list = times.tolist()
-    for step, (t, t_next) in enumerate(pairwise(t_list)):
-        dt = t_next - t
-        if sampler == "euler":
-            x = x + velocity(x, t) * dt
-            continue
-        stochastic = step < len(t_list) - 2
-        noise = draw(tuple(x.shape), torch.float64).to(x.device) if stochastic else None
-        v = velocity(x, t)
-        drift = v + ((1 - t) * v + x)  # v - t s
-        x = x + drift * dt
-        if noise is not None:
-            x = x + (2 * t * abs(dt)) ** 0.5 * noise
+
+def _euler(velocity: Velocity, x: Tensor, steps: int, _noise: Tensor) -> Tensor:
+    """Published. On the linear path the drift of the probability flow is the velocity itself."""
+    for t, t_next in _equal_steps(steps):
+        x = x + velocity(x, t) * (t_next - t)
     return x
 
 
-def _euler_times(steps: int) -> Tensor:
-    return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+def _euler_maruyama(velocity: Velocity, x: Tensor, steps: int, noise_SBLC: Tensor) -> Tensor:
+    """Published: steps - 1 stochastic steps down to LAST_STOCHASTIC_TIME, then a deterministic one to 0.
+
+    dx = (v - t s) dt + sqrt(2 t) dW with the score s = -((1 - t) v + x) / t (SiT, Ma et al. 2024, section 2.3).
+    """
+    share = 1 / max(steps - 1, 1)
+    times = [*(1 - (1 - LAST_STOCHASTIC_TIME) * step * share for step in range(steps)), 0.0]
+    for step, (t, t_next) in enumerate(pairwise(times)):
+        dt = t_next - t
+        v = velocity(x, t)
+        drift = v + ((1 - t) * v + x)  # v - t s
+        x = x + drift * dt
+        if step < len(noise_SBLC):
+            x = x + (2 * t * abs(dt)) ** 0.5 * noise_SBLC[step]
+    return x
 
 
-def _euler_maruyama_times(steps: int) -> Tensor:
-    """steps - 1 stochastic steps down to LAST_STOCHASTIC_TIME, then one to 0."""
-    return torch.cat([torch.linspace(1, LAST_STOCHASTIC_TIME, steps, dtype=torch.float64), torch.zeros(1).double()])
+def _heun(velocity: Velocity, x: Tensor, steps: int, _noise: Tensor) -> Tensor:
+    """Second order, two velocities a step but for the last, which is Euler's (EDM, Karras et al. 2022, algorithm 1)."""
+    for t, t_next in _equal_steps(steps):
+        v = velocity(x, t)
+        if t_next > 0:
+            v = (v + velocity(x + v * (t_next - t), t_next)) / 2
+        x = x + v * (t_next - t)
+    return x
 
 
-_TIMES = {"euler": _euler_times, "euler_maruyama": _euler_maruyama_times}
+def _adams_bashforth(velocity: Velocity, x: Tensor, steps: int, _noise: Tensor) -> Tensor:
+    """Second order at one velocity a step: the slope is carried on from the step before; the first step is Euler's."""
+    before: Tensor | None = None
+    for t, t_next in _equal_steps(steps):
+        v = velocity(x, t)
+        x = x + (v if before is None else 1.5 * v - 0.5 * before) * (t_next - t)
+        before = v
+    return x
+
+
+class _Sampler(NamedTuple):
+    integrate: Callable[[Velocity, Tensor, int, Tensor], Tensor]  # from t = 1 to 0
+    stochastic_steps: Callable[[int], int]
+
+
+SAMPLERS = {
+    "euler": _Sampler(_euler, lambda steps: 0),
+    "euler_maruyama": _Sampler(_euler_maruyama, lambda steps: steps - 1),
+    "heun": _Sampler(_heun, lambda steps: 0),
+    "adams_bashforth": _Sampler(_adams_bashforth, lambda steps: 0),
+}
 
 
 def _draw_per_image(seed: int, images: range) -> Draw:

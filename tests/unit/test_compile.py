@@ -7,6 +7,7 @@ import torch._dynamo.testing
 from tests.unit.conftest import nano_model, normal, with_backend
 from xar_scale.flow import velocity_loss
 from xar_scale.model.entities import kinds
+from xar_scale.sampler import sample
 
 KINDS = [kind for kind in kinds() if kind != "image"]  # with one entity nothing is left to break
 
@@ -59,3 +60,16 @@ def test_flex_attention_is_part_of_the_graph(counted):
         block.compile(backend=counted, fullgraph=True)
     torch.testing.assert_close(loss_of(model), expected, atol=0, rtol=1e-6)
     assert counted.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", ["cell", "scale"])
+def test_a_compiled_network_samples_the_same_in_one_graph_a_kind_of_call(kind, counted):
+    model = nano_model(entity=kind)
+    settings = {"steps": 4, "guidance": 2.0, "sampler": "heun", "seed": 3}
+    expected = sample(model, [1, 2], **settings)
+    model.compile(backend=counted, fullgraph=True, dynamic=False)
+    torch.testing.assert_close(sample(model, [1, 2], **settings), expected, atol=1e-5, rtol=1e-5)
+    graphs = counted.frame_count
+    assert graphs == 2 * model.layout.entities - 1  # each entity alone, and each but the first beside the one before
+    sample(model, [3, 4], **settings)
+    assert counted.frame_count == graphs

@@ -10,7 +10,7 @@ from xar_scale.config import ModelConfig
 from xar_scale.model.entities import kinds
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.model.xar import XAR
-from xar_scale.presets import model_values
+from xar_scale.presets import MODELS, model_values
 
 
 def counted(config: ModelConfig, backward: bool) -> int:
@@ -33,8 +33,8 @@ def test_every_kind_is_counted_exactly(kind):
     assert forward_flops(config) == counted(config, backward=False)
 
 
-@pytest.mark.parametrize("preset", ["xar_b", "xar_l", "xar_h"])
-def test_the_published_models_are_counted_exactly(preset):
+@pytest.mark.parametrize("preset", MODELS)
+def test_every_preset_is_counted_exactly(preset):
     config = ModelConfig(**model_values(preset))
     assert forward_flops(config) == counted(config, backward=False)
 

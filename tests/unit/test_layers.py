@@ -14,7 +14,8 @@ from xar_scale.errors import ConfigError, UsageError
 from xar_scale.model.entities import create_layout
 from xar_scale.model.layers import Block, GatedMLP, RMSNorm, TimeEmbedding, each_entity
 from xar_scale.model.rope import rotary_angles
-from xar_scale.model.xar import XAR, create_model, initial_weights
+from xar_scale.model.xar import XAR, create_model, initial_weights, meta_model
+from xar_scale.presets import model_values
 from xar_scale.sampler import sample
 
 
@@ -258,6 +259,18 @@ def test_a_model_is_made_of_a_preset_and_changes():
     model = create_model("nano", channels=7, classes=3, dropout=0.25)
     assert isinstance(model, XAR) and model.config.width == 128
     assert (model.config.channels, model.config.classes, model.config.dropout) == (7, 3, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("nano", 1_451_704), ("xar_2b", 2_091_486_176), ("xar_4b", 3_637_477_360), ("xar_7b", 7_097_825_216)]
+)
+def test_a_model_of_any_size_is_described_without_memory_for_it(name, count):
+    """The published sizes are counted in test_parity."""
+    model = meta_model(ModelConfig(**model_values(name)))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
+    assert torch.equal(model.rotary_cos, rotary_angles(model.layout.coordinates, model.config.head_width).cos())
 
 
 def test_unknown_models_and_fields_are_refused_with_the_known_ones():
