@@ -18,6 +18,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 T = TypeVar("T")
 Share = Annotated[float, Field(ge=0, lt=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
+Recompute = Literal["none", "full", "selective", "offload"]
 AttentionBackend = Literal["auto", "dense", "prefix", "flex"]
 
 
@@ -91,7 +92,7 @@ class TrainConfig:
     engine: Literal["single", "deepspeed"] = "deepspeed"
     ds_config: str = "ds_configs/zero3.json"
     precision: Literal["bf16", "tf32", "fp32"] = "bf16"
-    recompute: Literal["none", "full", "selective", "offload"] = "none"  # of activations, in the backward pass
+    recompute: Recompute = "none"  # of activations, in the backward pass
     log_every: int = Field(default=50, gt=0)
     checkpoint_every: int = Field(default=5000, gt=0)
     keep_last: int = Field(default=3, gt=0)

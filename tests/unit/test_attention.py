@@ -122,7 +122,7 @@ def test_a_network_output_depends_on_its_entity_and_earlier_ones_only(backend, k
 def test_long_entities_get_a_call_each_and_short_ones_one_product(monkeypatch, entity, grid, expected):
     layout = nano_model(entity=entity, grid=grid).layout
     used = []
-    monkeypatch.setattr(attention, "_BACKENDS", {name: lambda *_, name=name: used.append(name) for name in BACKENDS})
+    monkeypatch.setattr(attention, "_FUNCTIONS", {name: lambda *_, name=name: used.append(name) for name in BACKENDS})
     for backend in ("auto", *BACKENDS):
         block_causal_attention(*qkv(layout), layout, backend=backend)
     assert used == [expected, *BACKENDS]

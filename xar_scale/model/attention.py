@@ -38,7 +38,7 @@ def block_causal_attention(
     where ``backend`` is named and cannot serve: nothing falls back in silence.
     """
     backend = choose_backend(layout, q_BNTH.device, dropout, q_BNTH.requires_grad, backend)
-    return _BACKENDS[backend](q_BNTH, k_BNTH, v_BNTH, layout, first, dropout)
+    return _FUNCTIONS[backend](q_BNTH, k_BNTH, v_BNTH, layout, first, dropout)
 
 
 def choose_backend(
@@ -139,4 +139,4 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=False)  # uncompiled it is dense and slow
 
 
-_BACKENDS = {"dense": _dense, "prefix": _prefix, "flex": _flex}
+_FUNCTIONS = {"dense": _dense, "prefix": _prefix, "flex": _flex}

@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Mode = Literal["none", "full", "selective", "offload"]
+from xar_scale.config import Recompute
 
 _aten = torch.ops.aten
 # Matrix products and attention: most of the time of a block, little of its memory
@@ -25,7 +25,7 @@ _KEPT = {
 }
 
 
-def apply_recompute(blocks: Iterable[nn.Module], mode: Mode) -> None:
+def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
     """Make the backward pass of each block recompute its forward: all of it ("full"), all but matrix products and attention
     ("selective"), or all of it from an input kept in host memory, pinned on a GPU ("offload"). Dropout is replayed.
     """
@@ -35,7 +35,7 @@ def apply_recompute(blocks: Iterable[nn.Module], mode: Mode) -> None:
         block.forward = partial(_recomputed, block.forward, mode)
 
 
-def _recomputed(forward: Callable[..., Any], mode: Mode, *arguments: Any) -> Any:
+def _recomputed(forward: Callable[..., Any], mode: Recompute, *arguments: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*arguments)
     contexts: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}

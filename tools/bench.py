@@ -1,0 +1,164 @@
+"""Time and memory of parts of training on this machine, as a Markdown table.
+
+python tools/bench.py attention --model xar_h --grid 16 --batch 8 --dtype bf16
+python tools/bench.py recompute --model xar_b --batch 4
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from xar_scale import dist
+from xar_scale.cli import Parser, ending
+from xar_scale.config import ModelConfig, Recompute, validated
+from xar_scale.errors import ConfigError, UsageError
+from xar_scale.flow import velocity_loss
+from xar_scale.model.attention import Backend, block_causal_attention, choose_backend, describe
+from xar_scale.model.entities import EntityLayout, create_layout, kinds
+from xar_scale.model.recompute import apply_recompute
+from xar_scale.model.xar import create_model
+from xar_scale.precision import MODES, apply_matmul_mode
+from xar_scale.presets import model_values
+
+WARM_UP, REPEATS = 2, 5
+
+
+def main() -> int:
+    parser = Parser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    attention = commands.add_parser("attention", help="every backend on every kind of entity, forward and backward")
+    attention.set_defaults(command=bench_attention)
+    recompute = commands.add_parser("recompute", help="every mode of activation checkpointing: time and peak memory")
+    recompute.set_defaults(command=bench_recompute)
+    recompute.add_argument("--mode", choices=get_args(Recompute), help="this one only, in this process; a line of JSON")
+    for command in (attention, recompute):
+        command.add_argument("--model", default="xar_b")
+        command.add_argument("--entity", help=f"one of {', '.join(kinds())} (attention: default all; recompute: cell)")
+        command.add_argument("--grid", type=int, default=16, help="tokens on a side: 16 is 256 px, 32 is 512 px")
+        command.add_argument("--batch", type=int, default=4)
+        command.add_argument("--precision", choices=MODES, default="fp32")
+
+    def run() -> None:
+        options = parser.parse_args()
+        apply_matmul_mode(options.precision)
+        options.command(options)
+
+    return ending("bench", run)
+
+
+def _config(options: argparse.Namespace, entity: str) -> ModelConfig:
+    sizes = {**model_values(options.model), "grid": [options.grid] * 2, "entity": entity}
+    return validated(ModelConfig, sizes, ConfigError)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _median_ms(work: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(WARM_UP + REPEATS):
+        _synchronize(device)
+        begun = time.perf_counter()
+        work()
+        _synchronize(device)
+        times.append(1e3 * (time.perf_counter() - begun))
+    return statistics.median(times[WARM_UP:])
+
+
+def _title(options: argparse.Namespace, columns: str) -> None:
+    grid = f"{options.grid}x{options.grid} tokens"
+    print(f"{options.model}, {grid}, batch {options.batch}, {options.precision}, {dist.local_device()}\n")
+    print(f"| {columns} |\n|{' --- |' * (columns.count('|') + 1)}")
+
+
+def bench_attention(options: argparse.Namespace) -> None:
+    """One layer's attention by every backend; the chosen one is marked."""
+    device, dtype = dist.local_device(), MODES[options.precision].compute
+    _title(options, "entity | K | backend | forward ms | forward + backward ms")
+    for entity in [options.entity] if options.entity else kinds():
+        config = _config(options, entity)
+        layout = create_layout(config)
+        shape = (options.batch, config.heads, layout.tokens, config.head_width)
+        q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+        chosen = choose_backend(layout, device, dropout=0.0, backward=True)
+        for backend in get_args(Backend):
+            forward = partial(block_causal_attention, q, k, v, layout, backend=backend)
+            name = describe(backend, device, dtype, config.head_width) + (", chosen" if backend == chosen else "")
+            times = f"{_median_ms(forward, device):.2f} | {_backward_ms(layout, backend, q, k, v)}"
+            print(f"| {entity} | {layout.entities} | {name} | {times} |", flush=True)
+
+
+def _backward_ms(layout: EntityLayout, backend: Backend, *qkv: Tensor) -> str:
+    q, k, v = (tensor.detach().requires_grad_() for tensor in qkv)
+
+    def work() -> None:
+        torch.autograd.grad(block_causal_attention(q, k, v, layout, backend=backend).sum(), (q, k, v))
+
+    try:
+        return f"{_median_ms(work, qkv[0].device):.2f}"
+    except ConfigError as refused:
+        return str(refused)
+
+
+def bench_recompute(options: argparse.Namespace) -> None:
+    """A whole network's loss and gradients. Each mode has a process of its own: a process's peak never falls."""
+    if options.mode:
+        print(json.dumps(_one_mode(options)))
+        return
+    _title(options, "recompute | ms a pass | peak memory of the pass, MB")
+    for mode in get_args(Recompute):
+        done = subprocess.run([sys.executable, *sys.argv, "--mode", mode], capture_output=True, text=True)
+        if done.returncode:
+            raise UsageError(f"mode {mode} ended with code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(f"| {mode} | {found['ms']:.0f} | {found['peak_mb']:.0f} |", flush=True)
+
+
+def _one_mode(options: argparse.Namespace) -> dict[str, float]:
+    """Peak: above the weights and gradients, which are there before. On a CPU that of the resident set, so "offload", whose
+    host memory is the same memory, saves nothing there."""
+    device, compute = dist.local_device(), MODES[options.precision].compute
+    config = _config(options, options.entity or "cell")
+    model = create_model(options.model, entity=config.entity, grid=config.grid).to(device)
+    apply_recompute(model.blocks, options.mode)
+    layout = model.layout
+    latents = torch.randn(options.batch, config.channels, *config.grid, device=device)
+    noise = torch.randn(options.batch, layout.tokens, config.channels, device=device)
+    t = torch.rand(options.batch, layout.entities, device=device)
+    labels = torch.zeros(options.batch, dtype=torch.int64, device=device)
+
+    def work() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute is torch.bfloat16):
+            loss = velocity_loss(model, layout, latents, noise, t, labels)
+        loss.backward()
+
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = _memory_peak(device, reset=True)
+    work()
+    peak = _memory_peak(device) - before
+    return {"ms": _median_ms(work, device), "peak_mb": peak / 2**20}
+
+
+def _memory_peak(device: torch.device, reset: bool = False) -> int:
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
