@@ -103,6 +103,7 @@ class SampleConfig:
     steps: int = Field(default=50, gt=0)
     guidance: float = Field(default=2.2, ge=0)
     batch: int = Field(default=64, gt=0)
+    tokenizer_weights: str = ""  # path of kl16.ckpt, for models of its latents
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

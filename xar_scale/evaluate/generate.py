@@ -30,15 +30,15 @@ def generate(checkpoint: Checkpoint, labels: list[int], settings: SampleConfig, 
     config = Config.from_dict(manifest.config)
     if wrong := [label for label in labels if not 0 <= label < config.model.classes]:
         raise UsageError(f"class {wrong[0]} is outside 0..{config.model.classes - 1}")
+    tokenizer = create_tokenizer(manifest.dataset["tokenizer"], settings.tokenizer_weights, device)
     model = XAR(config.model)
     model.load_state_dict(load_weights(checkpoint, "ema"))
     model.to(device)
-    tokenizer = create_tokenizer(**manifest.dataset["tokenizer"])
     images = []
     for first in range(0, len(labels), settings.batch):
         part = labels[first : first + settings.batch]
         options = dataclasses.asdict(settings)
-        del options["batch"]
+        del options["batch"], options["tokenizer_weights"]
         latents = sample(model, part, seed=seed, first_image=first, **options)
         images.append(tokenizer.decode(latents / manifest.dataset["latent_scale"]))
     return np.concatenate(images)
