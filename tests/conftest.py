@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from xar_scale.config import Config, ModelConfig, override
 from xar_scale.data.loader import Batch
 from xar_scale.model.xar import XAR
 from xar_scale.presets import recipe
+from xar_scale.tokenizers.kl16 import KL16Tokenizer
 
 GOLDEN = Path(os.environ.get("XAR_SCALE_GOLDEN", Path(__file__).parent / "golden"))
 
@@ -53,8 +55,8 @@ def golden_json() -> dict:
     return json.loads((GOLDEN / "golden.json").read_text())
 
 
-def golden_parameter(name: str, shape: tuple[int, ...]) -> Tensor:
-    values = draw(f"public/tiny/{name}", shape)
+def golden_parameter(name: str, shape: tuple[int, ...], network: str = "tiny") -> Tensor:
+    values = draw(f"public/{network}/{name}", shape)
     if len(shape) == 1:
         values = 0.02 * values + (1 if name.endswith("weight") else 0)
     elif "pos_embed" in name or "class_emb" in name:
@@ -72,3 +74,22 @@ def tiny_golden_model() -> XAR:
     names = official_names(TINY)
     model.load_state_dict({ours: golden_parameter(theirs, shapes[ours]) for theirs, ours in names.items()})
     return model
+
+
+def kl16_shapes() -> dict[str, list[int]]:
+    """The published autoencoder's entries."""
+    return json.loads((GOLDEN / "official_state_dicts.json").read_text())["kl16"]
+
+
+@pytest.fixture(scope="session")
+def kl16_weights(tmp_path_factory) -> Iterator[Path]:
+    """kl16.ckpt as published, its parameters seeded by their names; 265 MB."""
+    path = tmp_path_factory.mktemp("kl16") / "kl16.ckpt"
+    torch.save({"model": {name: golden_parameter(name, tuple(shape), "kl16") for name, shape in kl16_shapes().items()}}, path)
+    yield path
+    path.unlink()
+
+
+@pytest.fixture(scope="session")
+def kl16(kl16_weights) -> KL16Tokenizer:
+    return KL16Tokenizer(kl16_weights)

@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser(
         "sample",
         help="draw images from a run or checkpoint",
-        epilog="sample.key=value arguments are laid over the run's config, e.g. sample.guidance=1.5",
+        epilog="sample.key=value and kernels.key=value arguments are laid over the run's config, e.g. sample.guidance=1.5",
     )
     sample.add_argument("checkpoint", type=Path, help="a run's folder, or one checkpoint's")
     sample.add_argument("--classes", help="numbers with commas (default: all)")
@@ -127,8 +127,8 @@ def _sample(options: argparse.Namespace) -> None:
         raise UsageError("--per-class and --show are at least 1")
     if options.out.suffix != ".png":
         raise UsageError(f"--out {options.out} is not a .png")
-    if wrong := [word for word in options.overrides if not word.startswith("sample.")]:
-        raise UsageError(f"{wrong[0]}: only sample.* can be changed when sampling")
+    if wrong := [word for word in options.overrides if not word.startswith(("sample.", "kernels."))]:
+        raise UsageError(f"{wrong[0]}: only sample.* and kernels.* can be changed when sampling")
     checkpoint = open_checkpoint(options.checkpoint)
     config = Config.from_dict(override(checkpoint.manifest.config, options.overrides))
     try:
@@ -137,7 +137,7 @@ def _sample(options: argparse.Namespace) -> None:
         raise UsageError(f"--classes {options.classes!r} is not numbers with commas") from None
     options.out.parent.mkdir(parents=True, exist_ok=True)
     labels = [label for label in classes for _ in range(options.per_class)]
-    images = generate(checkpoint, labels, config.sample, options.seed, dist.local_device())
+    images = generate(checkpoint, labels, config.sample, options.seed, dist.local_device(), config.kernels)
     archive = options.out.with_suffix(".npz")
     np.savez(archive, images=images, labels=np.array(labels))
     draw_grid({str(label): images[np.equal(labels, label)][: options.show] for label in classes}, options.out)

@@ -108,6 +108,7 @@ class SampleConfig:
     guidance_schedule: Literal["linear", "cosine", "constant"] = "linear"  # over the entities
     guidance_interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # of times at which guidance acts
     batch: int = Field(default=64, gt=0)
+    tokenizer_weights: str = ""  # path of kl16.ckpt, for models of its latents
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval

@@ -1,5 +1,7 @@
 """The command line: one line and a documented exit code for whatever is asked of it."""
 
+import dataclasses
+import hashlib
 import os
 import subprocess
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.processes import ROOT
-from tests.unit.tiny_run import Run
+from tests.unit.tiny_run import INFO, Run
 from xar_scale.cli import main
 
 FAST = ["sample.steps=1", "sample.sampler=euler", "sample.guidance=1.0"]
@@ -85,11 +87,27 @@ def test_wrong_samples(capsys, run, tmp_path):
     assert_ends(capsys, ["sample", run, "--out", out, "--per-class", "0"], 64, "--per-class")
     assert_ends(capsys, ["sample", run, "--out", out, "--classes", "cat"], 64, "--classes 'cat'")
     assert_ends(capsys, ["sample", run, "--out", out, "--classes", "10"], 64, "class 10 is outside 0..9")
-    assert_ends(capsys, ["sample", run, "--out", out, "model.classes=3"], 64, "model.classes=3: only sample.*")
+    assert_ends(capsys, ["sample", run, "--out", out, "model.classes=3"], 64, "model.classes=3: only sample.* and kernels.*")
     assert_ends(capsys, ["sample", run, "--out", out, "sample.steps=0"], 78, "sample.steps = 0")
     assert not out.exists() and not out.with_suffix(".npz").exists()
     (tmp_path / "file").write_text("")
     assert_ends(capsys, ["sample", run, "--out", tmp_path / "file" / "grid.png"], 74, "file")
+
+
+def test_wrong_tokenizer_weights(capsys, run, tmp_path):
+    out, weights = tmp_path / "grid.png", tmp_path / "kl16.ckpt"
+    weights.write_bytes(b"other weights")
+    given = f"sample.tokenizer_weights={weights}"
+    assert_ends(capsys, ["sample", run, "--out", out, given], 78, str(weights), "tokenizer pixel has no weights")
+    made = dataclasses.replace(INFO, tokenizer={"name": "kl16", "sha256": "0123456789abcdef"})
+    of_kl16 = Run(tmp_path / "of_kl16", info=made)
+    of_kl16.save()
+    arguments = ["sample", tmp_path / "of_kl16", "--out", out]
+    assert_ends(capsys, arguments, 78, "kl16 needs its weights: sample.tokenizer_weights is the path of kl16.ckpt")
+    assert_ends(capsys, [*arguments, "sample.tokenizer_weights=nowhere.ckpt"], 64, "no weights at nowhere.ckpt")
+    digest = hashlib.sha256(b"other weights").hexdigest()
+    assert_ends(capsys, [*arguments, given], 65, str(weights), digest[:12], "0123456789ab")
+    assert not out.exists()
 
 
 def test_wrong_archives(capsys, tmp_path):

@@ -7,9 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.unit.tiny_run import CONFIG, Run
+from tests.conftest import digits_config
+from tests.unit.tiny_run import CONFIG, INFO, Run
 from xar_scale.checkpoint.store import load_weights, verify
-from xar_scale.errors import DataError, UsageError
+from xar_scale.data.loader import LatentDataset
+from xar_scale.data.shards import DatasetInfo, LatentShards, ShardWriter
+from xar_scale.errors import ConfigError, DataError, UsageError
 from xar_scale.evaluate.digits import judge, load_digits
 from xar_scale.evaluate.generate import draw_grid, generate, open_checkpoint
 from xar_scale.model.xar import XAR
@@ -44,6 +47,61 @@ def test_the_batch_does_not_matter(checkpoint):
     together = generate(checkpoint, [1, 2, 3], SETTINGS, seed=0, device=CPU)
     apart = generate(checkpoint, [1, 2, 3], dataclasses.replace(SETTINGS, batch=2), seed=0, device=CPU)
     assert np.abs(together.astype(int) - apart).max() <= 1
+
+
+def test_images_of_the_autoencoder_through_data_training_and_sampling(tmp_path, kl16, kl16_weights):
+    """Encoded, written, read as batches, trained on, drawn and decoded: 64x64 pixels as 4x4 tokens of 16 channels."""
+    photos = np.random.default_rng(0).integers(0, 256, (8, 3, 64, 64), dtype=np.uint8)
+    info = DatasetInfo(
+        tokenizer={"name": kl16.name, **kl16.settings},
+        latent_scale=kl16.latent_scale,
+        stored="moments",
+        shape=(32, 4, 4),
+        dtype="float16",
+        classes=10,
+        flipped=True,
+    )
+    with ShardWriter(tmp_path / "data", info) as writer:
+        stored = zip(kl16.encode(photos), kl16.encode(photos[..., ::-1]), strict=True)
+        for number, (moments, flipped) in enumerate(stored):
+            writer.add(f"s{number}", number, moments, flipped)
+    config = digits_config("train.engine=single", "model.width=16", "model.heads=2", "model.channels=16", "data.flip=true")
+    shards = LatentShards(tmp_path / "data")
+    run = Run(tmp_path / "run", config=config, info=shards.info)
+    dataset = LatentDataset(shards, config, XAR(config.model).layout)
+    run.train(2, lambda step: dataset.__getitems__(list(range(8 * step, 8 * step + 8))))
+    checkpoint = verify(run.save())
+
+    settings = dataclasses.replace(SETTINGS, tokenizer_weights=str(kl16_weights))
+    images = generate(checkpoint, [3, 7], settings, seed=4, device=CPU)
+    model = XAR(config.model)
+    model.load_state_dict(load_weights(checkpoint, "ema"))
+    latents = sample(model, [3, 7], steps=2, guidance=1.5, sampler="euler", seed=4)
+    assert images.shape == (2, 3, 64, 64) and images.dtype == np.uint8
+    assert np.array_equal(images, kl16.decode(latents / 0.2325))
+    assert not np.array_equal(images, kl16.decode(latents))
+    with pytest.raises(ConfigError, match="needs its weights"):
+        generate(checkpoint, [3, 7], SETTINGS, seed=4, device=CPU)
+
+
+def test_the_tokenizer_is_told_weights_and_device(checkpoint, monkeypatch):
+    told = []
+
+    def create(*arguments):
+        told.append(arguments)
+        return PixelTokenizer()
+
+    monkeypatch.setattr("xar_scale.evaluate.generate.create_tokenizer", create)
+    generate(checkpoint, [3], dataclasses.replace(SETTINGS, tokenizer_weights="kl16.ckpt"), seed=0, device=CPU)
+    assert told == [(INFO.tokenizer, "kl16.ckpt", CPU)]
+
+
+def test_a_checkpoint_from_before_there_were_tokenizer_weights(checkpoint):
+    config = {**checkpoint.manifest.config, "sample": dict(checkpoint.manifest.config["sample"])}
+    del config["sample"]["tokenizer_weights"]
+    older = dataclasses.replace(checkpoint, manifest=dataclasses.replace(checkpoint.manifest, config=config))
+    images = generate(older, [3], SETTINGS, seed=0, device=CPU)
+    assert np.array_equal(images, generate(checkpoint, [3], SETTINGS, seed=0, device=CPU))
 
 
 def test_a_class_that_is_not_there_is_named(checkpoint):

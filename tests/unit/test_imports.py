@@ -82,11 +82,10 @@ def test_every_room_has_a_place():
     assert {room(path) for path in FILES} - {"__init__"} == set(HEIGHT)
 
 
-def test_only_the_deepspeed_engine_imports_deepspeed():
-    users = {
-        path.relative_to(PACKAGE).as_posix() for path in FILES if any(n.split(".")[0] == "deepspeed" for n in imports(path))
-    }
-    assert users == {"engines/deepspeed.py"}
+@pytest.mark.parametrize(("library", "user"), [("deepspeed", "engines/deepspeed.py"), ("diffusers", "tokenizers/kl16.py")])
+def test_a_library_that_one_file_alone_imports(library, user):
+    users = {path.relative_to(PACKAGE).as_posix() for path in FILES if any(n.split(".")[0] == library for n in imports(path))}
+    assert users == {user}
 
 
 def test_the_model_knows_no_processes():
@@ -94,9 +93,10 @@ def test_the_model_knows_no_processes():
         assert not [name for name in imports(path) if name.startswith("torch.distributed")], path
 
 
-def test_importing_the_package_brings_no_deepspeed_and_no_tensorboard():
+def test_importing_the_package_brings_no_library_that_only_some_commands_need():
     program = (
-        "import sys, xar_scale, xar_scale.cli; print([m for m in ('deepspeed', 'tensorboard', 'sklearn') if m in sys.modules])"
+        "import sys, xar_scale, xar_scale.cli, xar_scale.evaluate.generate, xar_scale.data.loader; "
+        "print([m for m in ('deepspeed', 'tensorboard', 'sklearn', 'diffusers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
     assert done.stdout.strip() == "[]"

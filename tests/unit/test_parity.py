@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.conftest import GOLDEN, TINY, draw, golden
+from tests.conftest import GOLDEN, TINY, draw, golden, kl16_shapes
 from tests.unit.conftest import with_backend
 from xar_scale.checkpoint.interop import from_official, official_names
 from xar_scale.config import ModelConfig
@@ -14,6 +14,7 @@ from xar_scale.flow import velocity_loss
 from xar_scale.model.xar import XAR, create_model
 from xar_scale.presets import model_values
 from xar_scale.sampler import sample
+from xar_scale.tokenizers import kl16 as autoencoder
 
 
 @pytest.fixture(params=["dense", "prefix", "flex"])
@@ -108,3 +109,17 @@ def test_batch_1_and_few_steps(sampler, steps):
     beside = sample(model, [7, 3], steps=steps, guidance=2.0, sampler=sampler, seed=5)
     assert alone.shape == (1, 4, 4, 4) and torch.isfinite(alone).all()
     torch.testing.assert_close(alone[0], beside[1], atol=1e-5, rtol=1e-5)  # an image does not depend on its batch
+
+
+def test_the_autoencoder(kl16):
+    case = golden("kl16")
+    image = torch.from_numpy(draw("public/kl16/image", (1, 3, 64, 64))).tanh().float()
+    latent = torch.from_numpy(draw("public/kl16/latent", (1, 16, 4, 4))).float()
+    torch.testing.assert_close(kl16.moments(image), case["moments"], atol=1e-4, rtol=0)
+    torch.testing.assert_close(kl16.reconstruct(latent), case["decoded"], atol=1e-4, rtol=0)
+
+
+def test_the_map_of_the_autoencoders_names_is_total(kl16):
+    names = autoencoder.official_names()
+    assert set(names) == set(kl16_shapes())
+    assert sorted(names.values()) == sorted(kl16.network.state_dict())

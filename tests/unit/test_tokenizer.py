@@ -1,4 +1,4 @@
-"""The pixel tokenizer is exact."""
+"""The pixel tokenizer is exact; tokenizers are made again from what a data set's index says."""
 
 import numpy as np
 import pytest
@@ -63,12 +63,28 @@ def test_images_that_do_not_fit_are_refused_with_both_sizes(shape):
 
 def test_a_tokenizer_is_made_again_from_its_name_and_settings():
     tokenizer = PixelTokenizer(patch=4, image_channels=3)
-    again = create_tokenizer(tokenizer.name, **tokenizer.settings)
+    again = create_tokenizer({"name": tokenizer.name, **tokenizer.settings})
     assert isinstance(again, PixelTokenizer) and again.settings == {"patch": 4, "image_channels": 3}
 
 
-def test_unknown_tokenizers_and_settings_are_refused_with_the_known_names():
-    with pytest.raises(DataError, match="no tokenizer 'vq' .*; there are: pixel"):
-        create_tokenizer("vq")
-    with pytest.raises(DataError, match="no tokenizer 'pixel' with settings {'side': 2}"):
-        create_tokenizer("pixel", side=2)
+@pytest.mark.parametrize(
+    ("description", "says"),
+    [
+        ({"name": "vq"}, "no tokenizer 'vq' with settings {}; there are: pixel, kl16"),
+        ({}, "no tokenizer None with settings {}; there are: pixel, kl16"),
+        ({"name": ["pixel"]}, r"no tokenizer \['pixel'\] with settings"),
+        ({"name": "pixel", "side": 2}, "no tokenizer 'pixel' with settings {'side': 2}"),
+        ({"name": "kl16", "weights": "a.ckpt"}, "no tokenizer 'kl16' with settings {'weights': 'a.ckpt'}"),
+        ({"name": "kl16", "device": "cuda"}, "no tokenizer 'kl16' with settings {'device': 'cuda'}"),
+    ],
+)
+def test_unknown_tokenizers_and_settings_are_refused_with_the_known_names(description, says):
+    with pytest.raises(DataError, match=says):
+        create_tokenizer(description)
+
+
+def test_weights_are_for_tokenizers_that_have_some():
+    with pytest.raises(ConfigError, match=r"sample.tokenizer_weights is kl16.ckpt, but tokenizer pixel has no weights"):
+        create_tokenizer({"name": "pixel", "patch": 2, "image_channels": 1}, weights="kl16.ckpt")
+    with pytest.raises(ConfigError, match=r"kl16 needs its weights: sample.tokenizer_weights is the path of kl16.ckpt"):
+        create_tokenizer({"name": "kl16", "sha256": "0" * 64})

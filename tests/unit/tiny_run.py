@@ -1,11 +1,14 @@
 """A tiny model in training on one process, and its checkpoints."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from tests.conftest import digits_config, random_batch
 from xar_scale.checkpoint.store import Store
+from xar_scale.config import Config
+from xar_scale.data.loader import Batch
 from xar_scale.data.order import Position
 from xar_scale.data.shards import DatasetInfo, ShardInfo
 from xar_scale.ema import EMA
@@ -28,22 +31,25 @@ INFO = DatasetInfo(
 class Run:
     """A tiny model in training, and its store."""
 
-    def __init__(self, folder: Path, seed: int = 0, keep_last: int = 2) -> None:
-        model = meta_model(CONFIG.model)
-        self.engine = create_engine(model, initial_weights(model, seed), CONFIG, torch.device("cpu"))
+    def __init__(
+        self, folder: Path, seed: int = 0, keep_last: int = 2, config: Config = CONFIG, info: DatasetInfo = INFO
+    ) -> None:
+        self.config, self.info = config, info
+        model = meta_model(config.model)
+        self.engine = create_engine(model, initial_weights(model, seed), config, torch.device("cpu"))
         self.ema = EMA([shard.master for shard in self.engine.shards()], 0.9)
         self.store, self.step = Store(folder, keep_last), 0
 
-    def train(self, steps: int = 1) -> None:
+    def train(self, steps: int = 1, batch: Callable[[int], Batch] = random_batch) -> None:
         for _ in range(steps):
-            verdict = self.engine.agree(self.engine.forward_backward(random_batch(self.step)))
+            verdict = self.engine.agree(self.engine.forward_backward(batch(self.step)))
             self.engine.step(1e-2, verdict)
             self.ema.update()
             self.step += 1
 
     def save(self) -> Path:
-        position = Position(*divmod(self.step * CONFIG.train.global_batch, INFO.samples))
-        return self.store.save(self.step, self.engine, self.ema, CONFIG, position, INFO)
+        position = Position(*divmod(self.step * self.config.train.global_batch, self.info.samples))
+        return self.store.save(self.step, self.engine, self.ema, self.config, position, self.info)
 
     def state(self) -> list[torch.Tensor]:
         shards = [tensor.clone() for s in self.engine.shards() for tensor in (s.master, s.exp_avg, s.exp_avg_sq)]

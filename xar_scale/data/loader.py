@@ -16,8 +16,7 @@ from xar_scale.data.shards import DatasetInfo, LatentShards, Sample
 from xar_scale.errors import ConfigError, DataError
 from xar_scale.flow import sample_time
 from xar_scale.model.entities import EntityLayout
-
-MAX_LOG_VARIANCE, MIN_LOG_VARIANCE = 20.0, -30.0  # of the autoencoder's posterior
+from xar_scale.tokenizers.kl16 import MAX_LOG_VARIANCE, MIN_LOG_VARIANCE
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from xar_scale.checkpoint.store import FOLDER, Checkpoint, load_weights, newest_valid, verify
-from xar_scale.config import Config, SampleConfig
+from xar_scale.config import Config, KernelConfig, SampleConfig
+from xar_scale.dist import say
 from xar_scale.errors import UsageError
 from xar_scale.model.xar import XAR
 from xar_scale.sampler import sample
@@ -24,21 +25,30 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def generate(checkpoint: Checkpoint, labels: list[int], settings: SampleConfig, seed: int, device: torch.device) -> np.ndarray:
+def generate(
+    checkpoint: Checkpoint,
+    labels: list[int],
+    settings: SampleConfig,
+    seed: int,
+    device: torch.device,
+    kernels: KernelConfig | None = None,
+) -> np.ndarray:
     """uint8 images (N, I, H, W), one a label, from the averaged weights. Image i depends on (seed, i) and its label only."""
     manifest = checkpoint.manifest
     config = Config.from_dict(manifest.config)
     if wrong := [label for label in labels if not 0 <= label < config.model.classes]:
         raise UsageError(f"class {wrong[0]} is outside 0..{config.model.classes - 1}")
+    tokenizer = create_tokenizer(manifest.dataset["tokenizer"], settings.tokenizer_weights, device)
     model = XAR(config.model)
     model.load_state_dict(load_weights(checkpoint, "ema"))
     model.to(device)
-    tokenizer = create_tokenizer(**manifest.dataset["tokenizer"])
+    used = model.use_kernels(kernels or KernelConfig(), device, model.in_proj.weight.dtype, training=False)
+    say(f"{len(labels)} images on {device.type}; {used}")
     images = []
     for first in range(0, len(labels), settings.batch):
         part = labels[first : first + settings.batch]
         options = dataclasses.asdict(settings)
-        del options["batch"]
+        del options["batch"], options["tokenizer_weights"]
         latents = sample(model, part, seed=seed, first_image=first, **options)
         images.append(tokenizer.decode(latents / manifest.dataset["latent_scale"]))
     return np.concatenate(images)

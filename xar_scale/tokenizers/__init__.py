@@ -1,11 +1,17 @@
 """Image tokenizers, by name: each turns uint8 images into what a shard stores and latents back into images."""
 
+import inspect
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from xar_scale.errors import DataError
+from xar_scale.errors import ConfigError, DataError
+from xar_scale.tokenizers.kl16 import KL16Tokenizer
 from xar_scale.tokenizers.pixel import PixelTokenizer
 
 
@@ -25,12 +31,28 @@ class Tokenizer(Protocol):
         """Latents (B, C, rows, columns), unscaled, -> uint8 images (B, I, H, W)."""
 
 
-_TOKENIZERS = {"pixel": PixelTokenizer}
+def create_tokenizer(description: dict[str, Any], weights: str | Path = "", device: str | torch.device = "cpu") -> Tokenizer:
+    """The tokenizer that made a data set. ``description`` is its name and settings, as the set's index holds them.
 
-
-def create_tokenizer(name: str, **settings: Any) -> Tokenizer:
-    """Raises DataError for a name or setting that this version does not know."""
+    ``weights`` is the path of kl16.ckpt where the set is kl16's; one that does not have the SHA-256 in the description is
+    refused. Raises DataError for a description that this version does not know, ConfigError where ``weights`` are missing,
+    or given to a tokenizer that has none.
+    """
+    settings = dict(description)
+    name = settings.pop("name", None)
+    makers: dict[Any, Callable[..., Tokenizer]] = {
+        "pixel": PixelTokenizer,
+        "kl16": partial(KL16Tokenizer, weights, device),
+    }
     try:
-        return _TOKENIZERS[name](**settings)
+        inspect.signature(makers[name]).bind(**settings)
     except (KeyError, TypeError):
-        raise DataError(f"no tokenizer {name!r} with settings {settings}; there are: {', '.join(_TOKENIZERS)}") from None
+        raise DataError(f"no tokenizer {name!r} with settings {settings}; there are: {', '.join(makers)}") from None
+    if name != "kl16":
+        if weights:
+            raise ConfigError(f"sample.tokenizer_weights is {weights}, but tokenizer {name} has no weights")
+    elif not weights:
+        raise ConfigError("tokenizer kl16 needs its weights: sample.tokenizer_weights is the path of kl16.ckpt")
+    elif not settings.get("sha256"):
+        raise DataError("the data set does not say which kl16 weights made it: its tokenizer has no sha256")
+    return makers[name](**settings)

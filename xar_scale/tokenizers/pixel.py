@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xar_scale.errors import ConfigError
+from xar_scale.tokenizers.levels import from_levels, to_levels
 
 
 class PixelTokenizer:
@@ -34,11 +35,9 @@ class PixelTokenizer:
                 f"images of {i} channels and {h}x{w} pixels do not fit the pixel tokenizer's {self.image_channels} "
                 f"channels and {p}x{p} patches"
             )
-        levels = images_BIHW.astype(np.float32) / 127.5 - 1
-        patches = levels.reshape(b, i, h // p, p, w // p, p).transpose(0, 1, 3, 5, 2, 4)
+        patches = from_levels(images_BIHW).reshape(b, i, h // p, p, w // p, p).transpose(0, 1, 3, 5, 2, 4)
         return np.ascontiguousarray(patches.reshape(b, i * p * p, h // p, w // p), dtype=np.float16)
 
     def decode(self, latents_BCHW: Tensor) -> np.ndarray:
         """Latents -> uint8 images, rounded to the nearest level and clipped."""
-        levels = (F.pixel_shuffle(latents_BCHW.float(), self.patch) + 1) * 127.5
-        return levels.round().clamp(0, 255).byte().cpu().numpy()
+        return to_levels(F.pixel_shuffle(latents_BCHW.float(), self.patch))

@@ -1,0 +1,179 @@
+"""MAR's KL-16 autoencoder, the one xAR is trained on: 16x16 pixels are a token of 16 channels.
+
+The network is diffusers' AutoencoderKL, filled from the published file by an explicit map of names.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xar_scale.errors import ConfigError, DataError, UsageError
+from xar_scale.tokenizers.levels import from_levels, to_levels
+
+IMAGE_CHANNELS, LATENT_CHANNELS, PATCH = 3, 16, 16
+MAX_LOG_VARIANCE, MIN_LOG_VARIANCE = 20.0, -30.0  # of the posterior, clamped where it is used
+
+# Modules, published -> diffusers'; each has a weight and a bias
+_TOP = {
+    "encoder.conv_in": "encoder.conv_in",
+    "encoder.norm_out": "encoder.conv_norm_out",
+    "encoder.conv_out": "encoder.conv_out",
+    "quant_conv": "quant_conv",
+    "post_quant_conv": "post_quant_conv",
+    "decoder.conv_in": "decoder.conv_in",
+    "decoder.norm_out": "decoder.conv_norm_out",
+    "decoder.conv_out": "decoder.conv_out",
+}
+_RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2"}
+_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+_WIDTHS = (128, 128, 256, 256, 512)  # channels at each level, the finest first
+_LAST = len(_WIDTHS) - 1
+_CHANGE_WIDTH = ("encoder.down.2.block.0", "encoder.down.4.block.0", "decoder.up.3.block.0", "decoder.up.1.block.0")
+
+
+def official_names() -> dict[str, str]:
+    """Published parameter name -> diffusers', for every parameter."""
+    names, resnets = dict(_TOP), dict[str, str]()
+    attentions = {f"encoder.down.{_LAST}.attn.{n}": f"encoder.down_blocks.{_LAST}.attentions.{n}" for n in range(2)}
+    for level in range(_LAST + 1):
+        down, up = f"encoder.down_blocks.{level}", f"decoder.up_blocks.{_LAST - level}"  # diffusers counts in order of use
+        resnets |= {f"encoder.down.{level}.block.{n}": f"{down}.resnets.{n}" for n in range(2)}
+        resnets |= {f"decoder.up.{level}.block.{n}": f"{up}.resnets.{n}" for n in range(3)}
+        if level < _LAST:
+            names[f"encoder.down.{level}.downsample.conv"] = f"{down}.downsamplers.0.conv"
+        if level > 0:
+            names[f"decoder.up.{level}.upsample.conv"] = f"{up}.upsamplers.0.conv"
+    for part in ("encoder", "decoder"):
+        resnets |= {f"{part}.mid.block_{n + 1}": f"{part}.mid_block.resnets.{n}" for n in range(2)}
+        attentions[f"{part}.mid.attn_1"] = f"{part}.mid_block.attentions.0"
+    for blocks, inner in ((resnets, _RESNET), (attentions, _ATTENTION)):
+        names |= {f"{theirs}.{a}": f"{ours}.{b}" for theirs, ours in blocks.items() for a, b in inner.items()}
+    names |= {f"{theirs}.nin_shortcut": f"{resnets[theirs]}.conv_shortcut" for theirs in _CHANGE_WIDTH}
+    return {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in names.items() for kind in ("weight", "bias")}
+
+
+def from_official(state: dict[Any, Any], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """A published state dict under diffusers' names and of its ``shapes``, in float32.
+
+    What training's loss held beside the autoencoder (``loss.*``) is left out. Raises DataError that names what is missing,
+    unknown or misshapen.
+    """
+    names = official_names()
+    given = {str(name): value for name, value in state.items() if not str(name).startswith("loss.")}
+    if missing := sorted(set(names) - set(given)):
+        raise DataError(f"kl16 weights lack {len(missing)} entries, first {missing[0]}")
+    if unknown := sorted(set(given) - set(names)):
+        raise DataError(f"kl16 weights hold {len(unknown)} unknown entries, first {unknown[0]}")
+    for theirs, ours in names.items():
+        # published attention projects by 1x1 convolutions, diffusers' by the same matrices
+        shape = (*shapes[ours], 1, 1) if len(shapes[ours]) == 2 else tuple(shapes[ours])
+        found = tuple(given[theirs].shape) if isinstance(given[theirs], Tensor) else type(given[theirs]).__name__
+        if found != shape:
+            raise DataError(f"kl16 weights: {theirs} is {found}, the network has {shape}")
+    return {ours: given[theirs].float().reshape(shapes[ours]) for theirs, ours in names.items()}
+
+
+def _build(state: dict[Any, Any]) -> torch.nn.Module:
+    from diffusers import AutoencoderKL  # here, for importing it takes seconds
+
+    with torch.device("meta"):
+        network: torch.nn.Module = AutoencoderKL(
+            in_channels=IMAGE_CHANNELS,
+            out_channels=IMAGE_CHANNELS,
+            latent_channels=LATENT_CHANNELS,
+            block_out_channels=_WIDTHS,
+            layers_per_block=2,
+            down_block_types=["DownEncoderBlock2D"] * _LAST + ["AttnDownEncoderBlock2D"],
+            up_block_types=["UpDecoderBlock2D"] * len(_WIDTHS),
+        )
+    shapes = {name: parameter.shape for name, parameter in network.state_dict().items()}
+    network.load_state_dict(from_official(state, shapes), assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _read(content: bytes, path: Path) -> dict[Any, Any]:
+    """The state dict in a published file's bytes. Raises DataError naming the path where they are anything else."""
+    try:
+        values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception:  # torn bytes end in any of a dozen kinds, and torch's words invite to unpickle objects after all
+        raise DataError(f"{path} is not plain weights: torn, or with objects in it, which are not unpickled") from None
+    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
+        raise DataError(f"{path} holds no state dict under 'model'")
+    return values["model"]
+
+
+class KL16Tokenizer:
+    """The autoencoder in float32 on ``device``, one image at a time.
+
+    One at a time because kernels differ with the batch, in the last bits: so what an image is stored as, and how a latent
+    looks, do not depend on what else is in the batch. It also means the activations of one image, however large the batch.
+    """
+
+    name = "kl16"
+    latent_scale = 0.2325  # of the published training
+
+    def __init__(self, weights: str | Path, device: str | torch.device = "cpu", sha256: str | None = None) -> None:
+        """``weights`` is the path of kl16.ckpt, which must have the given SHA-256; where none is given, any will do.
+
+        Raises UsageError when there is no such file, DataError when it is another one or not what was published.
+        """
+        path = Path(weights)
+        if not path.is_file():
+            raise UsageError(f"no weights at {path}")
+        content = path.read_bytes()
+        self.sha256, self.device = hashlib.sha256(content).hexdigest(), device
+        if sha256 not in (None, self.sha256):
+            raise DataError(
+                f"{path} (sha256 {self.sha256:.12}...) is not the kl16 weights that the latents were made with "
+                f"(sha256 {sha256!s:.12}...)"
+            )
+        self.network: Any = _build(_read(content, path)).to(device)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"sha256": self.sha256}
+
+    @torch.no_grad()
+    def moments(self, images_BIHW: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in -1..1 -> the posterior's mean, then its log variance (B, 32, H / 16, W / 16), float32."""
+        return self._each(lambda image: self.network.quant_conv(self.network.encoder(image)), images_BIHW)
+
+    @torch.no_grad()
+    def reconstruct(self, latents_BCHW: Tensor) -> Tensor:
+        """Unscaled latents (B, 16, H / 16, W / 16) -> images (B, 3, H, W) in about -1..1, float32."""
+        return self._each(lambda latent: self.network.decode(latent).sample, latents_BCHW)
+
+    def _each(self, network: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
+        return torch.cat([network(one.to(self.device, torch.float32)) for one in batch.split(1)])
+
+    def encode(self, images_BIHW: np.ndarray) -> np.ndarray:
+        """uint8 images (B, 3, H, W) -> float16 moments (B, 32, H / 16, W / 16): mean, and log variance within -30..20.
+
+        Raises ConfigError for images of other sizes, DataError for a mean that float16 cannot hold.
+        """
+        b, i, h, w = images_BIHW.shape
+        if h % PATCH or w % PATCH or i != IMAGE_CHANNELS:
+            raise ConfigError(
+                f"images of {i} channels and {h}x{w} pixels do not fit the kl16 tokenizer's {IMAGE_CHANNELS} channels and "
+                f"{PATCH}x{PATCH} patches"
+            )
+        mean, log_variance = self.moments(torch.from_numpy(from_levels(images_BIHW))).chunk(2, dim=1)
+        moments = torch.cat([mean, log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE)], dim=1)
+        stored = moments.half()
+        if lost := (~stored.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+            largest = moments[lost[0]].abs().max().item()
+            raise DataError(f"image {lost[0]} of {b}: its moments reach {largest:g}, which float16 cannot hold")
+        return stored.cpu().numpy()
+
+    def decode(self, latents_BCHW: Tensor) -> np.ndarray:
+        """Unscaled latents (B, 16, H / 16, W / 16) -> uint8 images (B, 3, H, W), rounded and clipped as published."""
+        channels = latents_BCHW.shape[1]
+        if channels != LATENT_CHANNELS:
+            raise ConfigError(f"latents of {channels} channels do not fit the kl16 tokenizer's {LATENT_CHANNELS}")
+        return to_levels(self.reconstruct(latents_BCHW))
