@@ -26,6 +26,38 @@ def test_kinds_of_entity_are_compared_and_finished_runs_kept(tmp_path):
     again = command(*words)
     assert again.returncode == 0 and "step 1/2" not in again.stdout
 
+    words = [sys.executable, "tools/compare_samplers.py", str(tmp_path / "cell"), "--out", str(tmp_path)]
+    done = command(*words, "--steps", "1,3", "--per-class", "2")
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
+    assert [row[:3] for row in rows if row[0] in ("heun", "euler")] == [
+        ["euler", "1", "1"],
+        ["euler", "3", "3"],
+        ["heun", "1", "1"],
+        ["heun", "3", "5"],
+    ]
+    assert all(row[3].endswith("%") and float(row[4]) > 0 for row in rows)
+    assert all(float(row[5]) > 0 for row in rows if row[0] != "euler_maruyama")
+    wrong = command(*words, "--steps", "1,x")
+    assert wrong.returncode == 64 and "--steps '1,x' is not numbers with commas" in wrong.stderr
+
+
+@pytest.mark.timeout(300)
+def test_attention_and_recomputation_are_timed():
+    small = ["--model", "nano", "--grid", "4", "--batch", "1"]
+    done = command(sys.executable, "tools/bench.py", "attention", *small)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 3 * len(kinds()) and {row[0] for row in rows} == set(kinds())
+    assert sum(row[2].endswith(", chosen") for row in rows) == len(kinds())
+    for row in rows:
+        assert float(row[3]) > 0
+        assert "no backward pass" in row[4] if row[2].startswith("flex") else float(row[4]) > 0
+    done = command(sys.executable, "tools/bench.py", "recompute", *small)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["none", "full", "selective", "offload"] and all(float(row[1]) > 0 for row in rows)
+
 
 def test_the_orders_are_drawn(tmp_path):
     done = command(sys.executable, "tools/draw_entities.py", "--out", str(tmp_path / "orders.png"), "--grid", "4")

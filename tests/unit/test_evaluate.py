@@ -4,16 +4,18 @@ import dataclasses
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from PIL import Image
 
 from tests.conftest import digits_config
 from tests.unit.tiny_run import CONFIG, INFO, Run
 from xar_scale.checkpoint.store import load_weights, verify
+from xar_scale.config import KernelConfig
 from xar_scale.data.loader import LatentDataset
 from xar_scale.data.shards import DatasetInfo, LatentShards, ShardWriter
 from xar_scale.errors import ConfigError, DataError, UsageError
-from xar_scale.evaluate.digits import judge, load_digits
+from xar_scale.evaluate.digits import frechet_distance, judge, load_digits
 from xar_scale.evaluate.generate import draw_grid, generate, open_checkpoint
 from xar_scale.model.xar import XAR
 from xar_scale.sampler import sample
@@ -104,6 +106,14 @@ def test_a_checkpoint_from_before_there_were_tokenizer_weights(checkpoint):
     assert np.array_equal(images, generate(checkpoint, [3], SETTINGS, seed=0, device=CPU))
 
 
+def test_the_kernels_named_are_used_and_said(checkpoint, capsys):
+    images = generate(checkpoint, [3, 5], SETTINGS, 0, CPU, KernelConfig(attention="flex"))
+    assert "2 images on cpu; attention flex" in capsys.readouterr().out
+    expected = generate(checkpoint, [3, 5], SETTINGS, 0, CPU)
+    assert "attention dense" in capsys.readouterr().out
+    assert np.abs(images.astype(int) - expected).max() <= 1
+
+
 def test_a_class_that_is_not_there_is_named(checkpoint):
     with pytest.raises(UsageError, match=r"class 10 is outside 0..9"):
         generate(checkpoint, [3, 10], SETTINGS, seed=0, device=CPU)
@@ -142,6 +152,19 @@ def test_the_judge_reads_real_digits_and_not_noise():
     assert verdict.samples < 0.3
     assert (verdict.sample_count, verdict.held_out_count, len(verdict.by_class)) == (1797, 450, 10)
     assert verdict.held_out > 0.97
+
+
+def test_the_frechet_distance_is_that_of_gaussians():
+    real, _ = load_digits()
+    assert frechet_distance(real) == pytest.approx(0, abs=1e-3)
+    shifted = np.clip(real.astype(int) + 17, 0, 255).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (500, 1, 8, 8), dtype=np.uint8)
+    features = [images.reshape(len(images), -1) * (16 / 255) for images in (noise, real)]
+    means, covariances = [f.mean(0) for f in features], [np.cov(f, rowvar=False) for f in features]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
+    assert frechet_distance(noise) == pytest.approx(expected, rel=1e-6)
+    assert 1 < frechet_distance(shifted) < frechet_distance(noise)
 
 
 @pytest.mark.parametrize(
