@@ -61,7 +61,8 @@ class DataConfig:
     path: str = ""
     workers: int = Field(default=2, ge=0)  # processes a rank
     prefetch: int = Field(default=4, gt=0)  # batches ahead a worker
-    window: int = Field(default=8192, gt=0)  # samples shuffled together
+    lanes: int = Field(default=1, gt=0)  # parts that the shards are cut into; each gives the same share of every global batch
+    window: int = Field(default=8192, gt=0)  # samples of a lane that are shuffled together
     flip: bool = False  # half of the samples from their mirrored latents
 
 
@@ -138,6 +139,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.optim.warmup_steps > self.train.steps:
             raise ConfigError(f"optim.warmup_steps {self.optim.warmup_steps} is more than train.steps {self.train.steps}")
+        if self.train.global_batch % self.data.lanes:
+            raise ConfigError(f"train.global_batch {self.train.global_batch} is not divisible by data.lanes {self.data.lanes}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

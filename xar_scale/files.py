@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Either the old file or the whole new one is there at any moment, also after a crash."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:

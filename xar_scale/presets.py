@@ -24,7 +24,7 @@ def _imagenet256(model: str, steps: int, guidance: float) -> dict[str, Any]:
     """The published training at 256 px on KL-16 latents: 800 epochs, 5e-5 per 256 images, constant to epoch 600."""
     return dict(
         model=dict(MODELS[model], channels=16, grid=[16, 16], classes=1000, dropout=0.1),
-        data=dict(workers=8, flip=True),
+        data=dict(workers=8, lanes=128, window=2048, flip=True),
         optim=dict(
             lr=5e-5 * 2048 / 256,
             final_lr=1e-5,
@@ -44,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # scikit-learn's 8x8 digits as a 4x4 grid of 2x2-pixel tokens: three minutes on two CPU cores
     "digits": dict(
         model=dict(MODELS["nano"], channels=4, grid=[4, 4], classes=10),
-        data=dict(path="runs/demo/data", workers=1),
+        data=dict(path="runs/demo/data", workers=1, lanes=8),
         optim=dict(lr=3e-3, warmup_steps=50, decay_share=0.5, weight_decay=0.02, ema_decay=0.99),
         train=dict(
             steps=700, global_batch=128, label_drop=0.1, precision="fp32", log_every=20, checkpoint_every=350, keep_last=2

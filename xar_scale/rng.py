@@ -1,9 +1,11 @@
 """Counter-based randomness: every draw is a function of (seed, purpose, n), never of who draws it or when."""
 
+import math
 import zlib
 
 import numpy as np
 import torch
+from torch import Tensor
 
 _MASK64 = (1 << 64) - 1
 
@@ -13,9 +15,36 @@ def generator(seed: int, purpose: str, n: int = 0) -> np.random.Generator:
 
     Philox is keyed by (seed, purpose); ``n`` is the upper half of its counter, so 2**128 values lie between neighbours.
     """
-    key = np.array([seed & _MASK64, zlib.crc32(purpose.encode())], dtype=np.uint64)
     counter = np.array([0, 0, n & _MASK64, 0], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+    return np.random.Generator(np.random.Philox(key=_key(seed, purpose), counter=counter))
+
+
+def words(seed: int, purpose: str, first: int, count: int, size: int) -> np.ndarray:
+    """(count, size) uint64: row i belongs to number ``first + i`` of ``purpose``, whoever asks and in whatever company.
+
+    The words of neighbouring numbers lie side by side in one stream of 2**128, entered anywhere in no time, so a row costs
+    nothing but its words: with this generator half of what Philox's do. ``size`` is the same for all numbers of a purpose.
+    """
+    stream = np.random.PCG64DXSM(np.random.SeedSequence([seed, zlib.crc32(purpose.encode())]))
+    stream.advance(first * size)
+    return stream.random_raw(count * size).reshape(count, size)
+
+
+def uniforms(words_: np.ndarray) -> np.ndarray:
+    """float64 in [0, 1), one a word."""
+    return (words_ >> np.uint64(11)) * 2.0**-53
+
+
+def normals(words_BW: np.ndarray) -> Tensor:
+    """Standard normals (B, 2 W), float32: two a word, by Box and Muller. None is beyond 6.7, the root of 2 ln 2^32."""
+    radius, angle = torch.from_numpy(words_BW.view(np.int32)).chunk(2, dim=1)  # each from -2^31 to 2^31
+    radius = radius.mul(2.0**-32).add_(0.5).clamp_(min=2.0**-33).log_().mul_(-2).sqrt_()
+    angle = angle.mul(math.pi * 2.0**-31)
+    return torch.cat([angle.cos().mul_(radius), angle.sin_().mul_(radius)], dim=1)
+
+
+def _key(seed: int, purpose: str) -> np.ndarray:
+    return np.array([seed & _MASK64, zlib.crc32(purpose.encode())], dtype=np.uint64)
 
 
 def torch_generator(seed: int, purpose: str, n: int = 0) -> torch.Generator:

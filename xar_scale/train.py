@@ -19,7 +19,7 @@ from xar_scale.checkpoint.store import (
 )
 from xar_scale.config import Config, micro_batches
 from xar_scale.data.loader import LatentDataset, RankNumbers, batches
-from xar_scale.data.shards import LatentShards
+from xar_scale.data.reader import LatentShards
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine, create_engine
 from xar_scale.errors import ConfigError, DataError, NonFiniteError, UsageError

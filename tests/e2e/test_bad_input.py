@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from tests.processes import launch
-from xar_scale.data.shards import LatentShards, ShardWriter
+from xar_scale.data.reader import LatentShards
+from xar_scale.data.shards import ShardWriter
 from xar_scale.evaluate.digits import cache_digits, load_digits
 from xar_scale.tokenizers.pixel import PixelTokenizer
 

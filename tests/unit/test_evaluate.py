@@ -13,7 +13,8 @@ from tests.unit.tiny_run import CONFIG, INFO, Run
 from xar_scale.checkpoint.store import load_weights, verify
 from xar_scale.config import KernelConfig
 from xar_scale.data.loader import LatentDataset
-from xar_scale.data.shards import DatasetInfo, LatentShards, ShardWriter
+from xar_scale.data.reader import LatentShards
+from xar_scale.data.shards import DatasetInfo, ShardWriter
 from xar_scale.errors import ConfigError, DataError, UsageError
 from xar_scale.evaluate.digits import frechet_distance, judge, load_digits
 from xar_scale.evaluate.generate import draw_grid, generate, open_checkpoint

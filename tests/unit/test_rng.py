@@ -1,6 +1,7 @@
 """Counter-based randomness: a draw is a function of (seed, purpose, n) and of nothing else."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -62,3 +63,49 @@ def test_no_global_state_is_read_or_touched():
     finally:
         np.random.set_state(before)
         torch.set_rng_state(torch_before)
+
+
+def test_the_words_of_a_number_do_not_depend_on_who_asks_for_what_beside_it():
+    whole = rng.words(3, "sample", 0, 50, 7)
+    assert whole.shape == (50, 7) and whole.dtype == np.uint64 and len(np.unique(whole)) == 350
+    assert np.array_equal(rng.words(3, "sample", 17, 5, 7), whole[17:22])
+    far = 2**62 // 7  # numbers of a run that no run reaches
+    assert np.array_equal(rng.words(3, "sample", far + 1, 1, 7)[0], rng.words(3, "sample", far, 3, 7)[1])
+    for other in (rng.words(4, "sample", 0, 50, 7), rng.words(3, "other", 0, 50, 7), rng.words(3, "sample", far, 50, 7)):
+        assert not np.intersect1d(whole, other).size
+
+
+def test_the_words_of_a_number_never_change_between_versions():
+    assert rng.words(7, "sample", 3, 1, 2).tolist() == [[5428518703053333681, 3423377959787233614]]
+
+
+def test_uniforms_are_uniform():
+    drawn = rng.uniforms(rng.words(0, "sample", 0, 100_000, 1))
+    assert drawn.min() >= 0 and drawn.max() < 1
+    assert np.histogram(drawn, bins=10, range=(0, 1))[0] == pytest.approx(np.full(10, 10_000), rel=0.05)
+    assert rng.uniforms(np.array([0, 2**64 - 1], dtype=np.uint64)).tolist() == [0, 1 - 2**-53]
+
+
+def test_normals_are_normal_far_into_the_tails():
+    drawn = rng.normals(rng.words(0, "sample", 0, 100, 50_000)).double()
+    assert drawn.shape == (100, 100_000)
+    for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
+        assert (drawn**power).mean().item() == pytest.approx(moment, abs=0.02 * max(moment, 0.1))
+    for bound in (1, 2, 3, 4, 5):
+        expected = math.erfc(bound / math.sqrt(2))
+        assert (drawn.abs() > bound).double().mean().item() == pytest.approx(expected, rel=4 / math.sqrt(1e7 * expected))
+    assert abs(torch.corrcoef(torch.stack([drawn[:, :50_000].flatten(), drawn[:, 50_000:].flatten()]))[0, 1]) < 2e-3
+
+
+def test_normals_are_finite_for_every_word():
+    extremes = np.array([[0, 2**31, 2**32 - 1, 2**64 - 1, 2**63, 2**63 - 1]], dtype=np.uint64)
+    for words in (extremes, extremes[:, ::-1].copy()):
+        assert torch.isfinite(rng.normals(words)).all()
+    assert rng.normals(extremes).abs().max() < 6.8
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 100])
+def test_normals_of_a_number_are_the_same_bits_in_any_company(size):
+    together = rng.normals(rng.words(0, "sample", 0, 70, size))
+    for first, count in ((0, 1), (3, 5), (64, 6)):
+        assert torch.equal(rng.normals(rng.words(0, "sample", first, count, size)), together[first : first + count])

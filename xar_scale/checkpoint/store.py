@@ -200,7 +200,7 @@ def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -
     """Raises ConfigError when ``config`` cannot continue the checkpoint exactly, with both values."""
     manifest, old, new = checkpoint.manifest, checkpoint.manifest.config, config.to_dict()
     keys = [f"model.{key}" for key in new["model"]]
-    keys += ["train.seed", "train.global_batch", "train.label_drop", "data.window", "data.flip"]
+    keys += ["train.seed", "train.global_batch", "train.label_drop", "data.lanes", "data.window", "data.flip"]
     for key in keys:
         section, name = key.split(".")
         before, now = old.get(section, {}).get(name), new[section][name]

@@ -1,18 +1,21 @@
 """Self-contained training batches: latents and everything random about them, drawn in worker processes."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Self
 
 from xar_scale import rng
 from xar_scale.config import Config
 from xar_scale.data.order import SampleOrder
-from xar_scale.data.shards import DatasetInfo, LatentShards, Sample
+from xar_scale.data.reader import LatentShards
+from xar_scale.data.shards import DatasetInfo
 from xar_scale.errors import ConfigError, DataError
 from xar_scale.flow import sample_time
 from xar_scale.model.entities import EntityLayout
@@ -30,6 +33,14 @@ class Batch:
     keys: tuple[str, ...]
     error: DataError | None = None  # why this batch is blank: the rank still takes part in the step, which all then discard
 
+    @classmethod
+    def together(cls, parts: Sequence[Self]) -> Self:
+        """One batch of whole ones."""
+        latents, labels, t, noise = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "labels", "t", "noise")
+        )
+        return cls(latents, labels, t, noise, tuple(key for part in parts for key in part.keys))
+
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -40,33 +51,77 @@ class Batch:
         return Batch(change(self.latents), change(self.labels), change(self.t), change(self.noise), self.keys, self.error)
 
 
+class Draws(NamedTuple):
+    """Everything random about some samples, from one block of words each (xar_scale.rng)."""
+
+    flip: np.ndarray  # (B,) uniform
+    label: np.ndarray  # (B,) uniform
+    time: Tensor  # (B, K) normal
+    noise: Tensor  # (B, T, C) normal
+    posterior: Tensor  # (B, C, rows, columns) normal
+
+
 class LatentDataset(Dataset[Batch]):
-    """Sample numbers of the run -> a batch. All randomness is keyed by the number (see xar_scale.rng)."""
+    """Sample numbers of the run -> a batch. All randomness is keyed by the number."""
+
+    CHUNK = 64  # samples whose numbers and arrays are worked on together: what fits a core's cache
 
     def __init__(self, shards: LatentShards, config: Config, layout: EntityLayout) -> None:
         check_fits(shards.info, config)
         self.shards, self.config, self.layout = shards, config, layout
-        self.seed = config.train.seed
-        self.order = SampleOrder([shard.samples for shard in shards.info.shards], self.seed, config.data.window)
+        self.order = SampleOrder(
+            [shard.samples for shard in shards.info.shards],
+            config.train.seed,
+            window=config.data.window,
+            global_batch=config.train.global_batch,
+            lanes=config.data.lanes,
+        )
 
-    def __getitems__(self, numbers: list[int]) -> Batch:
+    def __getitems__(self, numbers: Sequence[int]) -> Batch:
         """The batch of these sample numbers; where one cannot be read, a blank batch that says why."""
         try:
-            samples = [self.shards.read(*self.order.locate(number)) for number in numbers]
+            parts = [self._part(numbers[begin : begin + self.CHUNK]) for begin in range(0, len(numbers), self.CHUNK)]
         except DataError as error:
             return self._blank(len(numbers), error)
-        shape = (self.layout.tokens, self.config.model.channels)
-        latents = np.stack([self._latent(sample, n) for sample, n in zip(samples, numbers, strict=True)])
-        labels = [self._label(sample, n) for sample, n in zip(samples, numbers, strict=True)]
-        time = np.stack([self._normal("time", n, (self.layout.entities,)) for n in numbers])
-        noise = np.stack([self._normal("noise", n, shape) for n in numbers])
+        return parts[0] if len(parts) == 1 else Batch.together(parts)
+
+    def _part(self, numbers: Sequence[int]) -> Batch:
+        model, draws = self.config.model, self.draw(numbers)
+        flip = (draws.flip < 0.5) & self.config.data.flip
+        stored = np.empty((len(numbers), *self.shards.info.shape), self.shards.info.dtype)
+        keys, labels = [], np.empty(len(numbers), dtype=np.int64)
+        for row, place in enumerate(zip(*(found.tolist() for found in self.order.locate(numbers)), strict=True)):
+            key, labels[row], stored[row] = self.shards.read_array(*place, flipped=bool(flip[row]))
+            keys.append(key)
+        labels[draws.label < self.config.train.label_drop] = model.classes
         return Batch(
-            latents=torch.from_numpy(latents),
-            labels=torch.tensor(labels, dtype=torch.int64),
-            t=sample_time(torch.from_numpy(time)),
-            noise=torch.from_numpy(noise),
-            keys=tuple(sample.key for sample in samples),
+            latents=self._latents(torch.from_numpy(stored).float(), draws.posterior),
+            labels=torch.from_numpy(labels),
+            t=sample_time(draws.time),
+            noise=draws.noise,
+            keys=tuple(keys),
         )
+
+    def _latents(self, stored: Tensor, noise: Tensor) -> Tensor:
+        """Scaled latents (B, C, rows, columns), drawn from the posterior where one is stored."""
+        if self.shards.info.stored == "moments":
+            mean, log_variance = stored.chunk(2, dim=1)
+            deviation = log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE).mul_(0.5).exp_()
+            stored = deviation.mul_(noise).add_(mean)
+        return stored.mul_(self.shards.info.latent_scale)
+
+    def draw(self, numbers: Sequence[int]) -> Draws:
+        """Of each number a block of words: two for the uniforms, then what the normals need, two a word."""
+        model, layout = self.config.model, self.layout
+        shapes = [(layout.entities,), (layout.tokens, model.channels), (model.channels, *model.grid)]
+        sizes = [math.prod(shape) for shape in shapes]
+        size = 2 + math.ceil(sum(sizes) / 2)
+        runs = np.split(np.asarray(numbers), np.flatnonzero(np.diff(numbers) != 1) + 1)
+        words = np.concatenate([rng.words(self.config.train.seed, "sample", int(run[0]), len(run), size) for run in runs])
+        flip, label = rng.uniforms(words[:, :2]).T
+        normals = rng.normals(words[:, 2:])[:, : sum(sizes)].split(sizes, dim=1)
+        time, noise, posterior = (part.unflatten(1, shape) for part, shape in zip(normals, shapes, strict=True))
+        return Draws(flip, label, time, noise.contiguous(), posterior)
 
     def _blank(self, size: int, error: DataError) -> Batch:
         model, layout = self.config.model, self.layout
@@ -78,26 +133,6 @@ class LatentDataset(Dataset[Batch]):
             keys=(),
             error=error,
         )
-
-    def _normal(self, purpose: str, number: int, shape: tuple[int, ...]) -> np.ndarray:
-        return rng.generator(self.seed, purpose, number).standard_normal(shape, dtype=np.float32)
-
-    def _uniform(self, purpose: str, number: int) -> float:
-        return rng.generator(self.seed, purpose, number).random()
-
-    def _latent(self, sample: Sample, number: int) -> np.ndarray:
-        """Scaled latents (C, rows, columns): of the image or its mirror image, drawn from the posterior where one is stored."""
-        flip = self.config.data.flip and self._uniform("flip", number) < 0.5
-        stored = (sample.flipped if flip and sample.flipped is not None else sample.latent).astype(np.float32)
-        if self.shards.info.stored == "moments":
-            mean, log_variance = np.split(stored, 2)
-            deviation = np.exp(0.5 * np.clip(log_variance, MIN_LOG_VARIANCE, MAX_LOG_VARIANCE))
-            stored = mean + deviation * self._normal("posterior", number, mean.shape)
-        return stored * np.float32(self.shards.info.latent_scale)
-
-    def _label(self, sample: Sample, number: int) -> int:
-        dropped = self._uniform("label_drop", number) < self.config.train.label_drop
-        return self.config.model.classes if dropped else sample.label
 
 
 def check_fits(info: DatasetInfo, config: Config) -> None:

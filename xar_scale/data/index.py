@@ -1,0 +1,125 @@
+"""The index of one shard: which samples a tar holds, where their arrays lie, and what their bytes sum to."""
+
+import json
+import tarfile
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from typing_extensions import Self
+
+from xar_scale.errors import DataError
+
+LATENT, FLIPPED, LABEL = "latent.npy", "flipped.npy", "cls"  # members of a sample, as this project writes them
+
+
+@dataclass
+class Spans:
+    """For each sample the bytes of one array: its headers from ``begin`` on, its content of ``size`` bytes from ``data`` on,
+    and the CRC-32 of all from ``begin`` to the content's end."""
+
+    begin: list[int] = field(default_factory=list)
+    data: list[int] = field(default_factory=list)
+    size: list[int] = field(default_factory=list)
+    crc32: list[int] = field(default_factory=list)
+
+
+@dataclass
+class Index:
+    """Columns over the samples of a shard, in the tar's order."""
+
+    keys: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    latent: Spans = field(default_factory=Spans)
+    flipped: Spans = field(default_factory=Spans)  # empty where the set has no mirrored arrays
+
+    def to_json(self) -> bytes:
+        arrays = {name: vars(spans) for name, spans in (("latent", self.latent), ("flipped", self.flipped)) if spans.begin}
+        return json.dumps({"keys": self.keys, "labels": self.labels, **arrays}).encode()
+
+    @classmethod
+    def from_json(cls, content: bytes) -> Self:
+        """Of what ``to_json`` wrote, whose checksum has been compared: nothing else is expected."""
+        values: dict[str, Any] = json.loads(content)
+        latent, flipped = Spans(**values["latent"]), Spans(**values.get("flipped", {}))
+        return cls(values["keys"], values["labels"], latent, flipped)
+
+
+@dataclass(frozen=True)
+class Members:
+    """What follows a sample's key in the names of its members; ``flipped`` is None where there is no mirrored array."""
+
+    latent: str = LATENT
+    flipped: str | None = None
+    label: str = LABEL
+
+
+def index_tar(file: BinaryIO, path: str, members: Members) -> Index:
+    """The index of a WebDataset tar, read from its first byte to its last.
+
+    Members with other names are passed over. Raises DataError, naming ``path`` and the sample, where the tar is torn or
+    garbled, or a sample lacks a member or has it twice.
+    """
+    index, found = Index(), dict[str, Any]()
+    wanted = {name for name in (members.latent, members.flipped, members.label) if name}
+    key, end = "", 0
+    file.seek(0)
+
+    def finish() -> None:
+        if not key:
+            return
+        if missing := sorted(wanted - found.keys()):
+            raise DataError(f"shard {path}, sample {key} (number {len(index.keys)}): {missing[0]} is missing")
+        index.keys.append(key)
+        index.labels.append(_label(found[members.label], path, key))
+        for name, spans in ((members.latent, index.latent), (members.flipped, index.flipped)):
+            if name is not None:
+                for column, value in found[name].items():
+                    getattr(spans, column).append(value)
+
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                this, _, name = member.name.partition(".")
+                if this != key:
+                    finish()
+                    key, found = this, {}
+                if name in wanted:
+                    if name in found:
+                        raise DataError(f"shard {path}, sample {key}: {name} comes twice")
+                    found[name] = _span(file, member) if name != members.label else _content(file, member)
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            finish()
+    except tarfile.TarError as error:
+        raise DataError(f"shard {path} is no whole tar: {error}") from None
+    # Python's tarfile takes a garbled or zeroed header for the end of the archive, in silence
+    file.seek(end)
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            raise DataError(f"shard {path}: after sample {key}, at byte {end}, lies neither a header nor the tar's end")
+    if file.tell() < end + 2 * tarfile.BLOCKSIZE:
+        raise DataError(f"shard {path} is cut: it has no end after sample {key}")
+    return index
+
+
+def _span(file: BinaryIO, member: tarfile.TarInfo) -> dict[str, int]:
+    begin, data, size = member.offset, member.offset_data, member.size
+    return {"begin": begin, "data": data, "size": size, "crc32": zlib.crc32(_bytes(file, begin, data + size))}
+
+
+def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    return _bytes(file, member.offset_data, member.offset_data + member.size)
+
+
+def _bytes(file: BinaryIO, begin: int, end: int) -> bytes:
+    file.seek(begin)
+    content = file.read(end - begin)
+    if len(content) < end - begin:
+        raise tarfile.ReadError("unexpected end of data")
+    return content
+
+
+def _label(content: bytes, path: str, key: str) -> int:
+    if not content.strip().isdigit():
+        raise DataError(f"shard {path}, sample {key}: its label {content[:20]!r} is no number")
+    return int(content)
