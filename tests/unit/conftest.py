@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from xar_scale.config import AttentionBackend
-from xar_scale.data.reader import LatentShards, Sample
-from xar_scale.data.shards import DatasetInfo, ShardWriter
+from xar_scale.data.reader import LatentShards
+from xar_scale.data.shards import DatasetInfo, Sample, ShardWriter
 from xar_scale.model.entities import EntityLayout
 from xar_scale.model.xar import XAR, create_model
 

@@ -11,7 +11,8 @@ from tests.unit.conftest import write_set
 from xar_scale.data import loader
 from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches, check_fits
 from xar_scale.data.order import SampleOrder
-from xar_scale.data.reader import LatentShards, Sample
+from xar_scale.data.reader import LatentShards
+from xar_scale.data.shards import Sample
 from xar_scale.errors import ConfigError, DataError
 from xar_scale.flow import sample_time
 from xar_scale.model.entities import create_layout

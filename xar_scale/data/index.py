@@ -33,6 +33,11 @@ class Index:
     latent: Spans = field(default_factory=Spans)
     flipped: Spans = field(default_factory=Spans)  # empty where the set has no mirrored arrays
 
+    def rows(self) -> list[tuple[Any, ...]]:
+        """(key, label, begin, data, size, crc32 of the array, the same of its mirrored one) of each sample."""
+        spans = [*vars(self.latent).values(), *vars(self.flipped).values()]
+        return list(zip(self.keys, self.labels, *(column for column in spans if column), strict=True))
+
     def to_json(self) -> bytes:
         arrays = {name: vars(spans) for name, spans in (("latent", self.latent), ("flipped", self.flipped)) if spans.begin}
         return json.dumps({"keys": self.keys, "labels": self.labels, **arrays}).encode()
@@ -89,7 +94,6 @@ def index_tar(file: BinaryIO, path: str, members: Members) -> Index:
                         raise DataError(f"shard {path}, sample {key}: {name} comes twice")
                     found[name] = _span(file, member) if name != members.label else _content(file, member)
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            finish()
     except tarfile.TarError as error:
         raise DataError(f"shard {path} is no whole tar: {error}") from None
     # Python's tarfile takes a garbled or zeroed header for the end of the archive, in silence
@@ -99,6 +103,7 @@ def index_tar(file: BinaryIO, path: str, members: Members) -> Index:
             raise DataError(f"shard {path}: after sample {key}, at byte {end}, lies neither a header nor the tar's end")
     if file.tell() < end + 2 * tarfile.BLOCKSIZE:
         raise DataError(f"shard {path} is cut: it has no end after sample {key}")
+    finish()
     return index
 
 

@@ -5,23 +5,14 @@ import os
 import zlib
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from xar_scale.config import validated
 from xar_scale.data.index import Index, Spans
-from xar_scale.data.shards import DATASET_FILE, FORMAT, DatasetInfo, ShardInfo, npy
+from xar_scale.data.shards import DATASET_FILE, FORMAT, INDEX, DatasetInfo, Sample, ShardInfo, npy
 from xar_scale.errors import DataError
-
-
-class Sample(NamedTuple):
-    """One stored sample; ``flipped`` is None where the set has no mirrored arrays."""
-
-    key: str
-    label: int
-    latent: np.ndarray
-    flipped: np.ndarray | None
 
 
 class LatentShards:
@@ -50,6 +41,13 @@ class LatentShards:
         """Compare every shard's size with the index. Raises DataError for the first that is missing, truncated or grown."""
         for shard in self.info.shards:
             _check_size(self.folder, shard)
+
+    def path(self, shard: int) -> Path:
+        return self.folder / f"{self.info.shards[shard].name}.tar"
+
+    def index(self, shard: int) -> Index:
+        """Raises DataError where the index or the tar is missing, or not as written."""
+        return self._open(shard).index
 
     def _open(self, shard: int) -> "_OpenShard":
         if not hasattr(self, "_opened"):  # made on first use, so that a worker process has its own
@@ -90,7 +88,7 @@ class _OpenShard:
     """A shard's file and index; closed when the cache lets go of it."""
 
     def __init__(self, folder: Path, shard: ShardInfo) -> None:
-        index_path = folder / f"{shard.name}.index.json"
+        index_path = folder / f"{shard.name}{INDEX}"
         content = _read(index_path)
         if zlib.crc32(content) != shard.index_crc32:
             raise DataError(f"{index_path} is torn or changed: its checksum is not the one in {DATASET_FILE}")

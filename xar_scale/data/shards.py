@@ -9,10 +9,11 @@ import io
 import json
 import tarfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import PositiveInt
@@ -26,7 +27,7 @@ from xar_scale.files import write_atomically
 
 FORMAT = 2
 MAX_KEY = 80  # characters: with a member's ending it must fit the 100 of a tar header
-DATASET_FILE = "dataset.json"
+DATASET_FILE, INDEX = "dataset.json", ".index.json"  # of a set; behind the name of a shard
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -34,6 +35,7 @@ class ShardInfo:
     name: str
     samples: PositiveInt
     bytes: PositiveInt
+    crc32: int  # of the tar
     index_crc32: int  # of the index file: what it says is as good as what it describes
 
 
@@ -72,34 +74,32 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-class ShardWriter:
-    """Writes samples to shards of ``samples_per_shard`` in the order given; the same samples give the same bytes.
+class Sample(NamedTuple):
+    """One stored sample; ``flipped`` is None where the set has no mirrored arrays."""
 
-    A context manager: ``dataset.json`` is written on a clean exit, so a set that has one is whole. Raises UsageError when
-    the folder already holds one.
-    """
+    key: str
+    label: int
+    latent: np.ndarray
+    flipped: np.ndarray | None
 
-    def __init__(
-        self, folder: str | Path, info: DatasetInfo, *, prefix: str = "latents", samples_per_shard: int = 1024
-    ) -> None:
-        self.folder, self.info, self.prefix, self.samples_per_shard = Path(folder), info, prefix, samples_per_shard
-        if samples_per_shard < 1:
-            raise UsageError(f"a shard has at least 1 sample, not {samples_per_shard}")
-        if (self.folder / DATASET_FILE).exists():
-            raise UsageError(f"{self.folder} already holds a data set; remove it or write elsewhere")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot write a data set to {self.folder}: {error.strerror}") from None
-        self.shards: list[ShardInfo] = []
-        self._samples: list[tuple[str, list[tuple[str, bytes]]]] = []
+
+class Shard:
+    """A shard in the making; the same samples give the same bytes."""
+
+    def __init__(self, info: DatasetInfo) -> None:
+        self.info = info
+        self._samples: dict[str, list[tuple[str, bytes]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._samples)
 
     def add(self, key: str, label: int, latent: np.ndarray, flipped: np.ndarray | None = None) -> None:
+        """Raises DataError, naming the sample, when it is not of the set's kind."""
         if not key or len(key) > MAX_KEY or "." in key or "/" in key:
             raise DataError(
                 f"sample key {key!r}: 1 to {MAX_KEY} characters without dots, where WebDataset ends a key, and slashes"
             )
-        if any(key == before for before, _ in self._samples):
+        if key in self._samples:
             raise DataError(f"sample key {key!r} comes twice in one shard: WebDataset would merge the two")
         if not 0 <= label < self.info.classes:
             raise DataError(f"sample {key}: label {label} is outside 0..{self.info.classes - 1}")
@@ -113,33 +113,74 @@ class ShardWriter:
                         f"sample {key}: {name} is {array.dtype}{array.shape}, the set is {self.info.dtype}{self.info.shape}"
                     )
                 members.append((name, npy(np.ascontiguousarray(array))))
-        self._samples.append((key, members))
-        if len(self._samples) == self.samples_per_shard:
-            self._flush()
+        self._samples[key] = members
 
-    def _flush(self) -> None:
-        if not self._samples:
-            return
-        name = f"{self.prefix}-{len(self.shards):06d}"
+    def write(self, folder: Path, name: str) -> ShardInfo:
+        """The tar, then its index: a shard that has one is whole."""
         file = io.BytesIO()
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for key, members in self._samples:
+            for key, members in self._samples.items():
                 for member, content in members:
                     header = tarfile.TarInfo(f"{key}.{member}")
                     header.size = len(content)
                     tar.addfile(header, io.BytesIO(content))
         index = index_tar(file, f"{name}.tar", Members(flipped=FLIPPED if self.info.flipped else None)).to_json()
-        write_atomically(self.folder / f"{name}.tar", file.getbuffer())
-        write_atomically(self.folder / f"{name}.index.json", index)
-        self.shards.append(ShardInfo(name, len(self._samples), file.getbuffer().nbytes, zlib.crc32(index)))
-        self._samples = []
+        whole = file.getbuffer()
+        write_atomically(folder / f"{name}.tar", whole)
+        write_atomically(folder / f"{name}{INDEX}", index)
+        return ShardInfo(name, len(self), whole.nbytes, zlib.crc32(whole), zlib.crc32(index))
+
+
+def begin_set(folder: Path) -> None:
+    """Raises UsageError when the folder already holds a set, or cannot be made."""
+    if (folder / DATASET_FILE).exists():
+        raise UsageError(f"{folder} already holds a data set; remove it or write elsewhere")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write a data set to {folder}: {error.strerror}") from None
+
+
+def end_set(folder: Path, info: DatasetInfo, shards: Sequence[ShardInfo]) -> None:
+    """Write the description, last of all: a set that has one is whole."""
+    description = {"format": FORMAT, **asdict(info), "shards": [asdict(shard) for shard in shards]}
+    write_atomically(folder / DATASET_FILE, json.dumps(description, indent=1).encode())
+
+
+class ShardWriter:
+    """Writes samples to shards of ``samples_per_shard`` in the order given.
+
+    A context manager: the set is whole after a clean exit, and no set otherwise.
+    """
+
+    def __init__(
+        self, folder: str | Path, info: DatasetInfo, *, prefix: str = "latents", samples_per_shard: int = 1024
+    ) -> None:
+        self.folder, self.info, self.prefix, self.samples_per_shard = Path(folder), info, prefix, samples_per_shard
+        if samples_per_shard < 1:
+            raise UsageError(f"a shard has at least 1 sample, not {samples_per_shard}")
+        begin_set(self.folder)
+        self.shards: list[ShardInfo] = []
+        self._shard = Shard(info)
+
+    def add(self, key: str, label: int, latent: np.ndarray, flipped: np.ndarray | None = None) -> None:
+        self._shard.add(key, label, latent, flipped)
+        if len(self._shard) == self.samples_per_shard:
+            self._flush()
+
+    def _flush(self) -> None:
+        if len(self._shard):
+            self.shards.append(self._shard.write(self.folder, shard_name(self.prefix, len(self.shards))))
+            self._shard = Shard(self.info)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
-            return
-        self._flush()
-        description = {"format": FORMAT, **asdict(self.info), "shards": [asdict(shard) for shard in self.shards]}
-        write_atomically(self.folder / DATASET_FILE, json.dumps(description, indent=1).encode())
+        if kind is None:
+            self._flush()
+            end_set(self.folder, self.info, self.shards)
+
+
+def shard_name(prefix: str, number: int) -> str:
+    return f"{prefix}-{number:06d}"

@@ -1,0 +1,228 @@
+"""Every kind of damage is found, and its sample named: by verification always, by reading where it is used."""
+
+import io
+import json
+import tarfile
+import zlib
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from tests.unit.conftest import small_info, small_samples, write_set
+from xar_scale.data.index import FLIPPED, Members, index_tar
+from xar_scale.data.shards import DATASET_FILE, INDEX, Sample, npy
+from xar_scale.data.verify import stray_files, verify_set
+from xar_scale.errors import DataError
+
+SHARD = "latents-000001"  # of four samples, s0004 to s0007
+BLOCK = tarfile.BLOCKSIZE
+
+
+def faults(folder) -> list[str]:
+    return [fault for _, found in verify_set(folder, 1) for fault in found]
+
+
+def members(folder) -> dict[str, tarfile.TarInfo]:
+    with tarfile.open(folder / f"{SHARD}.tar") as tar:
+        return {member.name: member for member in tar}
+
+
+def damage(folder, change) -> None:
+    path = folder / f"{SHARD}.tar"
+    content = bytearray(path.read_bytes())
+    changed = bytes(change(content, members(folder)) or content)
+    assert changed != path.read_bytes()
+    path.write_bytes(changed)
+
+
+def describe_again(folder) -> None:
+    """Give the shard the size and checksum it has now, as a set would have that was damaged before it was indexed."""
+    content = (folder / f"{SHARD}.tar").read_bytes()
+    values = json.loads((folder / DATASET_FILE).read_text())
+    values["shards"][1] |= {"bytes": len(content), "crc32": zlib.crc32(content)}
+    (folder / DATASET_FILE).write_text(json.dumps(values))
+
+
+def zeroed(name):
+    def change(content, of):
+        content[of[name].offset : of[name].offset + BLOCK] = bytes(BLOCK)
+
+    return change
+
+
+def flipped_bit(name, where):
+    def change(content, of):
+        content[of[name].offset + where] ^= 1
+
+    return change
+
+
+def cut(name, where):
+    return lambda content, of: content[: of[name].offset + where]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_set(tmp_path, 10, flipped=True)
+    return tmp_path
+
+
+def test_a_set_as_written_has_no_faults(folder):
+    assert [name for name, _ in verify_set(folder, 2)] == ["latents-000000", SHARD, "latents-000002"]
+    assert faults(folder) == [] and stray_files(folder) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (flipped_bit("s0005.latent.npy", 700), ["sample s0005 (number 1): checksum"]),
+        (flipped_bit("s0005.flipped.npy", BLOCK), ["sample s0005 (number 1): checksum"]),
+        (zeroed("s0006.latent.npy"), ["sample s0006 (number 2): checksum", "after sample s0006, at byte"]),
+        (flipped_bit("s0006.flipped.npy", 148), ["sample s0006 (number 2): checksum", "after sample s0006, at byte"]),
+        (flipped_bit("s0006.cls", 148), ["after sample s0005, at byte"]),  # a garbled header
+        (flipped_bit("s0006.cls", BLOCK), ["sample s0006 (number 2): is not what the index says"]),  # another label
+        (flipped_bit("s0007.cls", BLOCK + 100), ["has changed, in bytes that belong to no sample"]),
+    ],
+)
+def test_damage_in_place_is_found_and_named(folder, change, found):
+    damage(folder, change)
+    lines = faults(folder)
+    assert len(lines) == len(found)
+    for line, part in zip(lines, found, strict=True):
+        assert line.startswith(f"shard {folder}/{SHARD}.tar") and part in line
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (cut("s0006.latent.npy", 100), 2),  # inside a header
+        (cut("s0006.latent.npy", 0), 2),  # between two members
+        (cut("s0006.cls", 0), 2),  # between two samples
+        (cut("s0006.flipped.npy", BLOCK + 50), 2),  # inside an array
+    ],
+)
+def test_a_cut_shard_is_found_by_its_size_and_by_its_samples(folder, change, lost):
+    damage(folder, change)
+    size = (folder / f"{SHARD}.tar").stat().st_size
+    assert faults(folder) == [f"shard {folder}/{SHARD}.tar is truncated: {size} bytes, the index says 20480"]
+    describe_again(folder)
+    lines = faults(folder)
+    assert [line.split("sample ")[1][:5] for line in lines[:lost]] == ["s0006", "s0007"]
+
+
+def test_a_missing_shard_and_an_index_of_another_are_found(folder):
+    (folder / "latents-000000.tar").unlink()
+    (folder / f"{SHARD}{INDEX}").write_bytes((folder / f"latents-000002{INDEX}").read_bytes())
+    one, two = faults(folder)
+    assert one == f"shard {folder}/latents-000000.tar is missing"
+    assert two.startswith(f"{folder}/{SHARD}{INDEX} is torn or changed")
+
+
+def test_an_index_older_than_its_shard_is_found(folder, tmp_path_factory):
+    """The shard was written anew, of the same size, with other samples."""
+    other = tmp_path_factory.mktemp("other")
+    info = small_info(flipped=True)
+    samples = [Sample(s.key, s.label, -s.latent, s.flipped) for s in small_samples(10, info)]
+    write_set(other, samples=samples, flipped=True)
+    (folder / f"{SHARD}.tar").write_bytes((other / f"{SHARD}.tar").read_bytes())
+    assert [line.split("sample ")[1] for line in faults(folder)] == [
+        f"s000{number + 4} (number {number}): checksum does not match" for number in range(4)
+    ]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_value_that_is_not_finite_is_found(tmp_path, flipped, value):
+    samples = small_samples(10, small_info(flipped=True))
+    (samples[5].flipped if flipped else samples[5].latent)[1, 2, 3] = value
+    write_set(tmp_path, samples=samples, flipped=True)
+    which = "mirrored array" if flipped else "array"
+    assert faults(tmp_path) == [f"shard {tmp_path}/{SHARD}.tar, sample s0005 (number 1): its {which} is not finite"]
+
+
+def test_files_that_the_set_does_not_list_are_named(folder):
+    for name in ("extra.tar", f"extra{INDEX}", "notes.txt"):
+        (folder / name).write_text("")
+    assert stray_files(folder) == [f"extra{INDEX}", "extra.tar"]
+
+
+# indexing
+
+
+def tar_of(*entries: tuple[str, bytes], format=tarfile.USTAR_FORMAT) -> io.BytesIO:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+        for name, content in entries:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return file
+
+
+ARRAY = npy(np.arange(64, dtype=np.float16).reshape(4, 4, 4))
+TWO = [("a.cls", b"3"), ("a.latent.npy", ARRAY), ("b.latent.npy", ARRAY[::-1]), ("b.cls", b"12\n"), ("b.txt", b"words")]
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_samples_of_any_tar_are_indexed_whatever_else_is_in_it(format):
+    long = "k" * 150 if format != tarfile.USTAR_FORMAT else "k"
+    file = tar_of(*TWO, (f"{long}.cls", b"0"), (f"{long}.latent.npy", ARRAY), format=format)
+    index = index_tar(file, "x.tar", Members())
+    assert index.keys == ["a", "b", long] and index.labels == [3, 12, 0] and not index.flipped.begin
+    content = file.getvalue()
+    for position, expected in enumerate((ARRAY, ARRAY[::-1], ARRAY)):
+        begin, data, size, crc32 = (column[position] for column in asdict(index.latent).values())
+        assert content[data : data + size] == expected and zlib.crc32(content[begin : data + size]) == crc32
+        assert begin + BLOCK <= data
+    assert type(index).from_json(index.to_json()) == index
+
+
+def test_members_may_have_other_names():
+    file = tar_of(("n/a.Z.npy", ARRAY), ("n/a.y", b"1"), ("n/a.zf.npy", ARRAY))
+    index = index_tar(file, "x.tar", Members(latent="Z.npy", flipped="zf.npy", label="y"))
+    assert index.keys == ["n/a"] and index.labels == [1] and len(index.flipped.begin) == 1
+
+
+@pytest.mark.parametrize(
+    ("entries", "says"),
+    [
+        ([("a.cls", b"3"), ("b.cls", b"3")], r"shard x.tar, sample a \(number 0\): latent.npy is missing"),
+        ([*TWO, ("c.latent.npy", ARRAY)], r"shard x.tar, sample c \(number 2\): cls is missing"),
+        ([("a.cls", b"3"), ("a.cls", b"4")], "shard x.tar, sample a: cls comes twice"),
+        ([("a.cls", b"cat"), ("a.latent.npy", ARRAY)], "shard x.tar, sample a: its label b'cat' is no number"),
+        ([("a.cls", b"-1"), ("a.latent.npy", ARRAY)], "its label b'-1' is no number"),
+    ],
+)
+def test_samples_that_are_not_whole_are_refused_by_name(entries, says):
+    with pytest.raises(DataError, match=says):
+        index_tar(tar_of(*entries), "x.tar", Members())
+
+
+def test_a_sample_without_its_mirrored_array_is_refused():
+    with pytest.raises(DataError, match="sample a .*flipped.npy is missing"):
+        index_tar(tar_of(*TWO), "x.tar", Members(flipped=FLIPPED))
+
+
+@pytest.mark.parametrize("position", range(5))
+@pytest.mark.parametrize("kind", ["garbled", "zeroed", "cut header", "cut before", "cut content"])
+def test_no_damage_to_a_tar_loses_samples_in_silence(kind, position):
+    """Python's tarfile ends at most of these without a word."""
+    file = tar_of(*TWO)
+    with tarfile.open(fileobj=io.BytesIO(file.getvalue())) as tar:
+        member = tar.getmembers()[position]
+    content = bytearray(file.getvalue())
+    if kind == "garbled":
+        content[member.offset + 148] ^= 1
+    elif kind == "zeroed":
+        content[member.offset : member.offset + BLOCK] = bytes(BLOCK)
+    else:
+        content = content[: member.offset + {"cut header": 100, "cut before": 0, "cut content": BLOCK + 1}[kind]]
+    with pytest.raises(DataError, match="shard x.tar"):
+        index_tar(io.BytesIO(bytes(content)), "x.tar", Members())
+
+
+def test_an_empty_file_and_one_of_zeros_are_no_shards():
+    with pytest.raises(DataError, match="shard x.tar"):
+        index_tar(io.BytesIO(b""), "x.tar", Members())
+    assert index_tar(io.BytesIO(bytes(10240)), "x.tar", Members()).keys == []

@@ -1,0 +1,72 @@
+"""Verification of a whole set: every byte of every shard, and each fault by the name of its sample."""
+
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from xar_scale.data.index import FLIPPED, Members, index_tar
+from xar_scale.data.reader import LatentShards
+from xar_scale.data.shards import INDEX
+from xar_scale.errors import DataError
+
+
+def verify_set(folder: Path, processes: int) -> Iterator[tuple[str, list[str]]]:
+    """(shard, its faults) of every shard, in their order. Raises DataError where there is no set to verify."""
+    shards = LatentShards(folder)
+    with ProcessPoolExecutor(processes) as pool:
+        names = (shard.name for shard in shards.info.shards)
+        yield from zip(names, pool.map(partial(_faults, shards), range(len(shards.info.shards))), strict=True)
+
+
+def stray_files(folder: Path) -> list[str]:
+    """Tars and indexes in the folder that the set does not list."""
+    listed = {f"{shard.name}{ending}" for shard in LatentShards(folder).info.shards for ending in (".tar", INDEX)}
+    found = {path.name for path in folder.iterdir() if path.name.endswith((".tar", INDEX))}
+    return sorted(found - listed)
+
+
+def _faults(shards: LatentShards, number: int) -> list[str]:
+    try:
+        stored = shards.index(number)
+    except DataError as error:  # the index, or the file as a whole: there are no samples to speak of
+        return [str(error)]
+    found = [_fault(shards, number, position) for position in range(len(stored.keys))]
+    faults = [fault for fault in found if fault is not None]
+    path, shard = shards.path(number), shards.info.shards[number]
+    with path.open("rb") as file:
+        if _crc32(file) == shard.crc32:
+            return faults
+        # changed, and maybe where no array lies: what else there is says the tar itself
+        try:
+            again = index_tar(file, str(path), Members(flipped=FLIPPED if shards.info.flipped else None))
+        except DataError as error:
+            return [*faults, str(error)]
+    for position, (was, is_) in enumerate(zip_longest(stored.rows(), again.rows())):
+        if was != is_ and (position >= len(found) or found[position] is None):
+            faults.append(f"shard {path}, sample {(was or is_)[0]} (number {position}): is not what the index says")
+    return faults or [f"shard {path} has changed, in bytes that belong to no sample"]
+
+
+def _crc32(file: BinaryIO) -> int:
+    crc32 = 0
+    while block := file.read(1 << 20):
+        crc32 = zlib.crc32(block, crc32)
+    return crc32
+
+
+def _fault(shards: LatentShards, number: int, position: int) -> str | None:
+    for flipped in (False, True) if shards.info.flipped else (False,):
+        try:
+            key, _, array = shards.read_array(number, position, flipped=flipped)
+        except DataError as error:
+            return str(error)
+        if not np.isfinite(array).all():
+            which = "mirrored array" if flipped else "array"
+            return f"shard {shards.path(number)}, sample {key} (number {position}): its {which} is not finite"
+    return None
