@@ -1,6 +1,6 @@
 """Time and memory of parts of training on this machine, as a Markdown table.
 
-python tools/bench.py attention --model xar_h --grid 16 --batch 8 --dtype bf16
+python tools/bench.py attention --model xar_h --grid 16 --batch 8 --precision bf16
 python tools/bench.py recompute --model xar_b --batch 4
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from xar_scale import dist
 from xar_scale.cli import Parser, ending
 from xar_scale.config import ModelConfig, Recompute, validated
-from xar_scale.errors import ConfigError, UsageError
+from xar_scale.errors import ConfigError, UsageError, XarScaleError
 from xar_scale.flow import velocity_loss
 from xar_scale.model.attention import Backend, block_causal_attention, choose_backend, describe
 from xar_scale.model.entities import EntityLayout, create_layout, kinds
@@ -50,6 +50,8 @@ def main() -> int:
 
     def run() -> None:
         options = parser.parse_args()
+        if min(options.batch, options.grid) < 1:
+            raise UsageError("--batch and --grid are at least 1")
         apply_matmul_mode(options.precision)
         options.command(options)
 
@@ -92,7 +94,7 @@ def bench_attention(options: argparse.Namespace) -> None:
         layout = create_layout(config)
         shape = (options.batch, config.heads, layout.tokens, config.head_width)
         q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
-        chosen = choose_backend(layout, device, dropout=0.0, backward=True)
+        chosen = choose_backend(layout, device, config.head_width, dropout=0.0, backward=True)
         for backend in get_args(Backend):
             forward = partial(block_causal_attention, q, k, v, layout, backend=backend)
             name = describe(backend, device, dtype, config.head_width) + (", chosen" if backend == chosen else "")
@@ -121,7 +123,8 @@ def bench_recompute(options: argparse.Namespace) -> None:
     for mode in get_args(Recompute):
         done = subprocess.run([sys.executable, *sys.argv, "--mode", mode], capture_output=True, text=True)
         if done.returncode:
-            raise UsageError(f"mode {mode} ended with code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+            said = done.stderr.strip().splitlines() or ["it said nothing, as when it is killed for want of memory"]
+            raise XarScaleError(f"mode {mode} ended with code {done.returncode}: {said[-1]}")
         found = json.loads(done.stdout.splitlines()[-1])
         print(f"| {mode} | {found['ms']:.0f} | {found['peak_mb']:.0f} |", flush=True)
 
