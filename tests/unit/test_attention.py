@@ -129,6 +129,21 @@ def test_long_entities_get_a_call_each_and_short_ones_one_product(monkeypatch, e
     assert used == [expected, *BACKENDS]
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "backward", "expected"),
+    [
+        ("cpu", torch.bfloat16, True, "dense"),  # PyTorch's fused kernel has a slow backward pass there
+        ("cpu", torch.bfloat16, False, "prefix"),
+        ("cpu", torch.float32, True, "prefix"),
+        ("cuda", torch.bfloat16, True, "prefix"),
+    ],
+)
+def test_the_choice_goes_by_device_type_and_direction(device, dtype, backward, expected):
+    layout = nano_model(grid=(16, 16)).layout
+    assert choose_backend(layout, torch.device(device), dtype, 64, dropout=0.0, backward=backward) == expected
+    assert choose_backend(layout, torch.device(device), dtype, 64, dropout=0.0, backward=backward, backend="prefix") == "prefix"
+
+
 def test_a_backend_that_cannot_serve_is_refused_with_the_reason():
     layout = LAYOUTS["equal"]
     q, k, v = qkv(layout, dtype=torch.float32)
@@ -136,7 +151,7 @@ def test_a_backend_that_cannot_serve_is_refused_with_the_reason():
         block_causal_attention(q, k, v, layout, backend="flex", dropout=0.1)
     with pytest.raises(ConfigError, match="flex has no backward pass on a CPU; use prefix or dense"):
         block_causal_attention(q.requires_grad_(), k, v, layout, backend="flex")
-    flex = partial(choose_backend, layout, torch.device("cuda"), backward=True, backend="flex")
+    flex = partial(choose_backend, layout, torch.device("cuda"), torch.bfloat16, backward=True, backend="flex")
     assert flex(16, dropout=0.0) == "flex"
     with pytest.raises(ConfigError, match="dropout"):
         flex(16, dropout=0.1)

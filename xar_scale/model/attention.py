@@ -39,25 +39,28 @@ def block_causal_attention(
     the ones before. Returns (B, N, T, H) as q. Scale is H^-0.5; ``dropout`` acts on the probabilities. Raises ConfigError
     where ``backend`` is named and cannot serve: nothing falls back in silence.
     """
-    head_width, backward = q_BNTH.shape[-1], q_BNTH.requires_grad
-    chosen = choose_backend(layout, q_BNTH.device, head_width, dropout=dropout, backward=backward, backend=backend)
+    kind = q_BNTH.device, q_BNTH.dtype, q_BNTH.shape[-1]
+    chosen = choose_backend(layout, *kind, dropout=dropout, backward=q_BNTH.requires_grad, backend=backend)
     return _FUNCTIONS[chosen](q_BNTH, k_BNTH, v_BNTH, layout, first, dropout)
 
 
 def choose_backend(
     layout: EntityLayout,
     device: torch.device,
+    dtype: torch.dtype,
     head_width: int,
     *,
     dropout: float,
     backward: bool,
     backend: AttentionBackend = "auto",
 ) -> Backend:
-    """The one named, or of the two that serve everywhere the faster: prefix, a call an entity, where entities are long on
-    average, and dense, one masked product, where they are short. Raises ConfigError with the reason against the one named.
+    """The one named, or of the two that serve everywhere the faster (docs/benchmarks): prefix, a call an entity, where entities
+    are long on average, and dense, one masked product, where they are short, and in 16 bits on a CPU, whose fused kernel has a
+    slow backward pass. Raises ConfigError with the reason against the one named.
     """
     if backend == "auto":
-        return "prefix" if layout.tokens >= MIN_PREFIX_LENGTH * layout.entities else "dense"
+        slow = device.type == "cpu" and dtype in FLASH_DTYPES and backward
+        return "prefix" if layout.tokens >= MIN_PREFIX_LENGTH * layout.entities and not slow else "dense"
     if backend == "flex" and dropout > 0:
         raise ConfigError(f"attention flex has no dropout, model.dropout is {dropout}; use prefix or dense")
     if backend == "flex" and backward and device.type == "cpu":

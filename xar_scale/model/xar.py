@@ -56,7 +56,9 @@ class XAR(nn.Module):
         """
         dropout = self.config.dropout if training else 0.0
         head_width = self.config.head_width
-        backend = choose_backend(self.layout, device, head_width, dropout=dropout, backward=training, backend=kernels.attention)
+        backend = choose_backend(
+            self.layout, device, dtype, head_width, dropout=dropout, backward=training, backend=kernels.attention
+        )
         library = choose_library(kernels.library, device)
         for module in self.modules():
             if isinstance(module, Attention):
