@@ -39,10 +39,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(world: int, arguments: list[str], folder: Path) -> list[subprocess.Popen[str]]:
-    """``python ARGUMENTS`` on ``world`` ranks, each in a session of its own; output goes to files in ``folder``."""
+def start(world: int, arguments: list[str], folder: Path, **more: str) -> list[subprocess.Popen[str]]:
+    """``python ARGUMENTS`` on ``world`` ranks, each in a session of its own, with ``more`` in its environment; output goes to
+    files in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    shared = environment() | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared = environment() | more | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
     for rank in range(world):
         with (folder / f"rank{rank}.log").open("w") as log:
@@ -81,5 +82,5 @@ def finish(
     return Ended(codes, [(folder / f"rank{rank}.log").read_text() for rank in range(len(ranks))])
 
 
-def launch(world: int, arguments: list[str], folder: Path) -> Ended:
-    return finish(start(world, arguments, folder), folder)
+def launch(world: int, arguments: list[str], folder: Path, **more: str) -> Ended:
+    return finish(start(world, arguments, folder, **more), folder)

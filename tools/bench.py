@@ -1,34 +1,39 @@
 """Time and memory of parts of training on this machine, as a Markdown table.
 
-python tools/bench.py attention --model xar_h --grid 16 --batch 8 --dtype bf16
+python tools/bench.py attention --model xar_h --grid 16 --batch 8 --precision bf16
 python tools/bench.py recompute --model xar_b --batch 4
+python tools/bench.py build --model xar_7b --ranks 64
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from xar_scale import dist
 from xar_scale.cli import Parser, ending
-from xar_scale.config import ModelConfig, Recompute, validated
-from xar_scale.errors import ConfigError, UsageError
+from xar_scale.config import Config, ModelConfig, Recompute, merge, validated
+from xar_scale.engines import create_engine
+from xar_scale.errors import ConfigError, UsageError, XarScaleError
 from xar_scale.flow import velocity_loss
 from xar_scale.model.attention import Backend, block_causal_attention, choose_backend, describe
 from xar_scale.model.entities import EntityLayout, create_layout, kinds
 from xar_scale.model.recompute import apply_recompute
-from xar_scale.model.xar import create_model
+from xar_scale.model.xar import Weight, create_model, initial_weights, meta_model
 from xar_scale.precision import MODES, apply_matmul_mode
-from xar_scale.presets import model_values
+from xar_scale.presets import model_values, recipe
 
 WARM_UP, REPEATS = 2, 5
 
@@ -38,9 +43,14 @@ def main() -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     attention = commands.add_parser("attention", help="every backend on every kind of entity, forward and backward")
     attention.set_defaults(command=bench_attention)
+    attention.add_argument("--dropout", type=float, default=0.0, help="of the backward pass's forward")
     recompute = commands.add_parser("recompute", help="every mode of activation checkpointing: time and peak memory")
     recompute.set_defaults(command=bench_recompute)
     recompute.add_argument("--mode", choices=get_args(Recompute), help="this one only, in this process; a line of JSON")
+    build = commands.add_parser("build", help="one ZeRO-3 rank of many, simulated: memory and time until its weights are there")
+    build.set_defaults(command=bench_build, batch=1, grid=16, precision="fp32")
+    build.add_argument("--model", default="xar_b")
+    build.add_argument("--ranks", type=int, default=64)
     for command in (attention, recompute):
         command.add_argument("--model", default="xar_b")
         command.add_argument("--entity", help=f"one of {', '.join(kinds())} (attention: default all; recompute: cell)")
@@ -50,6 +60,8 @@ def main() -> int:
 
     def run() -> None:
         options = parser.parse_args()
+        if min(options.batch, options.grid) < 1:
+            raise UsageError("--batch and --grid are at least 1")
         apply_matmul_mode(options.precision)
         options.command(options)
 
@@ -92,19 +104,19 @@ def bench_attention(options: argparse.Namespace) -> None:
         layout = create_layout(config)
         shape = (options.batch, config.heads, layout.tokens, config.head_width)
         q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
-        chosen = choose_backend(layout, device, dropout=0.0, backward=True)
+        chosen = choose_backend(layout, device, dtype, config.head_width, dropout=options.dropout, backward=True)
         for backend in get_args(Backend):
             forward = partial(block_causal_attention, q, k, v, layout, backend=backend)
             name = describe(backend, device, dtype, config.head_width) + (", chosen" if backend == chosen else "")
-            times = f"{_median_ms(forward, device):.2f} | {_backward_ms(layout, backend, q, k, v)}"
+            times = f"{_median_ms(forward, device):.2f} | {_backward_ms(layout, backend, options.dropout, q, k, v)}"
             print(f"| {entity} | {layout.entities} | {name} | {times} |", flush=True)
 
 
-def _backward_ms(layout: EntityLayout, backend: Backend, *qkv: Tensor) -> str:
+def _backward_ms(layout: EntityLayout, backend: Backend, dropout: float, *qkv: Tensor) -> str:
     q, k, v = (tensor.detach().requires_grad_() for tensor in qkv)
 
     def work() -> None:
-        torch.autograd.grad(block_causal_attention(q, k, v, layout, backend=backend).sum(), (q, k, v))
+        torch.autograd.grad(block_causal_attention(q, k, v, layout, backend=backend, dropout=dropout).sum(), (q, k, v))
 
     try:
         return f"{_median_ms(work, qkv[0].device):.2f}"
@@ -121,7 +133,8 @@ def bench_recompute(options: argparse.Namespace) -> None:
     for mode in get_args(Recompute):
         done = subprocess.run([sys.executable, *sys.argv, "--mode", mode], capture_output=True, text=True)
         if done.returncode:
-            raise UsageError(f"mode {mode} ended with code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
+            said = done.stderr.strip().splitlines() or ["it said nothing, as when it is killed for want of memory"]
+            raise XarScaleError(f"mode {mode} ended with code {done.returncode}: {said[-1]}")
         found = json.loads(done.stdout.splitlines()[-1])
         print(f"| {mode} | {found['ms']:.0f} | {found['peak_mb']:.0f} |", flush=True)
 
@@ -150,6 +163,34 @@ def _one_mode(options: argparse.Namespace) -> dict[str, float]:
     work()
     peak = _memory_peak(device) - before
     return {"ms": _median_ms(work, device), "peak_mb": peak / 2**20}
+
+
+def bench_build(options: argparse.Namespace) -> None:
+    """Rank 0 of a process group that sends nothing: what it builds is what it would build among the others."""
+    if options.ranks < 1:
+        raise UsageError("--ranks is at least 1")
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.ranks)}
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.ranks)
+    values = merge(recipe("imagenet256_h"), {"model": model_values(options.model), "train": {"global_batch": options.ranks}})
+    config = Config.from_dict(merge(values, {"train": {"precision": "fp32"}}))
+    model, seen = meta_model(config.model), list[int]()
+
+    def watched() -> Iterator[Weight]:
+        for weight in initial_weights(model, seed=0):
+            seen.append(_resident())
+            yield weight
+        seen.append(_resident())
+
+    whole, begun = sum(parameter.numel() * 4 for parameter in model.parameters()), time.perf_counter()
+    engine = create_engine(model, watched(), config, torch.device("cpu"))
+    shards = sum(shard.stop - shard.start for shard in engine.shards()) * 4
+    print(f"{options.model}: {whole / 1e9:.2f} GB of float32 weights, one rank of {options.ranks} keeps {shards / 1e9:.2f} GB")
+    print(f"resident memory grew by {(max(seen) - seen[0]) / 1e9:.2f} GB at most while they were made and cut")
+    print(f"{time.perf_counter() - begun:.0f} s until the engine was ready")
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _memory_peak(device: torch.device, reset: bool = False) -> int:

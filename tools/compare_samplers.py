@@ -45,11 +45,12 @@ def main() -> int:
 
 
 def compare(checkpoint: Checkpoint, out: Path, steps: list[int], per_class: int) -> None:
-    settings = Config.from_dict(checkpoint.manifest.config).sample
+    config = Config.from_dict(checkpoint.manifest.config)
     labels = list(range(CLASSES)) * per_class
 
     def draw(**changes: Any) -> np.ndarray:
-        return generate(checkpoint, labels, dataclasses.replace(settings, **changes), seed=0, device=dist.local_device())
+        settings = dataclasses.replace(config.sample, **changes)
+        return generate(checkpoint, labels, settings, 0, dist.local_device(), config.kernels)
 
     exact = draw(**EXACT).astype(np.float64)
     lines = [

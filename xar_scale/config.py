@@ -19,6 +19,7 @@ T = TypeVar("T")
 Share = Annotated[float, Field(ge=0, lt=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "full", "selective", "offload"]
+KernelLibrary = Literal["auto", "torch", "apex"]
 AttentionBackend = Literal["auto", "dense", "prefix", "flex"]
 
 
@@ -122,7 +123,7 @@ class KernelConfig:
     """Whose kernels compute what the other sections ask for: never what, but for rounding."""
 
     attention: AttentionBackend = "auto"
-    library: Literal["auto", "torch", "apex"] = "auto"  # of RMSNorm and Adam; auto: torch, as long as apex is not measured
+    library: KernelLibrary = "auto"  # of RMSNorm and Adam; auto: torch, as long as apex is not measured
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

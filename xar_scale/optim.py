@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from xar_scale.config import OptimConfig
-from xar_scale.model import apex
+from xar_scale.config import KernelLibrary, OptimConfig
 
 
 def parameter_groups(model: nn.Module, shapes: Mapping[str, torch.Size], config: OptimConfig) -> list[dict[str, Any]]:
@@ -22,10 +21,14 @@ def parameter_groups(model: nn.Module, shapes: Mapping[str, torch.Size], config:
 
 
 def create_adamw(
-    model: nn.Module, shapes: Mapping[str, torch.Size], config: OptimConfig, library: apex.Library = "torch"
+    model: nn.Module, shapes: Mapping[str, torch.Size], config: OptimConfig, library: KernelLibrary = "torch"
 ) -> torch.optim.Optimizer:
-    create = apex.fused_adam if library == "apex" else torch.optim.AdamW
-    return create(parameter_groups(model, shapes, config), lr=config.lr, betas=config.betas, eps=config.eps)
+    groups = parameter_groups(model, shapes, config)
+    if library == "apex":
+        from apex.optimizers import FusedAdam  # it counts steps a group, not a parameter
+
+        return FusedAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -43,7 +43,7 @@ def sample(
     ``guidance_schedule`` says how guidance grows over the entities, from 1 to ``guidance``: "linear" (published) or "cosine";
     or "constant". With one entity it is ``guidance``. It acts at times t within ``guidance_interval`` (Kynkaanniemi et al.
     2024), and of at most 1 costs nothing. Integration runs in float64, the network in its own dtype. Within an entity the host
-    waits for nothing, and the network may be compiled before: ``model.compile(fullgraph=True)``.
+    waits for nothing, and the network may be compiled before (docs/sampling.md).
     """
     if sampler not in SAMPLERS:
         raise UsageError(f"no sampler {sampler!r}; there are: {', '.join(SAMPLERS)}")
@@ -51,6 +51,9 @@ def sample(
         raise UsageError(f"no guidance schedule {guidance_schedule!r}; there are: {', '.join(SCHEDULES)}")
     if steps < 1:
         raise UsageError(f"sampling needs at least 1 step, not {steps}")
+    low, high = guidance_interval
+    if not (guidance >= 0 and 0 <= low <= high <= 1):
+        raise UsageError(f"guidance {guidance} within times {low} to {high}: it is at least 0, times from 0 to 1")
     device, layout = model.in_proj.weight.device, model.layout
     labels_B = torch.as_tensor(labels, dtype=torch.int64)
     numbers, batch = labels_B.tolist(), labels_B.shape[0]

@@ -52,7 +52,8 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     start = 0 if checkpoint is None else checkpoint.manifest.step
 
     model = meta_model(config.model)
-    kernels = model.use_kernels(config.kernels, device, MODES[config.train.precision].compute, training=True)
+    compute = MODES[config.train.precision].compute
+    kernels = dist.together(lambda: model.use_kernels(config.kernels, device, compute, training=True))  # as each node has them
     apply_recompute(model.blocks, config.train.recompute)
     weights = initial_weights(model, config.train.seed) if checkpoint is None else blank_weights(model)
     engine = create_engine(model, weights, config, device)

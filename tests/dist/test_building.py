@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from tests.processes import launch
+from xar_scale.evaluate.digits import cache_digits
 
 WORLD = 2
 PROGRAM = """
@@ -52,3 +53,28 @@ def test_zero3_ranks_hold_their_shards_and_one_parameter_at_a_time(tmp_path):
         assert found["owned"] == pytest.approx(found["whole"] / WORLD, rel=1e-3)
         # of memory that is freed a part stays with the process; whoever builds first and cuts then grows by more than the whole
         assert 0.9 * found["owned"] < found["grown"] < 0.8 * found["whole"]
+
+
+REFUSED_ON_RANK_1 = """
+import os, sys
+from xar_scale import cli
+from xar_scale.errors import ConfigError
+from xar_scale.model import xar
+
+def refuse(wanted, device):
+    if os.environ["RANK"] == "1":
+        raise ConfigError("this node has other kernels")
+    return "torch"
+
+xar.choose_library = refuse
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.timeout(200)
+def test_kernels_that_one_node_lacks_end_all_ranks_with_the_reason(tmp_path):
+    cache_digits(tmp_path / "data", samples_per_shard=500)
+    words = ["train", "--recipe", "digits", "--run-dir", str(tmp_path / "run"), f"data.path={tmp_path / 'data'}"]
+    ended = launch(WORLD, ["-c", REFUSED_ON_RANK_1, *words], tmp_path / "logs")
+    assert ended.codes == [78] * WORLD, ended.text
+    assert ended.text.count("xar-scale: this node has other kernels") == 1

@@ -74,3 +74,12 @@ def test_wrong_words_end_in_one_line(words, tmp_path):
     done = command(sys.executable, "tools/cache_latents.py", *words)
     assert done.returncode == 64
     assert done.stderr.startswith("cache_latents: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.timeout(300)
+def test_one_rank_of_many_is_built():
+    done = command(sys.executable, "tools/bench.py", "build", "--model", "xar_b", "--ranks", "8")
+    assert done.returncode == 0, done.stderr
+    weights, grown, ready = done.stdout.splitlines()[-3:]
+    assert weights == "xar_b: 0.69 GB of float32 weights, one rank of 8 keeps 0.09 GB"
+    assert 0.08 < float(grown.split()[4]) < 0.5 and ready.endswith(" s until the engine was ready")

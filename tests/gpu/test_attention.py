@@ -18,6 +18,12 @@ LAYOUTS["unequal"] = unequal_layout()
 BF16, FP32, TF32 = 2e-2, 1e-5, 5e-3  # of the size of an output or gradient
 
 
+@pytest.fixture(autouse=True)
+def fresh():
+    """No graph of another test counts towards PyTorch's limit."""
+    torch._dynamo.reset()
+
+
 def outputs(tensors, layout, first, backend):
     """Attention and its gradients, in float64 for comparison."""
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]

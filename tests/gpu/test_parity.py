@@ -8,6 +8,7 @@ from tests.unit.conftest import with_backend
 from xar_scale.checkpoint.interop import official_names
 from xar_scale.flow import velocity_loss
 from xar_scale.sampler import sample
+from xar_scale.tokenizers.kl16 import KL16Tokenizer
 
 # Largest deviation from the recorded velocities, whose size is about 1
 VELOCITY = {"highest": 1e-4, "high": 1e-2, "bf16": 1e-1}
@@ -46,6 +47,15 @@ def test_forward_and_backward(model, golden_json, device, matmul):
 
 def test_forward_and_backward_in_bf16(model, golden_json, device):
     forward_backward(model, golden_json, device, "bf16")
+
+
+def test_the_autoencoder(kl16_weights, device):
+    """Convolutions multiply in TF32 unless told otherwise."""
+    kl16, case = KL16Tokenizer(kl16_weights, device), golden("kl16")
+    image = torch.from_numpy(draw("public/kl16/image", (1, 3, 64, 64))).tanh().float()
+    latent = torch.from_numpy(draw("public/kl16/latent", (1, 16, 4, 4))).float()
+    assert (kl16.moments(image).cpu() - case["moments"]).abs().max() < 1e-2
+    assert (kl16.reconstruct(latent).cpu() - case["decoded"]).abs().max() < 2e-2
 
 
 @pytest.mark.parametrize(("sampler", "steps", "cfg"), [("euler", 4, 2.5), ("euler", 3, 1.0), ("euler_maruyama", 5, 2.2)])

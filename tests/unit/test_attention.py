@@ -1,6 +1,7 @@
 """Block-causal attention, its cache and its positions."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -128,6 +129,21 @@ def test_long_entities_get_a_call_each_and_short_ones_one_product(monkeypatch, e
     assert used == [expected, *BACKENDS]
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "backward", "expected"),
+    [
+        ("cpu", torch.bfloat16, True, "dense"),  # PyTorch's fused kernel has a slow backward pass there
+        ("cpu", torch.bfloat16, False, "prefix"),
+        ("cpu", torch.float32, True, "prefix"),
+        ("cuda", torch.bfloat16, True, "prefix"),
+    ],
+)
+def test_the_choice_goes_by_device_type_and_direction(device, dtype, backward, expected):
+    layout = nano_model(grid=(16, 16)).layout
+    assert choose_backend(layout, torch.device(device), dtype, 64, dropout=0.0, backward=backward) == expected
+    assert choose_backend(layout, torch.device(device), dtype, 64, dropout=0.0, backward=backward, backend="prefix") == "prefix"
+
+
 def test_a_backend_that_cannot_serve_is_refused_with_the_reason():
     layout = LAYOUTS["equal"]
     q, k, v = qkv(layout, dtype=torch.float32)
@@ -135,16 +151,19 @@ def test_a_backend_that_cannot_serve_is_refused_with_the_reason():
         block_causal_attention(q, k, v, layout, backend="flex", dropout=0.1)
     with pytest.raises(ConfigError, match="flex has no backward pass on a CPU; use prefix or dense"):
         block_causal_attention(q.requires_grad_(), k, v, layout, backend="flex")
-    assert choose_backend(layout, torch.device("cuda"), 0.0, True, "flex") == "flex"
+    flex = partial(choose_backend, layout, torch.device("cuda"), torch.bfloat16, backward=True, backend="flex")
+    assert flex(16, dropout=0.0) == "flex"
     with pytest.raises(ConfigError, match="dropout"):
-        choose_backend(layout, torch.device("cuda"), 0.1, True, "flex")
+        flex(16, dropout=0.1)
+    with pytest.raises(ConfigError, match="flex takes heads of at least 16 channels, not 12"):
+        flex(12, dropout=0.0)
 
 
 def test_a_model_takes_the_named_backend_in_every_block_and_says_so():
     model = nano_model(dropout=0.1)
     for backend, says in (
         ("dense", "attention dense"),
-        ("prefix", "attention prefix (PyTorch's scaled_dot_product_attention)"),
+        ("prefix", "attention prefix (PyTorch scaled_dot_product_attention)"),
     ):
         said = model.use_kernels(KernelConfig(attention=backend), CPU, torch.float32, training=True)
         assert {block.attn.backend for block in model.blocks} == {backend}
@@ -156,22 +175,56 @@ def test_a_model_takes_the_named_backend_in_every_block_and_says_so():
 
 
 @pytest.fixture
-def flash_attn(monkeypatch, tmp_path):
-    """A stand-in for the package, to see when it is called and with what; the real one needs a GPU (tests/gpu)."""
-    (tmp_path / "flash_attn").mkdir()
-    (tmp_path / "flash_attn" / "__init__.py").write_text("")
-    (tmp_path / "flash_attn-2.8.3.dist-info").mkdir()
-    (tmp_path / "flash_attn-2.8.3.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: flash_attn\nVersion: 2.8.3\n"
-    )
+def installed(monkeypatch, tmp_path):
+    """Installs a package called flash_attn with this text in it."""
     monkeypatch.syspath_prepend(tmp_path)
-    attention._flash_attn.cache_clear()
-    yield attention._flash_attn()
-    attention._flash_attn.cache_clear()
-    sys.modules.pop("flash_attn")
+
+    def install(text: str | None) -> None:
+        (tmp_path / "flash_attn").mkdir()
+        if text is not None:
+            (tmp_path / "flash_attn" / "__init__.py").write_text(text)
+
+    yield install
+    sys.modules.pop("flash_attn", None)
 
 
-def test_flash_attn_serves_prefix_where_it_can(flash_attn):
+def test_flash_attn_is_found_where_it_is_installed(installed):
+    assert attention._find_flash_attn() is None
+    installed("def flash_attn_func():\n    return 'called'")
+    assert attention._find_flash_attn()() == "called"
+
+
+def test_a_folder_of_its_name_is_not_flash_attn(installed):
+    installed(None)
+    assert attention._find_flash_attn() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("raise ImportError('undefined symbol:\\n  _ZN3c10')", "undefined symbol: _ZN3c10"),
+        ("import absent_dependency", "No module named 'absent_dependency'"),
+        ("", "cannot import name 'flash_attn_func'"),
+    ],
+)
+def test_a_broken_flash_attn_is_said_and_not_passed_over(installed, text, reason, monkeypatch):
+    installed(text)
+    found = attention._find_flash_attn()
+    assert found.startswith("flash_attn is installed and cannot be used: ") and reason in found
+    monkeypatch.setattr(attention, "_FLASH", found)
+    with pytest.raises(ConfigError, match="flash_attn is installed and cannot be used.*; uninstall it"):
+        attention.describe("prefix", torch.device("cuda"), torch.bfloat16, 80)
+    assert "PyTorch" in attention.describe("prefix", torch.device("cuda"), torch.float32, 80)  # where it would not serve anyway
+
+
+def as_flash_attn(q_BTNH, k_BTNH, v_BTNH, dropout_p):
+    """What flash_attn computes, and its order of dimensions; the real one needs a GPU (tests/gpu)."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q_BTNH, k_BTNH, v_BTNH))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2)
+
+
+def test_flash_attn_serves_prefix_where_it_can(monkeypatch):
+    monkeypatch.setattr(attention, "_FLASH", as_flash_attn)
     cuda = torch.device("cuda")
     for dtype, head_width, device, serves in (
         (torch.bfloat16, 80, cuda, True),
@@ -180,22 +233,47 @@ def test_flash_attn_serves_prefix_where_it_can(flash_attn):
         (torch.bfloat16, 257, cuda, False),
         (torch.bfloat16, 80, CPU, False),
     ):
-        kernel = "flash_attn 2.8.3" if serves else "PyTorch's scaled_dot_product_attention"
+        kernel = "flash_attn" if serves else "PyTorch scaled_dot_product_attention"
         assert attention.describe("prefix", device, dtype, head_width) == f"prefix ({kernel})"
 
 
-def test_flash_attn_gets_tokens_before_heads(flash_attn, monkeypatch):
-    def flash_attn_func(q_BTNH, k_BTNH, v_BTNH, dropout_p):
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q_BTNH, k_BTNH, v_BTNH))
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2)
-
-    flash_attn.flash_attn_func = flash_attn_func
+@pytest.mark.parametrize("compiled", [False, True])
+def test_flash_attn_gets_tokens_before_heads_and_is_part_of_a_graph(monkeypatch, compiled):
+    monkeypatch.setattr(attention, "_FLASH", as_flash_attn)
     monkeypatch.setattr(attention, "_flash_serves", lambda *_: True)
     layout = LAYOUTS["unequal"]
-    out = block_causal_attention(*qkv(layout), layout, backend="prefix")
+    layout.on(CPU)
+    attend = torch.compile(block_causal_attention, backend="eager", fullgraph=True) if compiled else block_causal_attention
+    out = attend(*qkv(layout), layout, backend="prefix")
     torch.testing.assert_close(out, block_causal_attention(*qkv(layout), layout, backend="dense"), atol=1e-13, rtol=0)
-    with pytest.raises(RuntimeError, match="dropout probability"):  # it arrives there
-        block_causal_attention(*qkv(layout), layout, backend="prefix", dropout=1.5)
+    if not compiled:
+        with pytest.raises(RuntimeError, match="dropout probability"):  # it arrives there
+            attend(*qkv(layout), layout, backend="prefix", dropout=1.5)
+
+
+def test_flex_is_compiled_for_more_masks_than_pytorch_allows_by_itself(monkeypatch):
+    """On a GPU; here with a compiler that generates nothing."""
+    graphs = []
+    compile_ = torch.compile
+
+    def counting(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compile_(function, **settings, backend=counting))
+    attention._compiled_flex.cache_clear()
+    torch._dynamo.reset()
+    try:
+        kernel, layout = attention._compiled_flex(), nano_model(entity="patch").layout
+        for first in range(layout.entities):
+            q, k, v = qkv(layout, first, dtype=torch.float32)
+            mask = attention._block_mask(layout, first, layout.tokens, CPU)
+            expected = block_causal_attention(q, k, v, layout, first=first, backend="dense")
+            torch.testing.assert_close(kernel(q, k, v, block_mask=mask), expected, atol=1e-6, rtol=1e-6)
+        assert len(graphs) == layout.entities == 16
+    finally:
+        attention._compiled_flex.cache_clear()
+        torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("backend", WITH_BACKWARD)

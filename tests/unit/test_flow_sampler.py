@@ -1,6 +1,8 @@
 """Flow matching and sampling, on networks whose integral is known."""
 
+import dataclasses
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -9,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck
 
 from tests.unit.conftest import nano_model, normal, unequal_layout
-from xar_scale.config import ModelConfig
+from xar_scale.config import ModelConfig, SampleConfig
 from xar_scale.errors import UsageError
 from xar_scale.flow import interpolate, sample_time, velocity_loss
 from xar_scale.model.entities import create_layout, kinds
-from xar_scale.sampler import LAST_STOCHASTIC_TIME, SAMPLERS, sample
+from xar_scale.sampler import LAST_STOCHASTIC_TIME, SAMPLERS, SCHEDULES, sample
 
 CLASSES = 5
 
@@ -325,6 +327,25 @@ def test_unknown_samplers_and_step_counts_are_refused():
         sample(model, [0], guidance_schedule="none")
     with pytest.raises(UsageError, match="at least 1 step, not 0"):
         sample(model, [0], steps=0)
+
+
+@pytest.mark.parametrize("interval", [(0.9, 0.1), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)])
+def test_an_interval_that_is_none_is_refused(interval):
+    model = KnownField(lambda x, t, y: x)
+    with pytest.raises(UsageError, match=f"guidance 2.0 within times {interval[0]} to {interval[1]}"):
+        sample(model, [0], guidance=2.0, guidance_interval=interval)
+
+
+@pytest.mark.parametrize("guidance", [-1.0, math.nan])
+def test_a_guidance_that_is_none_is_refused(guidance):
+    with pytest.raises(UsageError, match=f"guidance {guidance} within"):
+        sample(KnownField(lambda x, t, y: x), [0], guidance=guidance)
+
+
+def test_the_config_knows_every_sampler_and_schedule():
+    fields = {field.name: get_args(field.type) for field in dataclasses.fields(SampleConfig)}
+    assert fields["sampler"] == tuple(SAMPLERS)
+    assert fields["guidance_schedule"] == tuple(SCHEDULES)
 
 
 @pytest.mark.parametrize("training", [True, False])

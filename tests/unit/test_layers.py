@@ -269,8 +269,7 @@ def test_a_model_of_any_size_is_described_without_memory_for_it(name, count):
     model = meta_model(ModelConfig(**model_values(name)))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in model.parameters()) == count
-    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
-    assert torch.equal(model.rotary_cos, rotary_angles(model.layout.coordinates, model.config.head_width).cos())
+    assert not list(model.buffers())  # nothing else has to be placed
 
 
 def test_unknown_models_and_fields_are_refused_with_the_known_ones():

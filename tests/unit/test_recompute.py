@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,6 +46,44 @@ def test_losses_and_gradients_are_those_without(mode, kind, backend):
     again, recomputed, _ = trained(mode, kind, backend)
     assert torch.equal(loss, again)
     assert [name for name in gradients if not torch.equal(gradients[name], recomputed[name])] == []
+
+
+@torch.library.custom_op("xar_scale_tests::attention", mutates_args=())
+def drawing(x: torch.Tensor, dropout_p: float) -> torch.Tensor:
+    """Stands for a fused kernel, which draws its dropout inside, as they do on a GPU."""
+    drawing.calls += 1
+    return x * (torch.rand_like(x) >= dropout_p) if dropout_p else x.clone()
+
+
+drawing.calls = 0
+drawing.register_fake(lambda x, dropout_p: torch.empty_like(x))
+drawing.register_autograd(
+    lambda ctx, gradient: (gradient * ctx.saved_tensors[0], None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward((output / inputs[0]).detach()),
+)
+
+
+@pytest.mark.parametrize(("dropout", "again"), [(0.0, 0), (0.3, 1)])
+def test_selective_replays_a_kernel_that_draws(dropout, again, monkeypatch):
+    """One that is kept is not run again: what draws after it would draw another mask than in the forward pass."""
+    monkeypatch.setattr(recompute, "_KEPT", {torch.ops.xar_scale_tests.attention.default, *recompute._KEPT})
+
+    class Layer(nn.Module):
+        def forward(self, x):
+            return F.dropout(drawing(x * 2, dropout), 0.5).sin()
+
+    gradients = []
+    for mode in ("none", "selective"):
+        layer = Layer()
+        apply_recompute([layer], mode)
+        x = torch.linspace(1, 2, 100).requires_grad_()
+        torch.manual_seed(0)
+        out = layer(x).sum()
+        drawing.calls = 0
+        out.backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    assert drawing.calls == again
 
 
 class CountProducts(TorchDispatchMode):

@@ -24,7 +24,6 @@ class SingleEngine(Engine):
         super().__init__(model, config, device)
         for weight in weights:
             weight.place(device)
-        model.to(device)  # what else it has: buffers
         self.optimizer = create_adamw(model, self.shapes, config.optim, choose_library(config.kernels.library, device))
         self.parameters = dict(model.named_parameters())
         self.passes = micro_batches(config.train, 1)[1]

@@ -1,19 +1,18 @@
-"""NVIDIA apex's fused RMSNorm and Adam: whether they can be had, and why not."""
+"""NVIDIA apex: whether its kernels can be had, and why not; its fused RMSNorm."""
 
 import importlib.util
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from xar_scale.config import KernelLibrary
 from xar_scale.errors import ConfigError
 
-Library = Literal["torch", "apex"]
 EXTENSIONS = ("fused_layer_norm_cuda", "amp_C")
 
 
-def choose_library(wanted: Literal["auto", "torch", "apex"], device: torch.device) -> Library:
+def choose_library(wanted: KernelLibrary, device: torch.device) -> KernelLibrary:
     """apex only where it is asked for: it has not been measured against torch's own fused kernels.
 
     Raises ConfigError with the reason when it is asked for and cannot be had.
@@ -21,7 +20,7 @@ def choose_library(wanted: Literal["auto", "torch", "apex"], device: torch.devic
     if wanted != "apex":
         return "torch"
     if reason := _missing(device):
-        raise ConfigError(f"kernels.library apex: {reason}")
+        raise ConfigError(f"kernels.library apex: {reason}; kernels.library=torch does without it")
     return "apex"
 
 
@@ -47,11 +46,5 @@ def rms_norm(x: Tensor, width: int, eps: float) -> Tensor:
     """Over the last dimension, without weight; statistics in float32, the result of x's dtype."""
     from apex.normalization.fused_layer_norm import fused_rms_norm
 
-    return fused_rms_norm(x, (width,), eps)
-
-
-def fused_adam(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
-    """AdamW. It counts steps a parameter group, not a parameter."""
-    from apex.optimizers import FusedAdam
-
-    return FusedAdam(groups, adam_w_mode=True, **settings)
+    with torch.autocast(x.device.type, enabled=False):  # under it apex would round x before it takes the statistics
+        return fused_rms_norm(x, (width,), eps)

@@ -1,7 +1,8 @@
 """block_causal_attention: entity k sees entities 0 to k. One readable reference (dense), two fast twins (prefix, flex)."""
 
-from functools import cache
-from importlib.metadata import version
+from collections.abc import Callable
+from functools import cache, lru_cache
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ Backend = Literal["dense", "prefix", "flex"]
 MIN_PREFIX_LENGTH = 16
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_WIDTH = 256  # the widest that FlashAttention-2 takes
+FLEX_HEAD_WIDTH = 16  # the narrowest that FlexAttention's kernel takes
 
 
 def block_causal_attention(
@@ -37,22 +39,34 @@ def block_causal_attention(
     the ones before. Returns (B, N, T, H) as q. Scale is H^-0.5; ``dropout`` acts on the probabilities. Raises ConfigError
     where ``backend`` is named and cannot serve: nothing falls back in silence.
     """
-    backend = choose_backend(layout, q_BNTH.device, dropout, q_BNTH.requires_grad, backend)
-    return _FUNCTIONS[backend](q_BNTH, k_BNTH, v_BNTH, layout, first, dropout)
+    kind = q_BNTH.device, q_BNTH.dtype, q_BNTH.shape[-1]
+    chosen = choose_backend(layout, *kind, dropout=dropout, backward=q_BNTH.requires_grad, backend=backend)
+    return _FUNCTIONS[chosen](q_BNTH, k_BNTH, v_BNTH, layout, first, dropout)
 
 
 def choose_backend(
-    layout: EntityLayout, device: torch.device, dropout: float, backward: bool, backend: AttentionBackend = "auto"
+    layout: EntityLayout,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_width: int,
+    *,
+    dropout: float,
+    backward: bool,
+    backend: AttentionBackend = "auto",
 ) -> Backend:
-    """The one named, or of the two that serve everywhere the faster: prefix, a call an entity, where entities are long on
-    average, and dense, one masked product, where they are short. Raises ConfigError with the reason against the one named.
+    """The one named, or of the two that serve everywhere the faster (docs/benchmarks): prefix, a call an entity, where entities
+    are long on average, and dense, one masked product, where they are short, and in 16 bits on a CPU, whose fused kernel has a
+    slow backward pass. Raises ConfigError with the reason against the one named.
     """
     if backend == "auto":
-        return "prefix" if layout.tokens >= MIN_PREFIX_LENGTH * layout.entities else "dense"
+        slow = device.type == "cpu" and dtype in FLASH_DTYPES and backward
+        return "prefix" if layout.tokens >= MIN_PREFIX_LENGTH * layout.entities and not slow else "dense"
     if backend == "flex" and dropout > 0:
         raise ConfigError(f"attention flex has no dropout, model.dropout is {dropout}; use prefix or dense")
     if backend == "flex" and backward and device.type == "cpu":
         raise ConfigError("attention flex has no backward pass on a CPU; use prefix or dense")
+    if backend == "flex" and head_width < FLEX_HEAD_WIDTH and device.type == "cuda":
+        raise ConfigError(f"attention flex takes heads of at least {FLEX_HEAD_WIDTH} channels, not {head_width}")
     return backend
 
 
@@ -62,9 +76,7 @@ def describe(backend: Backend, device: torch.device, dtype: torch.dtype, head_wi
         return "dense (a mask and a softmax)"
     if backend == "flex":
         return f"flex (PyTorch's FlexAttention, {'compiled' if device.type == 'cuda' else 'not compiled'})"
-    if _flash_serves(device, dtype, head_width):
-        return f"prefix (flash_attn {version('flash_attn')})"
-    return "prefix (PyTorch's scaled_dot_product_attention)"
+    return f"prefix ({'flash_attn' if _flash_serves(device, dtype, head_width) else 'PyTorch scaled_dot_product_attention'})"
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dropout: float) -> Tensor:
@@ -92,24 +104,35 @@ def _prefix(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, d
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
-def _flash_serves(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
-    fits = device.type == "cuda" and dtype in FLASH_DTYPES and head_width <= FLASH_HEAD_WIDTH
-    return fits and _flash_attn() is not None
-
-
-@cache
-def _flash_attn() -> Any:
-    """The flash_attn package, or None where it is not installed. One that is installed and broken raises ImportError."""
-    try:
-        return __import__("flash_attn")
-    except ModuleNotFoundError:
+def _find_flash_attn() -> Callable[..., Any] | str | None:
+    """flash_attn's function; None where the package is not installed; the reason where it is and cannot be used."""
+    spec = find_spec("flash_attn")
+    if spec is None or spec.origin is None:  # the latter: a folder of that name, as other packages of the family leave it
         return None
+    try:
+        from flash_attn import flash_attn_func
+    except Exception as error:  # a build for another torch ends in any of several kinds
+        return f"flash_attn is installed and cannot be used: {' '.join(str(error).split())}"
+    return flash_attn_func
+
+
+# Looked up here and not at the first call: that may be inside a graph, which cannot import
+_FLASH: Any = _find_flash_attn() if torch.cuda.is_available() else None
+
+
+def _flash_serves(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+    """Raises ConfigError where it would serve and is broken: to go on without it would be silence."""
+    if device.type != "cuda" or dtype not in FLASH_DTYPES or head_width > FLASH_HEAD_WIDTH or _FLASH is None:
+        return False
+    if isinstance(_FLASH, str):
+        raise ConfigError(f"{_FLASH}; uninstall it or build it for this torch")
+    return True
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
     """flash_attn's kernel, which wants (B, T, N, H)."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return _flash_attn().flash_attn_func(q, k, v, dropout_p=dropout_p).transpose(1, 2)
+    return _FLASH(q, k, v, dropout_p=dropout_p).transpose(1, 2)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dropout: float) -> Tensor:
@@ -117,8 +140,10 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dro
     place = layout, layout.offsets[first], k.shape[2], q.device
     if torch.compiler.is_compiling():  # a graph makes its own mask and its own kernel
         return flex_attention(q, k, v, block_mask=_block_mask(*place))
-    kernel = flex_attention if q.device.type == "cpu" else _compiled_flex()
-    return kernel(q, k, v, block_mask=_known_block_mask(*place))
+    mask = _known_block_mask(*place)
+    if q.device.type == "cpu":
+        return flex_attention(q, k, v, block_mask=mask)
+    return _compiled_flex()(q, k, v, block_mask=mask)
 
 
 def _block_mask(layout: EntityLayout, begin: int, end: int, device: torch.device) -> BlockMask:
@@ -131,12 +156,15 @@ def _block_mask(layout: EntityLayout, begin: int, end: int, device: torch.device
     return create_block_mask(visible, None, None, end - begin, end, device=str(device))
 
 
-_known_block_mask = cache(_block_mask)
+_known_block_mask = lru_cache(maxsize=128)(_block_mask)
 
 
 @cache
-def _compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=False)  # uncompiled it is dense and slow
+def _compiled_flex() -> Callable[..., Any]:
+    """Uncompiled it computes every score. Each mask and batch size is a graph of its own: beyond PyTorch's limit of 8 the
+    rest would run uncompiled, with a warning; this has more, and then fails."""
+    more = torch._dynamo.config.patch({"recompile_limit": 1024, "accumulated_recompile_limit": 1024})
+    return more(torch.compile(flex_attention, dynamic=False, fullgraph=True))
 
 
 _FUNCTIONS = {"dense": _dense, "prefix": _prefix, "flex": _flex}

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xar_scale.config import AttentionBackend, ModelConfig
+from xar_scale.config import AttentionBackend, KernelLibrary, ModelConfig
 from xar_scale.model import apex
 from xar_scale.model.attention import block_causal_attention
 from xar_scale.model.entities import EntityLayout
@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.width = width
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
-        self.library: apex.Library = "torch"
+        self.library: KernelLibrary = "torch"
 
     def forward(self, x: Tensor) -> Tensor:
         if self.library == "apex":

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from xar_scale.config import Recompute
 
 _aten = torch.ops.aten
-# Matrix products and attention: most of the time of a block, little of its memory
+# Matrix products and attention: most of the time of a block, little of its memory. What is not PyTorch's own, flash_attn's
+# kernel and FlexAttention, is computed again.
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -48,5 +49,13 @@ def _selective_contexts() -> Any:
     return create_selective_checkpoint_contexts(_policy)
 
 
-def _policy(context: Any, operation: Any, *_arguments: Any, **_keywords: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+    kept = operation in _KEPT and not _draws(operation, arguments, keywords)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _draws(operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """Whether it draws dropout inside. Such a one is computed again: what is skipped moves no generator, and all that draws
+    after it in the block would draw another mask than in the forward pass."""
+    names = [argument.name for argument in operation._schema.arguments]
+    return bool((dict(zip(names, arguments, strict=False)) | keywords).get("dropout_p", 0.0))

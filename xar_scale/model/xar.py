@@ -21,9 +21,6 @@ from xar_scale.presets import model_values
 class XAR(nn.Module):
     """xAR (Ren et al., 2025), section 3: an encoder and a decoder of the same width, adaLN by time and class per entity."""
 
-    rotary_cos: Tensor
-    rotary_sin: Tensor
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -41,9 +38,6 @@ class XAR(nn.Module):
         self.decoder = nn.ModuleList(Block(config, layout) for _ in range(config.depth_decoder))
         self.decoder_norm = RMSNorm(width, affine=True)
         self.out_proj = nn.Linear(width, config.channels)
-        angles = rotary_angles(layout.coordinates, config.head_width)
-        self.register_buffer("rotary_cos", angles.cos(), persistent=False)
-        self.register_buffer("rotary_sin", angles.sin(), persistent=False)
 
     @property
     def null_class(self) -> int:
@@ -61,14 +55,17 @@ class XAR(nn.Module):
         Raises ConfigError where one that is named cannot serve.
         """
         dropout = self.config.dropout if training else 0.0
-        backend = choose_backend(self.layout, device, dropout, training, kernels.attention)
+        head_width = self.config.head_width
+        backend = choose_backend(
+            self.layout, device, dtype, head_width, dropout=dropout, backward=training, backend=kernels.attention
+        )
         library = choose_library(kernels.library, device)
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend = backend
             elif isinstance(module, RMSNorm):
                 module.library = library
-        return f"attention {describe(backend, device, dtype, self.config.head_width)}, norms of {library}"
+        return f"attention {describe(backend, device, dtype, head_width)}, norms of {library}"
 
     def forward(self, x_BTC: Tensor, t_BK: Tensor, labels_B: Tensor, first: int = 0, cache: KVCache | None = None) -> Tensor:
         """Velocity (B, T, C) of noisy tokens x (B, T, C), entity-major, at times t (B, K) in [0, 1].
@@ -78,7 +75,9 @@ class XAR(nn.Module):
         tokens = slice(self.layout.offsets[first], self.layout.offsets[first + t_BK.shape[1]])
         assert x_BTC.shape[1] == tokens.stop - tokens.start, "tokens and times name different entities"
         condition = self.class_embed(labels_B)[:, None] + self.time_embed(t_BK)
-        rotary = self.rotary_cos[tokens], self.rotary_sin[tokens]
+        # made anew each time, for next to nothing: a buffer would have to follow its model through devices, types and shards
+        angles = rotary_angles(self.layout.on(x_BTC.device).coordinates[tokens], self.config.head_width)
+        rotary = angles.cos(), angles.sin()
         caches: Sequence[LayerCache | None] = cache or [None] * len(self.blocks)
 
         x = self.in_norm(self.in_proj(x_BTC) + self.encoder_pos[:, tokens])
@@ -111,7 +110,7 @@ class Weight(NamedTuple):
 
 
 def meta_model(config: ModelConfig) -> XAR:
-    """The network without memory for its parameters; the engine fills them one by one. Its buffers are real."""
+    """The network without memory for its parameters; the engine fills them one by one. It has no buffers."""
     with torch.device("meta"):
         return XAR(config)
 
