@@ -1,7 +1,6 @@
 """Latents that others stored: WebDataset tars that get an index beside them, and MAR's folder of .npz files."""
 
 import io
-import json
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -9,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -101,6 +101,6 @@ def mar_samples(root: Path, dtype: Literal["float16", "float32"]) -> Iterator[Sa
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 latent, flipped = (arrays[name].astype(dtype) for name in (MAR_LATENT, MAR_FLIPPED))
-        except (OSError, ValueError, KeyError, EOFError, zlib.error) as error:
+        except (OSError, ValueError, KeyError, EOFError, zlib.error, BadZipFile) as error:
             raise DataError(f"{path} is no sample of MAR's cache: {error}") from None
         yield Sample(f"{path.parent.name}-{path.stem.split('.')[0]}", label, latent, flipped)

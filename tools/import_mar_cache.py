@@ -1,0 +1,55 @@
+"""MAR's cache of latents, a folder a class with a .npz a sample, into shards.
+
+python tools/import_mar_cache.py /data/cached_latents --out /data/latents --weights kl16.ckpt
+"""
+
+import argparse
+import hashlib
+import sys
+from itertools import chain
+from pathlib import Path
+
+from rich.progress import track
+
+from xar_scale.cli import Parser, ending
+from xar_scale.data.foreign import mar_samples
+from xar_scale.data.shards import DatasetInfo, ShardWriter
+from xar_scale.errors import UsageError
+from xar_scale.tokenizers.kl16 import KL16Tokenizer
+
+
+def main() -> int:
+    parser = Parser(prog="import_mar_cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cache", type=Path, help="the folder of classes")
+    parser.add_argument("--out", type=Path, required=True, help="the data set's folder")
+    parser.add_argument("--weights", type=Path, required=True, help="the kl16.ckpt that made it: the set is known by its hash")
+    parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
+    parser.add_argument("--samples-per-shard", type=int, default=1024)
+
+    def run() -> None:
+        options = parser.parse_args()
+        for path, what in ((options.cache, "folder"), (options.weights, "weights")):
+            if not path.exists():
+                raise UsageError(f"no {what} at {path}")
+        files = sum(1 for _ in options.cache.glob("*/*.npz"))
+        samples = mar_samples(options.cache, options.dtype)
+        first = next(samples)
+        info = DatasetInfo(
+            tokenizer={"name": KL16Tokenizer.name, "sha256": hashlib.sha256(options.weights.read_bytes()).hexdigest()},
+            latent_scale=KL16Tokenizer.latent_scale,
+            stored="moments",
+            shape=first.latent.shape,
+            dtype=options.dtype,
+            classes=sum(path.is_dir() for path in options.cache.iterdir()),
+            flipped=True,
+        )
+        with ShardWriter(options.out, info, samples_per_shard=options.samples_per_shard) as writer:
+            for sample in track(chain([first], samples), "importing", total=files, disable=not sys.stderr.isatty()):
+                writer.add(*sample)
+        print(f"{files:,} samples in {len(writer.shards):,} shards: {options.out}")
+
+    return ending("import_mar_cache", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
