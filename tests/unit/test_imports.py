@@ -23,7 +23,7 @@ LAYERS = [
     ["engines"],
     ["checkpoint"],
     ["metrics"],
-    ["train", "evaluate"],
+    ["train", "evaluate", "bench"],
     ["cli"],
     ["__main__", "tools"],
 ]

@@ -1,0 +1,161 @@
+"""The model's parts: attention by each backend, activation checkpointing by each mode, building one rank's shards."""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from xar_scale import dist
+from xar_scale.bench.memory import resident
+from xar_scale.config import Config, ModelConfig, Recompute, merge, validated
+from xar_scale.engines import create_engine
+from xar_scale.errors import ConfigError, UsageError, XarScaleError
+from xar_scale.flow import velocity_loss
+from xar_scale.model.attention import Backend, block_causal_attention, choose_backend, describe
+from xar_scale.model.entities import EntityLayout, create_layout, kinds
+from xar_scale.model.recompute import apply_recompute
+from xar_scale.model.xar import Weight, create_model, initial_weights, meta_model
+from xar_scale.precision import MODES
+from xar_scale.presets import model_values, recipe
+
+WARM_UP, REPEATS = 2, 5
+
+
+def _config(options: argparse.Namespace, entity: str) -> ModelConfig:
+    sizes = {**model_values(options.model), "grid": [options.grid] * 2, "entity": entity}
+    return validated(ModelConfig, sizes, ConfigError)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _median_ms(work: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(WARM_UP + REPEATS):
+        _synchronize(device)
+        begun = time.perf_counter()
+        work()
+        _synchronize(device)
+        times.append(1e3 * (time.perf_counter() - begun))
+    return statistics.median(times[WARM_UP:])
+
+
+def _title(options: argparse.Namespace, columns: str) -> None:
+    grid = f"{options.grid}x{options.grid} tokens"
+    print(f"{options.model}, {grid}, batch {options.batch}, {options.precision}, {dist.local_device()}\n")
+    print(f"| {columns} |\n|{' --- |' * (columns.count('|') + 1)}")
+
+
+def bench_attention(options: argparse.Namespace) -> None:
+    """One layer's attention by every backend; the chosen one is marked."""
+    device, dtype = dist.local_device(), MODES[options.precision].compute
+    _title(options, "entity | K | backend | forward ms | forward + backward ms")
+    for entity in [options.entity] if options.entity else kinds():
+        config = _config(options, entity)
+        layout = create_layout(config)
+        shape = (options.batch, config.heads, layout.tokens, config.head_width)
+        q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+        chosen = choose_backend(layout, device, dtype, config.head_width, dropout=options.dropout, backward=True)
+        for backend in get_args(Backend):
+            forward = partial(block_causal_attention, q, k, v, layout, backend=backend)
+            name = describe(backend, device, dtype, config.head_width) + (", chosen" if backend == chosen else "")
+            times = f"{_median_ms(forward, device):.2f} | {_backward_ms(layout, backend, options.dropout, q, k, v)}"
+            print(f"| {entity} | {layout.entities} | {name} | {times} |", flush=True)
+
+
+def _backward_ms(layout: EntityLayout, backend: Backend, dropout: float, *qkv: Tensor) -> str:
+    q, k, v = (tensor.detach().requires_grad_() for tensor in qkv)
+
+    def work() -> None:
+        torch.autograd.grad(block_causal_attention(q, k, v, layout, backend=backend, dropout=dropout).sum(), (q, k, v))
+
+    try:
+        return f"{_median_ms(work, qkv[0].device):.2f}"
+    except ConfigError as refused:
+        return str(refused)
+
+
+def bench_recompute(options: argparse.Namespace) -> None:
+    """A whole network's loss and gradients. Each mode has a process of its own: a process's peak never falls."""
+    if options.mode:
+        print(json.dumps(_one_mode(options)))
+        return
+    _title(options, "recompute | ms a pass | peak memory of the pass, MB")
+    for mode in get_args(Recompute):
+        done = subprocess.run([sys.executable, *sys.argv, "--mode", mode], capture_output=True, text=True)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["it said nothing, as when it is killed for want of memory"]
+            raise XarScaleError(f"mode {mode} ended with code {done.returncode}: {said[-1]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(f"| {mode} | {found['ms']:.0f} | {found['peak_mb']:.0f} |", flush=True)
+
+
+def _one_mode(options: argparse.Namespace) -> dict[str, float]:
+    """Peak: above the weights and gradients, which are there before. On a CPU that of the resident set, so "offload", whose
+    host memory is the same memory, saves nothing there."""
+    device, compute = dist.local_device(), MODES[options.precision].compute
+    config = _config(options, options.entity or "cell")
+    model = create_model(options.model, entity=config.entity, grid=config.grid).to(device)
+    apply_recompute(model.blocks, options.mode)
+    layout = model.layout
+    latents = torch.randn(options.batch, config.channels, *config.grid, device=device)
+    noise = torch.randn(options.batch, layout.tokens, config.channels, device=device)
+    t = torch.rand(options.batch, layout.entities, device=device)
+    labels = torch.zeros(options.batch, dtype=torch.int64, device=device)
+
+    def work() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute is torch.bfloat16):
+            loss = velocity_loss(model, layout, latents, noise, t, labels)
+        loss.backward()
+
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before = _memory_peak(device, reset=True)
+    work()
+    peak = _memory_peak(device) - before
+    return {"ms": _median_ms(work, device), "peak_mb": peak / 2**20}
+
+
+def bench_build(options: argparse.Namespace) -> None:
+    """Rank 0 of a process group that sends nothing: what it builds is what it would build among the others."""
+    if options.ranks < 1:
+        raise UsageError("--ranks is at least 1")
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.ranks)}
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.ranks)
+    values = merge(recipe("imagenet256_h"), {"model": model_values(options.model), "train": {"global_batch": options.ranks}})
+    config = Config.from_dict(merge(values, {"train": {"precision": "fp32"}}))
+    model, seen = meta_model(config.model), list[int]()
+
+    def watched() -> Iterator[Weight]:
+        for weight in initial_weights(model, seed=0):
+            seen.append(resident())
+            yield weight
+        seen.append(resident())
+
+    whole, begun = sum(parameter.numel() * 4 for parameter in model.parameters()), time.perf_counter()
+    engine = create_engine(model, watched(), config, torch.device("cpu"))
+    shards = sum(shard.stop - shard.start for shard in engine.shards()) * 4
+    print(f"{options.model}: {whole / 1e9:.2f} GB of float32 weights, one rank of {options.ranks} keeps {shards / 1e9:.2f} GB")
+    print(f"resident memory grew by {(max(seen) - seen[0]) / 1e9:.2f} GB at most while they were made and cut")
+    print(f"{time.perf_counter() - begun:.0f} s until the engine was ready")
+
+
+def _memory_peak(device: torch.device, reset: bool = False) -> int:
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
