@@ -169,6 +169,7 @@ def test_a_missing_key_or_section_is_named():
         (["model.width=130"], "model.width 130 is not divisible by model.heads 4"),
         (["model.width=24"], "model.width 24 / model.heads 4 = 6 channels a head"),
         (["optim.warmup_steps=101", "train.steps=100"], "optim.warmup_steps 101 is more than train.steps 100"),
+        (["train.global_batch=100", "data.lanes=8"], "train.global_batch 100 is not divisible by data.lanes 8"),
     ],
 )
 def test_combinations_that_cannot_be_are_refused_with_their_numbers(overrides, says):

@@ -28,7 +28,8 @@ def open_set(folder, *overrides: str) -> LatentDataset:
 def read(folder, workers=0, *, start=0, steps=3, batch=6, micro=None, rank=0, world=1) -> list[Batch]:
     micro = micro or batch // world
     numbers = RankNumbers(start=start, steps=steps, global_batch=batch, micro_batch=micro, rank=rank, world=world)
-    dataset = open_set(folder, f"data.workers={workers}", "data.flip=true", "train.label_drop=0.3")
+    more = (f"data.workers={workers}", f"train.global_batch={batch}", "data.lanes=3")
+    dataset = open_set(folder, *more, "data.flip=true", "train.label_drop=0.3")
     return list(batches(dataset, numbers, CPU))
 
 
@@ -50,7 +51,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, 2, 5])
 def test_workers_do_not_change_a_bit(folder, workers):
     alone, many = read(folder), read(folder, workers)
     assert len(alone) == len(many) == 3
@@ -70,6 +71,40 @@ def test_ranks_together_read_what_one_reads(folder, world, micro):
 
 def test_a_resumed_run_reads_the_same_batches(folder):
     assert_equal(joined(read(folder, start=2, steps=4)), joined(read(folder, steps=4)[2:]))
+
+
+def test_a_run_goes_on_at_another_world_size_from_the_middle_of_an_epoch(folder):
+    """Ten samples, batches of six: step 3 begins eight samples into the second epoch."""
+    whole = read(folder, steps=7)
+    resumed = [read(folder, workers=1, start=3, steps=7, rank=rank, world=3) for rank in range(3)]
+    for step, parts in enumerate(zip(*resumed, strict=True)):
+        assert_equal(joined(parts), whole[3 + step])
+
+
+def test_a_large_batch_is_that_of_its_parts(folder, monkeypatch):
+    dataset = open_set(folder, "data.flip=true")
+    whole = dataset.__getitems__(range(20))
+    monkeypatch.setattr(LatentDataset, "CHUNK", 6)
+    assert_equal(dataset.__getitems__(range(20)), whole)
+
+
+def test_a_sample_is_the_same_in_any_company(folder):
+    dataset = open_set(folder, "data.flip=true", "train.label_drop=0.5")
+    together = dataset.__getitems__(range(20))
+    for number in (0, 7, 19):
+        alone = dataset.__getitems__([number])
+        assert_equal(dataset.__getitems__([3, number, 12]), joined([dataset.__getitems__([n]) for n in (3, number, 12)]))
+        assert torch.equal(alone.noise[0], together.noise[number]) and torch.equal(alone.t[0], together.t[number])
+
+
+def test_all_draws_of_a_sample_are_apart(folder):
+    draws = open_set(folder).draw(range(2000))
+    columns = [torch.from_numpy(draws.flip), torch.from_numpy(draws.label)]
+    columns += [part.flatten(1)[:, at] for part in (draws.time, draws.noise, draws.posterior) for at in (0, 1, -1)]
+    correlation = torch.corrcoef(torch.stack([column.double() for column in columns])) - torch.eye(len(columns))
+    assert correlation.abs().max() < 0.1
+    shapes = [tuple(part.shape) for part in (draws.time, draws.noise, draws.posterior)]
+    assert shapes == [(2000, 4), (2000, 16, 4), (2000, 4, 4, 4)]
 
 
 def test_a_batch_has_the_promised_shapes_and_types(folder):

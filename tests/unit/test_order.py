@@ -170,6 +170,20 @@ def test_ranks_together_read_every_global_batch_in_order_at_any_world_size(start
         assert together == expected
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 8, 64, 1000])
+def test_a_thousand_ranks_read_the_batches_that_one_reads_and_the_shards_of_their_lanes(world):
+    """240 lanes over 2,400 shards of 100; 24,000 samples a batch."""
+    order = SampleOrder([100] * 2400, seed=1, window=500, global_batch=24_000, lanes=240)
+    whole = places(order, range(5 * 24_000, 6 * 24_000))
+    share, of_rank = 24_000 // world, {}
+    for rank in {0, 1, world // 2, world - 1} & set(range(world)):
+        [numbers] = RankNumbers(start=5, steps=6, global_batch=24_000, micro_batch=share, rank=rank, world=world)
+        of_rank[rank] = places(order, numbers)
+        assert of_rank[rank] == whole[rank * share : (rank + 1) * share]
+        lanes = -(-240 // world) + 1
+        assert len({shard for shard, _ in of_rank[rank]}) <= 7 * lanes  # a window's, of each lane
+
+
 def test_a_rank_knows_how_many_batches_it_has():
     numbers = RankNumbers(start=2, steps=7, global_batch=48, micro_batch=4, rank=1, world=3)
     assert len(numbers) == len(list(numbers)) == 5 * 4

@@ -150,6 +150,7 @@ def test_no_checkpoint_is_not_an_error_but_a_wrong_path_is(tmp_path):
         ("model", {"width": 32}, "model.width is 32, .* was made with 16"),
         ("train", {"seed": 1}, "train.seed is 1, .* was made with 0"),
         ("train", {"global_batch": 16}, "train.global_batch is 16, .* was made with 8"),
+        ("data", {"lanes": 4}, "data.lanes is 4, .* was made with 8"),
         ("data", {"window": 5}, "data.window is 5, .* was made with 8192"),
         ("data", {"flip": True}, "data.flip is True, .* was made with False"),
     ],
