@@ -24,7 +24,7 @@ INFO = DatasetInfo(
     dtype="float16",
     classes=10,
     flipped=False,
-    shards=(ShardInfo("a", 100, 1, 0),),
+    shards=(ShardInfo("a", 100, 1, 0, 0),),
 )
 
 

@@ -56,7 +56,7 @@ def bench_order(options: argparse.Namespace) -> None:
     """One process's part of beginning: the set's description opened, the order made, a whole global batch located."""
     if min(options.shards, options.samples_per_shard) < 1:
         raise UsageError("--shards and --samples-per-shard are at least 1")
-    shards = [ShardInfo(f"latents-{n:06d}", options.samples_per_shard, 2**30, 0, n) for n in range(options.shards)]
+    shards = [ShardInfo(f"latents-{n:06d}", options.samples_per_shard, 2**30, n, n) for n in range(options.shards)]
     with TemporaryDirectory() as folder:
         end_set(Path(folder), INFO, shards)
         del shards
