@@ -70,7 +70,7 @@ def test_a_flipped_bit_in_a_latent_names_shard_and_sample(folder):
     for shard in (folder / "flipped").glob("*.tar"):  # in every third sample, so that both ranks meet some
         content = np.fromfile(shard, np.uint8)
         index = json.loads(shard.with_suffix(".index.json").read_text())
-        content[np.array(index["offset"])[::3] + 1600] ^= 1
+        content[np.array(index["latent"]["data"])[::3] + 130] ^= 1
         content.tofile(shard)
     ended = train(folder, "new-flipped", world=2, data="flipped")
     assert_one_line(ended, 65, "digits-00000", ".tar, sample ", "checksum does not match")

@@ -1,11 +1,16 @@
 """Operators' programs, run as typed."""
 
+import hashlib
+import shutil
 import sys
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.e2e.test_demo import command
+from xar_scale.data.reader import LatentShards
+from xar_scale.evaluate.digits import cache_digits
 from xar_scale.model.entities import kinds
 
 
@@ -83,3 +88,77 @@ def test_one_rank_of_many_is_built():
     weights, grown, ready = done.stdout.splitlines()[-3:]
     assert weights == "xar_b: 0.69 GB of float32 weights, one rank of 8 keeps 0.09 GB"
     assert 0.08 < float(grown.split()[4]) < 0.5 and ready.endswith(" s until the engine was ready")
+
+
+def tool(name, *words):
+    return command(sys.executable, f"tools/{name}.py", *map(str, words))
+
+
+@pytest.mark.timeout(200)
+def test_tars_get_the_index_they_had_and_damage_is_named(tmp_path):
+    data, bare = tmp_path / "data", tmp_path / "bare"
+    cache_digits(data, samples_per_shard=500)
+    bare.mkdir()
+    for tar in data.glob("*.tar"):
+        shutil.copy(tar, bare)
+    tokenizer = '{"name": "pixel", "patch": 2, "image_channels": 1}'
+    words = [bare, "--stored", "latents", "--latent-scale", "1", "--classes", "10", "--tokenizer", tokenizer]
+    indexed = tool("index_shards", *words)
+    assert indexed.returncode == 0, indexed.stderr
+    assert indexed.stdout == f"1,797 samples in 4 shards, float16(4, 4, 4): {bare}\n"
+    for path in data.iterdir():
+        assert (bare / path.name).read_bytes() == path.read_bytes(), path.name
+    again = tool("index_shards", *words)
+    assert again.returncode == 64 and "already holds a data set" in again.stderr
+
+    well = tool("verify_shards", bare)
+    assert well.returncode == 0, well.stderr
+    assert well.stdout == f"{bare}: 1,797 samples in 4 shards, every byte as written, every value finite\n"
+    content = bytearray((bare / "digits-000001.tar").read_bytes())
+    content[1536 + 140] ^= 1  # the first array's
+    (bare / "digits-000001.tar").write_bytes(content)
+    (bare / "digits-000002.tar").unlink()
+    bad = tool("verify_shards", bare, "--processes", 2)
+    assert bad.returncode == 65
+    assert bad.stdout.splitlines() == [
+        f"shard {bare}/digits-000001.tar, sample 000500 (number 0): checksum does not match",
+        f"shard {bare}/digits-000002.tar is missing",
+    ]
+    assert bad.stderr == f"verify_shards: {bare}: 2 faults in 2 of 4 shards\n"
+
+
+def test_mars_cache_becomes_shards(tmp_path):
+    moments = np.random.default_rng(0).standard_normal((6, 2, 32, 4, 4), dtype=np.float32)
+    for number, (latent, flipped) in enumerate(moments):
+        folder = tmp_path / "cache" / f"n{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / f"image{number}.JPEG.npz", moments=latent, moments_flip=flipped)
+    weights = tmp_path / "kl16.ckpt"
+    weights.write_bytes(b"only its hash counts here")
+    done = tool(
+        "import_mar_cache", tmp_path / "cache", "--out", tmp_path / "set", "--weights", weights, "--samples-per-shard", 4
+    )
+    assert done.returncode == 0, done.stderr
+    shards = LatentShards(tmp_path / "set")
+    assert done.stdout == f"6 samples in 2 shards: {tmp_path / 'set'}\n" and shards.info.classes == 2
+    assert shards.info.tokenizer == {"name": "kl16", "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    for at in range(6):
+        sample = shards.read(*divmod(at, 4))
+        number = int(sample.key[-1])
+        assert sample.key == f"n{number % 2}-image{number}" and sample.label == number % 2
+        assert np.array_equal(sample.latent, moments[number, 0].astype(np.float16))
+        assert np.array_equal(sample.flipped, moments[number, 1].astype(np.float16))
+    absent = tool("import_mar_cache", tmp_path / "absent", "--out", tmp_path / "other", "--weights", weights)
+    assert absent.returncode == 64 and f"no folder at {tmp_path / 'absent'}" in absent.stderr
+
+
+@pytest.mark.timeout(200)
+def test_reading_and_the_order_are_timed(tmp_path):
+    done = tool("bench", "loader", "--data", tmp_path, "--samples", 128)
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["MAR's folder of .npz", "stock webdataset", "ours"]
+    assert all(int(row[1].replace(",", "")) > 0 for row in rows) and rows[0][2] == "1.0"
+    done = tool("bench", "order", "--shards", 1000, "--samples-per-shard", 10)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("10,000 samples in 1,000 shards, 128 lanes; one process\n")
