@@ -42,9 +42,17 @@ def test_kinds_of_entity_are_compared_and_finished_runs_kept(tmp_path):
         ["heun", "3", "5"],
     ]
     assert all(row[3].endswith("%") and float(row[4]) > 0 for row in rows)
-    assert all(float(row[5]) > 0 for row in rows if row[0] != "euler_maruyama")
+    assert {len(row) for row in rows if row[0] == "euler_maruyama"} == {5}  # it converges to no one image
+    off = {(row[0], row[1]): float(row[5]) for row in rows if row[0] != "euler_maruyama"}
+    assert off["euler", "1"] == off["heun", "1"] == off["adams_bashforth", "1"]  # one step is Euler's
+    assert 0 < off["heun", "3"] < off["adams_bashforth", "3"] < off["euler", "3"] < off["euler", "1"]
+    with Image.open(tmp_path / "samplers.png") as sheet:
+        assert sheet.height == 8 * 52 + 4
     wrong = command(*words, "--steps", "1,x")
     assert wrong.returncode == 64 and "--steps '1,x' is not numbers with commas" in wrong.stderr
+    for none in (["--steps", "0"], ["--per-class", "0"]):
+        wrong = command(*words, *none)
+        assert wrong.returncode == 64 and "--steps and --per-class are at least 1" in wrong.stderr
 
 
 @pytest.mark.timeout(300)
@@ -53,15 +61,23 @@ def test_attention_and_recomputation_are_timed():
     done = command(sys.executable, "tools/bench.py", "attention", *small)
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
-    assert len(rows) == 3 * len(kinds()) and {row[0] for row in rows} == set(kinds())
+    entities = zip(kinds(), ["16", "4", "4", "3", "1"], strict=True)
+    assert [row[:2] for row in rows] == [list(entity) for entity in entities for _ in range(3)]
+    assert [row[2].split()[0] for row in rows] == ["dense", "prefix", "flex"] * len(kinds())
     assert sum(row[2].endswith(", chosen") for row in rows) == len(kinds())
     for row in rows:
         assert float(row[3]) > 0
         assert "no backward pass" in row[4] if row[2].startswith("flex") else float(row[4]) > 0
-    done = command(sys.executable, "tools/bench.py", "recompute", *small)
+    done = command(sys.executable, "tools/bench.py", "attention", *small, "--entity", "scale")
+    assert done.stdout.count("| scale | 3 |") == 3 and "| cell |" not in done.stdout
+    done = command(sys.executable, "tools/bench.py", "recompute", "--model", "nano", "--grid", "8", "--batch", "16")
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == ["none", "full", "selective", "offload"] and all(float(row[1]) > 0 for row in rows)
+    peaks = {row[0]: float(row[2]) for row in rows}
+    assert 0 < peaks["full"] < peaks["none"]
+    wrong = command(sys.executable, "tools/bench.py", "recompute", "--model", "nosuch")
+    assert wrong.returncode == 64 and "mode none ended with code 64: bench: no model 'nosuch'" in wrong.stderr
 
 
 def test_the_orders_are_drawn(tmp_path):

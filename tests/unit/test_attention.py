@@ -118,7 +118,14 @@ def test_a_network_output_depends_on_its_entity_and_earlier_ones_only(backend, k
 
 @pytest.mark.parametrize(
     ("entity", "grid", "expected"),
-    [("cell", (16, 16), "prefix"), ("scale", (16, 16), "prefix"), ("patch", (16, 16), "dense"), ("cell", (4, 4), "dense")],
+    [
+        ("cell", (16, 16), "prefix"),
+        ("scale", (16, 16), "prefix"),
+        ("patch", (16, 16), "dense"),
+        ("cell", (4, 4), "dense"),
+        ("cell", (8, 8), "prefix"),  # 16 tokens each
+        ("subsample", (6, 10), "dense"),  # 15
+    ],
 )
 def test_long_entities_get_a_call_each_and_short_ones_one_product(monkeypatch, entity, grid, expected):
     layout = nano_model(entity=entity, grid=grid).layout
@@ -172,6 +179,51 @@ def test_a_model_takes_the_named_backend_in_every_block_and_says_so():
         model.use_kernels(KernelConfig(attention="flex"), CPU, torch.float32, training=True)
     said = model.use_kernels(KernelConfig(attention="flex"), CPU, torch.float32, training=False)  # dropout is off there
     assert said.startswith("attention flex") and model.encoder[0].attn.backend == "flex"
+
+
+def test_flex_is_refused_before_training_on_a_cpu():
+    with pytest.raises(ConfigError, match="flex has no backward pass on a CPU"):
+        nano_model().use_kernels(KernelConfig(attention="flex"), CPU, torch.float32, training=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@torch.no_grad()
+def test_the_blocks_of_a_network_call_the_backend_named(backend, monkeypatch):
+    model, used = nano_model(), []
+    model.use_kernels(KernelConfig(attention=backend), CPU, torch.float32, training=False)
+
+    def recorded(name, function):
+        return lambda *arguments: used.append(name) or function(*arguments)
+
+    functions = {name: recorded(name, function) for name, function in attention._FUNCTIONS.items()}
+    monkeypatch.setattr(attention, "_FUNCTIONS", functions)
+    model(normal(0, 1, 16, 4, dtype=torch.float32), torch.full((1, 4), 0.5), torch.tensor([1]))
+    assert used == [backend] * 4
+
+
+def test_prefix_is_one_call_an_entity_fed(monkeypatch):
+    layout, lengths, kernel = unequal_layout(), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *kv, **_: lengths.append(q.shape[2]) or kernel(q, *kv))
+    block_causal_attention(*qkv(layout, first=1, last=2), layout, first=1, backend="prefix")
+    assert lengths == [3, 2]
+
+
+def test_whose_kernel_it_is_is_said():
+    cuda = torch.device("cuda")
+    for backend, device, says in (
+        ("dense", cuda, "dense (a mask and a softmax)"),
+        ("flex", cuda, "flex (PyTorch's FlexAttention, compiled)"),
+        ("flex", CPU, "flex (PyTorch's FlexAttention, not compiled)"),
+    ):
+        assert attention.describe(backend, device, torch.bfloat16, 80) == says
+
+
+def test_the_mask_of_flex_is_made_once_a_place(monkeypatch):
+    layout, made, create = unequal_layout(), [], attention.create_block_mask
+    monkeypatch.setattr(attention, "create_block_mask", lambda *a, **settings: made.append(a[3:5]) or create(*a, **settings))
+    for first in (0, 1, 0, 1):
+        block_causal_attention(*qkv(layout, first), layout, first=first, backend="flex")
+    assert made == [(10, 10), (9, 10)]
 
 
 @pytest.fixture
@@ -314,6 +366,17 @@ def test_entity_by_entity_with_a_cache_is_the_whole_forward(entity, backend):
                 tokens = slice(layout.offsets[first], layout.offsets[last])
                 parts.append(model(x[:, tokens], t[:, first:last], labels, first=first, cache=cache))
             torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_encoder_and_decoder_may_differ_in_depth():
+    model = nano_model(depth_encoder=1, depth_decoder=2).eval()
+    assert (len(model.encoder), len(model.decoder)) == (1, 2)
+    assert model.blocks == [model.encoder[0], model.decoder[0], model.decoder[1]]
+    x, t, labels = normal(0, 2, 16, 4, dtype=torch.float32), normal(1, 2, 4).sigmoid(), torch.tensor([1, 2])
+    cache = model.new_cache(2)
+    parts = [model(x[:, 8 * n : 8 * n + 8], t[:, 2 * n : 2 * n + 2], labels, first=2 * n, cache=cache) for n in (0, 1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(x, t, labels), atol=1e-5, rtol=0)
 
 
 def test_a_cache_holds_what_was_written_last_at_each_position():

@@ -11,6 +11,8 @@ import pytest
 from tests.processes import ROOT
 from tests.unit.tiny_run import INFO, Run
 from xar_scale.cli import main
+from xar_scale.evaluate.digits import cache_digits
+from xar_scale.model import recompute
 
 FAST = ["sample.steps=1", "sample.sampler=euler", "sample.guidance=1.0"]
 
@@ -81,6 +83,46 @@ def test_samples_of_chosen_classes(capsys, run, tmp_path):
     assert out.exists()
 
 
+def test_kernels_are_named_when_sampling(capsys, run, tmp_path):
+    arguments = ["sample", run, "--classes", "3", "--per-class", "1", "--out", str(tmp_path / "grid.png"), *FAST]
+    for backend in ("flex", "prefix"):
+        assert main([*arguments, f"kernels.attention={backend}"]) == 0
+        assert f"attention {backend}" in capsys.readouterr().out
+    assert_ends(capsys, [*arguments, "kernels.attention=nosuch"], 78, "kernels.attention = 'nosuch'")
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Words of a training of two steps on one process."""
+    cache_digits(tmp_path / "data", 1000)
+    small = ["train.engine=single", "train.steps=2", "optim.warmup_steps=1", "train.global_batch=8", "data.workers=0"]
+    where = ["--run-dir", str(tmp_path / "trained"), f"data.path={tmp_path / 'data'}"]
+    return ["train", "--recipe", "digits", *where, *small, "train.checkpoint_every=1"]
+
+
+def test_kernels_named_are_trained_with_and_said(capsys, train):
+    assert main([*train, "kernels.attention=prefix"]) == 0
+    assert "fp32; attention prefix (PyTorch scaled_dot_product_attention), norms of torch" in capsys.readouterr().out
+
+
+def test_kernels_that_cannot_train_are_refused_before_the_run_is_begun(capsys, train, tmp_path):
+    assert_ends(capsys, [*train, "kernels.attention=flex"], 78, "flex has no backward pass on a CPU")
+    assert not (tmp_path / "trained").exists()
+
+
+def test_a_resumed_run_draws_no_weights(train, monkeypatch):
+    assert main(train) == 0
+    monkeypatch.setattr("xar_scale.train.initial_weights", None)  # not even called
+    assert main([*train, "train.steps=3"]) == 0
+
+
+def test_all_blocks_are_recomputed(train, monkeypatch):
+    again, recomputed = recompute.checkpoint, []
+    monkeypatch.setattr(recompute, "checkpoint", lambda *a, **settings: recomputed.append(1) or again(*a, **settings))
+    assert main([*train, "train.recompute=full"]) == 0
+    assert len(recomputed) == 2 * 4  # steps, blocks of the encoder and the decoder
+
+
 def test_wrong_samples(capsys, run, tmp_path):
     out = tmp_path / "grid.png"
     assert_ends(capsys, ["sample", run, "--out", tmp_path / "grid.jpg"], 64, "grid.jpg is not a .png")
@@ -122,8 +164,6 @@ def test_wrong_archives(capsys, tmp_path):
 
 
 def test_a_run_folder_that_is_a_file(capsys, tmp_path):
-    from xar_scale.evaluate.digits import cache_digits
-
     cache_digits(tmp_path / "data", 1000)
     (tmp_path / "run").write_text("mine")
     arguments = ["train", "--recipe", "digits", "--run-dir", tmp_path / "run", f"data.path={tmp_path / 'data'}"]

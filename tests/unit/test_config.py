@@ -12,10 +12,10 @@ import yaml
 
 import xar_scale
 from tests.conftest import digits_config
-from xar_scale.config import Config, TrainConfig, merge, micro_batches, override, read_yaml
+from xar_scale.config import Config, KernelConfig, SampleConfig, TrainConfig, merge, micro_batches, override, read_yaml
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.presets import MODELS, RECIPES, model_values, recipe
-from xar_scale.sampler import sample
+from xar_scale.sampler import SAMPLERS, SCHEDULES, sample
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -245,7 +245,41 @@ def test_every_field_is_read_somewhere():
     assert {f"{section}.{name}" for section, name in fields - as_keywords if name not in read} == set()
 
 
-@pytest.mark.parametrize("assignment", ["optim.lr=.inf", "optim.lr=.nan", "optim.betas=[0.9,1.5]", "model.grid=[0,0]"])
+def test_the_sample_section_is_what_sampling_takes():
+    takes, section = inspect.signature(sample).parameters, SampleConfig()
+    shared = [field.name for field in dataclasses.fields(section) if field.name in takes]
+    assert {name: getattr(section, name) for name in shared} == {name: takes[name].default for name in shared}
+    types = typing.get_type_hints(SampleConfig)
+    assert typing.get_args(types["sampler"]) == tuple(SAMPLERS)
+    assert typing.get_args(types["guidance_schedule"]) == tuple(SCHEDULES)
+
+
+def test_kernels_are_chosen_unless_named():
+    assert digits_config().kernels == KernelConfig(attention="auto", library="auto")
+
+
+@pytest.mark.parametrize("interval", [[0, 1], [0.25, 0.5], [0.5, 0.5]])
+def test_an_interval_of_times_is_taken(interval):
+    assert digits_config(f"sample.guidance_interval={interval}").sample.guidance_interval == tuple(interval)
+
+
+@pytest.mark.parametrize("interval", [[-0.1, 1], [0, 1.1], [0.5, 0.2], [0.5]])
+def test_an_interval_that_is_none_is_refused(interval):
+    with pytest.raises(ConfigError, match="sample.guidance_interval"):
+        digits_config(f"sample.guidance_interval={interval}")
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "optim.lr=.inf",
+        "optim.lr=.nan",
+        "optim.betas=[0.9,1.5]",
+        "model.grid=[0,0]",
+        "kernels.attention=flash",
+        "kernels.library=cuda",
+    ],
+)
 def test_impossible_numbers_are_refused(assignment):
     with pytest.raises(ConfigError, match=assignment.split("=")[0]):
         Config.from_dict(override(recipe("digits"), [assignment]))

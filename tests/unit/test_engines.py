@@ -7,6 +7,7 @@ import torch
 
 from tests.conftest import digits_config, random_batch
 from xar_scale.engines import create_engine
+from xar_scale.engines.base import set_steps
 from xar_scale.engines.deepspeed import deepspeed_settings
 from xar_scale.errors import ConfigError
 from xar_scale.model.xar import initial_weights, meta_model
@@ -84,6 +85,19 @@ def test_keys_that_agree_are_no_contradiction(tmp_path):
     settings_of(tmp_path, {**ZERO3, "train_batch_size": 128, "gradient_clipping": 1.0, "fp16": {"enabled": False}})
 
 
+def test_selective_recomputation_turns_deepspeeds_linear_off(tmp_path):
+    """Which adds a bias twice to a product that is kept."""
+    wanted = {"zero_optimization": {"stage": 3, "memory_efficient_linear": True}}
+    for mode in ("none", "full", "offload"):
+        for values in (ZERO3, wanted):
+            zero = settings_of(tmp_path, values, f"train.recompute={mode}")["zero_optimization"]
+            assert zero == values["zero_optimization"]
+    zero = settings_of(tmp_path, ZERO3, "train.recompute=selective")["zero_optimization"]
+    assert zero == {"stage": 3, "memory_efficient_linear": False}
+    with pytest.raises(ConfigError, match="memory_efficient_linear contradicts train.recompute selective"):
+        settings_of(tmp_path, wanted, "train.recompute=selective")
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"), [(None, "no DeepSpeed config at"), ("{", "is not JSON"), ("[]", "holds a list")]
 )
@@ -110,6 +124,14 @@ def test_shards_are_views_of_weights_and_moments():
         assert shard.master.data_ptr() == parameters[shard.name].data_ptr()
         assert shard.exp_avg.abs().sum() > 0 and shard.exp_avg_sq.abs().sum() > 0
     assert [shard.name for shard in engine.shards()] == list(parameters)
+
+
+def test_steps_taken_are_told_of_each_tensor_and_of_the_group():
+    """torch's Adam counts them a tensor, apex's a group."""
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([weight])
+    set_steps(optimizer, weight, 7)
+    assert optimizer.state[weight]["step"] == 7 and optimizer.param_groups[0]["step"] == 7
 
 
 def test_the_agreed_norm_is_clipped():

@@ -168,6 +168,12 @@ def test_the_frechet_distance_is_that_of_gaussians():
     assert 1 < frechet_distance(shifted) < frechet_distance(noise)
 
 
+def test_the_frechet_distance_of_few_images_is_a_number():
+    """Their covariance is singular, and rounding makes eigenvalues of 0 negative."""
+    real, _ = load_digits()
+    assert 1 < frechet_distance(real[:10]) < 1000
+
+
 @pytest.mark.parametrize(
     ("images", "labels"),
     [

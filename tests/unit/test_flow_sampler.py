@@ -1,8 +1,6 @@
 """Flow matching and sampling, on networks whose integral is known."""
 
-import dataclasses
 import math
-from typing import get_args
 
 import pytest
 import torch
@@ -11,11 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import gradcheck
 
 from tests.unit.conftest import nano_model, normal, unequal_layout
-from xar_scale.config import ModelConfig, SampleConfig
+from xar_scale.config import ModelConfig
 from xar_scale.errors import UsageError
 from xar_scale.flow import interpolate, sample_time, velocity_loss
 from xar_scale.model.entities import create_layout, kinds
-from xar_scale.sampler import LAST_STOCHASTIC_TIME, SAMPLERS, SCHEDULES, sample
+from xar_scale.sampler import LAST_STOCHASTIC_TIME, SAMPLERS, sample
 
 CLASSES = 5
 
@@ -342,10 +340,20 @@ def test_a_guidance_that_is_none_is_refused(guidance):
         sample(KnownField(lambda x, t, y: x), [0], guidance=guidance)
 
 
-def test_the_config_knows_every_sampler_and_schedule():
-    fields = {field.name: get_args(field.type) for field in dataclasses.fields(SampleConfig)}
-    assert fields["sampler"] == tuple(SAMPLERS)
-    assert fields["guidance_schedule"] == tuple(SCHEDULES)
+@pytest.mark.parametrize("labels", [[], [-1], [0, CLASSES + 1]])
+def test_labels_that_are_no_class_are_refused(labels):
+    model = KnownField(lambda x, t, y: x)
+    with pytest.raises(UsageError, match=rf"labels must be one or more numbers in 0..{CLASSES}, the last for no class"):
+        sample(model, labels)
+    assert model.calls == []
+    assert sample(model, [0, CLASSES], steps=1).shape == (2, 3, 4, 4)
+
+
+def test_integration_is_in_float64_whatever_the_network_computes_in():
+    """Fifty steps of a third in bfloat16 add up to that third: no step is rounded to it."""
+    model = KnownField(lambda x, t, y: torch.full_like(x, 1 / 3)).bfloat16()
+    out = sample(model, [0], steps=50, guidance=1, sampler="euler", draw=zeros)
+    torch.testing.assert_close(out, torch.full_like(out, -(1 / 3)).bfloat16().float(), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -14,7 +14,7 @@ from xar_scale.errors import ConfigError, UsageError
 from xar_scale.model.entities import create_layout
 from xar_scale.model.layers import Block, GatedMLP, RMSNorm, TimeEmbedding, each_entity
 from xar_scale.model.rope import rotary_angles
-from xar_scale.model.xar import XAR, create_model, initial_weights, meta_model
+from xar_scale.model.xar import XAR, blank_weights, create_model, initial_weights, meta_model
 from xar_scale.presets import model_values
 from xar_scale.sampler import sample
 
@@ -270,6 +270,21 @@ def test_a_model_of_any_size_is_described_without_memory_for_it(name, count):
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in model.parameters()) == count
     assert not list(model.buffers())  # nothing else has to be placed
+
+
+@pytest.mark.parametrize("name", ["xar_2b", "xar_4b", "xar_7b"])
+def test_models_beyond_the_published_ones_have_heads_of_128_and_halves_alike(name):
+    config = ModelConfig(**model_values(name))
+    assert config.head_width == 128 and config.depth_encoder == config.depth_decoder
+
+
+def test_blank_weights_are_zeros_for_every_parameter():
+    model = meta_model(nano_model().config)
+    for weight in blank_weights(model):
+        weight.place(torch.device("cpu"))
+    reference = dict(nano_model().named_parameters())
+    assert {name: p.shape for name, p in model.named_parameters()} == {name: p.shape for name, p in reference.items()}
+    assert all(parameter.device.type == "cpu" and not parameter.any() for parameter in model.parameters())
 
 
 def test_unknown_models_and_fields_are_refused_with_the_known_ones():

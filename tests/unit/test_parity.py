@@ -84,6 +84,7 @@ def test_published_names_shapes_and_counts(preset):
     assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == {
         name: tuple(parameter.shape) for name, parameter in model.named_parameters()
     }
+    assert published["encoder_blocks.0.attn.rope.freqs"] == [config.head_width // 4]  # the heads, which no weight tells
     # what the map leaves out is derived from the sizes, nothing else
     left_out = set(published) - set(official_names(config))
     assert all(name == "mask" or ".rope.freqs" in name for name in left_out)
