@@ -6,13 +6,14 @@ python tools/index_shards.py /data/tars --latent latent.npy --label cls --stored
 
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
 
 from xar_scale.cli import Parser, ending
 from xar_scale.data.foreign import index_set
-from xar_scale.data.index import LABEL, LATENT, Members
+from xar_scale.data.index import FLIPPED, LABEL, LATENT, Members
 from xar_scale.errors import UsageError
 
 
@@ -32,6 +33,8 @@ def main() -> int:
         options = parser.parse_args()
         if min(options.processes, options.classes) < 1:
             raise UsageError("--processes and --classes are at least 1")
+        if not 0 < options.latent_scale < math.inf:
+            raise UsageError(f"--latent-scale {options.latent_scale} is not a positive number")
         try:
             tokenizer = json.loads(options.tokenizer)
         except ValueError:
@@ -40,7 +43,8 @@ def main() -> int:
             raise UsageError(f"--tokenizer {options.tokenizer!r} is no object with a name")
         info = index_set(
             options.data,
-            Members(options.latent, options.flipped, options.label),
+            Members(options.latent, options.flipped or FLIPPED, options.label),
+            flipped=options.flipped is not None,
             tokenizer=tokenizer,
             latent_scale=options.latent_scale,
             stored=options.stored,

@@ -25,21 +25,21 @@ def main() -> int:
         options = parser.parse_args()
         if options.processes < 1:
             raise UsageError(f"--processes {options.processes} is not at least 1")
-        verify(options.data, options.processes)
+        verify(LatentShards(options.data), options.processes)
 
     return ending("verify_shards", run)
 
 
-def verify(data: Path, processes: int) -> None:
-    info = LatentShards(data).info
+def verify(shards: LatentShards, processes: int) -> None:
+    data, info = shards.folder, shards.info
     bad_shards = count = 0
-    progress = track(verify_set(data, processes), "verifying", total=len(info.shards), disable=not sys.stderr.isatty())
+    progress = track(verify_set(shards, processes), "verifying", total=len(info.shards), disable=not sys.stderr.isatty())
     for _, faults in progress:
         bad_shards += bool(faults)
         count += len(faults)
         for fault in faults:
             print(fault, flush=True)
-    for name in stray_files(data):
+    for name in stray_files(shards):
         print(f"{data / name} is not in the set")
     if count:
         raise DataError(f"{data}: {count} faults in {bad_shards} of {len(info.shards)} shards")

@@ -15,6 +15,7 @@ from xar_scale.data.verify import verify_set
 from xar_scale.errors import DataError, UsageError
 
 SETTINGS = {
+    "flipped": True,
     "tokenizer": {"name": "kl16", "sha256": "0"},
     "latent_scale": 0.5,
     "stored": "moments",
@@ -49,10 +50,24 @@ def test_tars_of_stock_webdataset_are_indexed_and_read(tmp_path, samples):
         read = shards.read(*divmod(number, 4))
         assert (read.key, read.label) == (sample.key, sample.label)
         assert np.array_equal(read.latent, sample.latent) and np.array_equal(read.flipped, sample.flipped)
-    assert [fault for _, faults in verify_set(tmp_path, 1) for fault in faults] == []
+    assert [fault for _, faults in verify_set(LatentShards(tmp_path), 1) for fault in faults] == []
+
+
+def test_damage_to_a_set_of_others_is_named_by_their_names(tmp_path, samples):
+    stock_set(tmp_path, samples)
+    index_set(tmp_path, THEIRS, **SETTINGS)
+    content = bytearray((tmp_path / "theirs-00.tar").read_bytes())
+    at = content.index(str(samples[2].label).encode(), content.index(b"s0002.y") + 512)
+    content[at] ^= 1
+    (tmp_path / "theirs-00.tar").write_bytes(content)
+    [line] = [fault for _, faults in verify_set(LatentShards(tmp_path), 1) for fault in faults]
+    assert line.endswith("theirs-00.tar, sample s0002 (number 2): is not what the index says")
 
 
 def test_a_set_is_not_indexed_twice_and_an_empty_folder_not_at_all(tmp_path, samples):
+    with pytest.raises(UsageError, match=f"no folder at {tmp_path}/absent"):
+        index_set(tmp_path / "absent", THEIRS, **SETTINGS)
+    assert not (tmp_path / "absent").exists()
     with pytest.raises(DataError, match=f"no .tar in {tmp_path}"):
         index_set(tmp_path, THEIRS, **SETTINGS)
     stock_set(tmp_path, samples)
@@ -71,6 +86,8 @@ def test_a_set_is_not_indexed_twice_and_an_empty_folder_not_at_all(tmp_path, sam
             r"01.tar, sample s0005: an array is not float16\(4, 4, 4\)",
         ),
         ({"s0005": {"zf.npy": np.zeros((4, 4, 4), np.float32)}}, "theirs-01.tar, sample s0005: an array is not float16"),
+        ({"s0006": {"zf.npy": np.full((4, 4, 4), np.nan, np.float16)}}, "01.tar, sample s0006: an array is not finite"),
+        ({"s0000": {"z.npy": np.zeros((4, 0, 4), np.float16)}}, "sample s0000: z.npy is float16"),
         ({"s0007": {"y": "10"}}, "theirs-01.tar, sample s0007: label 10 is outside 0..9"),
         ({"s0007": {"y": "x"}}, "theirs-01.tar, sample s0007: its label b'x' is no number"),
     ],
@@ -86,7 +103,7 @@ def test_an_array_that_is_no_npy_is_refused(tmp_path, samples):
     with wds.ShardWriter(f"{tmp_path}/theirs-%02d.tar", verbose=0) as writer:
         writer.write({"__key__": "a", "z.npy": b"no array", "y": "1"})
     with pytest.raises(DataError, match=r"theirs-00.tar, sample a: z.npy is no .npy array"):
-        index_set(tmp_path, Members(latent="z.npy", label="y"), **SETTINGS)
+        index_set(tmp_path, Members(latent="z.npy", label="y"), **{**SETTINGS, "flipped": False})
 
 
 def mar_cache(root, samples):
@@ -120,6 +137,27 @@ def test_what_is_no_cache_is_refused_by_name(tmp_path, content, says):
         (tmp_path / "n0000" / "bad.npz").write_bytes(content)
     with pytest.raises(DataError, match=says):
         list(mar_samples(tmp_path, "float16"))
+
+
+def test_a_cache_that_would_be_read_wrongly_is_refused(tmp_path, samples):
+    mar_cache(tmp_path, samples)
+    (tmp_path / ".hidden").mkdir()
+    with pytest.raises(DataError, match=r"\.hidden is no class, for it holds no .npz: the labels after it would shift"):
+        list(mar_samples(tmp_path, "float16"))
+    (tmp_path / ".hidden").rmdir()
+    folder = tmp_path / f"n{samples[0].label:04d}"
+    (folder / "deeper").mkdir()
+    with pytest.raises(DataError, match="deeper lies deeper than"):
+        list(mar_samples(tmp_path, "float16"))
+    (folder / "deeper").rmdir()
+    for moments in (np.full((4, 4, 4), 1e6, np.float32), np.zeros((1, 4, 4, 4), np.float32)):
+        np.savez(folder / "bad.npz", moments=moments, moments_flip=moments)
+        with pytest.raises(DataError, match=r"bad.npz: its moments are .* not finite in float16, or not 3-D"):
+            list(mar_samples(tmp_path, "float16"))
+    for name in ("a.1.npz", "a.2.npz"):
+        np.savez(folder / name, moments=samples[0].latent, moments_flip=samples[0].latent)
+    (folder / "bad.npz").unlink()
+    assert len({sample.key for sample in mar_samples(tmp_path, "float16")}) == 12
 
 
 def test_a_pickle_in_a_cache_is_never_loaded(tmp_path):

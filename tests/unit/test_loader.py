@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import digits_config
 from tests.unit.conftest import write_set
-from xar_scale.data import loader
+from xar_scale.data import loader, reader
 from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches, check_fits
 from xar_scale.data.order import SampleOrder
 from xar_scale.data.reader import LatentShards
@@ -259,6 +259,20 @@ def test_a_corrupt_sample_makes_a_blank_batch_that_names_it(tmp_path, workers):
         assert getattr(blank, name).shape == getattr(whole, name).shape
         assert getattr(blank, name).dtype == getattr(whole, name).dtype
         assert getattr(blank, name).abs().sum() == 0
+
+
+def test_as_many_shards_stay_open_as_the_lanes_go_around(tmp_path, monkeypatch):
+    """A shard that is closed between two visits costs an index each time."""
+    write_set(tmp_path, 400, per_shard=2)
+    monkeypatch.setattr(LatentShards, "open_shards", 1)
+    opened = []
+    open_ = reader._OpenShard.__init__
+    monkeypatch.setattr(reader._OpenShard, "__init__", lambda self, *of: opened.append(of) or open_(self, *of))
+    dataset = open_set(tmp_path, "data.lanes=16", "train.global_batch=16")  # windows of six: three shards, four at their edges
+    assert dataset.shards.open_shards == 16 * 5
+    for step in range(18):
+        dataset.__getitems__(range(16 * step, 16 * step + 16))
+    assert 100 < len(set(opened)) and len(opened) < 1.1 * len(set(opened))  # edges of lanes are met twice
 
 
 def test_a_dataset_can_be_pickled_to_a_worker(folder):

@@ -62,7 +62,7 @@ def test_samples_are_read_in_any_order(tmp_path):
 
 def test_no_more_files_stay_open_than_allowed(tmp_path, monkeypatch):
     written = write_set(tmp_path, 10, per_shard=1)
-    monkeypatch.setattr(LatentShards, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(LatentShards, "open_shards", 2)
     shards = LatentShards(tmp_path)
 
     def opened():

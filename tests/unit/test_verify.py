@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from tests.unit.conftest import small_info, small_samples, write_set
-from xar_scale.data.index import FLIPPED, Members, index_tar
+from xar_scale.data.index import Members, index_tar
+from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DATASET_FILE, INDEX, Sample, npy
 from xar_scale.data.verify import stray_files, verify_set
 from xar_scale.errors import DataError
@@ -20,7 +21,7 @@ BLOCK = tarfile.BLOCKSIZE
 
 
 def faults(folder) -> list[str]:
-    return [fault for _, found in verify_set(folder, 1) for fault in found]
+    return [fault for _, found in verify_set(LatentShards(folder), 1) for fault in found]
 
 
 def members(folder) -> dict[str, tarfile.TarInfo]:
@@ -69,8 +70,8 @@ def folder(tmp_path):
 
 
 def test_a_set_as_written_has_no_faults(folder):
-    assert [name for name, _ in verify_set(folder, 2)] == ["latents-000000", SHARD, "latents-000002"]
-    assert faults(folder) == [] and stray_files(folder) == []
+    assert [name for name, _ in verify_set(LatentShards(folder), 2)] == ["latents-000000", SHARD, "latents-000002"]
+    assert faults(folder) == [] and stray_files(LatentShards(folder)) == []
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_a_value_that_is_not_finite_is_found(tmp_path, flipped, value):
 def test_files_that_the_set_does_not_list_are_named(folder):
     for name in ("extra.tar", f"extra{INDEX}", "notes.txt"):
         (folder / name).write_text("")
-    assert stray_files(folder) == [f"extra{INDEX}", "extra.tar"]
+    assert stray_files(LatentShards(folder)) == [f"extra{INDEX}", "extra.tar"]
 
 
 # indexing
@@ -168,7 +169,7 @@ TWO = [("a.cls", b"3"), ("a.latent.npy", ARRAY), ("b.latent.npy", ARRAY[::-1]), 
 def test_samples_of_any_tar_are_indexed_whatever_else_is_in_it(format):
     long = "k" * 150 if format != tarfile.USTAR_FORMAT else "k"
     file = tar_of(*TWO, (f"{long}.cls", b"0"), (f"{long}.latent.npy", ARRAY), format=format)
-    index = index_tar(file, "x.tar", Members())
+    index = index_tar(file, "x.tar", Members(), flipped=False)
     assert index.keys == ["a", "b", long] and index.labels == [3, 12, 0] and not index.flipped.begin
     content = file.getvalue()
     for position, expected in enumerate((ARRAY, ARRAY[::-1], ARRAY)):
@@ -180,7 +181,7 @@ def test_samples_of_any_tar_are_indexed_whatever_else_is_in_it(format):
 
 def test_members_may_have_other_names():
     file = tar_of(("n/a.Z.npy", ARRAY), ("n/a.y", b"1"), ("n/a.zf.npy", ARRAY))
-    index = index_tar(file, "x.tar", Members(latent="Z.npy", flipped="zf.npy", label="y"))
+    index = index_tar(file, "x.tar", Members(latent="Z.npy", flipped="zf.npy", label="y"), flipped=True)
     assert index.keys == ["n/a"] and index.labels == [1] and len(index.flipped.begin) == 1
 
 
@@ -190,18 +191,70 @@ def test_members_may_have_other_names():
         ([("a.cls", b"3"), ("b.cls", b"3")], r"shard x.tar, sample a \(number 0\): latent.npy is missing"),
         ([*TWO, ("c.latent.npy", ARRAY)], r"shard x.tar, sample c \(number 2\): cls is missing"),
         ([("a.cls", b"3"), ("a.cls", b"4")], "shard x.tar, sample a: cls comes twice"),
+        ([*TWO, *TWO[:2]], "shard x.tar, sample a: comes twice"),
         ([("a.cls", b"cat"), ("a.latent.npy", ARRAY)], "shard x.tar, sample a: its label b'cat' is no number"),
         ([("a.cls", b"-1"), ("a.latent.npy", ARRAY)], "its label b'-1' is no number"),
     ],
 )
 def test_samples_that_are_not_whole_are_refused_by_name(entries, says):
     with pytest.raises(DataError, match=says):
-        index_tar(tar_of(*entries), "x.tar", Members())
+        index_tar(tar_of(*entries), "x.tar", Members(), flipped=False)
 
 
 def test_a_sample_without_its_mirrored_array_is_refused():
     with pytest.raises(DataError, match="sample a .*flipped.npy is missing"):
-        index_tar(tar_of(*TWO), "x.tar", Members(flipped=FLIPPED))
+        index_tar(tar_of(*TWO), "x.tar", Members(), flipped=True)
+
+
+def test_keys_are_those_of_webdataset():
+    """Up to the first dot behind the last slash; what has no array and no label is no sample."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, content in (
+            ("./v1.0", None),
+            ("README", b"x"),
+            ("meta.json", b"{}"),
+            *(
+                (f"{key}.{member}", content)
+                for key in ("./v1.0/0", "./v1.0/1", "2")
+                for member, content in (("latent.npy", ARRAY), ("cls", b"1"))
+            ),
+        ):
+            header = tarfile.TarInfo(name)
+            header.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
+            header.size = len(content or b"")
+            tar.addfile(header, io.BytesIO(content or b""))
+    assert index_tar(file, "x.tar", Members(), flipped=False).keys == ["./v1.0/0", "./v1.0/1", "2"]
+
+
+def test_a_tar_that_is_zeros_from_somewhere_on_is_refused():
+    """As a crash may leave one, with many samples lost behind what looks like its end."""
+    content = bytearray(
+        tar_of(*[(f"{n}.{m}", c) for n in range(30) for m, c in (("cls", b"1"), ("latent.npy", ARRAY))]).getvalue()
+    )
+    content[10 * 4 * BLOCK :] = bytes(len(content) - 10 * 4 * BLOCK)
+    with pytest.raises(DataError, match="lie .* zeros, more than a tar's end has"):
+        index_tar(io.BytesIO(bytes(content)), "x.tar", Members(), flipped=False)
+
+
+@pytest.mark.parametrize("change", [lambda shards: shards[1].update(samples=3), lambda shards: shards[1].update(samples=9)])
+def test_a_count_that_is_not_the_index_s_is_found(folder, change):
+    values = json.loads((folder / DATASET_FILE).read_text())
+    change(values["shards"])
+    (folder / DATASET_FILE).write_text(json.dumps(values))
+    said = f"{folder}/{SHARD}{INDEX} holds 4 samples, dataset.json says {values['shards'][1]['samples']}"
+    assert faults(folder) == [said]
+    with pytest.raises(DataError, match=said):
+        LatentShards(folder).read(1, 0)
+
+
+@pytest.mark.parametrize(("name", "says"), [("latents-000000", "comes twice"), ("../latents-000001", "is in another folder")])
+def test_shards_are_in_the_folder_and_each_once(folder, name, says):
+    values = json.loads((folder / DATASET_FILE).read_text())
+    values["shards"][1]["name"] = name
+    (folder / DATASET_FILE).write_text(json.dumps(values))
+    with pytest.raises(DataError, match=f"shard '{name}' {says}"):
+        LatentShards(folder)
 
 
 @pytest.mark.parametrize("position", range(5))
@@ -219,10 +272,10 @@ def test_no_damage_to_a_tar_loses_samples_in_silence(kind, position):
     else:
         content = content[: member.offset + {"cut header": 100, "cut before": 0, "cut content": BLOCK + 1}[kind]]
     with pytest.raises(DataError, match="shard x.tar"):
-        index_tar(io.BytesIO(bytes(content)), "x.tar", Members())
+        index_tar(io.BytesIO(bytes(content)), "x.tar", Members(), flipped=False)
 
 
 def test_an_empty_file_and_one_of_zeros_are_no_shards():
     with pytest.raises(DataError, match="shard x.tar"):
-        index_tar(io.BytesIO(b""), "x.tar", Members())
-    assert index_tar(io.BytesIO(bytes(10240)), "x.tar", Members()).keys == []
+        index_tar(io.BytesIO(b""), "x.tar", Members(), flipped=False)
+    assert index_tar(io.BytesIO(bytes(10240)), "x.tar", Members(), flipped=False).keys == []

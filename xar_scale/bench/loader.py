@@ -28,6 +28,8 @@ INFO = DatasetInfo({"name": "kl16", "sha256": "none: random numbers"}, 0.2325, "
 
 def bench_loader(options: argparse.Namespace) -> None:
     """Warm cache, a batch of 64 at a time, with all randomness: flip, posterior, times, noise, label drop."""
+    if options.samples < 1:
+        raise UsageError("--samples is at least 1")
     torch.set_num_threads(1)
     values = merge(recipe("imagenet256_b"), {"data": {"path": str(options.data / "shards")}})
     config = Config.from_dict(values)
@@ -80,9 +82,11 @@ def bench_order(options: argparse.Namespace) -> None:
 def _write_sets(folder: Path, samples: int) -> None:
     """The same latents as our shards and as MAR's files, unless they are there."""
     if (folder / "shards" / DATASET_FILE).exists():
+        if (there := LatentShards(folder / "shards").info.samples) != samples:
+            raise UsageError(f"{folder} holds {there} samples already, not {samples}; give another folder")
         return
     generator = np.random.default_rng(0)
-    with ShardWriter(folder / "shards", INFO) as writer:
+    with ShardWriter(folder / "shards", INFO, samples_per_shard=256) as writer:
         for number in range(samples):
             label = number % 1000
             latent, flipped = generator.standard_normal((2, *SHAPE), dtype=np.float32).astype(np.float16)

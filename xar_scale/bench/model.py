@@ -135,7 +135,10 @@ def bench_build(options: argparse.Namespace) -> None:
         raise UsageError("--ranks is at least 1")
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.ranks)}
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.ranks)
-    values = merge(recipe("imagenet256_h"), {"model": model_values(options.model), "train": {"global_batch": options.ranks}})
+    values = merge(
+        recipe("imagenet256_h"),
+        {"model": model_values(options.model), "train": {"global_batch": options.ranks}, "data": {"lanes": 1}},
+    )
     config = Config.from_dict(merge(values, {"train": {"precision": "fp32"}}))
     model, seen = meta_model(config.model), list[int]()
 

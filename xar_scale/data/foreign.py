@@ -1,21 +1,22 @@
 """Latents that others stored: WebDataset tars that get an index beside them, and MAR's folder of .npz files."""
 
 import io
+import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 from zipfile import BadZipFile
 
 import numpy as np
 
 from xar_scale import rng
-from xar_scale.data.index import Index, Members, index_tar
+from xar_scale.data.index import Index, Members, crc32_of, index_tar
 from xar_scale.data.shards import INDEX, DatasetInfo, Sample, ShardInfo, begin_set, end_set, npy
-from xar_scale.errors import DataError
+from xar_scale.errors import DataError, UsageError
 from xar_scale.files import write_atomically
 
 MAR_LATENT, MAR_FLIPPED = "moments", "moments_flip"  # arrays of a file of MAR's cache
@@ -25,6 +26,7 @@ def index_set(
     folder: Path,
     members: Members,
     *,
+    flipped: bool,
     tokenizer: dict[str, Any],
     latent_scale: float,
     stored: Literal["latents", "moments"],
@@ -36,21 +38,23 @@ def index_set(
     Every array must be a .npy of the shape and type that the first one has. Raises DataError naming the shard and sample
     that is not, UsageError where the folder holds a set already.
     """
+    if not folder.is_dir():
+        raise UsageError(f"no folder at {folder}")
     begin_set(folder)
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise DataError(f"no .tar in {folder}")
-    shape, dtype = _first_array(tars[0], members)
-    info = DatasetInfo(tokenizer, latent_scale, stored, shape, dtype, classes, members.flipped is not None)
+    shape, dtype = _first_array(tars[0], members, flipped)
+    info = DatasetInfo(tokenizer, latent_scale, stored, shape, dtype, classes, flipped, members)
     with ProcessPoolExecutor(processes) as pool:
-        shards = tuple(pool.map(partial(_index_shard, members, info), tars))
+        shards = tuple(pool.map(partial(_index_shard, info), tars))
     end_set(folder, info, shards)
     return replace(info, shards=shards)
 
 
-def _first_array(path: Path, members: Members) -> tuple[tuple[int, int, int], Literal["float16", "float32"]]:
+def _first_array(path: Path, members: Members, flipped: bool) -> tuple[tuple[int, int, int], Literal["float16", "float32"]]:
     with path.open("rb") as file:
-        index = index_tar(file, str(path), members)
+        index = index_tar(file, str(path), members, flipped)
         if not index.keys:
             raise DataError(f"shard {path} holds no samples")
         file.seek(index.latent.data[0])
@@ -61,30 +65,37 @@ def _first_array(path: Path, members: Members) -> tuple[tuple[int, int, int], Li
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(content)
     except ValueError as error:
         raise DataError(f"shard {path}, sample {index.keys[0]}: {members.latent} is no .npy array: {error}") from None
-    if fortran or len(shape) != 3 or dtype not in (np.float16, np.float32) or not dtype.isnative:
+    if fortran or len(shape) != 3 or 0 in shape or dtype not in (np.float16, np.float32) or not dtype.isnative:
         raise DataError(f"shard {path}, sample {index.keys[0]}: {members.latent} is {dtype}{shape}, not 3-D float16 or float32")
     return shape, "float16" if dtype == np.float16 else "float32"
 
 
-def _index_shard(members: Members, info: DatasetInfo, path: Path) -> ShardInfo:
-    content = path.read_bytes()
-    index = index_tar(io.BytesIO(content), str(path), members)
-    _check_arrays(content, index, info, path)
+def _index_shard(info: DatasetInfo, path: Path) -> ShardInfo:
+    with path.open("rb") as file:
+        index = index_tar(file, str(path), info.members, info.flipped)
+        if not index.keys:
+            raise DataError(f"shard {path} holds no samples")
+        _check_arrays(file, index, info, path)
+        size, crc32 = file.seek(0, os.SEEK_END), crc32_of(file)
     if wrong := [at for at, label in enumerate(index.labels) if label >= info.classes]:
         at = wrong[0]
         raise DataError(f"shard {path}, sample {index.keys[at]}: label {index.labels[at]} is outside 0..{info.classes - 1}")
     text = index.to_json()
     write_atomically(path.with_name(f"{path.stem}{INDEX}"), text)
-    return ShardInfo(path.stem, len(index.keys), len(content), zlib.crc32(content), zlib.crc32(text))
+    return ShardInfo(path.stem, len(index.keys), size, crc32, zlib.crc32(text))
 
 
-def _check_arrays(content: bytes, index: Index, info: DatasetInfo, path: Path) -> None:
+def _check_arrays(file: BinaryIO, index: Index, info: DatasetInfo, path: Path) -> None:
     example = npy(np.zeros(info.shape, info.dtype))
     header = example[: len(example) - np.dtype(info.dtype).itemsize * int(np.prod(info.shape))]
     for spans in (index.latent, index.flipped):
         for key, data, size in zip(index.keys, spans.data, spans.size, strict=False):
-            if content[data : data + len(header)] != header or size != len(example):
+            file.seek(data)
+            content = file.read(size)
+            if content[: len(header)] != header or size != len(example):
                 raise DataError(f"shard {path}, sample {key}: an array is not {info.dtype}{info.shape}, as the first is")
+            if not np.isfinite(np.frombuffer(content, info.dtype, offset=len(header))).all():
+                raise DataError(f"shard {path}, sample {key}: an array is not finite")
 
 
 def mar_samples(root: Path, dtype: Literal["float16", "float32"]) -> Iterator[Sample]:
@@ -96,11 +107,20 @@ def mar_samples(root: Path, dtype: Literal["float16", "float32"]) -> Iterator[Sa
     files = [(path, label) for label, folder in enumerate(classes) for path in sorted(folder.glob("*.npz"))]
     if not files:
         raise DataError(f"{root} holds no folders of .npz files")
+    if empty := [folder for folder in classes if not any(folder.glob("*.npz"))]:
+        raise DataError(f"{empty[0]} is no class, for it holds no .npz: the labels after it would shift")
+    if nested := [folder for folder in root.glob("*/*") if folder.is_dir()]:
+        raise DataError(f"{nested[0]} lies deeper than MAR's cache does")
     for at in rng.generator(0, "import").permutation(len(files)):
         path, label = files[at]
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                latent, flipped = (arrays[name].astype(dtype) for name in (MAR_LATENT, MAR_FLIPPED))
-        except (OSError, ValueError, KeyError, EOFError, zlib.error, BadZipFile) as error:
+                latent, flipped = (arrays[name] for name in (MAR_LATENT, MAR_FLIPPED))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, BadZipFile) as error:
             raise DataError(f"{path} is no sample of MAR's cache: {error}") from None
-        yield Sample(f"{path.parent.name}-{path.stem.split('.')[0]}", label, latent, flipped)
+        with np.errstate(over="ignore"):  # seen next
+            latent, flipped = latent.astype(dtype), flipped.astype(dtype)
+        if latent.ndim != 3 or not (np.isfinite(latent).all() and np.isfinite(flipped).all()):
+            raise DataError(f"{path}: its moments are {latent.shape} and not finite in {dtype}, or not 3-D")
+        key = path.name.removesuffix(".npz").removesuffix(".JPEG").replace(".", "_")
+        yield Sample(f"{path.parent.name}-{key}", label, latent, flipped)

@@ -52,48 +52,55 @@ class Index:
 
 @dataclass(frozen=True)
 class Members:
-    """What follows a sample's key in the names of its members; ``flipped`` is None where there is no mirrored array."""
+    """What follows a sample's key in the names of its files."""
 
     latent: str = LATENT
-    flipped: str | None = None
+    flipped: str = FLIPPED  # of the mirrored image's array, in sets that have one
     label: str = LABEL
 
 
-def index_tar(file: BinaryIO, path: str, members: Members) -> Index:
+def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool) -> Index:
     """The index of a WebDataset tar, read from its first byte to its last.
 
-    Members with other names are passed over. Raises DataError, naming ``path`` and the sample, where the tar is torn or
-    garbled, or a sample lacks a member or has it twice.
+    A sample is a run of files whose names agree up to the first dot behind the last slash. Other members of it are passed
+    over, and so are files and samples that have none of the wanted ones. Raises DataError, naming ``path`` and the sample,
+    where the tar is torn or garbled, or a sample lacks a member, or comes twice, or has a member twice.
     """
-    index, found = Index(), dict[str, Any]()
-    wanted = {name for name in (members.latent, members.flipped, members.label) if name}
+    index, found, seen = Index(), dict[str, Any](), set[str]()
+    arrays = {members.latent: index.latent} | ({members.flipped: index.flipped} if flipped else {})
+    wanted = {*arrays, members.label}
     key, end = "", 0
     file.seek(0)
 
     def finish() -> None:
-        if not key:
+        if not found:
             return
+        if key in seen:
+            raise DataError(f"shard {path}, sample {key}: comes twice")
+        seen.add(key)
         if missing := sorted(wanted - found.keys()):
             raise DataError(f"shard {path}, sample {key} (number {len(index.keys)}): {missing[0]} is missing")
         index.keys.append(key)
         index.labels.append(_label(found[members.label], path, key))
-        for name, spans in ((members.latent, index.latent), (members.flipped, index.flipped)):
-            if name is not None:
-                for column, value in found[name].items():
-                    getattr(spans, column).append(value)
+        for name, spans in arrays.items():
+            for column, value in found[name].items():
+                getattr(spans, column).append(value)
 
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                this, _, name = member.name.partition(".")
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                folder, slash, base = member.name.rpartition("/")
+                stem, _, name = base.partition(".")
+                this = f"{folder}{slash}{stem}"
+                if not member.isreg() or name not in wanted:
+                    continue
                 if this != key:
                     finish()
                     key, found = this, {}
-                if name in wanted:
-                    if name in found:
-                        raise DataError(f"shard {path}, sample {key}: {name} comes twice")
-                    found[name] = _span(file, member) if name != members.label else _content(file, member)
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if name in found:
+                    raise DataError(f"shard {path}, sample {key}: {name} comes twice")
+                found[name] = _span(file, member) if name != members.label else _content(file, member)
     except tarfile.TarError as error:
         raise DataError(f"shard {path} is no whole tar: {error}") from None
     # Python's tarfile takes a garbled or zeroed header for the end of the archive, in silence
@@ -101,8 +108,11 @@ def index_tar(file: BinaryIO, path: str, members: Members) -> Index:
     while block := file.read(1 << 20):
         if block.strip(b"\0"):
             raise DataError(f"shard {path}: after sample {key}, at byte {end}, lies neither a header nor the tar's end")
-    if file.tell() < end + 2 * tarfile.BLOCKSIZE:
+    zeros = file.tell() - end
+    if zeros < 2 * tarfile.BLOCKSIZE:
         raise DataError(f"shard {path} is cut: it has no end after sample {key}")
+    if zeros > 2 * tarfile.RECORDSIZE:  # an end fills its record; a crash may leave zeros from somewhere on
+        raise DataError(f"shard {path}: after sample {key}, at byte {end}, lie {zeros} zeros, more than a tar's end has")
     finish()
     return index
 
@@ -128,3 +138,12 @@ def _label(content: bytes, path: str, key: str) -> int:
     if not content.strip().isdigit():
         raise DataError(f"shard {path}, sample {key}: its label {content[:20]!r} is no number")
     return int(content)
+
+
+def crc32_of(file: BinaryIO) -> int:
+    """Of a whole file."""
+    file.seek(0)
+    crc32 = 0
+    while block := file.read(1 << 20):
+        crc32 = zlib.crc32(block, crc32)
+    return crc32

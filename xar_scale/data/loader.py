@@ -21,6 +21,8 @@ from xar_scale.flow import sample_time
 from xar_scale.model.entities import EntityLayout
 from xar_scale.tokenizers.kl16 import MAX_LOG_VARIANCE, MIN_LOG_VARIANCE
 
+MAX_OPEN_SHARDS = 512  # of the 1,024 files that a process may usually have open
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -76,6 +78,9 @@ class LatentDataset(Dataset[Batch]):
             global_batch=config.train.global_batch,
             lanes=config.data.lanes,
         )
+        # A rank goes around the windows of its lanes: all of a run's in one process at worst, and a shard opens slowly
+        at_once = config.data.lanes * (config.data.window // min(shard.samples for shard in shards.info.shards) + 2)
+        shards.open_shards = min(max(shards.open_shards, at_once), MAX_OPEN_SHARDS)
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         """The batch of these sample numbers; where one cannot be read, a blank batch that says why."""

@@ -18,7 +18,7 @@ from xar_scale.errors import DataError
 class LatentShards:
     """A set opened for reading. Every byte read is checked against the index; shards and indexes open when first needed."""
 
-    OPEN_SHARDS = 64  # open files and parsed indexes kept a process
+    open_shards = 64  # open files and parsed indexes kept a process; a reader that goes around more sets it higher
 
     def __init__(self, folder: str | Path) -> None:
         """Raises DataError, naming the file, when the folder holds no whole set."""
@@ -30,10 +30,18 @@ class LatentShards:
             raise DataError(f"{self.folder} holds no {DATASET_FILE}: not a data set, or one not written to its end")
         values = _read_json(path)
         if (version := values.pop("format", None)) != FORMAT:
-            raise DataError(f"{path} is of format {version}, this version reads {FORMAT}")
+            again = "; its tars can be indexed again (tools/index_shards.py)" if version == 1 else ""
+            raise DataError(f"{path} is of format {version}, this version reads {FORMAT}{again}")
         self.info = validated(DatasetInfo, values, DataError, where=f"{path}: ")
         if not self.info.samples:
             raise DataError(f"{path} lists no samples")
+        seen = set[str]()
+        for shard in self.info.shards:
+            if "/" in shard.name or shard.name in seen:
+                raise DataError(
+                    f"{path}: shard {shard.name!r} {'comes twice' if shard.name in seen else 'is in another folder'}"
+                )
+            seen.add(shard.name)
         self._array_bytes = int(np.prod(self.info.shape)) * np.dtype(self.info.dtype).itemsize
         self._npy_header = npy(np.zeros(self.info.shape, self.info.dtype))[: -self._array_bytes]
 
@@ -50,8 +58,8 @@ class LatentShards:
         return self._open(shard).index
 
     def _open(self, shard: int) -> "_OpenShard":
-        if not hasattr(self, "_opened"):  # made on first use, so that a worker process has its own
-            self._opened = lru_cache(maxsize=self.OPEN_SHARDS)(partial(_OpenShard, self.folder))
+        if not hasattr(self, "_opened"):  # made on first use: it cannot be sent to another process
+            self._opened = lru_cache(maxsize=self.open_shards)(partial(_OpenShard, self.folder))
         return self._opened(self.info.shards[shard])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,6 +101,8 @@ class _OpenShard:
         if zlib.crc32(content) != shard.index_crc32:
             raise DataError(f"{index_path} is torn or changed: its checksum is not the one in {DATASET_FILE}")
         self.index = Index.from_json(content)
+        if len(self.index.keys) != shard.samples:
+            raise DataError(f"{index_path} holds {len(self.index.keys)} samples, {DATASET_FILE} says {shard.samples}")
         self.latent, self.flipped = _rows(self.index.latent), _rows(self.index.flipped)
         self.path = _check_size(folder, shard)
         try:

@@ -21,7 +21,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
 from xar_scale.config import STRICT
-from xar_scale.data.index import FLIPPED, LABEL, LATENT, Members, index_tar
+from xar_scale.data.index import Members, index_tar
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import write_atomically
 
@@ -50,6 +50,7 @@ class DatasetInfo:
     dtype: Literal["float16", "float32"]
     classes: PositiveInt
     flipped: bool  # a second array of the mirrored image
+    members: Members = Members()  # names of a sample's files in the tars
     shards: tuple[ShardInfo, ...] = ()
 
     @property
@@ -105,8 +106,8 @@ class Shard:
             raise DataError(f"sample {key}: label {label} is outside 0..{self.info.classes - 1}")
         if (flipped is not None) != self.info.flipped:
             raise DataError(f"sample {key}: mirrored array {'missing' if self.info.flipped else 'unexpected'} in this set")
-        members = [(LABEL, str(label).encode())]
-        for name, array in ((LATENT, latent), (FLIPPED, flipped)):
+        members = [(self.info.members.label, str(label).encode())]
+        for name, array in ((self.info.members.latent, latent), (self.info.members.flipped, flipped)):
             if array is not None:
                 if array.shape != self.info.shape or array.dtype != self.info.dtype:
                     raise DataError(
@@ -124,7 +125,7 @@ class Shard:
                     header = tarfile.TarInfo(f"{key}.{member}")
                     header.size = len(content)
                     tar.addfile(header, io.BytesIO(content))
-        index = index_tar(file, f"{name}.tar", Members(flipped=FLIPPED if self.info.flipped else None)).to_json()
+        index = index_tar(file, f"{name}.tar", self.info.members, self.info.flipped).to_json()
         whole = file.getbuffer()
         write_atomically(folder / f"{name}.tar", whole)
         write_atomically(folder / f"{name}{INDEX}", index)

@@ -1,34 +1,43 @@
 """Verification of a whole set: every byte of every shard, and each fault by the name of its sample."""
 
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from itertools import zip_longest
-from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from xar_scale.data.index import FLIPPED, Members, index_tar
+from xar_scale.data.index import crc32_of, index_tar
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import INDEX
 from xar_scale.errors import DataError
 
 
-def verify_set(folder: Path, processes: int) -> Iterator[tuple[str, list[str]]]:
-    """(shard, its faults) of every shard, in their order. Raises DataError where there is no set to verify."""
-    shards = LatentShards(folder)
-    with ProcessPoolExecutor(processes) as pool:
-        names = (shard.name for shard in shards.info.shards)
-        yield from zip(names, pool.map(partial(_faults, shards), range(len(shards.info.shards))), strict=True)
+def verify_set(shards: LatentShards, processes: int) -> Iterator[tuple[str, list[str]]]:
+    """(shard, its faults) of every shard, in their order."""
+    names = (shard.name for shard in shards.info.shards)
+    with ProcessPoolExecutor(processes, initializer=_open, initargs=(shards,)) as pool:
+        yield from zip(names, pool.map(_faults_of, range(len(shards.info.shards))), strict=True)
 
 
-def stray_files(folder: Path) -> list[str]:
+def stray_files(shards: LatentShards) -> list[str]:
     """Tars and indexes in the folder that the set does not list."""
-    listed = {f"{shard.name}{ending}" for shard in LatentShards(folder).info.shards for ending in (".tar", INDEX)}
-    found = {path.name for path in folder.iterdir() if path.name.endswith((".tar", INDEX))}
+    listed = {f"{shard.name}{ending}" for shard in shards.info.shards for ending in (".tar", INDEX)}
+    found = {path.name for path in shards.folder.iterdir() if path.name.endswith((".tar", INDEX))}
     return sorted(found - listed)
+
+
+_opened: list[LatentShards] = []  # of a worker process: sent once, not with every shard's number
+
+
+def _open(shards: LatentShards) -> None:
+    _opened[:] = [shards]
+
+
+def _faults_of(number: int) -> list[str]:
+    try:
+        return _faults(_opened[0], number)
+    except OSError as error:
+        return [f"shard {_opened[0].path(number)}: {error.strerror}"]
 
 
 def _faults(shards: LatentShards, number: int) -> list[str]:
@@ -40,24 +49,17 @@ def _faults(shards: LatentShards, number: int) -> list[str]:
     faults = [fault for fault in found if fault is not None]
     path, shard = shards.path(number), shards.info.shards[number]
     with path.open("rb") as file:
-        if _crc32(file) == shard.crc32:
+        if crc32_of(file) == shard.crc32:
             return faults
         # changed, and maybe where no array lies: what else there is says the tar itself
         try:
-            again = index_tar(file, str(path), Members(flipped=FLIPPED if shards.info.flipped else None))
+            again = index_tar(file, str(path), shards.info.members, shards.info.flipped)
         except DataError as error:
             return [*faults, str(error)]
     for position, (was, is_) in enumerate(zip_longest(stored.rows(), again.rows())):
         if was != is_ and (position >= len(found) or found[position] is None):
             faults.append(f"shard {path}, sample {(was or is_)[0]} (number {position}): is not what the index says")
     return faults or [f"shard {path} has changed, in bytes that belong to no sample"]
-
-
-def _crc32(file: BinaryIO) -> int:
-    crc32 = 0
-    while block := file.read(1 << 20):
-        crc32 = zlib.crc32(block, crc32)
-    return crc32
 
 
 def _fault(shards: LatentShards, number: int, position: int) -> str | None:
