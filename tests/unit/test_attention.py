@@ -289,6 +289,15 @@ def test_flash_attn_serves_prefix_where_it_can(monkeypatch):
         assert attention.describe("prefix", device, dtype, head_width) == f"prefix ({kernel})"
 
 
+def test_prefix_asks_for_flash_attn_by_what_it_is_given_and_calls_it_once_an_entity(monkeypatch):
+    asked, lengths = [], []
+    monkeypatch.setattr(attention, "_flash_serves", lambda *of: asked.append(of) or True)
+    monkeypatch.setattr(attention, "_FLASH", lambda q, k, v, dropout_p: lengths.append((q.shape[1], k.shape[1])) or q)
+    layout = LAYOUTS["unequal"]
+    block_causal_attention(*qkv(layout), layout, backend="prefix")
+    assert asked == [(CPU, torch.float64, 4)] and lengths == [(1, 1), (3, 4), (2, 6), (4, 10)]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_flash_attn_gets_tokens_before_heads_and_is_part_of_a_graph(monkeypatch, compiled):
     monkeypatch.setattr(attention, "_FLASH", as_flash_attn)
