@@ -27,8 +27,8 @@ class Ended:
 
 
 def environment() -> dict[str, str]:
-    """A new shell's: CPU only, one thread a rank, no rank variables of a process group that the tests run in, and this checkout's
-    package, whichever is installed."""
+    """A new shell's: CPU only, one thread a rank, no rank variables of a process group that the tests run in; and the package
+    of this checkout, whichever is installed."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in names}
     return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
