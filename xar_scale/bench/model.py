@@ -98,7 +98,9 @@ def bench_recompute(options: argparse.Namespace) -> None:
         done = subprocess.run([sys.executable, *sys.argv, "--mode", mode], capture_output=True, text=True)
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["it said nothing, as when it is killed for want of memory"]
-            raise XarScaleError(f"mode {mode} ended with code {done.returncode}: {said[-1]}")
+            failed = XarScaleError(f"mode {mode} ended with code {done.returncode}: {said[-1]}")
+            failed.exit_code = max(done.returncode, 1)  # a signal's is negative
+            raise failed
         found = json.loads(done.stdout.splitlines()[-1])
         print(f"| {mode} | {found['ms']:.0f} | {found['peak_mb']:.0f} |", flush=True)
 
