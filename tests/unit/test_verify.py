@@ -214,6 +214,7 @@ def test_keys_are_those_of_webdataset():
             ("./v1.0", None),
             ("README", b"x"),
             ("meta.json", b"{}"),
+            ("v1.0/.cls", b"1"),
             *(
                 (f"{key}.{member}", content)
                 for key in ("./v1.0/0", "./v1.0/1", "2")

@@ -20,6 +20,7 @@ from xar_scale.data.shards import DATASET_FILE, DatasetInfo, ShardInfo, ShardWri
 from xar_scale.errors import UsageError
 from xar_scale.model.entities import create_layout
 from xar_scale.presets import recipe
+from xar_scale.tokenizers.kl16 import MAX_LOG_VARIANCE, MIN_LOG_VARIANCE
 
 BATCH, REPEATS = 64, 5
 SHAPE = (32, 16, 16)  # of the moments of a 256 px image
@@ -131,7 +132,9 @@ def _from_webdataset(folder: Path, config: Config) -> Iterator[int]:
 def _finish(moments: Tensor, labels: Tensor, config: Config) -> int:
     """What is left to do for a batch of others: posterior, times, noise and label drop, by torch's global generator."""
     mean, log_variance = moments.chunk(2, dim=1)
-    latents = (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * torch.randn_like(mean)) * 0.2325
+    latents = (
+        mean + (0.5 * log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE)).exp() * torch.randn_like(mean)
+    ) * INFO.latent_scale
     noise, times = torch.randn(len(latents), 256, 16), torch.randn(len(latents), 4).sigmoid()
     labels = labels.where(torch.rand(len(labels)) >= config.train.label_drop, config.model.classes)
     assert noise.numel() == latents.numel() and len(times) == len(labels)

@@ -15,7 +15,7 @@ import numpy as np
 
 from xar_scale import rng
 from xar_scale.data.index import Index, Members, crc32_of, index_tar
-from xar_scale.data.shards import INDEX, DatasetInfo, Sample, ShardInfo, begin_set, end_set, npy
+from xar_scale.data.shards import INDEX, DatasetInfo, Sample, ShardInfo, begin_set, end_set, npy_header
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import write_atomically
 
@@ -86,13 +86,13 @@ def _index_shard(info: DatasetInfo, path: Path) -> ShardInfo:
 
 
 def _check_arrays(file: BinaryIO, index: Index, info: DatasetInfo, path: Path) -> None:
-    example = npy(np.zeros(info.shape, info.dtype))
-    header = example[: len(example) - np.dtype(info.dtype).itemsize * int(np.prod(info.shape))]
+    header = npy_header(info)
+    whole = len(header) + np.zeros(info.shape, info.dtype).nbytes
     for spans in (index.latent, index.flipped):
         for key, data, size in zip(index.keys, spans.data, spans.size, strict=False):
             file.seek(data)
             content = file.read(size)
-            if content[: len(header)] != header or size != len(example):
+            if content[: len(header)] != header or size != whole:
                 raise DataError(f"shard {path}, sample {key}: an array is not {info.dtype}{info.shape}, as the first is")
             if not np.isfinite(np.frombuffer(content, info.dtype, offset=len(header))).all():
                 raise DataError(f"shard {path}, sample {key}: an array is not finite")

@@ -93,7 +93,7 @@ def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool) -> Ind
                 folder, slash, base = member.name.rpartition("/")
                 stem, _, name = base.partition(".")
                 this = f"{folder}{slash}{stem}"
-                if not member.isreg() or name not in wanted:
+                if not member.isreg() or not stem or name not in wanted:
                     continue
                 if this != key:
                     finish()

@@ -11,7 +11,7 @@ import numpy as np
 
 from xar_scale.config import validated
 from xar_scale.data.index import Index, Spans
-from xar_scale.data.shards import DATASET_FILE, FORMAT, INDEX, DatasetInfo, Sample, ShardInfo, npy
+from xar_scale.data.shards import DATASET_FILE, FORMAT, INDEX, DatasetInfo, Sample, ShardInfo, npy_header
 from xar_scale.errors import DataError
 
 
@@ -43,7 +43,7 @@ class LatentShards:
                 )
             seen.add(shard.name)
         self._array_bytes = int(np.prod(self.info.shape)) * np.dtype(self.info.dtype).itemsize
-        self._npy_header = npy(np.zeros(self.info.shape, self.info.dtype))[: -self._array_bytes]
+        self._npy_header = npy_header(self.info)
 
     def check_sizes(self) -> None:
         """Compare every shard's size with the index. Raises DataError for the first that is missing, truncated or grown."""

@@ -75,6 +75,12 @@ def npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def npy_header(info: DatasetInfo) -> bytes:
+    """What every stored array of a set begins with; its values are the rest."""
+    empty = np.zeros(info.shape, info.dtype)
+    return npy(empty)[: -empty.nbytes]
+
+
 class Sample(NamedTuple):
     """One stored sample; ``flipped`` is None where the set has no mirrored arrays."""
 
