@@ -14,7 +14,6 @@ from xar_scale.errors import ConfigError
 from xar_scale.model import attention
 from xar_scale.model.attention import block_causal_attention, choose_backend
 from xar_scale.model.entities import create_layout, kinds
-from xar_scale.model.kv_cache import LayerCache
 
 BACKENDS = ["dense", "prefix", "flex"]
 WITH_BACKWARD = ["dense", "prefix"]  # on a CPU; tests/gpu has all
@@ -385,20 +384,3 @@ def test_encoder_and_decoder_may_differ_in_depth():
     cache = model.new_cache(2)
     parts = [model(x[:, 8 * n : 8 * n + 8], t[:, 2 * n : 2 * n + 2], labels, first=2 * n, cache=cache) for n in (0, 1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(x, t, labels), atol=1e-5, rtol=0)
-
-
-def test_a_cache_holds_what_was_written_last_at_each_position():
-    cache = LayerCache(torch.empty(3, 1, 6, 4), torch.empty(3, 1, 6, 4))
-    first, second, third = (normal(seed, 3, 1, 4, 4, dtype=torch.float32) for seed in range(3))
-    keys, values = cache.update(0, first, 2 * first)
-    assert torch.equal(keys, first) and torch.equal(values, 2 * first)
-    keys, values = cache.update(2, second, 2 * second)
-    assert torch.equal(keys, torch.cat([first[:, :, :2], second], dim=2)) and torch.equal(values, 2 * keys)
-    keys, _ = cache.update(0, third[:2], third[:2])  # fewer sequences than the cache holds
-    assert torch.equal(keys, third[:2]) and torch.equal(cache.keys[2, :, :2], first[2, :, :2])
-
-
-def test_every_layer_has_a_cache_of_its_own():
-    cache = nano_model().new_cache(3)
-    assert len(cache) == 4 and len({tensor.data_ptr() for layer in cache for tensor in layer}) == 8
-    assert {tensor.shape for layer in cache for tensor in layer} == {(3, 4, 16, 32)}
