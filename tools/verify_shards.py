@@ -25,13 +25,14 @@ def main() -> int:
         options = parser.parse_args()
         if options.processes < 1:
             raise UsageError(f"--processes {options.processes} is not at least 1")
-        verify(LatentShards(options.data), options.processes)
+        verify(options.data, options.processes)
 
     return ending("verify_shards", run)
 
 
-def verify(shards: LatentShards, processes: int) -> None:
-    data, info = shards.folder, shards.info
+def verify(data: Path, processes: int) -> None:
+    shards = LatentShards(data)
+    info = shards.info
     bad_shards = count = 0
     progress = track(verify_set(shards, processes), "verifying", total=len(info.shards), disable=not sys.stderr.isatty())
     for _, faults in progress:
@@ -39,7 +40,7 @@ def verify(shards: LatentShards, processes: int) -> None:
         count += len(faults)
         for fault in faults:
             print(fault, flush=True)
-    for name in stray_files(shards):
+    for name in stray_files(data, info):
         print(f"{data / name} is not in the set")
     if count:
         raise DataError(f"{data}: {count} faults in {bad_shards} of {len(info.shards)} shards")

@@ -59,7 +59,10 @@ class ModelConfig:
 class DataConfig:
     """Where the latents are and how they are read."""
 
-    path: str = ""
+    path: str = ""  # a folder; a URL that fsspec opens (s3://, gs://, https://); synthetic[:SAMPLES]
+    cache: str = ""  # folder on the node for what comes from a URL; none: in the system's folder of temporary files
+    cache_gb: float = Field(default=64.0, gt=0)  # that it may fill
+    max_bad_samples: int = Field(default=0, ge=0)  # that a run may meet, and do without, before it stops
     workers: int = Field(default=2, ge=0)  # processes a rank
     prefetch: int = Field(default=4, gt=0)  # batches ahead a worker
     lanes: int = Field(default=1, gt=0)  # parts that the shards are cut into; each gives the same share of every global batch

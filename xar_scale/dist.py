@@ -38,6 +38,11 @@ def world() -> int:
     return torch_dist.get_world_size() if torch_dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_world() -> int:
+    """Ranks on this node, as the launcher says it (torchrun's name, then DeepSpeed's); all of them where it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world())
+
+
 def local_device() -> torch.device:
     """This rank's device: its GPU where there is one, else the CPU."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":

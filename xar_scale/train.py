@@ -2,7 +2,6 @@
 
 import time
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,11 +17,12 @@ from xar_scale.checkpoint.store import (
     verify,
 )
 from xar_scale.config import Config, micro_batches
+from xar_scale.data.faults import BadSamples, Fault
 from xar_scale.data.loader import LatentDataset, RankNumbers, batches
-from xar_scale.data.reader import LatentShards
+from xar_scale.data.sources import Shards, open_shards
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine, create_engine
-from xar_scale.errors import ConfigError, DataError, NonFiniteError, UsageError
+from xar_scale.errors import DataError, NonFiniteError, UsageError
 from xar_scale.files import write_atomically
 from xar_scale.metrics import Metrics, memory_gb
 from xar_scale.model.entities import create_layout
@@ -50,6 +50,7 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     if checkpoint is not None:
         dist.together(lambda: check_continues(checkpoint, config, dataset.shards.info))
     start = 0 if checkpoint is None else checkpoint.manifest.step
+    bad = BadSamples(config.data.max_bad_samples, [] if checkpoint is None else checkpoint.manifest.bad_samples)
 
     model = meta_model(config.model)
     compute = MODES[config.train.precision].compute
@@ -68,12 +69,19 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
         f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}; {kernels}"
     )
     with metrics or nullcontext():
-        newest = _loop(config, engine, ema, dataset, store, start, metrics)
+        newest = _loop(config, engine, ema, dataset, bad, store, start, metrics)
     dist.say(f"done: {config.train.steps} steps; checkpoint {newest or (checkpoint and checkpoint.path)}")
 
 
 def _loop(
-    config: Config, engine: Engine, ema: EMA, dataset: LatentDataset, store: Store, start: int, metrics: Metrics | None
+    config: Config,
+    engine: Engine,
+    ema: EMA,
+    dataset: LatentDataset,
+    bad: BadSamples,
+    store: Store,
+    start: int,
+    metrics: Metrics | None,
 ) -> Path | None:
     """Steps ``start`` to ``train.steps``. Returns the last checkpoint written."""
     settings = config.train
@@ -92,17 +100,20 @@ def _loop(
     for step in range(start, settings.steps):
         engine.seed_step(step)
         loss = torch.zeros((), device=engine.device)
-        error: DataError | None = None
+        faults = list[Fault]()
         for _ in range(passes):
             asked = time.perf_counter()
             batch = next(stream)
             waited += time.perf_counter() - asked
-            error = error or batch.error
+            faults += batch.faults
             loss += engine.forward_backward(batch) / passes
-        verdict = engine.agree(loss if error is None else torch.full_like(loss, torch.nan))
+        verdict = engine.agree(loss, len(faults))
+        if verdict.faults.item():
+            everywhere = [fault for of_rank in dist.gather_objects(faults) for fault in of_rank]
+            for fault in bad.add(everywhere):
+                dist.say(f"bad sample, skipped: {fault.error} (the run's number {len(bad.known)} of {bad.allowed})")
         if not verdict.finite():
             engine.discard()
-            dist.together(partial(_raise, error))
             raise NonFiniteError(
                 f"step {step}: loss {verdict.loss.item()}, gradient norm {verdict.grad_norm.item()}; "
                 f"stopped before the weights changed, checkpoints are in {store.folder}"
@@ -125,19 +136,15 @@ def _loop(
                     "step_s": seconds,
                     "data_wait_s": waited / (done - logged),
                     "memory_gb": memory_gb(engine.device),
+                    "bad_samples": len(bad.known),
                     "epoch": done * settings.global_batch / dataset.order.samples,
                 }
                 metrics.log(done, values)
                 since, waited, logged = time.perf_counter(), 0.0, done
         if done % settings.checkpoint_every == 0 or done == settings.steps:
             position = dataset.order.position(done * settings.global_batch)
-            newest = store.save(done, engine, ema, config, position, dataset.shards.info)
+            newest = store.save(done, engine, ema, config, position, dataset.shards.info, bad)
     return newest
-
-
-def _raise(error: DataError | None) -> None:
-    if error is not None:
-        raise error
 
 
 def _open_run(config: Config, run: Path, store: Store, start: int) -> Metrics:
@@ -149,12 +156,21 @@ def _open_run(config: Config, run: Path, store: Store, start: int) -> Metrics:
 
 
 def _open_data(config: Config) -> LatentDataset:
-    if not config.data.path:
-        raise ConfigError("data.path is not set: the folder of latents")
-    shards = LatentShards(config.data.path)
+    shards = open_shards(config)
     if dist.rank() == 0:  # one rank looks at all shards; the others check what they open
-        shards.check_sizes()
+        _look_at(shards, config.data.max_bad_samples)
     return LatentDataset(shards, config, create_layout(config.model))
+
+
+def _look_at(shards: Shards, allowed: int) -> None:
+    """Raises DataError where shards that are missing or cut hold more samples than the run may do without."""
+    samples = {shard.name: shard.samples for shard in shards.info.shards}
+    lost = 0
+    for fault in shards.faults():
+        lost += samples[fault.shard]
+        if lost > allowed:
+            raise DataError(f"{fault.error} (bad samples: {lost}, data.max_bad_samples is {allowed})")
+        dist.say(f"{fault.error}: its {samples[fault.shard]} samples will be skipped")
 
 
 def _find_checkpoint(run: Path, resume: str) -> Checkpoint | None:

@@ -1,6 +1,11 @@
 """Batches: self-contained, the same for every number of workers and ranks, random as promised."""
 
+import multiprocessing
+import os
 import pickle
+import random
+import signal
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,7 +18,7 @@ from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches, ch
 from xar_scale.data.order import SampleOrder
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import Sample
-from xar_scale.errors import ConfigError, DataError
+from xar_scale.errors import ConfigError, ProcessError
 from xar_scale.flow import sample_time
 from xar_scale.model.entities import create_layout
 
@@ -25,12 +30,16 @@ def open_set(folder, *overrides: str) -> LatentDataset:
     return LatentDataset(LatentShards(folder), config, create_layout(config.model))
 
 
-def read(folder, workers=0, *, start=0, steps=3, batch=6, micro=None, rank=0, world=1) -> list[Batch]:
+def read(*of, **more) -> list[Batch]:
+    return list(stream(*of, **more))
+
+
+def stream(folder, workers=0, *, start=0, steps=3, batch=6, micro=None, rank=0, world=1) -> Iterator[Batch]:
     micro = micro or batch // world
     numbers = RankNumbers(start=start, steps=steps, global_batch=batch, micro_batch=micro, rank=rank, world=world)
     more = (f"data.workers={workers}", f"train.global_batch={batch}", "data.lanes=3")
     dataset = open_set(folder, *more, "data.flip=true", "train.label_drop=0.3")
-    return list(batches(dataset, numbers, CPU))
+    return batches(dataset, numbers, CPU)
 
 
 def joined(parts: list[Batch]) -> Batch:
@@ -242,23 +251,43 @@ def test_a_set_that_does_not_fit_the_model_is_refused_with_both_numbers(tmp_path
         open_set(tmp_path, "model.classes=9")
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_corrupt_sample_makes_a_blank_batch_that_names_it(tmp_path, workers):
-    write_set(tmp_path, 10)
-    path = tmp_path / "latents-000000.tar"
-    content = bytearray(path.read_bytes())
-    content[1600] ^= 1  # of the first array
-    path.write_bytes(content)
-    dataset = open_set(tmp_path, f"data.workers={workers}")
-    numbers = RankNumbers(start=0, steps=1, global_batch=10, micro_batch=5, rank=0, world=1)
-    whole, blank = sorted(batches(dataset, numbers, CPU), key=lambda batch: batch.error is not None)
-    assert whole.error is None
-    assert type(blank.error) is DataError
-    assert str(blank.error) == f"shard {path}, sample s0000 (number 0): checksum does not match"
-    for name in ("latents", "labels", "t", "noise"):  # fit to take part in a step
-        assert getattr(blank, name).shape == getattr(whole, name).shape
-        assert getattr(blank, name).dtype == getattr(whole, name).dtype
-        assert getattr(blank, name).abs().sum() == 0
+def kill_one() -> None:
+    """SIGKILL a worker of the loader in use."""
+    workers = [child for child in multiprocessing.active_children() if child.is_alive()]
+    assert workers
+    os.kill(workers[0].pid, signal.SIGKILL)
+
+
+def test_a_killed_worker_loses_nothing_and_repeats_nothing(folder, capfd):
+    """Killed again and again, at moments that differ by chance: the batches are those of an undisturbed run."""
+    more = dict(steps=40, batch=6)
+    undisturbed = read(folder, **more)
+    seen, kills = [], random.Random().sample(range(1, 38), 3)
+    for batch in stream(folder, workers=2, **more):
+        seen.append(batch)
+        if len(seen) in kills:
+            kill_one()
+    assert len(seen) == 40
+    for one, two in zip(seen, undisturbed, strict=True):
+        assert_equal(one, two)
+    assert 1 <= capfd.readouterr().err.count("rank 0: DataLoader worker") <= 3  # two that die together are one death
+
+
+def test_workers_that_die_again_and_again_end_the_run(folder, monkeypatch, capfd):
+    monkeypatch.setattr(loader, "MAX_DEATHS", 2)
+    monkeypatch.setattr(LatentDataset, "__getitems__", lambda self, numbers: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(ProcessError, match=r"data workers of rank 0 died 2 times, the last: DataLoader worker \(pid"):
+        read(folder, workers=1)
+    assert capfd.readouterr().err.count("starting its data workers again") == 1
+
+
+def test_a_defect_in_a_worker_is_no_death(folder, monkeypatch):
+    def fail(self, numbers):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(LatentDataset, "__getitems__", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        read(folder, workers=1)
 
 
 def test_as_many_shards_stay_open_as_the_lanes_go_around(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def test_what_is_written_is_read(tmp_path_factory, count, per_shard, shape, dtyp
     assert info.samples == count and len(info.shards) == -(-count // per_shard)
     assert info == small_info(shape=shape, dtype=dtype, flipped=flipped, shards=info.shards)
     assert_same(read_set(folder), written)
-    LatentShards(folder).check_sizes()
+    assert list(LatentShards(folder).faults()) == []
 
 
 def test_samples_are_read_in_any_order(tmp_path):
@@ -141,7 +142,7 @@ def test_a_set_not_written_to_its_end_is_no_set(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         breaks()
     assert (tmp_path / "latents-000000.tar").exists() and not (tmp_path / DATASET_FILE).exists()
-    with pytest.raises(DataError, match=f"{tmp_path} holds no dataset.json: not a data set, or one not written to its end"):
+    with pytest.raises(DataError, match=f"{tmp_path}/dataset.json is missing: not a data set, or one not written to its end"):
         LatentShards(tmp_path)
     written = write_set(tmp_path, 5)  # and can be written again
     assert_same(read_set(tmp_path), written)
@@ -290,9 +291,12 @@ def test_a_missing_or_cut_tar_is_named(tmp_path, change, says):
     change(tmp_path / TAR)
     shards = LatentShards(tmp_path)
     shards.read(0, 0)  # the others are read as before
-    for use in (shards.check_sizes, lambda: shards.read(1, 0)):
-        with pytest.raises(DataError, match=f"shard {tmp_path}/{TAR} {says}"):
-            use()
+    says = f"shard {tmp_path}/{TAR} {says}"
+    (fault,) = shards.faults()
+    assert fault[:2] == ("latents-000001", 0) and re.match(says, str(fault.error))
+    for _ in range(2):  # what could not be opened is remembered, not tried again
+        with pytest.raises(DataError, match=says):
+            shards.read(1, 0)
 
 
 def _member(folder, number):

@@ -71,7 +71,7 @@ def folder(tmp_path):
 
 def test_a_set_as_written_has_no_faults(folder):
     assert [name for name, _ in verify_set(LatentShards(folder), 2)] == ["latents-000000", SHARD, "latents-000002"]
-    assert faults(folder) == [] and stray_files(LatentShards(folder)) == []
+    assert faults(folder) == [] and stray_files(folder, LatentShards(folder).info) == []
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_value_that_is_not_finite_is_found(tmp_path, flipped, value):
 def test_files_that_the_set_does_not_list_are_named(folder):
     for name in ("extra.tar", f"extra{INDEX}", "notes.txt"):
         (folder / name).write_text("")
-    assert stray_files(LatentShards(folder)) == [f"extra{INDEX}", "extra.tar"]
+    assert stray_files(folder, LatentShards(folder).info) == [f"extra{INDEX}", "extra.tar"]
 
 
 # indexing

@@ -8,6 +8,7 @@ import torch
 from tests.conftest import digits_config, random_batch
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config
+from xar_scale.data.faults import BadSamples
 from xar_scale.data.loader import Batch
 from xar_scale.data.order import Position
 from xar_scale.data.shards import DatasetInfo, ShardInfo
@@ -49,7 +50,7 @@ class Run:
 
     def save(self) -> Path:
         position = Position(*divmod(self.step * self.config.train.global_batch, self.info.samples))
-        return self.store.save(self.step, self.engine, self.ema, self.config, position, self.info)
+        return self.store.save(self.step, self.engine, self.ema, self.config, position, self.info, BadSamples(0))
 
     def state(self) -> list[torch.Tensor]:
         shards = [tensor.clone() for s in self.engine.shards() for tensor in (s.master, s.exp_avg, s.exp_avg_sq)]

@@ -28,6 +28,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from xar_scale import dist
 from xar_scale.config import Config
+from xar_scale.data.faults import BadSamples
 from xar_scale.data.order import Position
 from xar_scale.data.shards import DatasetInfo
 from xar_scale.ema import EMA
@@ -35,7 +36,7 @@ from xar_scale.engines import Engine
 from xar_scale.errors import ConfigError, DataError, UsageError
 from xar_scale.files import sync_folder, write_atomically
 
-FORMAT = 1
+FORMAT = 2
 FOLDER, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
 
 
@@ -48,6 +49,7 @@ class Manifest:
     seed: int
     samples_consumed: int  # of the run
     position: Position  # epoch, samples consumed of it
+    bad_samples: list[tuple[str, int]]  # that the run has met, by shard and position in it
     dataset: dict[str, Any]  # samples and fingerprint; tokenizer and latent scale, which decoding needs
     world: int  # ranks that wrote it
     engine: str
@@ -71,7 +73,16 @@ class Store:
     def __init__(self, run: Path, keep_last: int) -> None:
         self.folder, self.keep_last = run / FOLDER, keep_last
 
-    def save(self, step: int, engine: Engine, ema: EMA, config: Config, position: Position, info: DatasetInfo) -> Path:
+    def save(
+        self,
+        step: int,
+        engine: Engine,
+        ema: EMA,
+        config: Config,
+        position: Position,
+        info: DatasetInfo,
+        bad: BadSamples,
+    ) -> Path:
         """Write all ranks' shards, then make the checkpoint appear at once and ``latest`` name it. Every rank calls this."""
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{final.name}.tmp"
@@ -93,6 +104,7 @@ class Store:
             seed=config.train.seed,
             samples_consumed=step * config.train.global_batch,
             position=position,
+            bad_samples=sorted(bad.known),
             dataset={
                 "samples": info.samples,
                 "fingerprint": info.fingerprint,

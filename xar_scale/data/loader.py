@@ -1,6 +1,10 @@
 """Self-contained training batches: latents and everything random about them, drawn in worker processes."""
 
+import contextlib
 import math
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,14 +17,18 @@ from typing_extensions import Self
 
 from xar_scale import rng
 from xar_scale.config import Config
-from xar_scale.data.order import SampleOrder
-from xar_scale.data.reader import LatentShards
+from xar_scale.data.faults import Fault
+from xar_scale.data.order import SampleOrder, Window
 from xar_scale.data.shards import DatasetInfo
-from xar_scale.errors import ConfigError, DataError
+from xar_scale.data.sources import Shards
+from xar_scale.errors import ConfigError, DataError, FileError, ProcessError, XarScaleError
 from xar_scale.flow import sample_time
 from xar_scale.model.entities import EntityLayout
 from xar_scale.tokenizers.kl16 import MAX_LOG_VARIANCE, MIN_LOG_VARIANCE
 
+Place = tuple[int, int]  # a shard's number, a sample's in it
+
+MAX_DEATHS = 5  # of data workers, without a batch in between
 MAX_OPEN_SHARDS = 512  # of the 1,024 files that a process may usually have open
 
 
@@ -32,16 +40,17 @@ class Batch:
     labels: Tensor  # (B,) int64, the null class where dropped
     t: Tensor  # (B, K)
     noise: Tensor  # (B, T, C), entity-major
-    keys: tuple[str, ...]
-    error: DataError | None = None  # why this batch is blank: the rank still takes part in the step, which all then discard
+    keys: tuple[str, ...]  # of what is in it: a substitute's where a sample could not be read
+    faults: tuple[Fault, ...] = ()  # the samples that could not: all ranks together say what becomes of the step
 
     @classmethod
     def together(cls, parts: Sequence[Self]) -> Self:
-        """One batch of whole ones."""
+        """One batch of several."""
         latents, labels, t, noise = (
             torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "labels", "t", "noise")
         )
-        return cls(latents, labels, t, noise, tuple(key for part in parts for key in part.keys))
+        keys = tuple(key for part in parts for key in part.keys)
+        return cls(latents, labels, t, noise, keys, tuple(fault for part in parts for fault in part.faults))
 
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -50,7 +59,7 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(change(self.latents), change(self.labels), change(self.t), change(self.noise), self.keys, self.error)
+        return Batch(change(self.latents), change(self.labels), change(self.t), change(self.noise), self.keys, self.faults)
 
 
 class Draws(NamedTuple):
@@ -68,7 +77,7 @@ class LatentDataset(Dataset[Batch]):
 
     CHUNK = 64  # samples whose numbers and arrays are worked on together: what fits a core's cache
 
-    def __init__(self, shards: LatentShards, config: Config, layout: EntityLayout) -> None:
+    def __init__(self, shards: Shards, config: Config, layout: EntityLayout) -> None:
         check_fits(shards.info, config)
         self.shards, self.config, self.layout = shards, config, layout
         self.order = SampleOrder(
@@ -80,32 +89,90 @@ class LatentDataset(Dataset[Batch]):
         )
         # A rank goes around the windows of its lanes: all of a run's in one process at worst, and a shard opens slowly
         at_once = config.data.lanes * (config.data.window // min(shard.samples for shard in shards.info.shards) + 2)
+        self._announced = set[Window]()
         shards.open_shards = min(max(shards.open_shards, at_once), MAX_OPEN_SHARDS)
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
-        """The batch of these sample numbers; where one cannot be read, a blank batch that says why."""
-        try:
-            parts = [self._part(numbers[begin : begin + self.CHUNK]) for begin in range(0, len(numbers), self.CHUNK)]
-        except DataError as error:
-            return self._blank(len(numbers), error)
+        """The batch of these sample numbers. A sample that cannot be read is another, and named among the batch's faults."""
+        self._fetch_ahead(numbers)
+        parts = [self._part(numbers[begin : begin + self.CHUNK]) for begin in range(0, len(numbers), self.CHUNK)]
         return parts[0] if len(parts) == 1 else Batch.together(parts)
+
+    def _fetch_ahead(self, numbers: Sequence[int]) -> None:
+        """Announce the shards of windows that have begun, and of those after them."""
+        windows = self.order.windows(numbers)
+        for window in sorted(windows - self._announced):
+            for coming in (window, self.order.after(window)):
+                for shard in self.order.shards_in(coming):
+                    self.shards.fetch_ahead(shard)
+        self._announced = windows
 
     def _part(self, numbers: Sequence[int]) -> Batch:
         model, draws = self.config.model, self.draw(numbers)
-        flip = (draws.flip < 0.5) & self.config.data.flip
-        stored = np.empty((len(numbers), *self.shards.info.shape), self.shards.info.dtype)
-        keys, labels = [], np.empty(len(numbers), dtype=np.int64)
-        for row, place in enumerate(zip(*(found.tolist() for found in self.order.locate(numbers)), strict=True)):
-            key, labels[row], stored[row] = self.shards.read_array(*place, flipped=bool(flip[row]))
-            keys.append(key)
+        flip = ((draws.flip < 0.5) & self.config.data.flip).tolist()
+        stored = np.zeros((len(numbers), *self.shards.info.shape), self.shards.info.dtype)
+        keys, labels, faults = [""] * len(numbers), np.zeros(len(numbers), dtype=np.int64), dict[int, Fault]()
+        places = list(zip(*(found.tolist() for found in self.order.locate(numbers)), strict=True))
+        for row, place in enumerate(places):
+            try:
+                keys[row], labels[row], stored[row] = self.shards.read_array(*place, flipped=flip[row])
+            except (DataError, FileError) as error:
+                faults[row] = self._fault(place, error)
+        latents = torch.from_numpy(stored).float()
+        # a sum is finite where all its terms are, unless they are beyond what any latent is: then each is looked at
+        for row in torch.isfinite(latents.sum(dim=(1, 2, 3))).logical_not_().nonzero().flatten().tolist():
+            if not np.isfinite(stored[row]).all():
+                faults[row] = self._fault(places[row], self._not_finite(places[row], keys[row]))
+        found = list(faults.values())
+        for row in faults:
+            keys[row], labels[row], array = self._substitute(places[row], found, flipped=flip[row])
+            latents[row] = torch.from_numpy(array.astype(np.float32))
         labels[draws.label < self.config.train.label_drop] = model.classes
         return Batch(
-            latents=self._latents(torch.from_numpy(stored).float(), draws.posterior),
+            latents=self._latents(latents, draws.posterior),
             labels=torch.from_numpy(labels),
             t=sample_time(draws.time),
             noise=draws.noise,
             keys=tuple(keys),
+            faults=tuple(found),
         )
+
+    def _substitute(self, place: Place, faults: list[Fault], *, flipped: bool) -> tuple[str, int, np.ndarray]:
+        """The next sample in the order of storage that can be read; those that cannot are added to ``faults``.
+
+        Zeros as soon as there are more faults than the run may do without: its step will not be taken.
+        """
+        for after in self._places_after(place):
+            if len({fault[:2] for fault in faults}) > self.config.data.max_bad_samples:
+                break
+            if not isinstance(faults[-1].error, DataError):
+                break
+            try:
+                key, label, array = self.shards.read_array(*after, flipped=flipped)
+            except (DataError, FileError) as error:
+                faults.append(self._fault(after, error))
+            else:
+                if np.isfinite(array).all():
+                    return key, label, array
+                faults.append(self._fault(after, self._not_finite(after, key)))
+        else:
+            faults.append(self._fault(place, FileError(f"no sample of {self.config.data.path} can be read")))
+        return "", 0, np.zeros(self.shards.info.shape, self.shards.info.dtype)
+
+    def _places_after(self, place: Place) -> Iterator[Place]:
+        shards = self.shards.info.shards
+        shard, position = place
+        yield from ((shard, after) for after in range(position + 1, shards[shard].samples))
+        for number in (*range(shard + 1, len(shards)), *range(shard)):
+            yield from ((number, after) for after in range(shards[number].samples))
+        yield from ((shard, before) for before in range(position))
+
+    def _fault(self, place: Place, error: XarScaleError) -> Fault:
+        return Fault(self.shards.info.shards[place[0]].name, place[1], error)
+
+    def _not_finite(self, place: Place, key: str) -> DataError:
+        name = self.shards.info.shards[place[0]].name
+        return DataError(f"shard {name} of {self.config.data.path}, sample {key} (number {place[1]}): its array is not finite")
 
     def _latents(self, stored: Tensor, noise: Tensor) -> Tensor:
         """Scaled latents (B, C, rows, columns), drawn from the posterior where one is stored."""
@@ -128,17 +195,6 @@ class LatentDataset(Dataset[Batch]):
         time, noise, posterior = (part.unflatten(1, shape) for part, shape in zip(normals, shapes, strict=True))
         return Draws(flip, label, time, noise.contiguous(), posterior)
 
-    def _blank(self, size: int, error: DataError) -> Batch:
-        model, layout = self.config.model, self.layout
-        return Batch(
-            latents=torch.zeros(size, model.channels, *model.grid),
-            labels=torch.zeros(size, dtype=torch.int64),
-            t=torch.zeros(size, layout.entities),
-            noise=torch.zeros(size, layout.tokens, model.channels),
-            keys=(),
-            error=error,
-        )
-
 
 def check_fits(info: DatasetInfo, config: Config) -> None:
     """Raises ConfigError when the model is not made for these latents."""
@@ -154,7 +210,7 @@ def check_fits(info: DatasetInfo, config: Config) -> None:
         raise ConfigError(f"data.flip is on, but {config.data.path} holds no mirrored latents")
 
 
-class RankNumbers:
+class RankNumbers(Sequence[list[int]]):
     """The sample numbers of one rank's passes, from step ``start`` on: a contiguous slice of every global batch."""
 
     def __init__(self, *, start: int, steps: int, global_batch: int, micro_batch: int, rank: int, world: int) -> None:
@@ -164,27 +220,72 @@ class RankNumbers:
     def __len__(self) -> int:
         return (self.steps - self.start) * (self.share // self.micro_batch)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self.start, self.steps):
-            begin = step * self.global_batch + self.rank * self.share
-            for first in range(begin, begin + self.share, self.micro_batch):
-                yield list(range(first, first + self.micro_batch))
+    def __getitem__(self, number: Any) -> Any:
+        """Of pass ``number``."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        step, turn = divmod(number, self.share // self.micro_batch)
+        first = (self.start + step) * self.global_batch + self.rank * self.share + turn * self.micro_batch
+        return list(range(first, first + self.micro_batch))
 
 
 def batches(dataset: LatentDataset, numbers: RankNumbers, device: torch.device) -> Iterator[Batch]:
-    """The rank's batches in order, read ahead by worker processes; their number does not change a bit of what comes."""
+    """The rank's batches in order, read ahead by worker processes; their number does not change a bit of what comes.
+
+    Where a worker dies (killed, say, for memory), all are started again and go on where they were: what a batch holds follows
+    from its numbers alone. Raises ProcessError when they die ``MAX_DEATHS`` times without a batch in between.
+    """
+    taken = deaths = 0
+    while taken < len(numbers):
+        stream = _from_workers(dataset, numbers, taken, device)
+        while (batch := next(stream, None)) is not None:
+            if isinstance(batch, Batch):
+                taken, deaths = taken + 1, 0
+                yield batch.to(device)
+                continue
+            deaths += 1
+            if deaths == MAX_DEATHS:
+                raise ProcessError(f"data workers of rank {numbers.rank} died {deaths} times, the last: {batch}")
+            print(f"rank {numbers.rank}: {batch}; starting its data workers again", file=sys.stderr, flush=True)
+
+
+def _from_workers(dataset: LatentDataset, numbers: RankNumbers, skip: int, device: torch.device) -> Iterator[Batch | str]:
+    """The batches after the first ``skip``, or, as the last item, what is known of a worker's death."""
     settings = dataset.config.data
-    ahead: dict[str, Any] = {"prefetch_factor": settings.prefetch, "persistent_workers": True} if settings.workers else {}
+    ahead: dict[str, Any] = {"prefetch_factor": settings.prefetch} if settings.workers else {}
     loader: DataLoader[Batch] = DataLoader(
         dataset,
-        batch_sampler=numbers,
+        batch_sampler=map(numbers.__getitem__, range(skip, len(numbers))),
         num_workers=settings.workers,
         collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
         **ahead,
     )
-    for batch in loader:
-        yield batch.to(device)
+    with _no_signal_of_death():
+        stream = iter(loader)
+    while True:
+        try:
+            batch = next(stream, None)
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker (pid"):
+                raise
+            yield str(error).splitlines()[0]
+            return
+        if batch is None:
+            return
+        yield batch
+
+
+@contextlib.contextmanager
+def _no_signal_of_death() -> Iterator[None]:
+    """PyTorch reports a worker's death by raising from a signal handler, in the middle of whatever the process does then.
+
+    Without that handler it is found by whoever waits for the next batch.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def _as_it_is(batch: Any) -> Any:

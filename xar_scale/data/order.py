@@ -16,6 +16,14 @@ class Position(NamedTuple):
     consumed: int
 
 
+class Window(NamedTuple):
+    """The part of a lane that is shuffled and read together."""
+
+    epoch: int
+    lane: int
+    number: int  # in the lane's epoch
+
+
 class SampleOrder:
     """Every sample exactly once an epoch, in an order that differs from epoch to epoch.
 
@@ -49,6 +57,36 @@ class SampleOrder:
 
     def locate(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(shards, positions in them) of samples of the run, by their numbers."""
+        windows, place = self._windows(numbers)
+        shards, positions = np.empty_like(place), np.empty_like(place)
+        groups, member = np.unique(windows, axis=0, return_inverse=True)
+        for number, window in enumerate(map(Window._make, groups.tolist())):
+            of_group = member.reshape(-1) == number
+            order, before, _ = self._epoch(window.epoch)
+            at = self._begin(window) + self._order_in_window(window)[place[of_group]]
+            slot = np.searchsorted(before, at, side="right") - 1
+            shards[of_group], positions[of_group] = order[slot], at - before[slot]
+        return shards, positions
+
+    def windows(self, numbers: Sequence[int] | np.ndarray) -> set[Window]:
+        """Those that samples of the run lie in."""
+        return set(map(Window._make, self._windows(numbers)[0].tolist()))
+
+    def shards_in(self, window: Window) -> list[int]:
+        """Of a window, in the order in which they lie."""
+        order, before, _ = self._epoch(window.epoch)
+        begin = self._begin(window)
+        first, last = np.searchsorted(before, [begin, begin + self._size(window) - 1], side="right") - 1
+        return order[first : last + 1].tolist()
+
+    def after(self, window: Window) -> Window:
+        """The one that the lane reads next."""
+        epoch, lane, number = window
+        left = int(self._lengths(epoch)[lane]) - (number + 1) * self.window
+        return Window(epoch, lane, number + 1) if left > 0 else Window(epoch + 1, lane, 0)
+
+    def _windows(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(epoch, lane, number) of the windows that samples of the run lie in (B, 3), and their turns in them (B,)."""
         step, inside = np.divmod(np.asarray(numbers, dtype=np.int64), self.global_batch)
         share = self.global_batch // self.lanes
         lane, turn = np.divmod(inside, share)
@@ -56,15 +94,14 @@ class SampleOrder:
         # the first epoch whose end, floor(((epoch + 1) * samples + lane) / lanes), lies beyond
         epoch = -(-((read + 1) * self.lanes - lane) // self.samples) - 1
         window, place = np.divmod(read - self._read_before(epoch, lane), self.window)
-        shards, positions = np.empty_like(read), np.empty_like(read)
-        groups, member = np.unique(np.stack([epoch, lane, window], axis=1), axis=0, return_inverse=True)
-        for group, (e, lane_, w) in enumerate(groups.tolist()):
-            of_group = member.reshape(-1) == group
-            order, before, lane_begins = self._epoch(e)
-            at = lane_begins[lane_] + w * self.window + self._order_in_window(e, lane_, w)[place[of_group]]
-            slot = np.searchsorted(before, at, side="right") - 1
-            shards[of_group], positions[of_group] = order[slot], at - before[slot]
-        return shards, positions
+        return np.stack([epoch, lane, window], axis=1), place
+
+    def _begin(self, window: Window) -> int:
+        """Samples of the epoch that lie before it."""
+        return int(self._epoch(window.epoch)[2][window.lane]) + window.number * self.window
+
+    def _size(self, window: Window) -> int:
+        return min(self.window, int(self._lengths(window.epoch)[window.lane]) - window.number * self.window)
 
     def _read_before(self, epoch: Any, lane: Any) -> Any:
         """Samples that a lane has read in the epochs before."""
@@ -80,7 +117,7 @@ class SampleOrder:
         lane = np.arange(self.lanes, dtype=np.int64)
         return self._read_before(epoch + 1, lane) - self._read_before(epoch, lane)
 
-    def _shuffle_window(self, epoch: int, lane: int, window: int) -> np.ndarray:
-        size = min(self.window, int(self._lengths(epoch)[lane]) - window * self.window)
+    def _shuffle_window(self, window: Window) -> np.ndarray:
         # at most 2**32 windows a lane
-        return rng.generator(self.seed, f"window/{lane}", (epoch << 32) + window).permutation(size)
+        generator = rng.generator(self.seed, f"window/{window.lane}", (window.epoch << 32) + window.number)
+        return generator.permutation(self._size(window))

@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import zip_longest
+from pathlib import Path
 
 import numpy as np
 
 from xar_scale.data.index import crc32_of, index_tar
 from xar_scale.data.reader import LatentShards
-from xar_scale.data.shards import INDEX
+from xar_scale.data.shards import INDEX, DatasetInfo
 from xar_scale.errors import DataError
 
 
@@ -19,10 +20,10 @@ def verify_set(shards: LatentShards, processes: int) -> Iterator[tuple[str, list
         yield from zip(names, pool.map(_faults_of, range(len(shards.info.shards))), strict=True)
 
 
-def stray_files(shards: LatentShards) -> list[str]:
-    """Tars and indexes in the folder that the set does not list."""
-    listed = {f"{shard.name}{ending}" for shard in shards.info.shards for ending in (".tar", INDEX)}
-    found = {path.name for path in shards.folder.iterdir() if path.name.endswith((".tar", INDEX))}
+def stray_files(folder: Path, info: DatasetInfo) -> list[str]:
+    """Tars and indexes in the set's folder that it does not list."""
+    listed = {f"{shard.name}{ending}" for shard in info.shards for ending in (".tar", INDEX)}
+    found = {path.name for path in folder.iterdir() if path.name.endswith((".tar", INDEX))}
     return sorted(found - listed)
 
 
@@ -48,12 +49,12 @@ def _faults(shards: LatentShards, number: int) -> list[str]:
     found = [_fault(shards, number, position) for position in range(len(stored.keys))]
     faults = [fault for fault in found if fault is not None]
     path, shard = shards.path(number), shards.info.shards[number]
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         if crc32_of(file) == shard.crc32:
             return faults
         # changed, and maybe where no array lies: what else there is says the tar itself
         try:
-            again = index_tar(file, str(path), shards.info.members, shards.info.flipped)
+            again = index_tar(file, path, shards.info.members, shards.info.flipped)
         except DataError as error:
             return [*faults, str(error)]
     for position, (was, is_) in enumerate(zip_longest(stored.rows(), again.rows())):

@@ -30,10 +30,11 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The step's mean loss and gradient norm over all ranks: the same two numbers everywhere."""
+    """The step's mean loss, gradient norm and number of faults over all ranks: the same numbers everywhere."""
 
     loss: Tensor
     grad_norm: Tensor
+    faults: Tensor
 
     def finite(self) -> bool:
         """False when any rank's loss or gradient is NaN or infinite. Waits for the device."""
@@ -63,11 +64,13 @@ class Engine(ABC):
     def forward_backward(self, batch: Batch) -> Tensor:
         """One pass: adds its part of the step's mean gradient. Returns this rank's loss of the pass, detached."""
 
-    def agree(self, loss: Tensor) -> Verdict:
-        """After the last pass, with this rank's mean loss over passes: what all ranks know of the step. One reduction."""
+    def agree(self, loss: Tensor, faults: int = 0) -> Verdict:
+        """After the last pass, with this rank's mean loss over passes and samples that it could not read: what all ranks know
+        of the step. One reduction."""
         squares = [gradient.float().square().sum() for gradient in self.gradients()]
-        sums = dist.all_reduce_sum(torch.stack([loss.float() / dist.world(), torch.stack(squares).sum()]))
-        return Verdict(loss=sums[0], grad_norm=sums[1].sqrt())
+        of_rank = [loss.float() / dist.world(), torch.stack(squares).sum(), torch.full_like(loss, faults, dtype=torch.float32)]
+        sums = dist.all_reduce_sum(torch.stack(of_rank))
+        return Verdict(loss=sums[0], grad_norm=sums[1].sqrt(), faults=sums[2])
 
     def step(self, learning_rate: float, verdict: Verdict) -> None:
         """Clip the agreed gradient norm to ``optim.clip`` and update the weights."""

@@ -1,0 +1,268 @@
+"""Samples that cannot be read: each fault is detected, named, counted and made up for, the same on any number of ranks."""
+
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.conftest import write_set
+from tests.unit.test_loader import CPU, assert_equal, open_set
+from xar_scale.data import shards as shards_module
+from xar_scale.data.faults import BadSamples, Fault
+from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches
+from xar_scale.data.shards import DATASET_FILE
+from xar_scale.errors import DataError, FileError, XarScaleError
+
+COUNT, PER_SHARD = 12, 4
+BAD = "latents-000001"  # the shard that is damaged, the middle one of three
+SAMPLE = 1  # the sample of it, where the damage is one sample's
+TAR = f"{BAD}.tar"
+
+
+def members(folder: Path) -> list[tarfile.TarInfo]:
+    with tarfile.open(folder / TAR) as tar:
+        return tar.getmembers()
+
+
+def overwrite(folder: Path, at: int, content: bytes) -> None:
+    with (folder / TAR).open("r+b") as file:
+        file.seek(at)
+        file.write(content)
+
+
+def rewrite(folder: Path, change) -> None:
+    """The shard written anew with other samples, its index and checksums right: only its content is at fault."""
+    reader = open_set(folder).shards
+    samples = [reader.read(1, position) for position in range(PER_SHARD)]
+    info = reader.info
+    shard = shards_module.Shard(info)
+    for sample in change(samples):
+        shard.add(*sample)
+    describe(folder, shard.write(folder, BAD))
+
+
+def describe(folder: Path, shard) -> None:
+    values = json.loads((folder / DATASET_FILE).read_text())
+    values["shards"][1] = {name: getattr(shard, name) for name in ("name", "samples", "bytes", "crc32", "index_crc32")}
+    (folder / DATASET_FILE).write_text(json.dumps(values))
+
+
+def nan(samples):
+    array = samples[SAMPLE].latent.copy()
+    array[2, 3, 1] = np.nan
+    samples[SAMPLE] = samples[SAMPLE]._replace(latent=array)
+    return samples
+
+
+def infinite(samples):
+    array = samples[SAMPLE].latent.copy()
+    array[0, 0, 0] = -np.inf
+    samples[SAMPLE] = samples[SAMPLE]._replace(latent=array)
+    return samples
+
+
+def other_shape(folder: Path) -> None:
+    """An index and checksums that fit a sample of another shape."""
+    content = bytearray((folder / TAR).read_bytes())
+    array = members(folder)[2 * SAMPLE + 1]
+    begin, end = array.offset_data, array.offset_data + array.size
+    content[begin:end] = bytes(content[begin:end]).replace(b"(4, 4, 4)", b"(4, 8, 2)")
+    index = json.loads((folder / f"{BAD}.index.json").read_text())
+    index["latent"]["crc32"][SAMPLE] = zlib.crc32(content[array.offset : end])
+    text = json.dumps(index).encode()
+    (folder / TAR).write_bytes(content)
+    (folder / f"{BAD}.index.json").write_bytes(text)
+    values = json.loads((folder / DATASET_FILE).read_text())
+    values["shards"][1] |= {"crc32": zlib.crc32(content), "index_crc32": zlib.crc32(text)}
+    (folder / DATASET_FILE).write_text(json.dumps(values))
+
+
+def older_index(folder: Path) -> None:
+    """The shard was written again, with its samples in another order and all sizes the same; its index was not."""
+    old = (folder / f"{BAD}.index.json").read_bytes()
+    reader = open_set(folder).shards
+    shard = shards_module.Shard(reader.info)
+    for position in reversed(range(PER_SHARD)):
+        shard.add(*reader.read(1, position))
+    shard.write(folder, BAD)
+    (folder / f"{BAD}.index.json").write_bytes(old)
+
+
+def at(number: int, offset: str = "offset") -> Callable[[Path], int]:
+    return lambda folder: getattr(members(folder)[number], offset)
+
+
+ARRAY = 2 * SAMPLE + 1  # its number among the tar's members
+ALL = set(range(PER_SHARD))
+DAMAGES = {
+    # name: (what is done, the positions that are bad then, what is said)
+    "truncated header": (lambda f: os.truncate(f / TAR, at(ARRAY)(f) + 100), ALL, f"{TAR} is truncated"),
+    "garbled header": (lambda f: overwrite(f, at(ARRAY)(f), b"\xff" * 300), {SAMPLE}, "sample s0005 .*checksum"),
+    "zeroed block": (lambda f: overwrite(f, at(ARRAY, "offset_data")(f), bytes(512)), {SAMPLE}, "sample s0005 .*checksum"),
+    "cut between members": (lambda f: os.truncate(f / TAR, at(ARRAY)(f)), ALL, f"{TAR} is truncated"),
+    "cut in a payload": (lambda f: os.truncate(f / TAR, at(ARRAY, "offset_data")(f) + 200), ALL, f"{TAR} is truncated"),
+    "flipped bit": (lambda f: overwrite(f, at(ARRAY, "offset_data")(f) + 140, b"\x55"), {SAMPLE}, "sample s0005 .*checksum"),
+    "missing member": (lambda f: overwrite(f, at(ARRAY)(f), bytes(1024)), {SAMPLE}, "sample s0005 .*checksum"),
+    "wrong shape": (other_shape, {SAMPLE}, r"sample s0005: the array is not float16\(4, 4, 4\)"),
+    "NaN": (lambda f: rewrite(f, nan), {SAMPLE}, "sample s0005 .*is not finite"),
+    "infinity": (lambda f: rewrite(f, infinite), {SAMPLE}, "sample s0005 .*is not finite"),
+    "missing shard": (lambda f: (f / TAR).unlink(), ALL, f"{TAR} is missing"),
+    "missing index": (lambda f: (f / f"{BAD}.index.json").unlink(), ALL, f"{BAD}.index.json is missing"),
+    "older index": (older_index, ALL, "sample s000. .*checksum"),
+    "torn index": (lambda f: os.truncate(f / f"{BAD}.index.json", 90), ALL, f"{BAD}.index.json is torn"),
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_set(tmp_path, COUNT, per_shard=PER_SHARD)
+    return tmp_path
+
+
+def read(folder: Path, allowed: int, *, workers=0, world=1, epochs=2) -> list[Batch]:
+    """Whole batches of six, put together from all ranks' parts."""
+    more = (f"data.max_bad_samples={allowed}", f"data.workers={workers}", "train.global_batch=6", "data.lanes=2")
+    streams = []
+    for rank in range(world):
+        numbers = RankNumbers(start=0, steps=2 * epochs, global_batch=6, micro_batch=6 // world, rank=rank, world=world)
+        streams.append(batches(open_set(folder, *more), numbers, CPU))
+    return [Batch.together(parts) for parts in zip(*streams, strict=True)]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_named_counted_and_made_up_for(folder, damage):
+    do, positions, says = DAMAGES[damage]
+    whole = read(folder, 0)
+    assert not any(batch.faults for batch in whole)
+    do(folder)
+    bad_keys = {f"s{4 + position:04d}" for position in positions}
+    damaged = read(folder, allowed=COUNT)
+    met = BadSamples(COUNT)
+    for was, is_ in zip(whole, damaged, strict=True):
+        met.add(is_.faults)
+        for row, key in enumerate(was.keys):
+            if key in bad_keys:
+                assert is_.keys[row] not in bad_keys  # another, whole and of its own label
+            else:
+                assert is_.keys[row] == key and torch.equal(is_.latents[row], was.latents[row])
+            assert torch.equal(is_.noise[row], was.noise[row]) and torch.equal(is_.t[row], was.t[row])
+        assert all(torch.isfinite(tensor).all() for tensor in (is_.latents, is_.noise, is_.t))
+    assert met.known == {(BAD, position) for position in positions}  # two epochs: each once
+    for fault in (fault for batch in damaged for fault in batch.faults):
+        assert isinstance(fault.error, DataError)
+    faults = [fault for batch in read(folder, allowed=0) for fault in batch.faults]
+    with pytest.raises(DataError, match=says):
+        BadSamples(0).add(faults)
+
+
+@pytest.mark.parametrize(("world", "workers"), [(1, 2), (2, 0), (3, 1), (6, 0)])
+def test_what_takes_the_place_of_a_bad_sample_does_not_depend_on_ranks_or_workers(folder, world, workers):
+    DAMAGES["missing shard"][0](folder)
+    for one, two in zip(read(folder, COUNT), read(folder, COUNT, world=world, workers=workers), strict=True):
+        assert_equal(one, two)
+        assert {fault[:2] for fault in one.faults} == {fault[:2] for fault in two.faults}
+
+
+def test_a_substitute_is_the_next_that_can_be_read_with_its_own_label(folder):
+    DAMAGES["missing shard"][0](folder)
+    dataset = open_epoch(folder, "train.label_drop=0")
+    keys = []
+    for batch in (dataset.__getitems__([number]) for number in range(COUNT)):
+        keys += batch.keys
+        if batch.faults:
+            assert batch.keys == ("s0008",)
+        assert batch.labels.item() == 3 * int(batch.keys[0][1:]) % 10
+    assert sorted(keys) == [*(f"s{n:04d}" for n in (0, 1, 2, 3)), *["s0008"] * 4, *(f"s{n:04d}" for n in (8, 9, 10, 11))]
+
+
+def test_the_last_shard_is_followed_by_the_first(folder):
+    (folder / "latents-000002.tar").unlink()
+    dataset = open_epoch(folder)
+    keys = {dataset.__getitems__([number]).keys[0] for number in range(COUNT)}
+    assert keys == {f"s{n:04d}" for n in range(8)}
+
+
+def open_epoch(folder: Path, *more: str) -> LatentDataset:
+    """Its first ``COUNT`` samples are an epoch, and every one may be bad."""
+    return open_set(folder, f"data.max_bad_samples={COUNT}", "train.global_batch=6", "data.lanes=2", *more)
+
+
+def test_a_budget_that_is_spent_ends_the_search(folder):
+    """Without this a lost disk would have every sample of the set tried, again and again."""
+    for tar in folder.glob("*.tar"):
+        tar.unlink()
+    dataset = open_set(folder, "data.max_bad_samples=3")
+    batch = dataset.__getitems__([0, 1])
+    assert 4 <= len({fault[:2] for fault in batch.faults}) <= 5
+    assert batch.latents.abs().sum() == 0 and batch.latents.shape == (2, 4, 4, 4)  # fit to take part in a step
+    with pytest.raises(DataError, match="bad samples: [45], data.max_bad_samples is 3"):
+        BadSamples(3).add(batch.faults)
+
+
+def test_a_set_without_one_good_sample_is_an_end_whatever_the_budget(folder):
+    for tar in folder.glob("*.tar"):
+        tar.unlink()
+    batch = open_set(folder, "data.max_bad_samples=1000").__getitems__([0])
+    with pytest.raises(FileError, match=f"no sample of {folder} can be read"):
+        BadSamples(1000).add(batch.faults)
+
+
+def test_a_store_that_fails_is_no_bad_sample(folder, monkeypatch):
+    dataset = open_set(folder, "data.max_bad_samples=1000")
+
+    def fail(*place, flipped):
+        raise FileError("the store is gone")
+
+    monkeypatch.setattr(dataset.shards, "read_array", fail)
+    batch = dataset.__getitems__([0, 1])
+    assert len(batch.faults) == 2  # it was not asked for others
+    with pytest.raises(FileError, match="the store is gone"):
+        BadSamples(1000).add(batch.faults)
+
+
+def test_the_mirrored_array_is_looked_at_too(tmp_path):
+    def broken(samples):
+        array = samples[SAMPLE].flipped.copy()
+        array[0, 0, 0] = np.nan
+        samples[SAMPLE] = samples[SAMPLE]._replace(flipped=array)
+        return samples
+
+    write_set(tmp_path, COUNT, per_shard=PER_SHARD, flipped=True)
+    rewrite(tmp_path, broken)
+    dataset = open_epoch(tmp_path, "data.flip=true")
+    faults = [fault for number in range(40 * COUNT) for fault in dataset.__getitems__([number]).faults]
+    assert {fault[:2] for fault in faults} == {(BAD, SAMPLE)}
+    assert 5 < len(faults) < 35  # of forty times, where the mirror is drawn
+
+
+def test_values_whose_sum_is_beyond_float32_are_no_fault(tmp_path):
+    write_set(tmp_path, COUNT, per_shard=PER_SHARD, dtype="float32")
+    rewrite(tmp_path, lambda samples: [s._replace(latent=np.full_like(s.latent, 3e38)) for s in samples])
+    dataset = open_epoch(tmp_path)
+    assert not any(dataset.__getitems__([number]).faults for number in range(COUNT))
+
+
+def fault(position: int, error: XarScaleError | None = None) -> Fault:
+    return Fault("a", position, error or DataError(f"sample {position}"))
+
+
+def test_a_bad_sample_counts_once():
+    bad = BadSamples(2, known=[("a", 7)])
+    assert [f.position for f in bad.add([fault(1), fault(1), fault(7)])] == [1]
+    assert bad.add([fault(1), fault(7)]) == []
+    assert bad.known == {("a", 1), ("a", 7)}
+    with pytest.raises(DataError, match=r"sample 3 \(bad samples: 3, data.max_bad_samples is 2\)"):
+        bad.add([fault(1), fault(3)])
+
+
+def test_a_budget_made_smaller_stops_at_the_next_new_one_only():
+    bad = BadSamples(0, known=[("a", 1)])
+    assert bad.add([fault(1)]) == []
+    with pytest.raises(DataError, match="bad samples: 2, data.max_bad_samples is 0"):
+        bad.add([fault(2)])

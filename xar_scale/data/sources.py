@@ -1,0 +1,73 @@
+"""What ``data.path`` names: a folder, a URL, or latents made up on the spot."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from xar_scale import dist
+from xar_scale.config import Config
+from xar_scale.data.faults import Fault
+from xar_scale.data.reader import LatentShards
+from xar_scale.data.remote import NodeCache, RemoteFolder
+from xar_scale.data.shards import DatasetInfo
+from xar_scale.data.synthetic import SAMPLES, SyntheticShards
+from xar_scale.errors import ConfigError
+
+SYNTHETIC = "synthetic"
+
+
+class Shards(Protocol):
+    """A set of latents as the loader reads it; may be pickled."""
+
+    open_shards: int  # kept open at a time
+
+    @property
+    def info(self) -> DatasetInfo: ...
+
+    def faults(self) -> Iterator[Fault]: ...
+
+    def fetch_ahead(self, shard: int) -> None: ...
+
+    def read_array(self, shard: int, position: int, *, flipped: bool) -> tuple[str, int, np.ndarray]: ...
+
+
+def open_shards(config: Config) -> Shards:
+    """Raises ConfigError where ``data.path`` names nothing that can be opened, DataError where it is no whole set."""
+    path = config.data.path
+    if not path:
+        raise ConfigError("data.path is not set: the folder of latents")
+    name, _, count = path.partition(":")
+    if name == SYNTHETIC:
+        if count and not (count.isdigit() and int(count)):
+            raise ConfigError(f"data.path {path}: after the colon comes the number of samples")
+        return SyntheticShards(config.model, int(count) if count else SAMPLES)
+    if name == "pipe":
+        raise ConfigError(f"data.path {path}: a pipe runs a program, which a data set has no business to")
+    if "://" not in path:
+        return LatentShards(path)
+    cache = NodeCache(cache_folder(config), int(config.data.cache_gb * 1e9))
+    shards = LatentShards(RemoteFolder(path, cache))
+    _check_room(shards.info, config)
+    return shards
+
+
+def cache_folder(config: Config) -> Path:
+    return Path(config.data.cache or Path(tempfile.gettempdir(), f"xar_scale-{os.getuid()}"))
+
+
+def _check_room(info: DatasetInfo, config: Config) -> None:
+    """Raises ConfigError where the node's cache cannot hold what its ranks read from at a time, and what comes next."""
+    data = config.data
+    lanes = -(-data.lanes * dist.local_world() // dist.world())
+    a_window = data.window // min(shard.samples for shard in info.shards) + 2  # it may begin and end within a shard
+    shards = min(2 * lanes * a_window, len(info.shards))
+    largest = max(shard.bytes for shard in info.shards)
+    if shards * largest > data.cache_gb * 1e9:
+        raise ConfigError(
+            f"data.cache_gb is {data.cache_gb:g}, but two windows of {data.window} samples in each of a node's {lanes} lanes "
+            f"lie in up to {shards} shards of {largest / 1e6:.1f} MB: {shards * largest / 1e9:.1f} GB"
+        )

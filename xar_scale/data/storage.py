@@ -1,0 +1,96 @@
+"""Where the files of a set lie, seen by its reader; here a folder of this machine's file systems (see remote.py)."""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from xar_scale.errors import DataError
+
+
+class MissingFileError(DataError):
+    """A file is not there."""
+
+
+class File(Protocol):
+    """A shard's tar opened for reading."""
+
+    name: str  # for messages
+
+    def pread(self, size: int, begin: int) -> bytes:
+        """``size`` bytes from ``begin`` on, fewer where the file ends. Raises OSError."""
+
+
+class Storage(Protocol):
+    """Files by name. Raises MissingFileError, DataError for one of another size or content, FileError where none can be had."""
+
+    def path(self, name: str) -> str:
+        """Of a file, for messages."""
+
+    def read(self, name: str, crc32: int | None = None) -> bytes:
+        """A small file, whole; a storage that copies checks the copy against ``crc32``, the reader what it is given."""
+
+    def open(self, name: str, size: int, crc32: int) -> File: ...
+
+    def forget(self, name: str, size: int, crc32: int) -> bool:
+        """Whether what was read was a copy that has now been thrown away: reading again may bring better."""
+
+    def fetch_ahead(self, name: str, size: int | None, crc32: int) -> None:
+        """This file will be needed; returns at once."""
+
+
+class Folder:
+    """A folder: its files are read where they lie."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def read(self, name: str, crc32: int | None = None) -> bytes:
+        try:
+            return (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            raise MissingFileError(f"{self.folder / name} is missing") from None
+        except OSError as error:
+            raise DataError(f"cannot read {self.folder / name}: {error.strerror}") from None
+
+    def open(self, name: str, size: int, crc32: int) -> "OpenFile":
+        self.check_size(name, size)
+        try:
+            return OpenFile(self.folder / name)
+        except OSError as error:
+            raise DataError(f"shard {self.folder / name}: {error.strerror}") from None
+
+    def check_size(self, name: str, size: int) -> None:
+        path = self.folder / name
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError:
+            raise MissingFileError(f"shard {path} is missing") from None
+        except OSError as error:
+            raise DataError(f"shard {path}: {error.strerror}") from None
+        if found != size:
+            what = "truncated" if found < size else "changed"
+            raise DataError(f"shard {path} is {what}: {found} bytes, the index says {size}")
+
+    def forget(self, name: str, size: int, crc32: int) -> bool:
+        return False
+
+    def fetch_ahead(self, name: str, size: int | None, crc32: int) -> None:
+        pass
+
+
+class OpenFile:
+    """A descriptor, closed when nobody holds it any more."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def pread(self, size: int, begin: int) -> bytes:
+        return os.pread(self.descriptor, size, begin)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)

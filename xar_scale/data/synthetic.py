@@ -1,0 +1,52 @@
+"""Latents that lie on no disk: what a benchmark reads when the disk is not its subject."""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+
+from xar_scale import rng
+from xar_scale.config import ModelConfig
+from xar_scale.data.faults import Fault
+from xar_scale.data.shards import DatasetInfo, ShardInfo, shard_name
+
+SAMPLES, PER_SHARD = 1_281_167, 1024  # ImageNet's
+SCALE, LOG_VARIANCE = 0.2325, -8.0  # of the KL-16 autoencoder; about what its posteriors have
+ARRAYS = 64  # that the samples are made of: drawing each its own would take longer than reading it
+
+
+class SyntheticShards:
+    """Posteriors of unit-size latents that fit ``model``, in float16 with mirrored arrays; always the same ones."""
+
+    open_shards = 0
+
+    def __init__(self, model: ModelConfig, samples: int = SAMPLES) -> None:
+        counts = [PER_SHARD] * (samples // PER_SHARD) + [samples % PER_SHARD] * (samples % PER_SHARD > 0)
+        self.info = DatasetInfo(
+            tokenizer={"name": "synthetic"},
+            latent_scale=SCALE,
+            stored="moments",
+            shape=(2 * model.channels, *model.grid),
+            dtype="float16",
+            classes=model.classes,
+            flipped=True,
+            shards=tuple(ShardInfo(shard_name("synthetic", n), count, 1, 0, 0) for n, count in enumerate(counts)),
+        )
+
+    def faults(self) -> Iterator[Fault]:
+        return iter(())
+
+    def fetch_ahead(self, shard: int) -> None:
+        pass
+
+    def read_array(self, shard: int, position: int, *, flipped: bool) -> tuple[str, int, np.ndarray]:
+        """Key, label and array, as those of a stored sample."""
+        number = shard * PER_SHARD + position
+        array = self._arrays[number % ARRAYS]
+        return f"{number:08d}", number % self.info.classes, array[..., ::-1] if flipped else array
+
+    @cached_property
+    def _arrays(self) -> np.ndarray:
+        channels, rows, columns = self.info.latent_shape
+        mean = rng.generator(0, "synthetic").standard_normal((ARRAYS, channels, rows, columns), dtype=np.float32) / SCALE
+        return np.concatenate([mean, np.full_like(mean, LOG_VARIANCE)], axis=1).astype(np.float16)
