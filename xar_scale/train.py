@@ -1,6 +1,7 @@
 """The training loop."""
 
 import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -109,9 +110,7 @@ def _loop(
             loss += engine.forward_backward(batch) / passes
         verdict = engine.agree(loss, len(faults))
         if verdict.faults.item():
-            everywhere = [fault for of_rank in dist.gather_objects(faults) for fault in of_rank]
-            for fault in bad.add(everywhere):
-                dist.say(f"bad sample, skipped: {fault.error} (the run's number {len(bad.known)} of {bad.allowed})")
+            _account_for(faults, bad)
         if not verdict.finite():
             engine.discard()
             raise NonFiniteError(
@@ -145,6 +144,13 @@ def _loop(
             position = dataset.order.position(done * settings.global_batch)
             newest = store.save(done, engine, ema, config, position, dataset.shards.info, bad)
     return newest
+
+
+def _account_for(faults: list[Fault], bad: BadSamples) -> None:
+    """Put this rank's faults together with all others', and say what is new. Raises, on every rank alike, what ends the run."""
+    everywhere = [fault for of_rank in dist.gather_objects(faults) for fault in of_rank]
+    for what, count in Counter(str(fault.error) for fault in bad.add(everywhere)).items():
+        dist.say(f"bad samples skipped, {count}: {what} ({len(bad.known)} so far, of data.max_bad_samples {bad.allowed})")
 
 
 def _open_run(config: Config, run: Path, store: Store, start: int) -> Metrics:

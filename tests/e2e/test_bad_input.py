@@ -1,5 +1,6 @@
 """Bad input ends with one clear line, the documented exit code, no traceback, and nothing overwritten."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -133,19 +134,22 @@ def test_another_model_does_not_continue_the_run(folder, run):
 
 
 @pytest.mark.timeout(200)
-def test_a_nan_on_one_rank_stops_all_before_the_weights_change(folder, run):
-    """A latent that is NaN, with a right checksum, of a sample that only the second rank of two reads at step 2."""
+@pytest.mark.parametrize(("value", "code", "says"), [(np.nan, 65, "its array is not finite"), (1e20, 70, "step 2: loss ")])
+def test_a_value_that_one_rank_reads_stops_all_before_the_weights_change(folder, value, code, says):
+    """In a latent with a right checksum, of a sample that only the second rank of two reads at step 2."""
     images, labels = load_digits()
-    latents = PixelTokenizer().encode(images)
+    latents = PixelTokenizer().encode(images).astype(np.float32)
     good = LatentShards(folder / "data")
     keys = read_at_step(good, folder, step=2)
-    latents[int(keys[-1]), 0, 0, 0] = np.nan
-    with ShardWriter(folder / "nan", good.info, prefix="digits", samples_per_shard=500) as writer:
+    latents[int(keys[-1]), 0, 0, 0] = value
+    name = f"bad{code}"
+    info = dataclasses.replace(good.info, dtype="float32", shards=())
+    with ShardWriter(folder / name, info, prefix="digits", samples_per_shard=500) as writer:
         for number, (latent, label) in enumerate(zip(latents, labels, strict=True)):
             writer.add(f"{number:06d}", int(label), latent)
-    ended = train(folder, "nan-run", world=2, data="nan")
-    assert_one_line(ended, 70, "step 2: loss nan", "before the weights changed")
-    assert sorted(os.listdir(folder / "nan-run" / "checkpoints")) == ["latest", "step-00000002"]
+    ended = train(folder, f"{name}-run", world=2, data=name)
+    assert_one_line(ended, code, says, f"sample {keys[-1]} " if code == 65 else "before the weights changed")
+    assert sorted(os.listdir(folder / f"{name}-run" / "checkpoints")) == ["latest", "step-00000002"]
 
 
 def read_at_step(shards: LatentShards, folder: Path, step: int) -> tuple[str, ...]:

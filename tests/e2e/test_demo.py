@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.processes import LIMIT_S, ROOT, environment
 
 METRICS = {"step", "loss", "lr", "grad_norm", "images_per_s", "tflops_per_s", "step_s", "data_wait_s", "memory_gb", "epoch"}
+METRICS |= {"bad_samples"}
 
 
 def command(*words: str, limit_s: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
