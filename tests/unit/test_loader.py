@@ -270,7 +270,7 @@ def test_a_killed_worker_loses_nothing_and_repeats_nothing(folder, capfd):
     assert len(seen) == 40
     for one, two in zip(seen, undisturbed, strict=True):
         assert_equal(one, two)
-    assert 1 <= capfd.readouterr().err.count("rank 0: DataLoader worker") <= 3  # two that die together are one death
+    assert 1 <= capfd.readouterr().err.count("; starting its data workers again") <= 3  # two that die together are one death
 
 
 def test_workers_that_die_again_and_again_end_the_run(folder, monkeypatch, capfd):
@@ -281,13 +281,30 @@ def test_workers_that_die_again_and_again_end_the_run(folder, monkeypatch, capfd
     assert capfd.readouterr().err.count("starting its data workers again") == 1
 
 
-def test_a_defect_in_a_worker_is_no_death(folder, monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, OSError, EOFError])
+def test_a_defect_in_a_worker_is_no_death(folder, monkeypatch, kind):
     def fail(self, numbers):
-        raise RuntimeError("a defect")
+        raise kind("a defect")
 
     monkeypatch.setattr(LatentDataset, "__getitems__", fail)
-    with pytest.raises(RuntimeError, match="a defect"):
-        read(folder, workers=1)
+    for workers in (1, 0):
+        with pytest.raises(kind, match="a defect"):
+            read(folder, workers=workers)
+
+
+@pytest.mark.parametrize(
+    ("where", "dead"), [("in pin memory thread for device 0", True), ("in DataLoader worker process 1", False)]
+)
+def test_a_thread_that_pins_meets_deaths_too(where, dead):
+    """As PyTorch passes errors on, from the thread that fetches batches on CUDA and from a worker itself."""
+    for kind in (EOFError, ConnectionRefusedError):
+        try:
+            raise kind
+        except (OSError, EOFError):
+            wrapped = torch._utils.ExceptionWrapper(where=where)
+        with pytest.raises(kind) as caught:
+            wrapped.reraise()
+        assert loader._is_death(caught.value) is dead
 
 
 def test_as_many_shards_stay_open_as_the_lanes_go_around(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xar_scale.data.loader import RankNumbers
-from xar_scale.data.order import Position, SampleOrder
+from xar_scale.data.order import Position, SampleOrder, Window
 
 COUNTS = [5, 1, 8, 3]  # samples a shard
 
@@ -104,6 +104,26 @@ def test_shards_lanes_and_windows_are_each_shuffled_by_epoch_and_seed():
     ]
     assert len(set(windows)) == len(windows) == 12
     assert len({str(epochs(small_order(seed, counts=[80], window=20), 1)) for seed in range(20)}) == 20
+
+
+@settings(deadline=None, max_examples=100)
+@given(orders())
+def test_windows_and_their_shards_are_those_that_samples_are_found_in(order):
+    """Followed from the first window of each lane, ``after`` leads through everything that the lane reads."""
+    steps = 3 * order.samples // order.global_batch + 2
+    for lane, read in enumerate(lane_streams(order, steps)):
+        share = order.global_batch // order.lanes
+        numbers = [step * order.global_batch + lane * share + turn for step in range(steps) for turn in range(share)]
+        own = [order.windows([number]) for number in numbers]
+        (window,) = own[0]
+        found = dict[Window, set[int]]()
+        for (of_sample,), (shard, _) in zip(own, read, strict=True):
+            if of_sample != window:
+                assert found[window] == set(order.shards_in(window))
+                window = order.after(window)
+            assert of_sample == window
+            found.setdefault(window, set()).add(shard)
+        assert order.windows(numbers) == set(found)
 
 
 def test_a_batch_takes_the_same_number_from_every_lane_and_a_lane_reads_few_shards():

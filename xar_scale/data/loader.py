@@ -94,7 +94,8 @@ class LatentDataset(Dataset[Batch]):
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         """The batch of these sample numbers. A sample that cannot be read is another, and named among the batch's faults."""
-        self._fetch_ahead(numbers)
+        if self.shards.remote:
+            self._fetch_ahead(numbers)
         parts = [self._part(numbers[begin : begin + self.CHUNK]) for begin in range(0, len(numbers), self.CHUNK)]
         return parts[0] if len(parts) == 1 else Batch.together(parts)
 
@@ -110,14 +111,14 @@ class LatentDataset(Dataset[Batch]):
     def _part(self, numbers: Sequence[int]) -> Batch:
         model, draws = self.config.model, self.draw(numbers)
         flip = ((draws.flip < 0.5) & self.config.data.flip).tolist()
-        stored = np.zeros((len(numbers), *self.shards.info.shape), self.shards.info.dtype)
+        stored = np.empty((len(numbers), *self.shards.info.shape), self.shards.info.dtype)
         keys, labels, faults = [""] * len(numbers), np.zeros(len(numbers), dtype=np.int64), dict[int, Fault]()
         places = list(zip(*(found.tolist() for found in self.order.locate(numbers)), strict=True))
         for row, place in enumerate(places):
             try:
                 keys[row], labels[row], stored[row] = self.shards.read_array(*place, flipped=flip[row])
             except (DataError, FileError) as error:
-                faults[row] = self._fault(place, error)
+                faults[row], stored[row] = self._fault(place, error), 0
         latents = torch.from_numpy(stored).float()
         # a sum is finite where all its terms are, unless they are beyond what any latent is: then each is looked at
         for row in torch.isfinite(latents.sum(dim=(1, 2, 3))).logical_not_().nonzero().flatten().tolist():
@@ -131,7 +132,7 @@ class LatentDataset(Dataset[Batch]):
         return Batch(
             latents=self._latents(latents, draws.posterior),
             labels=torch.from_numpy(labels),
-            t=sample_time(draws.time),
+            t=sample_time(_row_by_row(draws.time)).contiguous(),
             noise=draws.noise,
             keys=tuple(keys),
             faults=tuple(found),
@@ -186,14 +187,27 @@ class LatentDataset(Dataset[Batch]):
         """Of each number a block of words: two for the uniforms, then what the normals need, two a word."""
         model, layout = self.config.model, self.layout
         shapes = [(layout.entities,), (layout.tokens, model.channels), (model.channels, *model.grid)]
-        sizes = [math.prod(shape) for shape in shapes]
-        size = 2 + math.ceil(sum(sizes) / 2)
-        runs = np.split(np.asarray(numbers), np.flatnonzero(np.diff(numbers) != 1) + 1)
-        words = np.concatenate([rng.words(self.config.train.seed, "sample", int(run[0]), len(run), size) for run in runs])
+        sizes = [math.ceil(math.prod(shape) / 2) for shape in shapes]
+        words = self._words(numbers, 2 + sum(sizes))
         flip, label = rng.uniforms(words[:, :2]).T
-        normals = rng.normals(words[:, 2:])[:, : sum(sizes)].split(sizes, dim=1)
+        parts = np.split(words[:, 2:], np.cumsum(sizes[:-1]), axis=1)
+        # each into memory of its own: what is split afterwards would have to be copied
+        normals = (rng.normals(part)[:, : math.prod(shape)] for part, shape in zip(parts, shapes, strict=True))
         time, noise, posterior = (part.unflatten(1, shape) for part, shape in zip(normals, shapes, strict=True))
-        return Draws(flip, label, time, noise.contiguous(), posterior)
+        return Draws(flip, label, time, noise, posterior)
+
+    def _words(self, numbers: Sequence[int], size: int) -> np.ndarray:
+        """``size`` words of each number; neighbours are drawn together."""
+        runs = np.split(np.asarray(numbers), np.flatnonzero(np.diff(numbers) != 1) + 1)
+        words = [rng.words(self.config.train.seed, "sample", int(run[0]), len(run), size) for run in runs]
+        return words[0] if len(words) == 1 else np.concatenate(words)
+
+
+def _row_by_row(rows_BK: Tensor) -> Tensor:
+    """The same with a gap behind each row. PyTorch's sigmoid rounds the last values of contiguous memory otherwise than those
+    before them; so each row ends alike, whatever follows it."""
+    count, width = rows_BK.shape
+    return rows_BK.new_empty(count, width + 1)[:, :width].copy_(rows_BK)
 
 
 def check_fits(info: DatasetInfo, config: Config) -> None:
@@ -266,14 +280,25 @@ def _from_workers(dataset: LatentDataset, numbers: RankNumbers, skip: int, devic
     while True:
         try:
             batch = next(stream, None)
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker (pid"):
+        except (RuntimeError, OSError, EOFError) as error:
+            if not (settings.workers and _is_death(error)):
                 raise
-            yield str(error).splitlines()[0]
+            yield str(error).splitlines()[0] if str(error) else "a data worker died while it handed over a batch"
             return
         if batch is None:
             return
         yield batch
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether a worker is gone: PyTorch says so, or what it left in the queue cannot be fetched from it any more.
+
+    What a living worker raises comes as "Caught ... in DataLoader worker process".
+    """
+    said = str(error)
+    if isinstance(error, RuntimeError):
+        return said.startswith("DataLoader worker (pid")
+    return not said.startswith("Caught ") or "in pin memory thread" in said.splitlines()[0]  # which fetches on CUDA
 
 
 @contextlib.contextmanager

@@ -82,8 +82,12 @@ class SampleOrder:
     def after(self, window: Window) -> Window:
         """The one that the lane reads next."""
         epoch, lane, number = window
-        left = int(self._lengths(epoch)[lane]) - (number + 1) * self.window
-        return Window(epoch, lane, number + 1) if left > 0 else Window(epoch + 1, lane, 0)
+        if (number + 1) * self.window < self._lengths(epoch)[lane]:
+            return Window(epoch, lane, number + 1)
+        epoch += 1
+        while not self._lengths(epoch)[lane]:  # more lanes than samples
+            epoch += 1
+        return Window(epoch, lane, 0)
 
     def _windows(self, numbers: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(epoch, lane, number) of the windows that samples of the run lie in (B, 3), and their turns in them (B,)."""

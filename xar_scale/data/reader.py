@@ -27,6 +27,7 @@ class LatentShards:
         self.storage = Folder(Path(where)) if isinstance(where, str | Path) else where
         if isinstance(self.storage, Folder) and not self.storage.folder.is_dir():
             raise DataError(f"no data folder at {self.storage.folder}")
+        self.remote = not isinstance(self.storage, Folder)
         path = self.storage.path(DATASET_FILE)
         try:
             values = _json(self.storage.read(DATASET_FILE), path)

@@ -133,7 +133,8 @@ class NodeCache:
             try:
                 with self._room(key, source.size) as temporary:
                     _write(temporary, source.blocks, crc32)
-                    temporary.replace(path)
+                    with self._locked("room"):  # who counts what is here may overlook a file that gets another name just then
+                        temporary.replace(path)
                 return _open_now(path)
             except OSError as error:  # a full disk, say: no fault of the data
                 raise FileError(f"the data cache {self.folder}: {error.strerror}") from None
@@ -198,14 +199,15 @@ class NodeCache:
     def _locked(self, key: str, *, wait: bool = True) -> Iterator[bool]:
         """Hold the lock that ``key`` falls to; without waiting it may be False, and another's."""
         descriptor = os.open(self.folder / "locks" / _bucket(key), os.O_RDWR | os.O_CREAT, 0o666)
+        mine = False
         try:
-            try:
+            with contextlib.suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
                 mine = True
-            except BlockingIOError:
-                mine = False
             yield mine
         finally:
+            if mine:  # closing would not do where a process forked meanwhile, and has the descriptor too
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             os.close(descriptor)
 
 

@@ -23,6 +23,7 @@ SYNTHETIC = "synthetic"
 class Shards(Protocol):
     """A set of latents as the loader reads it; may be pickled."""
 
+    remote: bool  # whether it is of use to say what will be needed
     open_shards: int  # kept open at a time
 
     @property

@@ -18,7 +18,7 @@ ARRAYS = 64  # that the samples are made of: drawing each its own would take lon
 class SyntheticShards:
     """Posteriors of unit-size latents that fit ``model``, in float16 with mirrored arrays; always the same ones."""
 
-    open_shards = 0
+    remote, open_shards = False, 0
 
     def __init__(self, model: ModelConfig, samples: int = SAMPLES) -> None:
         counts = [PER_SHARD] * (samples // PER_SHARD) + [samples % PER_SHARD] * (samples % PER_SHARD > 0)
