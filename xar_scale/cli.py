@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="xar-scale",
         description="Train, sample and check xAR and larger next-X image models.",
-        epilog="exit codes: 0 done, 64 usage, 65 bad data, 70 non-finite, 74 files, 78 config",
+        epilog="exit codes: 0 done, 64 usage, 65 bad data, 70 non-finite, 71 a process died, 74 files, 78 config",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment says it too
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import tarfile
 import zlib
 from dataclasses import asdict
@@ -10,11 +12,12 @@ import numpy as np
 import pytest
 
 from tests.unit.conftest import small_info, small_samples, write_set
+from xar_scale.data import verify
 from xar_scale.data.index import Members, index_tar
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DATASET_FILE, INDEX, Sample, npy
 from xar_scale.data.verify import stray_files, verify_set
-from xar_scale.errors import DataError
+from xar_scale.errors import DataError, ProcessError
 
 SHARD = "latents-000001"  # of four samples, s0004 to s0007
 BLOCK = tarfile.BLOCKSIZE
@@ -280,3 +283,14 @@ def test_an_empty_file_and_one_of_zeros_are_no_shards():
     with pytest.raises(DataError, match="shard x.tar"):
         index_tar(io.BytesIO(b""), "x.tar", Members(), flipped=False)
     assert index_tar(io.BytesIO(bytes(10240)), "x.tar", Members(), flipped=False).keys == []
+
+
+def _die(shards, number):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_helper_process_that_is_killed_ends_in_one_line(tmp_path, monkeypatch):
+    write_set(tmp_path)
+    monkeypatch.setattr(verify, "_faults", _die)  # in the processes that are forked next
+    with pytest.raises(ProcessError, match="one of 2 helper processes died: killed, or out of memory"):
+        list(verify_set(LatentShards(tmp_path), 2))

@@ -4,7 +4,6 @@ import io
 import os
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 
 from xar_scale import rng
 from xar_scale.data.index import Index, Members, crc32_of, index_tar
+from xar_scale.data.processes import in_processes
 from xar_scale.data.shards import INDEX, DatasetInfo, Sample, ShardInfo, begin_set, end_set, npy_header
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import write_atomically
@@ -46,8 +46,7 @@ def index_set(
         raise DataError(f"no .tar in {folder}")
     shape, dtype = _first_array(tars[0], members, flipped)
     info = DatasetInfo(tokenizer, latent_scale, stored, shape, dtype, classes, flipped, members)
-    with ProcessPoolExecutor(processes) as pool:
-        shards = tuple(pool.map(partial(_index_shard, info), tars))
+    shards = tuple(in_processes(partial(_index_shard, info), tars, processes))
     end_set(folder, info, shards)
     return replace(info, shards=shards)
 

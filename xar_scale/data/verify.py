@@ -1,13 +1,13 @@
 """Verification of a whole set: every byte of every shard, and each fault by the name of its sample."""
 
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 
 from xar_scale.data.index import crc32_of, index_tar
+from xar_scale.data.processes import in_processes
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import INDEX, DatasetInfo
 from xar_scale.errors import DataError
@@ -16,8 +16,8 @@ from xar_scale.errors import DataError
 def verify_set(shards: LatentShards, processes: int) -> Iterator[tuple[str, list[str]]]:
     """(shard, its faults) of every shard, in their order."""
     names = (shard.name for shard in shards.info.shards)
-    with ProcessPoolExecutor(processes, initializer=_open, initargs=(shards,)) as pool:
-        yield from zip(names, pool.map(_faults_of, range(len(shards.info.shards))), strict=True)
+    found = in_processes(_faults_of, range(len(shards.info.shards)), processes, initializer=_open, initargs=(shards,))
+    yield from zip(names, found, strict=True)
 
 
 def stray_files(folder: Path, info: DatasetInfo) -> list[str]:
