@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import shutil
+import signal
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -151,19 +153,26 @@ def test_zero3_goes_on_from_a_checkpoint_of_one_process(folder, single):
 
 
 @pytest.mark.timeout(300)
-def test_killed_ranks_go_on_exactly_from_the_last_checkpoint(folder, zero2):
-    run, logs = folder / "killed", folder / "logs" / "killed"
-    ranks = start(2, arguments(folder, "killed", "deepspeed", "--resume", "auto"), logs)
+@pytest.mark.parametrize("victims", [[0, 1], [1]])
+def test_killed_ranks_go_on_exactly_from_the_last_checkpoint(folder, zero2, victims):
+    """Killed at a moment that differs by chance; of one that is killed the others are taken along by the launcher."""
+    name = f"killed{len(victims)}"
+    run, logs = folder / name, folder / "logs" / name
+    ranks = start(2, arguments(folder, name, "deepspeed", "--resume", "auto"), logs)
     try:
         metrics, begun = run / "metrics.jsonl", time.monotonic()
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 13:
             assert all(rank.poll() is None for rank in ranks), [log.read_text() for log in logs.iterdir()]
             assert time.monotonic() - begun < 120
             time.sleep(0.02)
+        time.sleep(random.uniform(0, 0.05))
+        for victim in victims:
+            os.kill(ranks[victim].pid, signal.SIGKILL)
+        time.sleep(0.5)
     finally:
         kill(ranks)
     assert [path.name for path in sorted((run / "checkpoints").glob("step-*"))] == ["step-00000010"]
-    again = finish(start(2, arguments(folder, "killed", "deepspeed"), logs), logs)
+    again = finish(start(2, arguments(folder, name, "deepspeed"), logs), logs)
     assert again.codes == [0, 0], again.text
     assert "resumed from" in again.outputs[0] and "at step 10" in again.outputs[0]
     assert torch.equal(curve(run), curve(zero2))  # one line a step, none twice

@@ -66,7 +66,8 @@ class LatentShards:
 
     def index(self, shard: int) -> Index:
         """Raises DataError where the index or the tar is missing, or not as written."""
-        return self._open(shard).index
+        self._open(shard)
+        return _read_index(self.storage, self.info.shards[shard])
 
     def fetch_ahead(self, shard: int) -> None:
         """Shard ``shard`` will be read soon."""
@@ -98,8 +99,8 @@ class LatentShards:
     def read_array(self, shard: int, position: int, *, flipped: bool) -> tuple[str, int, np.ndarray]:
         """Key, label and one array of a sample, or its mirrored one: a single read. The array cannot be written to."""
         opened = self._open(shard)
-        key, spans = opened.index.keys[position], opened.flipped if flipped else opened.latent
-        begin, data, size, crc32 = spans[position]
+        key = opened.keys[position]
+        begin, data, size, crc32 = (opened.flipped if flipped else opened.latent)[position].tolist()
         try:
             content = opened.file.pread(data + size - begin, begin)
             if zlib.crc32(content) != crc32 and opened.forget():
@@ -115,23 +116,18 @@ class LatentShards:
             name = "the mirrored array" if flipped else "the array"
             raise DataError(f"shard {opened.file.name}, sample {key}: {name} is not {self.info.dtype}{self.info.shape}")
         array = np.frombuffer(content, self.info.dtype, offset=begin).reshape(self.info.shape)
-        return key, opened.index.labels[position], array
+        return key, int(opened.labels[position]), array
 
 
 class _OpenShard:
-    """A shard's index and its file."""
+    """A shard's file, and of its index what reading takes, in arrays: hundreds of shards are open at a time."""
 
     def __init__(self, storage: Storage, shard: ShardInfo) -> None:
         self.storage = storage
         self.described = (f"{shard.name}.tar", shard.bytes, shard.crc32)
-        index = f"{shard.name}{INDEX}"
-        content = storage.read(index, shard.index_crc32)
-        if zlib.crc32(content) != shard.index_crc32:
-            raise DataError(f"{storage.path(index)} is torn or changed: its checksum is not the one in {DATASET_FILE}")
-        self.index = Index.from_json(content)
-        if len(self.index.keys) != shard.samples:
-            raise DataError(f"{storage.path(index)} holds {len(self.index.keys)} samples, {DATASET_FILE} says {shard.samples}")
-        self.latent, self.flipped = _rows(self.index.latent), _rows(self.index.flipped)
+        index = _read_index(storage, shard)
+        self.keys, self.labels = index.keys, np.array(index.labels)
+        self.latent, self.flipped = _rows(index.latent), _rows(index.flipped)
         self.file = storage.open(*self.described)
 
     def forget(self) -> bool:
@@ -139,8 +135,20 @@ class _OpenShard:
         return self.storage.forget(*self.described)
 
 
-def _rows(spans: Spans) -> list[tuple[int, int, int, int]]:
-    return list(zip(spans.begin, spans.data, spans.size, spans.crc32, strict=True))
+def _read_index(storage: Storage, shard: ShardInfo) -> Index:
+    name = f"{shard.name}{INDEX}"
+    content = storage.read(name, shard.index_crc32)
+    if zlib.crc32(content) != shard.index_crc32:
+        raise DataError(f"{storage.path(name)} is torn or changed: its checksum is not the one in {DATASET_FILE}")
+    index = Index.from_json(content)
+    if len(index.keys) != shard.samples:
+        raise DataError(f"{storage.path(name)} holds {len(index.keys)} samples, {DATASET_FILE} says {shard.samples}")
+    return index
+
+
+def _rows(spans: Spans) -> np.ndarray:
+    """(begin, data, size, crc32) of each sample."""
+    return np.array([spans.begin, spans.data, spans.size, spans.crc32], dtype=np.int64).T
 
 
 def _json(content: bytes, path: str) -> dict[str, Any]:
