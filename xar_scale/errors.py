@@ -31,6 +31,12 @@ class NonFiniteError(XarScaleError):
     exit_code = 70
 
 
+class ProcessError(XarScaleError):
+    """A helper process died: killed, or out of memory."""
+
+    exit_code = 71
+
+
 class FileError(XarScaleError):
     """A file or folder cannot be read or written: permissions, a full disk, something else in its place."""
 

@@ -10,7 +10,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -52,6 +52,7 @@ class DatasetInfo:
     flipped: bool  # a second array of the mirrored image
     members: Members = Members()  # names of a sample's files in the tars
     shards: tuple[ShardInfo, ...] = ()
+    images: dict[str, Any] = field(default_factory=dict)  # how they were prepared, where cache_latents did (encode.py)
 
     @property
     def samples(self) -> int:
@@ -60,7 +61,7 @@ class DatasetInfo:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the description: the same for a copy elsewhere, another for anything that moves or changes a sample."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(_described(self), sort_keys=True).encode()).hexdigest()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -79,6 +80,12 @@ def npy_header(info: DatasetInfo) -> bytes:
     """What every stored array of a set begins with; its values are the rest."""
     empty = np.zeros(info.shape, info.dtype)
     return npy(empty)[: -empty.nbytes]
+
+
+def _described(info: DatasetInfo) -> dict[str, Any]:
+    """Its values; a set without ``images`` is described as it was before there was such a key."""
+    values = asdict(info)
+    return values if info.images else {name: value for name, value in values.items() if name != "images"}
 
 
 class Sample(NamedTuple):
@@ -150,7 +157,7 @@ def begin_set(folder: Path) -> None:
 
 def end_set(folder: Path, info: DatasetInfo, shards: Sequence[ShardInfo]) -> None:
     """Write the description, last of all: a set that has one is whole."""
-    description = {"format": FORMAT, **asdict(info), "shards": [asdict(shard) for shard in shards]}
+    description = {"format": FORMAT, **_described(info), "shards": [asdict(shard) for shard in shards]}
     write_atomically(folder / DATASET_FILE, json.dumps(description, indent=1).encode())
 
 
