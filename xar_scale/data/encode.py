@@ -1,0 +1,348 @@
+"""Images through a tokenizer into a set of latents: by any number of processes, each stopped and started again at will.
+
+The set's folder holds, until the set is whole, a folder ``.encoding``: the plan, which says what every shard will hold, and a
+record of each shard that is done. Processes share nothing else: no process group, so none waits for one that has died.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from xar_scale import dist, rng
+from xar_scale.config import STRICT
+from xar_scale.data.images import CROP, BadImageError, SourceImage, list_images, load_image
+from xar_scale.data.reader import LatentShards
+from xar_scale.data.shards import DATASET_FILE, DatasetInfo, Shard, ShardInfo, begin_set, end_set, shard_name
+from xar_scale.errors import ConfigError, DataError, ProcessError, UsageError
+from xar_scale.files import sync_folder, write_atomically
+from xar_scale.tokenizers import Tokenizer
+
+PREFIX = "latents"
+WORK, PLAN = ".encoding", "plan.json"
+RECORD, BAD_RECORD = ".json", ".bad.json"  # behind the name of a shard: of a whole one, of one that lacks bad images
+POLL_S, LOOK_S = 0.5, 5.0  # between looks at what other processes have done: while waiting, while working
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class EncodeSettings:
+    """Everything that the content of a set depends on, but for the images themselves."""
+
+    source: str  # a folder: see list_images
+    tokenizer: dict[str, Any]  # name and settings
+    size: PositiveInt  # of the images' sides, in pixels
+    dtype: Literal["float16", "float32"]
+    flipped: bool
+    precision: str  # of the tokenizer's network
+    batch: PositiveInt  # images a pass: kernels differ with it, in the last bits
+    samples_per_shard: PositiveInt
+    classes: PositiveInt | None  # None: as many as the source has folders
+    image: str  # of a sample in a tar
+
+
+class Plan(NamedTuple):
+    """Which images a set is made of, in its order."""
+
+    settings: EncodeSettings
+    classes: int
+    images: list[SourceImage]
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.images) // self.settings.samples_per_shard)
+
+    def part(self, shard: int) -> list[SourceImage]:
+        size = self.settings.samples_per_shard
+        return self.images[shard * size : (shard + 1) * size]
+
+    def samples_in(self, shards: Collection[int]) -> int:
+        missing = self.shards * self.settings.samples_per_shard - len(self.images)  # in the last, which may be short
+        return len(shards) * self.settings.samples_per_shard - (missing if self.shards - 1 in shards else 0)
+
+
+class Watcher:
+    """Who is told how the work goes. This one keeps it to itself."""
+
+    def say(self, line: str) -> None: ...
+
+    def progress(self, done: int, total: int, bad: int) -> None:
+        """``done`` of ``total`` images are worked on, by all processes, ``bad`` of them in vain."""
+
+
+def encode_set(
+    out: Path, settings: EncodeSettings, tokenizer: Tokenizer, *, workers: int, max_bad: int, watcher: Watcher
+) -> DatasetInfo | None:
+    """Do this process's share, from where it was left, and as rank 0 the rest that makes shards a set.
+
+    Returns the description of a whole set: to rank 0, and to any rank that finds it there; to others None. ``workers`` are
+    processes that decode, ``max_bad`` the images that may be left out.
+    Raises UsageError where ``out`` holds a set, or part of one, that was made with other settings; DataError for a source
+    that is no set of images, and when more than ``max_bad`` are bad; ProcessError when a decoding process dies.
+    """
+    rank, world = dist.rank(), dist.world()
+    if not 0 <= rank < world:
+        raise UsageError(f"RANK {rank} is not one of WORLD_SIZE {world}, which count from 0")
+    if (info := finished_set(out, settings)) is not None:
+        _clear(out)
+        return info
+    blank = np.zeros((1, tokenizer.image_channels, settings.size, settings.size), np.uint8)
+    shape = tokenizer.encode(blank, settings.dtype, strict=False).shape[1:]  # refuses a size that does not fit, before all else
+    plan = _plan(out, settings, rank, watcher)
+    if plan is None:
+        return finished_set(out, settings)
+    info = DatasetInfo(
+        tokenizer=settings.tokenizer,
+        latent_scale=tokenizer.latent_scale,
+        stored=tokenizer.stored,
+        shape=shape,
+        dtype=settings.dtype,
+        classes=plan.classes,
+        flipped=settings.flipped,
+    )
+    work = _Work(out, plan, info, tokenizer, max_bad, watcher)
+    work.encode(range(rank, plan.shards, world), workers)
+    return work.finish() if rank == 0 else None
+
+
+def finished_set(out: Path, settings: EncodeSettings) -> DatasetInfo | None:
+    """The set in ``out``, if it is whole. Raises UsageError where it was not made with these settings."""
+    if not (out / DATASET_FILE).exists():
+        return None
+    info = LatentShards(out).info
+    same = (info.tokenizer, info.dtype, info.flipped) == (settings.tokenizer, settings.dtype, settings.flipped)
+    if not same or settings.classes not in (None, info.classes) or not _prepared(settings).items() <= info.images.items():
+        begin_set(out)  # refuses
+    return info
+
+
+def _prepared(settings: EncodeSettings) -> dict[str, Any]:
+    """What a set says of its images, but for those that it lacks."""
+    names = ("source", "size", "precision", "batch", "samples_per_shard", "image")
+    return {"crop": CROP, **{name: getattr(settings, name) for name in names}}
+
+
+def _plan(out: Path, settings: EncodeSettings, rank: int, watcher: Watcher) -> Plan | None:
+    """The plan, which rank 0 makes where there is none and others wait for. None where the set is whole by now."""
+    path = out / WORK / PLAN
+    if rank == 0 and not path.exists():
+        _make_plan(out, settings, watcher)
+    told = False
+    while True:
+        try:
+            values = json.loads(path.read_bytes())
+            break
+        except FileNotFoundError:
+            if finished_set(out, settings) is not None:
+                return None
+        if not told:
+            watcher.say(f"waiting for rank 0 to list the images of {settings.source} in {path}")
+            told = True
+        time.sleep(POLL_S)
+    for name, value in asdict(settings).items():
+        if (begun := values["settings"].get(name)) != value:
+            raise UsageError(
+                f"{out} was begun with {name} {begun!r}, this is {name} {value!r}; go on with that, or write elsewhere"
+            )
+    return Plan(settings, values["classes"], [SourceImage(*row) for row in values["images"]])
+
+
+def _make_plan(out: Path, settings: EncodeSettings, watcher: Watcher) -> None:
+    source = Path(settings.source)
+    if not source.is_dir():
+        raise UsageError(f"no folder at {source}")
+    watcher.say(f"listing the images of {source}")
+    images, classes = list_images(source, settings.image, settings.classes)
+    begin_set(out)
+    (out / WORK).mkdir(exist_ok=True)
+    order = rng.generator(0, "encode").permutation(len(images))  # as they lie, a shard would be of one class
+    plan = {"settings": asdict(settings), "classes": classes, "images": [images[at] for at in order]}
+    write_atomically(out / WORK / PLAN, json.dumps(plan).encode())
+    watcher.say(f"{len(images):,} images of {len({image.label for image in images}):,} classes")
+
+
+class _Batch(NamedTuple):
+    """Decoded images of one shard."""
+
+    shard: int
+    last: bool  # of its shard
+    sources: list[SourceImage]
+    images: Tensor  # uint8 (B, I, size, size), those of the sources
+    bad: list[tuple[SourceImage, str]]  # and why
+
+
+class _Batches(Dataset[_Batch]):
+    """Number -> batch; none holds images of two shards, so a shard's arrays do not depend on who makes the one before it."""
+
+    def __init__(self, plan: Plan, shards: Sequence[int], channels: int) -> None:
+        self.settings, self.channels = plan.settings, channels
+        size = plan.settings.batch
+        self.parts: list[tuple[int, bool, list[SourceImage]]] = [
+            (shard, begin + size >= len(part), part[begin : begin + size])
+            for shard, part in ((shard, plan.part(shard)) for shard in shards)
+            for begin in range(0, len(part), size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> _Batch:
+        shard, last, sources = self.parts[number]
+        size = self.settings.size
+        images = np.empty((len(sources), self.channels, size, size), np.uint8)
+        good, bad = list[SourceImage](), list[tuple[SourceImage, str]]()
+        for source in sources:
+            try:
+                images[len(good)] = load_image(Path(self.settings.source), source, size, self.channels)
+                good.append(source)
+            except BadImageError as error:
+                bad.append((source, str(error)))
+        return _Batch(shard, last, good, torch.from_numpy(images[: len(good)]), bad)
+
+
+class _Work:
+    """What is done and what is left of one set, seen from one process."""
+
+    def __init__(self, out: Path, plan: Plan, info: DatasetInfo, tokenizer: Tokenizer, max_bad: int, watcher: Watcher) -> None:
+        self.out, self.plan, self.info, self.tokenizer = out, plan, info, tokenizer
+        self.max_bad, self.watcher = max_bad, watcher
+        self.shard, self.bad = Shard(info), list[_Bad]()  # the one in the making, and what it lacks
+        self.done = dict[int, Path]()  # the records of all processes
+        self.recorded = dict[Path, list[_Bad]]()  # the bad images in them
+        self._look()
+
+    def encode(self, shards: Sequence[int], workers: int) -> None:
+        """Make those of the shards that are not done."""
+        self._allow_bad()
+        self._tell()
+        batches = _Batches(self.plan, [shard for shard in shards if shard not in self.done], self.tokenizer.image_channels)
+        with _decoders(batches, workers) as decoded:
+            for batch in decoded:
+                for source, why in batch.bad:
+                    self._skip(source, why)
+                if batch.sources:
+                    self._add(batch.sources, batch.images.numpy())
+                if batch.last:
+                    self._end_shard(batch.shard)
+                if time.monotonic() - self.looked > LOOK_S:
+                    self._look()
+                self._tell()
+
+    def finish(self) -> DatasetInfo:
+        """Wait for the shards of all processes; then the set is whole."""
+        told = False
+        while missing := [shard for shard in range(self.plan.shards) if shard not in self.done]:
+            if not told:
+                first = shard_name(PREFIX, missing[0])
+                self.watcher.say(f"waiting for {len(missing)} shards of other ranks, the first {first}")
+                told = True
+            time.sleep(POLL_S)
+            self._look()
+            self._allow_bad()
+            self._tell()
+        records = [json.loads(self.done[shard].read_bytes()) for shard in range(self.plan.shards)]
+        bad = [_Bad(*image) for record in records for image in record["bad"]]
+        shards = [ShardInfo(**record["shard"]) for record in records if record["shard"] is not None]
+        if not shards:
+            raise DataError(f"all {len(bad)} images are bad, the first {self._named(bad[0])}")
+        info = replace(self.info, images={**_prepared(self.plan.settings), "skipped": [image.name for image in bad]})
+        end_set(self.out, info, shards)
+        _clear(self.out)
+        return replace(info, shards=tuple(shards))
+
+    def _add(self, sources: list[SourceImage], images: np.ndarray) -> None:
+        """Encode images into the shard in the making."""
+        views = (images, images[..., ::-1]) if self.info.flipped else (images,)
+        try:
+            arrays = [self.tokenizer.encode(view, self.info.dtype, strict=False) for view in views]
+        except torch.OutOfMemoryError:
+            batch = self.plan.settings.batch
+            raise ConfigError(f"batch {batch}: the device has no memory for that many images a pass") from None
+        finite = np.logical_and.reduce([np.isfinite(array).all(axis=(1, 2, 3)) for array in arrays])
+        for source, storable, *rows in zip(sources, finite, *arrays, strict=True):
+            if storable:
+                self.shard.add(source.key, source.label, *rows)
+            else:
+                self._skip(source, f"its {self.info.stored} are not finite in {self.info.dtype}")
+
+    def _skip(self, source: SourceImage, why: str) -> None:
+        self.bad.append(_Bad(source.name, why))
+        self._look()
+        self._allow_bad()
+        self.watcher.say(f"skipped {self._named(self.bad[-1])}")
+
+    def _end_shard(self, number: int) -> None:
+        """The tar, its index, and then the record: a shard that has one is whole and is not made again."""
+        name = shard_name(PREFIX, number)
+        shard = asdict(self.shard.write(self.out, name)) if len(self.shard) else None
+        sync_folder(self.out)  # or a crash of the machine could leave the record and take the tar
+        record = self.out / WORK / f"{name}{BAD_RECORD if self.bad else RECORD}"
+        write_atomically(record, json.dumps({"shard": shard, "bad": self.bad}).encode())
+        self.shard, self.bad = Shard(self.info), []
+        self._look()
+        self._allow_bad()  # again: another process may have written its record in the same moment
+
+    def _look(self) -> None:
+        """See what all processes have recorded."""
+        self.looked = time.monotonic()
+        self.done = {int(_number(path)): path for path in (self.out / WORK).glob(f"{PREFIX}-*{RECORD}")}
+        for path in self.done.values():
+            if path.name.endswith(BAD_RECORD) and path not in self.recorded:
+                with suppress(FileNotFoundError):  # the set was finished in this moment
+                    self.recorded[path] = [_Bad(*image) for image in json.loads(path.read_bytes())["bad"]]
+
+    def _all_bad(self) -> list["_Bad"]:
+        return [*(image for path in sorted(self.recorded) for image in self.recorded[path]), *self.bad]
+
+    def _allow_bad(self) -> None:
+        if len(bad := self._all_bad()) > self.max_bad:
+            raise DataError(f"{len(bad)} bad images, --max-bad allows {self.max_bad}: {self._named(bad[-1])}")
+
+    def _named(self, image: "_Bad") -> str:
+        return f"{Path(self.plan.settings.source) / image.name}: {image.why}"
+
+    def _tell(self) -> None:
+        done = self.plan.samples_in(self.done) + len(self.shard) + len(self.bad)
+        self.watcher.progress(done, len(self.plan.images), len(self._all_bad()))
+
+
+class _Bad(NamedTuple):
+    """An image that is left out."""
+
+    name: str
+    why: str
+
+
+def _number(record: Path) -> str:
+    return record.name.split(".")[0].removeprefix(f"{PREFIX}-")
+
+
+@contextmanager
+def _decoders(batches: _Batches, workers: int) -> Iterator[Iterable[_Batch]]:
+    """The batches in order, read ahead by worker processes. Raises ProcessError where one dies, in the body too."""
+    try:
+        yield DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    except MemoryError:
+        raise ProcessError("out of memory while decoding") from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ProcessError(f"{str(error).splitlines()[0].strip()}; the same command goes on from here") from None
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _clear(out: Path) -> None:
+    shutil.rmtree(out / WORK, ignore_errors=True)  # another rank may be looking in: what stays does no harm
