@@ -130,9 +130,12 @@ def _tokenizer(options: argparse.Namespace) -> Tokenizer:
     device = dist.local_device()
     if options.weights is None:
         try:
-            return create_tokenizer(description)
+            tokenizer = create_tokenizer(description)
         except DataError as error:  # there is no data in it, only words
             raise UsageError(f"--tokenizer: {error}") from None
+        if tokenizer.image_channels not in (1, 3):
+            raise UsageError(f"--tokenizer: images have 1 channel or 3, not image_channels {tokenizer.image_channels}")
+        return tokenizer
     if not options.weights.is_file():
         raise UsageError(f"no weights at {options.weights}")
     description.setdefault("sha256", hashlib.sha256(options.weights.read_bytes()).hexdigest())

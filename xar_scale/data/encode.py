@@ -25,12 +25,12 @@ from xar_scale.config import STRICT
 from xar_scale.data.images import CROP, BadImageError, SourceImage, list_images, load_image
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DATASET_FILE, DatasetInfo, Shard, ShardInfo, begin_set, end_set, shard_name
-from xar_scale.errors import ConfigError, DataError, ProcessError, UsageError
+from xar_scale.errors import ConfigError, DataError, ProcessError, UsageError, XarScaleError
 from xar_scale.files import sync_folder, write_atomically
 from xar_scale.tokenizers import Tokenizer
 
 PREFIX = "latents"
-WORK, PLAN = ".encoding", "plan.json"
+WORK, PLAN, NOTE = ".encoding", "plan.json", "ended-rank-"
 RECORD, BAD_RECORD = ".json", ".bad.json"  # behind the name of a shard: of a whole one, of one that lacks bad images
 POLL_S, LOOK_S = 0.5, 5.0  # between looks at what other processes have done: while waiting, while working
 
@@ -97,11 +97,23 @@ def encode_set(
         _clear(out)
         return info
     blank = np.zeros((1, tokenizer.image_channels, settings.size, settings.size), np.uint8)
-    shape = tokenizer.encode(blank, settings.dtype, strict=False).shape[1:]  # refuses a size that does not fit, before all else
-    plan = _plan(out, settings, rank, watcher)
-    if plan is None:
-        return finished_set(out, settings)
-    info = DatasetInfo(
+    # refuses a size that does not fit, before all else
+    _, channels, rows, columns = tokenizer.encode(blank, settings.dtype, strict=False).shape
+    if not Path(settings.source).is_dir():
+        raise UsageError(f"no folder at {settings.source}")
+    notes = _Notes(out, rank)
+    with notes.left_behind():
+        plan = _plan(out, settings, notes, watcher)
+        if plan is None:
+            return finished_set(out, settings)
+        work = _Work(out, plan, _description(plan, tokenizer, (channels, rows, columns)), tokenizer, max_bad, watcher)
+        work.encode(range(rank, plan.shards, world), workers)
+        return work.finish(notes) if rank == 0 else None
+
+
+def _description(plan: Plan, tokenizer: Tokenizer, shape: tuple[int, int, int]) -> DatasetInfo:
+    settings = plan.settings
+    return DatasetInfo(
         tokenizer=settings.tokenizer,
         latent_scale=tokenizer.latent_scale,
         stored=tokenizer.stored,
@@ -110,9 +122,6 @@ def encode_set(
         classes=plan.classes,
         flipped=settings.flipped,
     )
-    work = _Work(out, plan, info, tokenizer, max_bad, watcher)
-    work.encode(range(rank, plan.shards, world), workers)
-    return work.finish() if rank == 0 else None
 
 
 def finished_set(out: Path, settings: EncodeSettings) -> DatasetInfo | None:
@@ -132,10 +141,10 @@ def _prepared(settings: EncodeSettings) -> dict[str, Any]:
     return {"crop": CROP, **{name: getattr(settings, name) for name in names}}
 
 
-def _plan(out: Path, settings: EncodeSettings, rank: int, watcher: Watcher) -> Plan | None:
+def _plan(out: Path, settings: EncodeSettings, notes: "_Notes", watcher: Watcher) -> Plan | None:
     """The plan, which rank 0 makes where there is none and others wait for. None where the set is whole by now."""
     path = out / WORK / PLAN
-    if rank == 0 and not path.exists():
+    if notes.rank == 0 and not path.exists():
         _make_plan(out, settings, watcher)
     told = False
     while True:
@@ -149,6 +158,7 @@ def _plan(out: Path, settings: EncodeSettings, rank: int, watcher: Watcher) -> P
             watcher.say(f"waiting for rank 0 to list the images of {settings.source} in {path}")
             told = True
         time.sleep(POLL_S)
+        notes.check()
     for name, value in asdict(settings).items():
         if (begun := values["settings"].get(name)) != value:
             raise UsageError(
@@ -158,13 +168,10 @@ def _plan(out: Path, settings: EncodeSettings, rank: int, watcher: Watcher) -> P
 
 
 def _make_plan(out: Path, settings: EncodeSettings, watcher: Watcher) -> None:
-    source = Path(settings.source)
-    if not source.is_dir():
-        raise UsageError(f"no folder at {source}")
-    watcher.say(f"listing the images of {source}")
-    images, classes = list_images(source, settings.image, settings.classes)
     begin_set(out)
     (out / WORK).mkdir(exist_ok=True)
+    watcher.say(f"listing the images of {settings.source}")
+    images, classes = list_images(Path(settings.source), settings.image, settings.classes)
     order = rng.generator(0, "encode").permutation(len(images))  # as they lie, a shard would be of one class
     plan = {"settings": asdict(settings), "classes": classes, "images": [images[at] for at in order]}
     write_atomically(out / WORK / PLAN, json.dumps(plan).encode())
@@ -238,7 +245,7 @@ class _Work:
                     self._look()
                 self._tell()
 
-    def finish(self) -> DatasetInfo:
+    def finish(self, notes: "_Notes") -> DatasetInfo:
         """Wait for the shards of all processes; then the set is whole."""
         told = False
         while missing := [shard for shard in range(self.plan.shards) if shard not in self.done]:
@@ -247,6 +254,7 @@ class _Work:
                 self.watcher.say(f"waiting for {len(missing)} shards of other ranks, the first {first}")
                 told = True
             time.sleep(POLL_S)
+            notes.check()
             self._look()
             self._allow_bad()
             self._tell()
@@ -314,6 +322,43 @@ class _Work:
     def _tell(self) -> None:
         done = self.plan.samples_in(self.done) + len(self.shard) + len(self.bad)
         self.watcher.progress(done, len(self.plan.images), len(self._all_bad()))
+
+
+class _Notes:
+    """A process that ends with an error leaves a note, so that those who wait for it need not wait for ever.
+
+    Notes that lie there at the start are of a start before this one: whoever left them may have been started again too.
+    """
+
+    def __init__(self, out: Path, rank: int) -> None:
+        self.folder, self.rank = out / WORK, rank
+        self.old = self._found()
+
+    def _found(self) -> dict[Path, int]:
+        """Those of other ranks, with their times."""
+        own = self.folder / f"{NOTE}{self.rank}"
+        return {path: path.stat().st_mtime_ns for path in self.folder.glob(f"{NOTE}*[0-9]") if path != own}
+
+    def check(self) -> None:
+        """Raises the error of another rank that has ended since this one began, under its exit code."""
+        for path in sorted(path for path, when in self._found().items() if self.old.get(path) != when):
+            ended, code = json.loads(path.read_bytes())
+            error = XarScaleError(f"rank {path.name.removeprefix(NOTE)} ended: {ended}")
+            error.exit_code = code
+            raise error
+
+    @contextmanager
+    def left_behind(self) -> Iterator[None]:
+        try:
+            yield
+        except UsageError:
+            raise  # of this command line, which need not be that of the others
+        except Exception as caught:
+            error = dist.file_error(caught) if isinstance(caught, OSError) else caught
+            note = [str(error) or type(error).__name__, getattr(error, "exit_code", XarScaleError.exit_code)]
+            with suppress(OSError):  # there is no folder yet, or what went wrong goes on
+                write_atomically(self.folder / f"{NOTE}{self.rank}", json.dumps(note).encode())
+            raise
 
 
 class _Bad(NamedTuple):
