@@ -141,8 +141,10 @@ def test_bad_images_end_it_or_are_counted(source, tmp_path):
         (tmp_path / "copy" / name).write_bytes(b"no image")
     out = tmp_path / "set"
     ended = launch(2, arguments(tmp_path / "copy", out, "--max-bad", "1"), tmp_path / "logs")
-    assert set(ended.codes) == {65}, ended.text
-    assert "Traceback" not in ended.text and "cache_latents: 2 bad images, --max-bad allows 1: " in ended.text
+    assert 65 in ended.codes and set(ended.codes) <= {0, 65}, ended.text  # one may be done with its share by then
+    assert "Traceback" not in ended.text and "2 bad images, --max-bad allows 1: " in ended.text
+    for code, output in zip(ended.codes, ended.outputs, strict=True):
+        assert (output.splitlines() or [""])[-1].startswith("cache_latents: ") == (code == 65)
     assert not (out / "dataset.json").exists()
     done = images(tmp_path / "copy", out, "--max-bad", "2")
     assert done.returncode == 0, done.stderr

@@ -360,6 +360,17 @@ def test_a_shard_without_a_record_is_made_again(source, tmp_path, whole):
     assert files(out) == whole
 
 
+def test_a_record_is_written_behind_what_it_speaks_of(source, tmp_path, whole, monkeypatch):
+    out = tmp_path / "set"
+    monkeypatch.setattr(encode_module, "sync_folder", stop)  # between the two
+    with pytest.raises(StopError):
+        encode(out, source)
+    assert files(out).keys() == {"latents-000000.tar", "latents-000000.index.json", f"{WORK}/{PLAN}", f"{WORK}/ended-rank-0"}
+    monkeypatch.undo()
+    encode(out, source)
+    assert files(out) == whole
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -540,6 +551,21 @@ def test_who_waits_for_the_plan_hears_that_the_listing_failed(source, tmp_path, 
     with pytest.raises(XarScaleError, match="rank 0 ended: .*empty holds neither tars nor a folder a class") as caught:
         encode(out, tmp_path / "empty")
     assert caught.value.exit_code == 65
+
+
+def test_two_processes_that_record_in_the_same_moment_see_each_other(source, tmp_path, monkeypatch):
+    copy, out = damage(source, tmp_path / "copy", BAD[0]), tmp_path / "set"
+    as_rank(monkeypatch, 0, 1)
+
+    def meanwhile(folder):
+        (out / WORK / "latents-000004.bad.json").write_text(json.dumps({"shard": None, "bad": [["n0/x.jpg", "is torn"]]}))
+
+    monkeypatch.setattr(encode_module, "sync_folder", meanwhile)
+    monkeypatch.setattr(encode_module, "LOOK_S", 1000)
+    with pytest.raises(DataError, match="2 bad images, --max-bad allows 1"):
+        encode(out, copy, max_bad=1)
+    bad = [path.name for path in out.glob(f"{WORK}/*.bad.json")]
+    assert len(bad) == 2 or bad == ["latents-000004.bad.json"]  # found by the second process, before or behind its record
 
 
 def test_rank_0_sees_while_it_waits_that_the_others_found_too_many(source, tmp_path, monkeypatch):
