@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.test_demo import command
 from tests.processes import finish, kill, launch, start
-from tests.unit.test_images import smooth, tars
+from tests.unit.encoding import smooth, tars
 from xar_scale.data.reader import LatentShards
 
 IMAGES = 180

@@ -1,24 +1,17 @@
 """Which images a source holds, under which labels and keys; ADM's crop; what is told of a bad image."""
 
-import io
 import os
 import warnings
 
 import numpy as np
 import pytest
-import webdataset as wds
 from PIL import Image
 
+from tests.unit.encoding import png, smooth, tars
 from xar_scale.data.images import BadImageError, SourceImage, center_crop, list_images, load_image
 from xar_scale.data.index import Members, index_tar
 from xar_scale.data.shards import MAX_KEY
 from xar_scale.errors import DataError, UsageError
-
-
-def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Random smooth colours."""
-    small = np.random.default_rng(seed).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def tree(root, *names: str):
@@ -27,12 +20,6 @@ def tree(root, *names: str):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         smooth(8, 8, seed).save(root / name, "PNG")
     return root
-
-
-def png(seed: int = 0) -> bytes:
-    file = io.BytesIO()
-    smooth(8, 8, seed).save(file, "PNG")
-    return file.getvalue()
 
 
 # the crop
@@ -246,15 +233,6 @@ def test_long_names_get_a_number_and_their_tail(tmp_path):
 
 
 # tars
-
-
-def tars(folder, labels, *, member="jpg", key="s{:02d}", per_tar=3):
-    folder.mkdir(parents=True, exist_ok=True)
-    with wds.ShardWriter(f"{folder}/part-%02d.tar", maxcount=per_tar, verbose=0) as writer:
-        for number, label in enumerate(labels):
-            own = {member: png(number), "cls": str(label), "json": b"{}"}
-            writer.write({"__key__": key.format(number), **own})
-    return folder
 
 
 def test_tars_of_stock_webdataset_are_listed_and_read(tmp_path):
