@@ -264,6 +264,20 @@ def test_who_waits_for_the_plan_hears_that_the_listing_failed(source, tmp_path, 
     assert caught.value.exit_code == 65
 
 
+def test_what_another_process_has_recorded_counts_before_a_shard_is_done(source, tmp_path, monkeypatch):
+    copy, out = damage(source, tmp_path / "copy", BAD[0]), tmp_path / "set"
+    monkeypatch.setattr(encode_module, "LOOK_S", 1000)
+
+    class Meanwhile(Told):
+        def progress(self, *numbers):
+            fake = {"shard": None, "bad": [["n0/x.jpg", "is torn"]]}
+            (out / WORK / "latents-000001.bad.json").write_text(json.dumps(fake))
+
+    with pytest.raises(DataError, match=f"2 bad images, --max-bad allows 1: {copy / BAD[0]}"):
+        encode(out, copy, max_bad=1, samples_per_shard=21, watcher=Meanwhile())
+    assert not (out / "latents-000000.tar").exists()
+
+
 def test_two_processes_that_record_in_the_same_moment_see_each_other(source, tmp_path, monkeypatch):
     copy, out = damage(source, tmp_path / "copy", BAD[0]), tmp_path / "set"
 
