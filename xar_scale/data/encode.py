@@ -94,7 +94,6 @@ def encode_set(
     if not 0 <= rank < world:
         raise UsageError(f"RANK {rank} is not one of WORLD_SIZE {world}, which count from 0")
     if (info := finished_set(out, settings)) is not None:
-        _clear(out)
         return info
     blank = np.zeros((1, tokenizer.image_channels, settings.size, settings.size), np.uint8)
     # refuses a size that does not fit, before all else
@@ -132,6 +131,7 @@ def finished_set(out: Path, settings: EncodeSettings) -> DatasetInfo | None:
     same = (info.tokenizer, info.dtype, info.flipped) == (settings.tokenizer, settings.dtype, settings.flipped)
     if not same or settings.classes not in (None, info.classes) or not _prepared(settings).items() <= info.images.items():
         begin_set(out)  # refuses
+    _clear(out)
     return info
 
 
@@ -337,7 +337,11 @@ class _Notes:
     def _found(self) -> dict[Path, int]:
         """Those of other ranks, with their times."""
         own = self.folder / f"{NOTE}{self.rank}"
-        return {path: path.stat().st_mtime_ns for path in self.folder.glob(f"{NOTE}*[0-9]") if path != own}
+        found = dict[Path, int]()
+        for path in self.folder.glob(f"{NOTE}*[0-9]"):
+            with suppress(FileNotFoundError):  # the set was finished in this moment
+                found[path] = path.stat().st_mtime_ns
+        return {path: when for path, when in found.items() if path != own}
 
     def check(self) -> None:
         """Raises the error of another rank that has ended since this one began, under its exit code."""
