@@ -14,6 +14,7 @@ import pytest
 from tests.e2e.test_demo import command
 from tests.processes import finish, kill, launch, start
 from tests.unit.encoding import smooth, tars
+from xar_scale.data.images import center_crop
 from xar_scale.data.reader import LatentShards
 
 IMAGES = 180
@@ -153,7 +154,7 @@ def test_bad_images_end_it_or_are_counted(source, tmp_path):
 
 
 @pytest.mark.timeout(200)
-def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16_weights):
+def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16, kl16_weights):
     tars(tmp_path / "tars", [4, 0, 4])
     words = ["images", str(tmp_path / "tars"), "--out", str(tmp_path / "set"), "--weights", str(kl16_weights), "--size", "16"]
     bare = command(sys.executable, TOOL, *words)
@@ -163,6 +164,10 @@ def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16_weights):
     info = LatentShards(tmp_path / "set").info
     assert (info.tokenizer["name"], len(info.tokenizer["sha256"]), info.stored) == ("kl16", 64, "moments")
     assert (info.shape, info.dtype, info.samples, info.images["precision"]) == ((32, 1, 1), "float32", 3, "bf16")
+    sample = LatentShards(tmp_path / "set").read(0, 0)
+    image = np.asarray(center_crop(smooth(8, 8, int(sample.key[-1])), 16)).transpose(2, 0, 1)[None]
+    exact = kl16.encode(image, "float32")[0]
+    assert 0 < np.abs(sample.latent - exact).max() < 0.1 * np.abs(exact).max()  # it was computed in bfloat16
 
 
 @pytest.mark.parametrize(
