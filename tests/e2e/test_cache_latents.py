@@ -167,7 +167,8 @@ def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16, kl16_weights):
     sample = LatentShards(tmp_path / "set").read(0, 0)
     image = np.asarray(center_crop(smooth(8, 8, int(sample.key[-1])), 16)).transpose(2, 0, 1)[None]
     exact = kl16.encode(image, "float32")[0]
-    assert 0 < np.abs(sample.latent - exact).max() < 0.1 * np.abs(exact).max()  # it was computed in bfloat16
+    off = np.abs(sample.latent - exact).max() / np.abs(exact).max()
+    assert 1e-4 < off < 0.1  # computed in bfloat16: float32 in other batches is off by 1e-6
 
 
 @pytest.mark.parametrize(
