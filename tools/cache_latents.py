@@ -1,28 +1,187 @@
 """Images through a tokenizer into WebDataset tars of latents.
 
 python tools/cache_latents.py digits --out runs/demo/data
+python tools/cache_latents.py images /data/imagenet/train --out /data/latents --weights kl16.ckpt
+torchrun --nproc-per-node 8 tools/cache_latents.py images /data/imagenet/train --out /data/latents --weights kl16.ckpt
 """
 
 import argparse
+import hashlib
+import json
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from xar_scale import dist
 from xar_scale.cli import Parser, ending
+from xar_scale.data.encode import EncodeSettings, Watcher, encode_set, finished_set
+from xar_scale.data.index import LABEL
+from xar_scale.data.shards import DatasetInfo
+from xar_scale.errors import DataError, UsageError, XarScaleError
 from xar_scale.evaluate.digits import cache_digits
+from xar_scale.precision import MODES, apply_matmul_mode
+from xar_scale.tokenizers import Tokenizer, create_tokenizer
+
+LINE_S = 30.0  # between lines where there is no bar
 
 
 def main() -> int:
-    parser = Parser(prog="cache_latents", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", choices=["digits"], help="digits: the 1,797 that ship with scikit-learn")
-    parser.add_argument("--out", type=Path, required=True, help="the data set's folder")
-    parser.add_argument("--samples-per-shard", type=int, default=256)
-
     def run() -> None:
-        options = parser.parse_args()
-        samples, shards = cache_digits(options.out, options.samples_per_shard)
-        print(f"{samples} samples in {shards} shards: {options.out}")
+        options = _parser().parse_args()
+        try:
+            options.run_command(options)
+        except (XarScaleError, OSError) as caught:
+            error = dist.file_error(caught) if isinstance(caught, OSError) else caught
+            error.rank = dist.rank()  # ranks share no process group here: each speaks for itself
+            raise error from None
 
     return ending("cache_latents", run)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="cache_latents", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(title="what to encode", required=True, metavar="WHAT")
+
+    digits = commands.add_parser("digits", help="the 1,797 that ship with scikit-learn")
+    digits.add_argument("--out", type=Path, required=True, help="the data set's folder")
+    digits.add_argument("--samples-per-shard", type=int, default=256)
+    digits.set_defaults(run_command=_digits)
+
+    images = commands.add_parser(
+        "images",
+        help="a folder a class, or WebDataset tars",
+        epilog="Stopped at any moment, the same command goes on. Many processes share the work under torchrun, or any "
+        "launcher that sets RANK and WORLD_SIZE (and LOCAL_RANK, the GPU's number).",
+    )
+    images.add_argument("source", type=Path, help="a tree with a folder a class, or a folder of tars")
+    images.add_argument("--out", type=Path, required=True, help="the data set's folder")
+    images.add_argument("--tokenizer", default="kl16", help="its name, or its name and settings as JSON (default: kl16)")
+    images.add_argument("--weights", type=Path, help="the path of kl16.ckpt, which tokenizer kl16 needs")
+    images.add_argument("--size", type=int, default=256, help="of the square that is cut from an image, in pixels")
+    images.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of what is stored")
+    images.add_argument("--no-flip", action="store_true", help="leave the mirrored images out")
+    images.add_argument("--precision", choices=list(MODES), default="fp32", help="of the tokenizer's network")
+    images.add_argument("--batch", type=int, default=32, help="images a pass of the network")
+    images.add_argument("--workers", type=int, default=2, help="processes that decode, for each that encodes")
+    images.add_argument("--samples-per-shard", type=int, default=1024)
+    images.add_argument("--max-bad", type=int, default=0, help="images that may be left out, for they cannot be read")
+    images.add_argument("--classes", type=int, help="how many there are (default: the folders; tars need the number)")
+    images.add_argument("--image", default="jpg", help=f"of a sample in a tar; its label is {LABEL}")
+    images.set_defaults(run_command=_images)
+    return parser
+
+
+def _digits(options: argparse.Namespace) -> None:
+    samples, shards = cache_digits(options.out, options.samples_per_shard)
+    print(f"{samples} samples in {shards} shards: {options.out}")
+
+
+def _images(options: argparse.Namespace) -> None:
+    for name, least in (("size", 1), ("batch", 1), ("samples-per-shard", 1), ("classes", 1), ("workers", 0), ("max-bad", 0)):
+        if (number := getattr(options, name.replace("-", "_"))) is not None and number < least:
+            raise UsageError(f"--{name} is at least {least}, not {number}")
+    tokenizer = _tokenizer(options)
+    settings = EncodeSettings(
+        source=str(options.source.resolve()),
+        tokenizer={"name": tokenizer.name, **tokenizer.settings},
+        size=options.size,
+        dtype=options.dtype,
+        flipped=not options.no_flip,
+        precision=options.precision,
+        batch=options.batch,
+        samples_per_shard=options.samples_per_shard,
+        classes=options.classes,
+        image=options.image,
+    )
+    if (info := finished_set(options.out, settings)) is not None:
+        dist.say(f"already there: {_summary(info)}: {options.out}")
+        return
+    with _Display() as display:
+        info = encode_set(options.out, settings, tokenizer, workers=options.workers, max_bad=options.max_bad, watcher=display)
+    if info is not None:
+        dist.say(f"{_summary(info)}: {options.out}")
+
+
+def _summary(info: DatasetInfo) -> str:
+    skipped = len(info.images["skipped"])
+    return f"{info.samples:,} samples in {len(info.shards):,} shards, {skipped:,} bad images skipped"
+
+
+def _tokenizer(options: argparse.Namespace) -> Tokenizer:
+    """On this rank's device, in the precision asked for."""
+    description: dict[str, Any] = {"name": options.tokenizer}
+    if options.tokenizer.lstrip().startswith("{"):
+        try:
+            description = json.loads(options.tokenizer)
+        except ValueError:
+            raise UsageError(f"--tokenizer {options.tokenizer!r} is not JSON") from None
+        if not isinstance(description.get("name"), str):
+            raise UsageError(f"--tokenizer {options.tokenizer!r} is no object with a name")
+    if (description["name"] == "kl16") != (options.weights is not None):
+        what = "tokenizer kl16 needs --weights" if options.weights is None else "--weights are of tokenizer kl16"
+        raise UsageError(f"{what}, the path of kl16.ckpt; --tokenizer is {description['name']}")
+    apply_matmul_mode(options.precision)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # the same bits at each start
+    device = dist.local_device()
+    if options.weights is None:
+        try:
+            tokenizer = create_tokenizer(description)
+        except DataError as error:  # there is no data in it, only words
+            raise UsageError(f"--tokenizer: {error}") from None
+        if tokenizer.image_channels not in (1, 3):
+            raise UsageError(f"--tokenizer: images have 1 channel or 3, not image_channels {tokenizer.image_channels}")
+        return tokenizer
+    if not options.weights.is_file():
+        raise UsageError(f"no weights at {options.weights}")
+    description.setdefault("sha256", hashlib.sha256(options.weights.read_bytes()).hexdigest())
+    return create_tokenizer(description, options.weights, device, batch=options.batch, compute=MODES[options.precision].compute)
+
+
+class _Display(Watcher):
+    """Lines on standard error, and on rank 0 how far all are: a bar in a terminal, else a line now and then."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("images"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[rest]}  ETA"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=dist.rank() != 0 or not console.is_terminal,
+        )
+        self.task = self.bar.add_task("encode", total=None, rest="")
+        self.first: tuple[float, int] | None = None  # when, and how many were done by then
+        self.said = time.monotonic()
+
+    def __enter__(self) -> "_Display":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    def progress(self, done: int, total: int, bad: int) -> None:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (now, done)
+            self.bar.update(self.task, total=total, completed=done)
+        rate = (done - self.first[1]) / max(now - self.first[0], 1e-9)
+        rest = f"{rate:,.0f} images/s  {bad:,} bad"
+        self.bar.update(self.task, completed=done, rest=rest)
+        if dist.rank() == 0 and self.bar.disable and now - self.said > LINE_S:
+            self.said = now
+            left = f"{(total - done) / rate:,.0f} s" if rate else "?"
+            print(f"{done:,}/{total:,} images  {rest}  ETA {left}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

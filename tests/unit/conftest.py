@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from tests.unit import encoding
 from xar_scale.config import AttentionBackend
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DatasetInfo, Sample, ShardWriter
@@ -77,3 +79,19 @@ def write_set(
 def read_set(folder: Path) -> list[Sample]:
     shards = LatentShards(folder)
     return [shards.read(number, at) for number, shard in enumerate(shards.info.shards) for at in range(shard.samples)]
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """Images to encode."""
+    root = tmp_path_factory.mktemp("images")
+    encoding.make_tree(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def whole(source, tmp_path_factory) -> dict[str, bytes]:
+    """The files of their set, as one process makes it that is not interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "set"
+    encoding.encode(out, source)
+    return encoding.files(out)

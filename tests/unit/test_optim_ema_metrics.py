@@ -114,13 +114,16 @@ def test_every_precision_of_the_config_is_defined():
 
 @pytest.mark.parametrize(("mode", "matmul"), [("fp32", "highest"), ("tf32", "high"), ("bf16", "high")])
 def test_the_matmul_mode_of_a_precision_is_set(mode, matmul):
-    before = torch.get_float32_matmul_precision()
+    before, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         torch.set_float32_matmul_precision("medium")
+        torch.backends.cudnn.allow_tf32 = matmul == "highest"
         apply_matmul_mode(mode)
         assert torch.get_float32_matmul_precision() == matmul
+        assert torch.backends.cudnn.allow_tf32 == (matmul == "high")  # cuDNN's own switch
     finally:
         torch.set_float32_matmul_precision(before)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 FIELDS = ("loss", "lr", "grad_norm", "images_per_s", "step_s", "data_wait_s", "memory_gb", "epoch")

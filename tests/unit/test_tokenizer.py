@@ -83,6 +83,20 @@ def test_unknown_tokenizers_and_settings_are_refused_with_the_known_names(descri
         create_tokenizer(description)
 
 
+@pytest.mark.parametrize("settings", [{"patch": 0}, {"patch": "2"}, {"patch": True}, {"patch": 2, "image_channels": 1.0}])
+def test_a_pixel_tokenizer_of_nonsense_is_refused(settings):
+    with pytest.raises(DataError, match="patch .* and image_channels .* are numbers from 1 on"):
+        create_tokenizer({"name": "pixel", **settings})
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_latents_are_of_the_dtype_asked_for(dtype):
+    image = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
+    latents = PixelTokenizer(patch=2).encode(image, dtype)
+    assert latents.dtype == dtype
+    assert np.array_equal(PixelTokenizer(patch=2).decode(torch.from_numpy(latents)), image)
+
+
 def test_weights_are_for_tokenizers_that_have_some():
     with pytest.raises(ConfigError, match=r"sample.tokenizer_weights is kl16.ckpt, but tokenizer pixel has no weights"):
         create_tokenizer({"name": "pixel", "patch": 2, "image_channels": 1}, weights="kl16.ckpt")

@@ -59,8 +59,9 @@ class Members:
     label: str = LABEL
 
 
-def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool) -> Index:
-    """The index of a WebDataset tar, read from its first byte to its last.
+def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool, *, checksums: bool = True) -> Index:
+    """The index of a WebDataset tar, read from its first byte to its last; without ``checksums``, which are then 0, only its
+    headers and labels are.
 
     A sample is a run of files whose names agree up to the first dot behind the last slash. Other members of it are passed
     over, and so are files and samples that have none of the wanted ones. Raises DataError, naming ``path`` and the sample,
@@ -100,7 +101,7 @@ def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool) -> Ind
                     key, found = this, {}
                 if name in found:
                     raise DataError(f"shard {path}, sample {key}: {name} comes twice")
-                found[name] = _span(file, member) if name != members.label else _content(file, member)
+                found[name] = _span(file, member, checksums) if name != members.label else _content(file, member)
     except tarfile.TarError as error:
         raise DataError(f"shard {path} is no whole tar: {error}") from None
     # Python's tarfile takes a garbled or zeroed header for the end of the archive, in silence
@@ -117,9 +118,10 @@ def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool) -> Ind
     return index
 
 
-def _span(file: BinaryIO, member: tarfile.TarInfo) -> dict[str, int]:
+def _span(file: BinaryIO, member: tarfile.TarInfo, checksums: bool) -> dict[str, int]:
     begin, data, size = member.offset, member.offset_data, member.size
-    return {"begin": begin, "data": data, "size": size, "crc32": zlib.crc32(_bytes(file, begin, data + size))}
+    crc32 = zlib.crc32(_bytes(file, begin, data + size)) if checksums else 0
+    return {"begin": begin, "data": data, "size": size, "crc32": crc32}
 
 
 def _content(file: BinaryIO, member: tarfile.TarInfo) -> bytes:

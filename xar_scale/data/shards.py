@@ -10,7 +10,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -52,6 +52,7 @@ class DatasetInfo:
     flipped: bool  # a second array of the mirrored image
     members: Members = Members()  # names of a sample's files in the tars
     shards: tuple[ShardInfo, ...] = ()
+    images: dict[str, Any] = field(default_factory=dict)  # how they were prepared, where cache_latents did (encode.py)
 
     @property
     def samples(self) -> int:
@@ -59,8 +60,9 @@ class DatasetInfo:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the description: the same for a copy elsewhere, another for anything that moves or changes a sample."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of what says which sample is where: the same for a copy, another for anything that moves or changes one."""
+        values = {name: value for name, value in asdict(self).items() if name != "images"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

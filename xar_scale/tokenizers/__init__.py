@@ -2,12 +2,12 @@
 
 import inspect
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from xar_scale.errors import ConfigError, DataError
@@ -20,30 +20,43 @@ class Tokenizer(Protocol):
 
     name: str
     latent_scale: float
+    stored: Literal["latents", "moments"]  # what ``encode`` returns
+    image_channels: int  # I below
 
     @property
     def settings(self) -> dict[str, Any]: ...
 
-    def encode(self, images_BIHW: np.ndarray) -> np.ndarray:
-        """uint8 images (B, I, H, W) -> stored arrays (B, ..., rows, columns), float16."""
+    def encode(self, images_BIHW: np.ndarray, dtype: DTypeLike = np.float16, *, strict: bool = True) -> np.ndarray:
+        """uint8 images (B, I, H, W) -> stored arrays (B, ..., rows, columns) of ``dtype``.
+
+        Raises DataError for a value that ``dtype`` cannot hold; where not ``strict``, it is stored as not finite.
+        """
 
     def decode(self, latents_BCHW: Tensor) -> np.ndarray:
         """Latents (B, C, rows, columns), unscaled, -> uint8 images (B, I, H, W)."""
 
 
-def create_tokenizer(description: dict[str, Any], weights: str | Path = "", device: str | torch.device = "cpu") -> Tokenizer:
+def create_tokenizer(
+    description: dict[str, Any],
+    weights: str | Path = "",
+    device: str | torch.device = "cpu",
+    *,
+    batch: int = 1,
+    compute: torch.dtype = torch.float32,
+) -> Tokenizer:
     """The tokenizer that made a data set. ``description`` is its name and settings, as the set's index holds them.
 
     ``weights`` is the path of kl16.ckpt where the set is kl16's; one that does not have the SHA-256 in the description is
-    refused. Raises DataError for a description that this version does not know, ConfigError where ``weights`` are missing,
-    or given to a tokenizer that has none.
+    refused; ``device``, ``batch`` (images a pass) and ``compute`` are its too. Raises DataError for a description that this
+    version does not know, ConfigError where ``weights`` are missing, or given to a tokenizer that has none.
     """
     settings = dict(description)
     name = settings.pop("name", None)
-    makers: dict[Any, Callable[..., Tokenizer]] = {
-        "pixel": PixelTokenizer,
-        "kl16": partial(KL16Tokenizer, weights, device),
-    }
+
+    def kl16(sha256: str | None = None) -> Tokenizer:
+        return KL16Tokenizer(weights, device, sha256, batch=batch, compute=compute)
+
+    makers: dict[Any, Callable[..., Tokenizer]] = {"pixel": PixelTokenizer, "kl16": kl16}
     try:
         inspect.signature(makers[name]).bind(**settings)
     except (KeyError, TypeError):

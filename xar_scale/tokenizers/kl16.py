@@ -6,11 +6,13 @@ The network is diffusers' AutoencoderKL, filled from the published file by an ex
 import hashlib
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 from xar_scale.errors import ConfigError, DataError, UsageError
@@ -109,7 +111,7 @@ def _read(content: bytes, path: Path) -> dict[Any, Any]:
 
 
 class KL16Tokenizer:
-    """The autoencoder in float32 on ``device``, one image at a time.
+    """The autoencoder on ``device``: in float32 and one image at a time, unless told otherwise.
 
     One at a time because kernels differ with the batch, in the last bits: so what an image is stored as, and how a latent
     looks, do not depend on what else is in the batch. It also means the activations of one image, however large the batch.
@@ -117,17 +119,29 @@ class KL16Tokenizer:
 
     name = "kl16"
     latent_scale = 0.2325  # of the published training
+    stored: Literal["latents", "moments"] = "moments"
+    image_channels = IMAGE_CHANNELS
 
-    def __init__(self, weights: str | Path, device: str | torch.device = "cpu", sha256: str | None = None) -> None:
+    def __init__(
+        self,
+        weights: str | Path,
+        device: str | torch.device = "cpu",
+        sha256: str | None = None,
+        *,
+        batch: int = 1,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
         """``weights`` is the path of kl16.ckpt, which must have the given SHA-256; where none is given, any will do.
 
+        ``batch`` is the images a pass, ``compute`` float32 or, by autocast over float32 weights, bfloat16.
         Raises UsageError when there is no such file, DataError when it is another one or not what was published.
         """
         path = Path(weights)
         if not path.is_file():
             raise UsageError(f"no weights at {path}")
         content = path.read_bytes()
-        self.sha256, self.device = hashlib.sha256(content).hexdigest(), device
+        self.sha256, self.device = hashlib.sha256(content).hexdigest(), torch.device(device)
+        self.batch, self.compute = batch, compute
         if sha256 not in (None, self.sha256):
             raise DataError(
                 f"{path} (sha256 {self.sha256:.12}...) is not the kl16 weights that the latents were made with "
@@ -150,12 +164,15 @@ class KL16Tokenizer:
         return self._each(lambda latent: self.network.decode(latent).sample, latents_BCHW)
 
     def _each(self, network: Callable[[Tensor], Tensor], batch: Tensor) -> Tensor:
-        return torch.cat([network(one.to(self.device, torch.float32)) for one in batch.split(1)])
+        mixed = self.compute != torch.float32
+        with torch.autocast(self.device.type, self.compute) if mixed else nullcontext():
+            return torch.cat([network(part.to(self.device, torch.float32)).float() for part in batch.split(self.batch)])
 
-    def encode(self, images_BIHW: np.ndarray) -> np.ndarray:
-        """uint8 images (B, 3, H, W) -> float16 moments (B, 32, H / 16, W / 16): mean, and log variance within -30..20.
+    def encode(self, images_BIHW: np.ndarray, dtype: DTypeLike = np.float16, *, strict: bool = True) -> np.ndarray:
+        """uint8 images (B, 3, H, W) -> moments (B, 32, H / 16, W / 16): mean, and log variance within -30..20.
 
-        Raises ConfigError for images of other sizes, DataError for a mean that float16 cannot hold.
+        Raises ConfigError for images of other sizes, DataError for a mean that ``dtype`` cannot hold; where not ``strict``,
+        that is stored as infinite.
         """
         b, i, h, w = images_BIHW.shape
         if h % PATCH or w % PATCH or i != IMAGE_CHANNELS:
@@ -165,10 +182,10 @@ class KL16Tokenizer:
             )
         mean, log_variance = self.moments(torch.from_numpy(from_levels(images_BIHW))).chunk(2, dim=1)
         moments = torch.cat([mean, log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE)], dim=1)
-        stored = moments.half()
-        if lost := (~stored.isfinite().flatten(1).all(1)).nonzero().flatten().tolist():
+        stored = moments.to(getattr(torch, np.dtype(dtype).name))
+        if strict and (lost := (~stored.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()):
             largest = moments[lost[0]].abs().max().item()
-            raise DataError(f"image {lost[0]} of {b}: its moments reach {largest:g}, which float16 cannot hold")
+            raise DataError(f"image {lost[0]} of {b}: its moments reach {largest:g}, which {np.dtype(dtype)} cannot hold")
         return stored.cpu().numpy()
 
     def decode(self, latents_BCHW: Tensor) -> np.ndarray:

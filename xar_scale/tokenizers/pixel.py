@@ -1,12 +1,13 @@
 """The pixel tokenizer: a patch of pixels is a token, exactly; for demonstrations and tests without an autoencoder."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch.nn.functional as F
+from numpy.typing import DTypeLike
 from torch import Tensor
 
-from xar_scale.errors import ConfigError
+from xar_scale.errors import ConfigError, DataError
 from xar_scale.tokenizers.levels import from_levels, to_levels
 
 
@@ -18,16 +19,19 @@ class PixelTokenizer:
 
     name = "pixel"
     latent_scale = 1.0
+    stored: Literal["latents", "moments"] = "latents"
 
     def __init__(self, patch: int = 2, image_channels: int = 1) -> None:
+        if not all(type(number) is int and number > 0 for number in (patch, image_channels)):
+            raise DataError(f"tokenizer pixel: patch {patch!r} and image_channels {image_channels!r} are numbers from 1 on")
         self.patch, self.image_channels = patch, image_channels
 
     @property
     def settings(self) -> dict[str, Any]:
         return {"patch": self.patch, "image_channels": self.image_channels}
 
-    def encode(self, images_BIHW: np.ndarray) -> np.ndarray:
-        """uint8 images (B, I, H, W) -> float16 latents (B, I * patch^2, H / patch, W / patch)."""
+    def encode(self, images_BIHW: np.ndarray, dtype: DTypeLike = np.float16, *, strict: bool = True) -> np.ndarray:
+        """uint8 images (B, I, H, W) -> latents (B, I * patch^2, H / patch, W / patch); any ``dtype`` holds them."""
         b, i, h, w = images_BIHW.shape
         p = self.patch
         if h % p or w % p or i != self.image_channels:
@@ -36,7 +40,7 @@ class PixelTokenizer:
                 f"channels and {p}x{p} patches"
             )
         patches = from_levels(images_BIHW).reshape(b, i, h // p, p, w // p, p).transpose(0, 1, 3, 5, 2, 4)
-        return np.ascontiguousarray(patches.reshape(b, i * p * p, h // p, w // p), dtype=np.float16)
+        return np.ascontiguousarray(patches.reshape(b, i * p * p, h // p, w // p), dtype=dtype)
 
     def decode(self, latents_BCHW: Tensor) -> np.ndarray:
         """Latents -> uint8 images, rounded to the nearest level and clipped."""

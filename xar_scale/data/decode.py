@@ -1,0 +1,71 @@
+"""Batches of decoded images, read ahead by worker processes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from xar_scale.data.images import BadImageError, SourceImage, load_image
+from xar_scale.data.plan import Plan
+from xar_scale.errors import ProcessError
+
+
+class DecodedBatch(NamedTuple):
+    """Decoded images of one shard."""
+
+    shard: int
+    last: bool  # of its shard
+    sources: list[SourceImage]
+    images: Tensor  # uint8 (B, I, size, size), those of the sources
+    bad: list[tuple[SourceImage, str]]  # and why
+
+
+class Batches(Dataset[DecodedBatch]):
+    """Number -> batch; none holds images of two shards, so a shard's arrays do not depend on who makes the one before it."""
+
+    def __init__(self, plan: Plan, shards: Sequence[int], channels: int) -> None:
+        self.settings, self.channels = plan.settings, channels
+        size = plan.settings.batch
+        self.parts: list[tuple[int, bool, list[SourceImage]]] = [
+            (shard, begin + size >= len(part), part[begin : begin + size])
+            for shard, part in ((shard, plan.part(shard)) for shard in shards)
+            for begin in range(0, len(part), size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, number: int) -> DecodedBatch:
+        shard, last, sources = self.parts[number]
+        size = self.settings.size
+        images = np.empty((len(sources), self.channels, size, size), np.uint8)
+        good, bad = list[SourceImage](), list[tuple[SourceImage, str]]()
+        for source in sources:
+            try:
+                images[len(good)] = load_image(Path(self.settings.source), source, size, self.channels)
+                good.append(source)
+            except BadImageError as error:
+                bad.append((source, str(error)))
+        return DecodedBatch(shard, last, good, torch.from_numpy(images[: len(good)]), bad)
+
+
+@contextmanager
+def decoded(batches: Batches, workers: int) -> Iterator[Iterable[DecodedBatch]]:
+    """The batches in order, read ahead by worker processes. Raises ProcessError where one dies, in the body too."""
+    try:
+        yield DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    except MemoryError:
+        raise ProcessError("out of memory while decoding") from None
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ProcessError(f"{str(error).splitlines()[0].strip()}; the same command goes on from here") from None
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

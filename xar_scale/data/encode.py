@@ -1,0 +1,302 @@
+"""Images through a tokenizer into a set of latents: by any number of processes, each stopped and started again at will.
+
+The set's folder holds, until the set is whole, a folder ``.encoding``: the plan, which says what every shard will hold, and a
+record of each shard that is done. Processes share nothing else: no process group, so none waits for one that has died.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from xar_scale import dist, rng
+from xar_scale.data.decode import Batches, decoded
+from xar_scale.data.images import CROP, SourceImage, list_images
+from xar_scale.data.plan import EncodeSettings, Plan
+from xar_scale.data.reader import LatentShards
+from xar_scale.data.shards import DATASET_FILE, DatasetInfo, Shard, ShardInfo, begin_set, end_set, shard_name
+from xar_scale.errors import ConfigError, DataError, UsageError, XarScaleError
+from xar_scale.files import sync_folder, write_atomically
+from xar_scale.tokenizers import Tokenizer
+
+PREFIX = "latents"
+WORK, PLAN, NOTE = ".encoding", "plan.json", "ended-rank-"
+RECORD, BAD_RECORD = ".json", ".bad.json"  # behind the name of a shard: of a whole one, of one that lacks bad images
+POLL_S, LOOK_S = 0.5, 5.0  # between looks at what other processes have done: while waiting, while working
+
+
+class Watcher:
+    """Who is told how the work goes. This one keeps it to itself."""
+
+    def say(self, line: str) -> None: ...
+
+    def progress(self, done: int, total: int, bad: int) -> None:
+        """``done`` of ``total`` images are worked on, by all processes, ``bad`` of them in vain."""
+
+
+def encode_set(
+    out: Path, settings: EncodeSettings, tokenizer: Tokenizer, *, workers: int, max_bad: int, watcher: Watcher
+) -> DatasetInfo | None:
+    """Do this process's share, from where it was left, and as rank 0 the rest that makes shards a set.
+
+    Returns the description of a whole set: to rank 0, and to any rank that finds it there; to others None. ``workers`` are
+    processes that decode, ``max_bad`` the images that may be left out.
+    Raises UsageError where ``out`` holds a set, or part of one, that was made with other settings; DataError for a source
+    that is no set of images, and when more than ``max_bad`` are bad; ProcessError when a decoding process dies.
+    """
+    rank, world = dist.rank(), dist.world()
+    if not 0 <= rank < world:
+        raise UsageError(f"RANK {rank} is not one of WORLD_SIZE {world}, which count from 0")
+    if (info := finished_set(out, settings)) is not None:
+        return info
+    blank = np.zeros((1, tokenizer.image_channels, settings.size, settings.size), np.uint8)
+    # refuses a size that does not fit, before all else
+    _, channels, rows, columns = tokenizer.encode(blank, settings.dtype, strict=False).shape
+    if not Path(settings.source).is_dir():
+        raise UsageError(f"no folder at {settings.source}")
+    notes = _Notes(out, rank)
+    with notes.left_behind():
+        plan = _plan(out, settings, notes, watcher)
+        if plan is None:
+            return finished_set(out, settings)
+        work = _Work(out, plan, _description(plan, tokenizer, (channels, rows, columns)), tokenizer, max_bad, watcher)
+        work.encode(range(rank, plan.shards, world), workers)
+        return work.finish(notes) if rank == 0 else None
+
+
+def _description(plan: Plan, tokenizer: Tokenizer, shape: tuple[int, int, int]) -> DatasetInfo:
+    settings = plan.settings
+    return DatasetInfo(
+        tokenizer=settings.tokenizer,
+        latent_scale=tokenizer.latent_scale,
+        stored=tokenizer.stored,
+        shape=shape,
+        dtype=settings.dtype,
+        classes=plan.classes,
+        flipped=settings.flipped,
+    )
+
+
+def finished_set(out: Path, settings: EncodeSettings) -> DatasetInfo | None:
+    """The set in ``out``, if it is whole. Raises UsageError where it was not made with these settings."""
+    if not (out / DATASET_FILE).exists():
+        return None
+    info = LatentShards(out).info
+    same = (info.tokenizer, info.dtype, info.flipped) == (settings.tokenizer, settings.dtype, settings.flipped)
+    if not same or settings.classes not in (None, info.classes) or not _prepared(settings).items() <= info.images.items():
+        begin_set(out)  # refuses
+    _clear(out)
+    return info
+
+
+def _prepared(settings: EncodeSettings) -> dict[str, Any]:
+    """What a set says of its images, but for those that it lacks."""
+    names = ("source", "size", "precision", "batch", "samples_per_shard", "image")
+    return {"crop": CROP, **{name: getattr(settings, name) for name in names}}
+
+
+def _plan(out: Path, settings: EncodeSettings, notes: "_Notes", watcher: Watcher) -> Plan | None:
+    """The plan, which rank 0 makes where there is none and others wait for. None where the set is whole by now."""
+    path = out / WORK / PLAN
+    if notes.rank == 0 and not path.exists():
+        _make_plan(out, settings, watcher)
+    told = False
+    while True:
+        try:
+            values = json.loads(path.read_bytes())
+            break
+        except FileNotFoundError:
+            if finished_set(out, settings) is not None:
+                return None
+        if not told:
+            watcher.say(f"waiting for rank 0 to list the images of {settings.source} in {path}")
+            told = True
+        time.sleep(POLL_S)
+        notes.check()
+    for name, value in asdict(settings).items():
+        if (begun := values["settings"].get(name)) != value:
+            raise UsageError(
+                f"{out} was begun with {name} {begun!r}, this is {name} {value!r}; go on with that, or write elsewhere"
+            )
+    return Plan(settings, values["classes"], [SourceImage(*row) for row in values["images"]])
+
+
+def _make_plan(out: Path, settings: EncodeSettings, watcher: Watcher) -> None:
+    begin_set(out)
+    (out / WORK).mkdir(exist_ok=True)
+    watcher.say(f"listing the images of {settings.source}")
+    images, classes = list_images(Path(settings.source), settings.image, settings.classes)
+    order = rng.generator(0, "encode").permutation(len(images))  # as they lie, a shard would be of one class
+    plan = {"settings": asdict(settings), "classes": classes, "images": [images[at] for at in order]}
+    write_atomically(out / WORK / PLAN, json.dumps(plan).encode())
+    watcher.say(f"{len(images):,} images of {len({image.label for image in images}):,} classes")
+
+
+class _Work:
+    """What is done and what is left of one set, seen from one process."""
+
+    def __init__(self, out: Path, plan: Plan, info: DatasetInfo, tokenizer: Tokenizer, max_bad: int, watcher: Watcher) -> None:
+        self.out, self.plan, self.info, self.tokenizer = out, plan, info, tokenizer
+        self.max_bad, self.watcher = max_bad, watcher
+        self.shard, self.bad = Shard(info), list[_Bad]()  # the one in the making, and what it lacks
+        self.done = dict[int, Path]()  # the records of all processes
+        self.recorded = dict[Path, list[_Bad]]()  # the bad images in them
+        self._look()
+
+    def encode(self, shards: Sequence[int], workers: int) -> None:
+        """Make those of the shards that are not done."""
+        self._allow_bad()
+        self._tell()
+        batches = Batches(self.plan, [shard for shard in shards if shard not in self.done], self.tokenizer.image_channels)
+        with decoded(batches, workers) as stream:
+            for batch in stream:
+                for source, why in batch.bad:
+                    self._skip(source, why)
+                if batch.sources:
+                    self._add(batch.sources, batch.images.numpy())
+                if batch.last:
+                    self._end_shard(batch.shard)
+                if time.monotonic() - self.looked > LOOK_S:
+                    self._look()
+                self._tell()
+
+    def finish(self, notes: "_Notes") -> DatasetInfo:
+        """Wait for the shards of all processes; then the set is whole."""
+        told = False
+        while missing := [shard for shard in range(self.plan.shards) if shard not in self.done]:
+            if not told:
+                first = shard_name(PREFIX, missing[0])
+                self.watcher.say(f"waiting for {len(missing)} shards of other ranks, the first {first}")
+                told = True
+            time.sleep(POLL_S)
+            notes.check()
+            self._look()
+            self._allow_bad()
+            self._tell()
+        records = [json.loads(self.done[shard].read_bytes()) for shard in range(self.plan.shards)]
+        bad = [_Bad(*image) for record in records for image in record["bad"]]
+        shards = [ShardInfo(**record["shard"]) for record in records if record["shard"] is not None]
+        if not shards:
+            raise DataError(f"all {len(bad)} images are bad, the first {self._named(bad[0])}")
+        info = replace(self.info, images={**_prepared(self.plan.settings), "skipped": [image.name for image in bad]})
+        end_set(self.out, info, shards)
+        _clear(self.out)
+        return replace(info, shards=tuple(shards))
+
+    def _add(self, sources: list[SourceImage], images: np.ndarray) -> None:
+        """Encode images into the shard in the making."""
+        views = (images, images[..., ::-1]) if self.info.flipped else (images,)
+        try:
+            arrays = [self.tokenizer.encode(view, self.info.dtype, strict=False) for view in views]
+        except torch.OutOfMemoryError:
+            batch = self.plan.settings.batch
+            raise ConfigError(f"batch {batch}: the device has no memory for that many images a pass") from None
+        finite = np.logical_and.reduce([np.isfinite(array).all(axis=(1, 2, 3)) for array in arrays])
+        for source, storable, *rows in zip(sources, finite, *arrays, strict=True):
+            if storable:
+                self.shard.add(source.key, source.label, *rows)
+            else:
+                self._skip(source, f"its {self.info.stored} are not finite in {self.info.dtype}")
+
+    def _skip(self, source: SourceImage, why: str) -> None:
+        self.bad.append(_Bad(source.name, why))
+        self._look()
+        self._allow_bad()
+        self.watcher.say(f"skipped {self._named(self.bad[-1])}")
+
+    def _end_shard(self, number: int) -> None:
+        """The tar, its index, and then the record: a shard that has one is whole and is not made again."""
+        name = shard_name(PREFIX, number)
+        shard = asdict(self.shard.write(self.out, name)) if len(self.shard) else None
+        sync_folder(self.out)  # or a crash of the machine could leave the record and take the tar
+        record = self.out / WORK / f"{name}{BAD_RECORD if self.bad else RECORD}"
+        write_atomically(record, json.dumps({"shard": shard, "bad": self.bad}).encode())
+        self.shard, self.bad = Shard(self.info), []
+        self._look()
+        self._allow_bad()  # again: another process may have written its record in the same moment
+
+    def _look(self) -> None:
+        """See what all processes have recorded."""
+        self.looked = time.monotonic()
+        self.done = {int(_number(path)): path for path in (self.out / WORK).glob(f"{PREFIX}-*{RECORD}")}
+        for path in self.done.values():
+            if path.name.endswith(BAD_RECORD) and path not in self.recorded:
+                with suppress(FileNotFoundError):  # the set was finished in this moment
+                    self.recorded[path] = [_Bad(*image) for image in json.loads(path.read_bytes())["bad"]]
+
+    def _all_bad(self) -> list["_Bad"]:
+        return [*(image for path in sorted(self.recorded) for image in self.recorded[path]), *self.bad]
+
+    def _allow_bad(self) -> None:
+        if len(bad := self._all_bad()) > self.max_bad:
+            raise DataError(f"{len(bad)} bad images, --max-bad allows {self.max_bad}: {self._named(bad[-1])}")
+
+    def _named(self, image: "_Bad") -> str:
+        return f"{Path(self.plan.settings.source) / image.name}: {image.why}"
+
+    def _tell(self) -> None:
+        done = self.plan.samples_in(self.done) + len(self.shard) + len(self.bad)
+        self.watcher.progress(done, len(self.plan.images), len(self._all_bad()))
+
+
+class _Notes:
+    """A process that ends with an error leaves a note, so that those who wait for it need not wait for ever.
+
+    Notes that lie there at the start are of a start before this one: whoever left them may have been started again too.
+    """
+
+    def __init__(self, out: Path, rank: int) -> None:
+        self.folder, self.rank = out / WORK, rank
+        self.old = self._found()
+
+    def _found(self) -> dict[Path, int]:
+        """Those of other ranks, with their times."""
+        own = self.folder / f"{NOTE}{self.rank}"
+        found = dict[Path, int]()
+        for path in self.folder.glob(f"{NOTE}*[0-9]"):
+            with suppress(FileNotFoundError):  # the set was finished in this moment
+                found[path] = path.stat().st_mtime_ns
+        return {path: when for path, when in found.items() if path != own}
+
+    def check(self) -> None:
+        """Raises the error of another rank that has ended since this one began, under its exit code."""
+        for path in sorted(path for path, when in self._found().items() if self.old.get(path) != when):
+            ended, code = json.loads(path.read_bytes())
+            error = XarScaleError(f"rank {path.name.removeprefix(NOTE)} ended: {ended}")
+            error.exit_code = code
+            raise error
+
+    @contextmanager
+    def left_behind(self) -> Iterator[None]:
+        try:
+            yield
+        except UsageError:
+            raise  # of this command line, which need not be that of the others
+        except Exception as caught:
+            error = dist.file_error(caught) if isinstance(caught, OSError) else caught
+            note = [str(error) or type(error).__name__, getattr(error, "exit_code", XarScaleError.exit_code)]
+            with suppress(OSError):  # there is no folder yet, or what went wrong goes on
+                write_atomically(self.folder / f"{NOTE}{self.rank}", json.dumps(note).encode())
+            raise
+
+
+class _Bad(NamedTuple):
+    """An image that is left out."""
+
+    name: str
+    why: str
+
+
+def _number(record: Path) -> str:
+    return record.name.split(".")[0].removeprefix(f"{PREFIX}-")
+
+
+def _clear(out: Path) -> None:
+    shutil.rmtree(out / WORK, ignore_errors=True)  # another rank may be looking in: what stays does no harm
