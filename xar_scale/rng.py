@@ -39,8 +39,9 @@ def normals(words_BW: np.ndarray) -> Tensor:
 
     In place where it can be: for arrays of this size fresh memory costs more than the mathematics.
     """
-    uniform = torch.from_numpy(words_BW.view(np.int32)).float().mul_(2.0**-31)
-    return uniform.clamp_(2.0**-24 - 1, 1 - 2.0**-24).erfinv_().mul_(2**0.5)
+    # 32 bits as -1..1, short of the ends by what float32 can tell from 1
+    uniform = torch.from_numpy(words_BW.view(np.int32)).float().mul_(2.0**-31 * (1 - 2.0**-24))
+    return uniform.erfinv_().mul_(2**0.5)
 
 
 def _key(seed: int, purpose: str) -> np.ndarray:

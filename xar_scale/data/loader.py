@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -187,19 +188,22 @@ class LatentDataset(Dataset[Batch]):
         """Of each number a block of words: two for the uniforms, then what the normals need, two a word."""
         model, layout = self.config.model, self.layout
         shapes = [(layout.entities,), (layout.tokens, model.channels), (model.channels, *model.grid)]
-        sizes = [math.ceil(math.prod(shape) / 2) for shape in shapes]
-        words = self._words(numbers, 2 + sum(sizes))
+        ends = list(accumulate((math.ceil(math.prod(shape) / 2) for shape in shapes), initial=2))
+        words = self._words(numbers, ends[-1])
         flip, label = rng.uniforms(words[:, :2]).T
-        parts = np.split(words[:, 2:], np.cumsum(sizes[:-1]), axis=1)
-        # each into memory of its own: what is split afterwards would have to be copied
-        normals = (rng.normals(part)[:, : math.prod(shape)] for part, shape in zip(parts, shapes, strict=True))
-        time, noise, posterior = (part.unflatten(1, shape) for part, shape in zip(normals, shapes, strict=True))
+        time, noise, posterior = (  # each in memory of its own: what is split afterwards would have to be copied
+            rng.normals(words[:, begin:end])[:, : math.prod(shape)].unflatten(1, shape)
+            for (begin, end), shape in zip(pairwise(ends), shapes, strict=True)
+        )
         return Draws(flip, label, time, noise, posterior)
 
     def _words(self, numbers: Sequence[int], size: int) -> np.ndarray:
         """``size`` words of each number; neighbours are drawn together."""
-        runs = np.split(np.asarray(numbers), np.flatnonzero(np.diff(numbers) != 1) + 1)
-        words = [rng.words(self.config.train.seed, "sample", int(run[0]), len(run), size) for run in runs]
+        ends = (np.flatnonzero(np.diff(numbers) != 1) + 1).tolist()
+        words = [
+            rng.words(self.config.train.seed, "sample", int(numbers[begin]), end - begin, size)
+            for begin, end in pairwise([0, *ends, len(numbers)])
+        ]
         return words[0] if len(words) == 1 else np.concatenate(words)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,13 +60,13 @@ class SampleOrder:
         """(shards, positions in them) of samples of the run, by their numbers."""
         windows, place = self._windows(numbers)
         shards, positions = np.empty_like(place), np.empty_like(place)
-        groups, member = np.unique(windows, axis=0, return_inverse=True)
-        for number, window in enumerate(map(Window._make, groups.tolist())):
-            of_group = member.reshape(-1) == number
+        ends = np.flatnonzero((windows[1:] != windows[:-1]).any(axis=1)) + 1  # neighbours mostly lie in one window
+        for begin, end in pairwise([0, *ends.tolist(), len(place)]):
+            window = Window._make(windows[begin].tolist())
             order, before, _ = self._epoch(window.epoch)
-            at = self._begin(window) + self._order_in_window(window)[place[of_group]]
+            at = self._begin(window) + self._order_in_window(window)[place[begin:end]]
             slot = np.searchsorted(before, at, side="right") - 1
-            shards[of_group], positions[of_group] = order[slot], at - before[slot]
+            shards[begin:end], positions[begin:end] = order[slot], at - before[slot]
         return shards, positions
 
     def windows(self, numbers: Sequence[int] | np.ndarray) -> set[Window]:

@@ -103,11 +103,13 @@ class LatentShards:
         begin, data, size, crc32 = (opened.flipped if flipped else opened.latent)[position].tolist()
         try:
             content = opened.file.pread(data + size - begin, begin)
-            if zlib.crc32(content) != crc32 and opened.forget():
+            found = zlib.crc32(content)
+            if found != crc32 and opened.forget():
                 content = opened.file.pread(data + size - begin, begin)
+                found = zlib.crc32(content)
         except OSError as error:
             raise DataError(f"shard {opened.file.name}, sample {key}: {error.strerror}") from None
-        if zlib.crc32(content) != crc32:
+        if found != crc32:
             raise DataError(f"shard {opened.file.name}, sample {key} (number {position}): checksum does not match")
         # Its header must be the set's, byte for byte: no header is ever interpreted, so no pickle is ever loaded
         data -= begin
