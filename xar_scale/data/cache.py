@@ -40,6 +40,7 @@ class NodeCache:
     def __init__(self, folder: Path, limit: int) -> None:
         """Raises FileError where the folder cannot be made."""
         self.folder, self.limit = folder / FOLDER, limit
+        self._folder = str(self.folder)  # a Path takes microseconds to add a name to, for each sample
         with self._errors():
             (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
 
@@ -50,11 +51,11 @@ class NodeCache:
         cannot be written or read; and what ``download`` raises.
         """
         with self._errors():
-            with contextlib.suppress(FileNotFoundError):
-                return self._open_now(key)
+            if (descriptor := self.open_copy(key)) is not None:
+                return descriptor
             with self._locked(key):
-                with contextlib.suppress(FileNotFoundError):  # another process was at it
-                    return self._open_now(key)
+                if (descriptor := self.open_copy(key)) is not None:  # another process was at it
+                    return descriptor
                 source = download()
                 with self._room(key, source.size) as temporary:
                     right = _write(temporary, source.blocks) == crc32
@@ -68,6 +69,18 @@ class NodeCache:
                     with self._locked(ROOM):
                         temporary.replace(self.folder / key)
                     return descriptor
+
+    def open_copy(self, key: str) -> int | None:
+        """A descriptor of the file, if it is there; its use is noted."""
+        try:
+            descriptor = os.open(f"{self._folder}/{key}", os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._error(error) from None
+        with contextlib.suppress(OSError):  # of another user's file, say, which may be read, no more
+            os.utime(descriptor)
+        return descriptor
 
     def busy(self, key: str) -> bool:
         """Whether the file is there, or being downloaded."""
@@ -84,13 +97,6 @@ class NodeCache:
         with self._errors():
             (self.folder / key).unlink(missing_ok=True)
         return True
-
-    def _open_now(self, key: str) -> int:
-        """Open, and note the use."""
-        descriptor = os.open(self.folder / key, os.O_RDONLY)
-        with contextlib.suppress(PermissionError):  # another user's file may be read, no more
-            os.utime(descriptor)
-        return descriptor
 
     @contextlib.contextmanager
     def _room(self, key: str, size: int) -> Iterator[Path]:
@@ -161,7 +167,10 @@ class NodeCache:
         try:
             yield
         except OSError as error:
-            raise FileError(f"the data cache {self.folder}: {error.strerror}") from None
+            raise self._error(error) from None
+
+    def _error(self, error: OSError) -> FileError:
+        return FileError(f"the data cache {self.folder}: {error.strerror}")
 
 
 def _bucket(key: str) -> str:

@@ -10,6 +10,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -59,7 +60,7 @@ class RemoteFolder:
         return CachedFile(self, name, size, crc32)
 
     def forget(self, name: str, crc32: int) -> bool:
-        return self.cache.forget(self._key(name, crc32))
+        return self.cache.forget(self.key(name, crc32))
 
     def fetch_ahead(self, name: str, size: int | None, crc32: int) -> None:
         if not hasattr(self, "_ahead"):  # threads belong to the process that uses them
@@ -73,10 +74,10 @@ class RemoteFolder:
             name, size, crc32 = self._ahead.get()
             # whoever needs the file meets the error again, and says so
             with contextlib.suppress(DataError, FileError):
-                if not self.cache.busy(self._key(name, crc32)):
+                if not self.cache.busy(self.key(name, crc32)):
                     os.close(self.descriptor(name, size, crc32))
 
-    def _key(self, name: str, crc32: int) -> str:
+    def key(self, name: str, crc32: int) -> str:
         """The name of the file's copy: of the whole URL, and of the content, which may be another tomorrow."""
         return hashlib.sha256(f"{self.path(name)} {crc32:08x}".encode()).hexdigest()[:40]
 
@@ -86,7 +87,7 @@ class RemoteFolder:
         A file of the right ``size`` that comes with another checksum each time is taken as it is: its samples have checksums
         of their own. Raises DataError where it has another size, or there is no size to go by.
         """
-        url, key = self.path(name), self._key(name, crc32)
+        url, key = self.path(name), self.key(name, crc32)
         for arrival in range(1, ARRIVALS + 1):
             damaged = size is not None and arrival == ARRIVALS
             try:
@@ -102,10 +103,13 @@ class CachedFile:
 
     def __init__(self, folder: RemoteFolder, name: str, size: int, crc32: int) -> None:
         self.name = folder.path(name)
-        self._open = lambda: folder.descriptor(name, size, crc32)
+        self._there = partial(folder.cache.open_copy, folder.key(name, crc32))
+        self._download = partial(folder.descriptor, name, size, crc32)
 
     def pread(self, size: int, begin: int) -> bytes:
-        descriptor = self._open()
+        descriptor = self._there()
+        if descriptor is None:
+            descriptor = self._download()
         try:
             return os.pread(descriptor, size, begin)
         except OSError as error:
