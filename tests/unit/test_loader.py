@@ -311,7 +311,7 @@ def test_a_killed_rank_leaves_no_workers(folder):
     process.join()
     begun = time.monotonic()
     while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in workers):
-        assert time.monotonic() - begun < 20
+        assert time.monotonic() - begun < 3  # after five seconds they would have looked for their parent by themselves
         time.sleep(0.01)
 
 

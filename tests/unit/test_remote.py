@@ -289,10 +289,14 @@ def test_copies_are_told_apart_by_whole_urls_and_content(store, tmp_path, cache)
     for prefix in ("x/set", "y/set"):  # the same files, names and checksums
         store.put(tmp_path / "a", bucket, prefix)
         assert (LatentShards(RemoteFolder(f"s3://{bucket}/{prefix}", cache)).read(1, 0).latent == first[4].latent).all()
-    tars = [path for path in cache.folder.iterdir() if path.is_file() and path.stat().st_size > 4000]
-    assert len(tars) == 2
+    assert _tars(cache) == 2
     store.put(tmp_path / "b", bucket, "x/set")  # written anew under the same URL
     assert (LatentShards(RemoteFolder(f"s3://{bucket}/x/set", cache)).read(1, 0).latent == second[4].latent).all()
+    assert _tars(cache) == 3  # who still reads the old one finds it
+
+
+def _tars(cache: NodeCache) -> int:
+    return sum(path.is_file() and path.stat().st_size > 4000 for path in cache.folder.iterdir())
 
 
 def test_nothing_that_is_not_the_caches_is_removed(store, folder, url, tmp_path):
