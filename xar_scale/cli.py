@@ -31,7 +31,9 @@ def ending(program: str, run: Callable[[], None]) -> int:
     try:
         run()
     except (XarScaleError, OSError) as caught:
-        error = dist.file_error(caught) if isinstance(caught, OSError) else caught
+        error = caught if isinstance(caught, XarScaleError) else dist.file_error(caught)
+        if error is not caught:  # this rank's alone: what ranks share has become an error of ours
+            error.rank = dist.rank()
         if dist.rank() == (error.rank or 0):
             print(f"{program}: {error}", file=sys.stderr, flush=True)
         return error.exit_code  # without leaving the process group: other ranks may be waiting in it for the launcher

@@ -47,6 +47,8 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
         dist.init(device)
     micro_batches(config.train, dist.world())  # refused before anything is built or written
     dataset = dist.together(lambda: _open_data(config))
+    if len({*dist.gather_objects(dataset.shards.info.fingerprint)}) > 1:
+        raise DataError(f"{config.data.path} is not the same data set on all ranks")
     checkpoint = _find_checkpoint(run, resume)
     if checkpoint is not None:
         dist.together(lambda: check_continues(checkpoint, config, dataset.shards.info))
@@ -108,9 +110,10 @@ def _loop(
             waited += time.perf_counter() - asked
             faults += batch.faults
             loss += engine.forward_backward(batch) / passes
-        verdict = engine.agree(loss, len(faults))
+        news = bad.news(faults)
+        verdict = engine.agree(loss, len(news))
         if verdict.faults.item():
-            _account_for(faults, bad)
+            _account_for(news, bad)
         if not verdict.finite():
             engine.discard()
             raise NonFiniteError(
@@ -146,9 +149,9 @@ def _loop(
     return newest
 
 
-def _account_for(faults: list[Fault], bad: BadSamples) -> None:
-    """Put this rank's faults together with all others', and say what is new. Raises, on every rank alike, what ends the run."""
-    everywhere = [fault for of_rank in dist.gather_objects(faults) for fault in of_rank]
+def _account_for(news: list[Fault], bad: BadSamples) -> None:
+    """Put this rank's new faults together with all others', and say them. Raises, on every rank alike, what ends the run."""
+    everywhere = [fault for of_rank in dist.gather_objects(news) for fault in of_rank]
     for what, count in Counter(str(fault.error) for fault in bad.add(everywhere)).items():
         dist.say(f"bad samples skipped, {count}: {what} ({len(bad.known)} so far, of data.max_bad_samples {bad.allowed})")
 

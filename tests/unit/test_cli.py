@@ -10,7 +10,8 @@ import pytest
 
 from tests.processes import ROOT
 from tests.unit.tiny_run import INFO, Run
-from xar_scale.cli import main
+from xar_scale.cli import ending, main
+from xar_scale.errors import ProcessError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.model import recompute
 
@@ -200,3 +201,16 @@ def test_the_launcher_chooses_the_ranks(launch):
         assert launch(nothing) == f"deepspeed --quiet --num_gpus 2 {rest}cpu"
     assert launch(gpus, CUDA_VISIBLE_DEVICES="") == f"deepspeed --quiet --num_gpus 2 {rest}cpu"
     assert launch("", PROCESSES="3") == f"deepspeed --quiet --num_gpus 3 {rest}cpu"
+
+
+@pytest.mark.parametrize("error", [ProcessError("workers died"), PermissionError(13, "Permission denied", "/a")])
+def test_a_rank_that_alone_meets_an_error_says_it(capsys, monkeypatch, error):
+    monkeypatch.setenv("RANK", "3")
+    if isinstance(error, ProcessError):
+        error.rank = 3  # as data/loader.py sets it
+
+    def fail():
+        raise error
+
+    assert ending("xar-scale", fail) in (71, 74)
+    assert capsys.readouterr().err in ("xar-scale: workers died\n", "xar-scale: /a: Permission denied\n")

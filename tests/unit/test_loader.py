@@ -5,7 +5,10 @@ import os
 import pickle
 import random
 import signal
+import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -273,11 +276,58 @@ def test_a_killed_worker_loses_nothing_and_repeats_nothing(folder, capfd):
     assert 1 <= capfd.readouterr().err.count("; starting its data workers again") <= 3  # two that die together are one death
 
 
+def test_workers_that_die_now_and_then_do_not_end_it(folder, monkeypatch):
+    monkeypatch.setattr(loader, "MAX_DEATHS", 2)
+    seen = 0
+    for _ in stream(folder, workers=1, steps=12):
+        seen += 1
+        if seen in (2, 5, 8):
+            kill_one()
+            time.sleep(0.2)
+    assert seen == 12
+
+
+def test_starting_workers_draws_from_no_generator_that_dropout_draws_from(folder):
+    """They may be started in the middle of a step, and again when one dies."""
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    read(folder, workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_killed_rank_leaves_no_workers(folder):
+    def rank() -> None:
+        batches_ = stream(folder, workers=2, steps=40)
+        next(batches_)
+        pipe.send([child.pid for child in multiprocessing.active_children()])
+        time.sleep(60)
+
+    ours, pipe = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=rank)
+    process.start()
+    workers = ours.recv()
+    assert len(workers) == 2
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    begun = time.monotonic()
+    while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in workers):
+        assert time.monotonic() - begun < 20
+        time.sleep(0.01)
+
+
+def test_keys_of_any_kind_travel(folder):
+    batch = replace(read(folder)[0], keys=("a", "", "ü b\nc", "d"))
+    packed = loader._packed(batch)
+    assert packed[0].keys == () and len(pickle.dumps(packed[0].faults)) < 100
+    assert loader._unpacked(packed).keys == batch.keys
+
+
 def test_workers_that_die_again_and_again_end_the_run(folder, monkeypatch, capfd):
     monkeypatch.setattr(loader, "MAX_DEATHS", 2)
     monkeypatch.setattr(LatentDataset, "__getitems__", lambda self, numbers: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ProcessError, match=r"data workers of rank 0 died 2 times, the last: DataLoader worker \(pid"):
-        read(folder, workers=1)
+    with pytest.raises(ProcessError, match=r"data workers of rank 2 died 2 times, the last: DataLoader worker \(pid") as caught:
+        read(folder, workers=1, rank=2, world=3)
+    assert caught.value.rank == 2  # who alone has met it says so
     assert capfd.readouterr().err.count("starting its data workers again") == 1
 
 

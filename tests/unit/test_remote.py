@@ -1,6 +1,7 @@
 """Sets behind URLs: exactly what is stored, through faults of a real store; a cache that is bounded, shared and safe."""
 
 import contextlib
+import errno
 import functools
 import http.server
 import json
@@ -8,6 +9,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -19,11 +21,13 @@ from tests.conftest import digits_config
 from tests.object_store import ObjectStore, cut, error_500, flipped, object_store, slow
 from tests.unit.conftest import write_set
 from tests.unit.test_loader import CPU, assert_equal
+from xar_scale.data import cache as cache_module
 from xar_scale.data import remote
+from xar_scale.data.cache import NodeCache
 from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches
 from xar_scale.data.reader import LatentShards
-from xar_scale.data.remote import NodeCache, RemoteFolder
-from xar_scale.data.sources import open_shards
+from xar_scale.data.remote import RemoteFolder
+from xar_scale.data.sources import lanes_of_a_node, open_shards
 from xar_scale.errors import ConfigError, DataError, FileError
 from xar_scale.model.entities import create_layout
 
@@ -120,8 +124,8 @@ def test_the_processes_of_a_node_download_a_file_once(store, url, tmp_path):
     assert shard_gets(store) == [1] * 10
 
 
-def _read_all(url: str, cache: Path) -> None:
-    shards = LatentShards(RemoteFolder(url, NodeCache(cache, ROOM)))
+def _read_all(url: str, cache: Path, limit: int = ROOM) -> None:
+    shards = LatentShards(RemoteFolder(url, NodeCache(cache, limit)))
     for shard in range(10):
         shards.read(shard, 0)
 
@@ -144,9 +148,11 @@ def test_the_cache_stays_within_its_bound_at_every_moment(store, folder, url, tm
     config = digits_config(f"data.path={url}", f"data.cache={tmp_path / 'cache'}", "data.workers=2", *SETTINGS)
     dataset = LatentDataset(LatentShards(RemoteFolder(url, cache)), config, create_layout(config.model))
     numbers = RankNumbers(start=0, steps=10, global_batch=8, micro_batch=8, rank=0, world=1)
-    ours = list(batches(dataset, numbers, CPU))
-    stop.set()
-    watcher.join()
+    try:
+        ours = list(batches(dataset, numbers, CPU))
+    finally:
+        stop.set()
+        watcher.join()
     assert_same_batches(ours, stream(folder, tmp_path))
     assert 0 < largest[0] <= limit
     assert sum(shard_gets(store)) > 10  # what made room came again
@@ -171,33 +177,47 @@ def test_a_download_that_is_killed_leaves_nothing_locked_or_lost(store, folder, 
     child = multiprocessing.get_context("fork").Process(target=_read_all, args=(url, tmp_path / "cache"))
     child.start()
     begun = time.monotonic()
-    while not [path for path in (tmp_path / "cache").glob("*.part") if path.stat().st_size > 4000]:
+    while not [path for path in (tmp_path / "cache" / "xar_scale-cache").glob("*.part") if path.stat().st_size > 4000]:
         assert time.monotonic() - begun < 20
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
-    (part,) = (tmp_path / "cache").glob("*.part")
+    (part,) = (tmp_path / "cache" / "xar_scale-cache").glob("*.part")
     limit = (folder / "latents-000003.tar").stat().st_size + 600  # what the dead one took is needed
     assert part.stat().st_size + (folder / "latents-000003.tar").stat().st_size > limit
     store.fault = lambda path, times, answer: answer
     shards = LatentShards(RemoteFolder(url, NodeCache(tmp_path / "cache", limit)))
     assert shards.read(3, 0).key == "s0012"
-    assert not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "cache" / "xar_scale-cache").glob("*.part"))
     assert shards.read(0, 0).key == "s0000"  # the one that was under way
 
 
-def test_a_damaged_object_is_named_and_tried_again(store, folder, url, cache, capfd):
+def test_of_a_damaged_object_only_the_damaged_sample_is_lost(store, folder, url, cache, capfd):
     content = bytearray((folder / "latents-000001.tar").read_bytes())
-    content[900] ^= 1
+    content[1600] ^= 1  # of the first array
     (folder / "latents-000001.tar").write_bytes(content)
     store.put(folder, url.split("/")[2])
-    shards = LatentShards(RemoteFolder(url, cache))
-    for _ in range(2):
-        with pytest.raises(DataError, match=rf"shard {url}/latents-000001.tar: its checksum is \w+, the set's says \w+"):
-            shards.read(1, 0)
-    assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 3
-    assert capfd.readouterr().err.count("arrival") == 3
-    assert shards.read(0, 0).key == "s0000"
+    says = rf"shard {url}/latents-000001.tar, sample s0004 \(number 0\): checksum does not match"
+    for _ in range(2):  # processes of the node
+        shards = LatentShards(RemoteFolder(url, cache))
+        for _ in range(2):
+            with pytest.raises(DataError, match=says):
+                shards.read(1, 0)
+        for position in (1, 2, 3):
+            assert shards.read(1, position).key == f"s{4 + position:04d}"
+    assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 3  # it came so three times, and is not asked for again
+    assert capfd.readouterr().err.count("its checksum is not") == 2
+
+
+@pytest.mark.parametrize("size", [0, 4096, 5000, 8192])
+def test_a_truncated_object_is_no_store_that_fails(store, folder, url, cache, size, monkeypatch):
+    """Also where it ends before a later block begins, so that a range of nothing is asked for."""
+    monkeypatch.setattr(remote, "BLOCK", 4096)
+    tar = folder / "latents-000001.tar"
+    tar.write_bytes(tar.read_bytes()[:size])
+    store.put(folder, url.split("/")[2])
+    with pytest.raises(DataError, match=rf"shard {url}/latents-000001.tar: it has {size:,} bytes, the index says"):
+        LatentShards(RemoteFolder(url, cache)).read(1, 0)
 
 
 @pytest.mark.parametrize("grown", [False, True])
@@ -209,7 +229,7 @@ def test_an_object_of_another_size_is_named(store, folder, url, cache, grown):
     tar.write_bytes(tar.read_bytes()[:-512])
     store.put(folder, url.split("/")[2])
     shards = LatentShards(RemoteFolder(url, cache))
-    with pytest.raises(DataError, match=f"{url}/latents-000001.index.json: its checksum is"):
+    with pytest.raises(DataError, match=f"{url}/latents-000001.index.json: its checksum is not"):
         shards.read(1, 0)
     with pytest.raises(DataError, match=rf"shard {url}/latents-000002.tar: it has [\d,]+ bytes, the index says [\d,]+"):
         shards.read(2, 0)
@@ -242,36 +262,82 @@ def test_shards_of_coming_windows_are_fetched_before_they_are_asked_for(store, u
         shard for window in windows for w in (window, dataset.order.after(window)) for shard in dataset.order.shards_in(w)
     }
     dataset.__getitems__([0, 4])
-    wanted = {f"/{url[5:]}/{dataset.shards.info.shards[n].name}.tar" for n in coming}
-    assert 4 < len(wanted) < 10
+    names = [dataset.shards.info.shards[n].name for n in coming]
+    wanted = {f"/{url[5:]}/{name}{ending}" for name in names for ending in (".tar", ".index.json")}
+    assert 8 < len(wanted) < 20
     begun = time.monotonic()
-    while {path for path in store.gets if path.endswith(".tar")} != wanted:
+    while {path for path in store.gets if not path.endswith("dataset.json")} != wanted:
         assert time.monotonic() - begun < 20
         time.sleep(0.01)
 
 
 def test_a_copy_that_rots_is_fetched_again(store, url, cache):
-    shards = LatentShards(RemoteFolder(url, cache))
-    expected = shards.read(1, 3)
+    expected = LatentShards(RemoteFolder(url, cache)).read(1, 3)
     for path in cache.folder.glob("*"):
-        if path.is_file() and path.stat().st_size > 4000:
+        if path.is_file():
             path.write_bytes(bytes(path.stat().st_size))
-    again = shards.read(1, 3)
+    again = LatentShards(RemoteFolder(url, cache)).read(1, 3)
     assert again.key == expected.key and (again.latent == expected.latent).all()
-    assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 2
+    for name in ("latents-000001.tar", "latents-000001.index.json"):
+        assert store.gets[f"/{url[5:]}/{name}"] == 2
 
 
-def test_copies_are_told_apart_by_whole_urls_and_content(store, tmp_path, cache, monkeypatch):
-    bucket, sets = f"apart{time.monotonic_ns()}", {}
-    for name, count in (("a/set", 8), ("b/set", 12)):
-        sets[name] = write_set(tmp_path / name, count, per_shard=PER_SHARD)
-        store.put(tmp_path / name, bucket, name)
-    for name, samples in sets.items():  # the same file names
-        read = LatentShards(RemoteFolder(f"s3://{bucket}/{name}", cache)).read(1, 0)
-        assert (read.latent == samples[4].latent).all()
-    store.put(tmp_path / "b/set", bucket, "a/set")  # written anew under the same URL
-    assert (LatentShards(RemoteFolder(f"s3://{bucket}/a/set", cache)).read(1, 0).latent == sets["b/set"][4].latent).all()
-    assert all(path.parent == cache.folder for path in cache.folder.rglob("*") if path.parent.name != "locks")
+def test_copies_are_told_apart_by_whole_urls_and_content(store, tmp_path, cache):
+    bucket = f"apart{time.monotonic_ns()}"
+    first = write_set(tmp_path / "a", 8, per_shard=PER_SHARD)
+    second = write_set(tmp_path / "b", 12, per_shard=PER_SHARD)
+    for prefix in ("x/set", "y/set"):  # the same files, names and checksums
+        store.put(tmp_path / "a", bucket, prefix)
+        assert (LatentShards(RemoteFolder(f"s3://{bucket}/{prefix}", cache)).read(1, 0).latent == first[4].latent).all()
+    tars = [path for path in cache.folder.iterdir() if path.is_file() and path.stat().st_size > 4000]
+    assert len(tars) == 2
+    store.put(tmp_path / "b", bucket, "x/set")  # written anew under the same URL
+    assert (LatentShards(RemoteFolder(f"s3://{bucket}/x/set", cache)).read(1, 0).latent == second[4].latent).all()
+
+
+def test_nothing_that_is_not_the_caches_is_removed(store, folder, url, tmp_path):
+    (tmp_path / "cache" / "xar_scale-cache").mkdir(parents=True)
+    foreign = [tmp_path / "cache" / "thesis.pdf", tmp_path / "cache" / "xar_scale-cache" / "notes.part"]
+    for path in foreign:
+        path.write_bytes(bytes(10**5))
+        os.utime(path, (0, 0))
+    limit = (folder / "latents-000000.tar").stat().st_size + 600
+    shards = LatentShards(RemoteFolder(url, NodeCache(tmp_path / "cache", limit)))
+    for shard in range(4):
+        shards.read(shard, 0)
+    assert all(path.exists() for path in foreign)
+
+
+def test_a_cache_that_is_swept_away_comes_again(store, url, cache):
+    shards = LatentShards(RemoteFolder(url, cache))
+    expected = shards.read(0, 0)
+    shutil.rmtree(cache.folder)
+    assert (shards.read(0, 0).latent == expected.latent).all()  # of an open shard
+    shutil.rmtree(cache.folder)
+    assert shards.read(1, 0).key == "s0004"  # of another
+
+
+def test_another_users_copy_may_be_read(store, url, cache, monkeypatch):
+    LatentShards(RemoteFolder(url, cache)).read(0, 0)
+
+    def refuse(*of):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert LatentShards(RemoteFolder(url, cache)).read(0, 0).key == "s0000"
+
+
+def test_processes_with_a_cache_of_one_shard_get_on(store, folder, url, tmp_path, monkeypatch):
+    """Each file is the next one's room: none may be gone before its reader has opened it."""
+    monkeypatch.setattr(cache_module, "ROOM_WAIT_S", 0.001)
+    limit = (folder / "latents-000003.tar").stat().st_size + 600
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=_read_all, args=(url, tmp_path / "cache", limit)) for _ in range(4)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout=90)
+    assert [process.exitcode for process in started] == [0] * 4
 
 
 @pytest.mark.parametrize("name", ["../up", "/etc/passwd", "a/b", "a\0b", "a\nb"])
@@ -287,6 +353,61 @@ def test_no_name_leads_out_of_the_folder(store, folder, cache, name):
 class _Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *of) -> None:
         pass
+
+
+def test_what_fails_ahead_of_need_does_not_end_the_fetching(store, url, cache):
+    for name in ("latents-000001.tar", "latents-000002.tar", "latents-000003.tar", "latents-000004.tar", "latents-000005.tar"):
+        store.delete(url, name)
+    shards = LatentShards(RemoteFolder(url, cache))
+    for shard in range(1, 10):
+        shards.fetch_ahead(shard)
+    begun = time.monotonic()
+    while not all(store.gets[f"/{url[5:]}/latents-00000{n}.tar"] for n in (6, 7, 8, 9)):
+        assert time.monotonic() - begun < 20
+        time.sleep(0.01)
+
+
+def test_windows_are_announced_once(store, url, tmp_path, monkeypatch):
+    config = digits_config(f"data.path={url}", f"data.cache={tmp_path / 'cache'}", *SETTINGS)
+    dataset, announced = LatentDataset(open_shards(config), config, create_layout(config.model)), []
+    monkeypatch.setattr(dataset.shards, "fetch_ahead", announced.append)
+    dataset.__getitems__([0, 4])
+    count = len(announced)
+    dataset.__getitems__([1, 5])
+    assert len(announced) == count > 4
+
+
+def test_waits_between_attempts_grow(monkeypatch):
+    waits = []
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
+    monkeypatch.setattr(remote.random, "uniform", lambda low, high: 1.0)
+    with pytest.raises(FileError, match="after 10 attempts"):
+        remote._get("http://127.0.0.1:9/a")
+    assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_denied_access_is_said_at_once(monkeypatch):
+    def deny(*of, **more):
+        asked.append(of)
+        raise PermissionError("Access Denied")
+
+    asked = []
+    monkeypatch.setattr(remote.fsspec, "url_to_fs", deny)
+    with pytest.raises(FileError, match="s3://a/b: Access Denied"):
+        remote._get("s3://a/b")
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("lanes", "world", "local", "most"),
+    [(8, 1, 1, 8), (8, 4, 1, 2), (8, 4, 2, 4), (8, 5, 1, 3), (8, 16, 1, 1), (8, 16, 8, 4), (1, 16, 8, 1), (9, 6, 4, 6)],
+)
+def test_lanes_of_a_node_are_those_that_its_ranks_read(lanes, world, local, most):
+    batch = lanes * world  # each rank's slice is of whole samples then
+    of_rank = [{number // world for number in range(rank * lanes, (rank + 1) * lanes)} for rank in range(world)]
+    nodes = [set().union(*of_rank[first : first + local]) for first in range(0, world, local)]
+    assert batch == lanes * world and max(map(len, nodes)) == most
+    assert lanes_of_a_node(lanes, world, local) == most
 
 
 def test_a_plain_web_server_without_ranges_will_do(folder, cache, monkeypatch):
@@ -348,19 +469,20 @@ def test_a_cache_too_small_for_what_is_read_at_a_time_is_refused_with_the_number
 
 
 def test_a_file_larger_than_the_cache_is_named(url, tmp_path):
-    with pytest.raises(FileError, match=rf"the data cache {tmp_path} holds 100 bytes, a file has [\d,]+: data.cache_gb"):
+    says = rf"the data cache {tmp_path}/xar_scale-cache holds 100 bytes, a file has [\d,]+: data.cache_gb"
+    with pytest.raises(FileError, match=says):
         LatentShards(RemoteFolder(url, NodeCache(tmp_path, 100))).read(0, 0)
 
 
 def test_a_cache_that_cannot_be_written_is_named(url, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FileError, match=f"cannot make the data cache {tmp_path}/file: "):
+    with pytest.raises(FileError, match=f"the data cache {tmp_path}/file/xar_scale-cache: Not a directory"):
         NodeCache(tmp_path / "file", ROOM)
     child = multiprocessing.get_context("fork").Process(target=_read_with_a_full_disk, args=(url, tmp_path / "full"))
     child.start()
     child.join(timeout=60)
     assert child.exitcode == 0
-    assert not list((tmp_path / "full").glob("*.part"))
+    assert not list((tmp_path / "full").rglob("*.part"))
 
 
 def _read_with_a_full_disk(url: str, folder: Path) -> None:
@@ -368,5 +490,5 @@ def _read_with_a_full_disk(url: str, folder: Path) -> None:
     shards.read(0, 0)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))  # a write beyond fails as on a full disk
-    with pytest.raises(FileError, match=f"the data cache {folder}: File too large"):
+    with pytest.raises(FileError, match=f"the data cache {folder}/xar_scale-cache: File too large"):
         shards.read(1, 0)

@@ -1,5 +1,6 @@
 """Shards: what is written is read, by us and by stock webdataset; every fault is found and named."""
 
+import errno
 import gc
 import io
 import json
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 
 from tests.unit.conftest import read_set, small_info, small_samples, write_set
 from xar_scale.data import shards as shards_module
-from xar_scale.data.reader import LatentShards
+from xar_scale.data.reader import LatentShards, ShardError
 from xar_scale.data.shards import DATASET_FILE, ShardWriter
-from xar_scale.errors import DataError, UsageError
+from xar_scale.errors import DataError, FileError, UsageError
 
 TAR, INDEX = "latents-000001.tar", "latents-000001.index.json"
 
@@ -263,12 +264,40 @@ def test_a_description_with_other_fields_is_refused(tmp_path, change, complaint)
         LatentShards(tmp_path)
 
 
-def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+def test_what_the_system_does_not_give_is_no_fault_of_the_data(tmp_path, monkeypatch):
     write_set(tmp_path)
     (tmp_path / INDEX).unlink()
     (tmp_path / INDEX).mkdir()
-    with pytest.raises(DataError, match=f"cannot read {tmp_path}/{INDEX}"):
-        LatentShards(tmp_path).read(1, 0)
+    shards = LatentShards(tmp_path)
+    with pytest.raises(FileError, match=f"cannot read {tmp_path}/{INDEX}"):
+        shards.read(1, 0)
+    shards.read(0, 0)
+
+    def fail(*of):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(FileError, match=f"cannot read shard {tmp_path}/latents-000000.tar: Input/output error"):
+        shards.read(0, 0)
+
+
+def test_a_shard_that_cannot_be_opened_is_not_tried_again_for_each_sample(tmp_path, monkeypatch):
+    write_set(tmp_path)
+    (tmp_path / TAR).unlink()
+    shards, tried = LatentShards(tmp_path), []
+    monkeypatch.setattr(shards.storage, "read", lambda name, read=shards.storage.read: tried.append(name) or read(name))
+    for position in range(4):
+        with pytest.raises(ShardError, match=f"shard {tmp_path}/{TAR} is missing"):
+            shards.read(1, position)
+    assert tried == [INDEX]
+
+
+@pytest.mark.parametrize(("name", "says"), [("latents-000001", "comes twice"), ("../latents-000000", "is in another folder")])
+def test_shards_are_listed_once_and_in_the_folder(tmp_path, name, says):
+    write_set(tmp_path)
+    edit_json(tmp_path / DATASET_FILE, lambda values: values["shards"][0].update(name=name))
+    with pytest.raises(DataError, match=f"dataset.json: shard '{name}' {says}"):
+        LatentShards(tmp_path)
 
 
 def test_an_empty_set_is_refused(tmp_path):

@@ -1,12 +1,13 @@
 """Self-contained training batches: latents and everything random about them, drawn in worker processes."""
 
 import contextlib
+import ctypes
 import math
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from xar_scale import rng
 from xar_scale.config import Config
 from xar_scale.data.faults import Fault
 from xar_scale.data.order import SampleOrder, Window
+from xar_scale.data.reader import ShardError
 from xar_scale.data.shards import DatasetInfo
 from xar_scale.data.sources import Shards
 from xar_scale.errors import ConfigError, DataError, FileError, ProcessError, XarScaleError
@@ -91,6 +93,7 @@ class LatentDataset(Dataset[Batch]):
         # A rank goes around the windows of its lanes: all of a run's in one process at worst, and a shard opens slowly
         at_once = config.data.lanes * (config.data.window // min(shard.samples for shard in shards.info.shards) + 2)
         self._announced = set[Window]()
+        self._bad = set[tuple[int, int, bool]]()  # arrays that were no substitute: they need not be tried again
         shards.open_shards = min(max(shards.open_shards, at_once), MAX_OPEN_SHARDS)
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
@@ -101,12 +104,12 @@ class LatentDataset(Dataset[Batch]):
         return parts[0] if len(parts) == 1 else Batch.together(parts)
 
     def _fetch_ahead(self, numbers: Sequence[int]) -> None:
-        """Announce the shards of windows that have begun, and of those after them."""
+        """Announce the shards of windows that have begun, and then of those after them."""
         windows = self.order.windows(numbers)
-        for window in sorted(windows - self._announced):
-            for coming in (window, self.order.after(window)):
-                for shard in self.order.shards_in(coming):
-                    self.shards.fetch_ahead(shard)
+        begun = sorted(windows - self._announced)
+        for window in (*begun, *(self.order.after(window) for window in begun)):
+            for shard in self.order.shards_in(window):
+                self.shards.fetch_ahead(shard)
         self._announced = windows
 
     def _part(self, numbers: Sequence[int]) -> Batch:
@@ -118,17 +121,24 @@ class LatentDataset(Dataset[Batch]):
         for row, place in enumerate(places):
             try:
                 keys[row], labels[row], stored[row] = self.shards.read_array(*place, flipped=flip[row])
-            except (DataError, FileError) as error:
+            except DataError as error:
                 faults[row], stored[row] = self._fault(place, error), 0
+            except FileError as error:  # what the others lie on too: the step will not be taken
+                faults[row], stored[row:] = self._fault(place, error, fatal=True), 0
+                break
         latents = torch.from_numpy(stored).float()
         # a sum is finite where all its terms are, unless they are beyond what any latent is: then each is looked at
         for row in torch.isfinite(latents.sum(dim=(1, 2, 3))).logical_not_().nonzero().flatten().tolist():
             if not np.isfinite(stored[row]).all():
-                faults[row] = self._fault(places[row], self._not_finite(places[row], keys[row]))
-        found = list(faults.values())
-        for row in faults:
-            keys[row], labels[row], array = self._substitute(places[row], found, flipped=flip[row])
-            latents[row] = torch.from_numpy(array.astype(np.float32))
+                faults[row], latents[row] = self._fault(places[row], self._not_finite(places[row], keys[row])), 0
+        # without a budget any fault is too much: nothing is looked for, and the step will not be taken
+        for row, fault in faults.items() if self.config.data.max_bad_samples else ():
+            if not fault.fatal:
+                try:
+                    keys[row], labels[row], array = self._substitute(places[row], flipped=flip[row])
+                    latents[row] = torch.from_numpy(array.astype(np.float32))
+                except (DataError, FileError) as error:
+                    faults[row] = self._fault(places[row], error, fatal=True)
         labels[draws.label < self.config.train.label_drop] = model.classes
         return Batch(
             latents=self._latents(latents, draws.posterior),
@@ -136,41 +146,37 @@ class LatentDataset(Dataset[Batch]):
             t=sample_time(_row_by_row(draws.time)).contiguous(),
             noise=draws.noise,
             keys=tuple(keys),
-            faults=tuple(found),
+            faults=tuple(faults.values()),
         )
 
-    def _substitute(self, place: Place, faults: list[Fault], *, flipped: bool) -> tuple[str, int, np.ndarray]:
-        """The next sample in the order of storage that can be read; those that cannot are added to ``faults``.
+    def _substitute(self, place: Place, *, flipped: bool) -> tuple[str, int, np.ndarray]:
+        """The next sample in the order of storage that can be read. Raises DataError where there is none."""
+        for shard, positions in self._after(place):
+            for position in positions:
+                if (shard, position, flipped) in self._bad:
+                    continue
+                try:
+                    key, label, array = self.shards.read_array(shard, position, flipped=flipped)
+                    if np.isfinite(array).all():
+                        return key, label, array
+                except ShardError:
+                    break
+                except DataError:
+                    pass
+                self._bad.add((shard, position, flipped))
+        raise DataError(f"no sample of {self.config.data.path} can be read")
 
-        Zeros as soon as there are more faults than the run may do without: its step will not be taken.
-        """
-        for after in self._places_after(place):
-            if len({fault[:2] for fault in faults}) > self.config.data.max_bad_samples:
-                break
-            if not isinstance(faults[-1].error, DataError):
-                break
-            try:
-                key, label, array = self.shards.read_array(*after, flipped=flipped)
-            except (DataError, FileError) as error:
-                faults.append(self._fault(after, error))
-            else:
-                if np.isfinite(array).all():
-                    return key, label, array
-                faults.append(self._fault(after, self._not_finite(after, key)))
-        else:
-            faults.append(self._fault(place, FileError(f"no sample of {self.config.data.path} can be read")))
-        return "", 0, np.zeros(self.shards.info.shape, self.shards.info.dtype)
-
-    def _places_after(self, place: Place) -> Iterator[Place]:
+    def _after(self, place: Place) -> Iterator[tuple[int, range]]:
+        """All other places: (shard, positions in it)."""
         shards = self.shards.info.shards
         shard, position = place
-        yield from ((shard, after) for after in range(position + 1, shards[shard].samples))
-        for number in (*range(shard + 1, len(shards)), *range(shard)):
-            yield from ((number, after) for after in range(shards[number].samples))
-        yield from ((shard, before) for before in range(position))
+        yield shard, range(position + 1, shards[shard].samples)
+        for other in (*range(shard + 1, len(shards)), *range(shard)):
+            yield other, range(shards[other].samples)
+        yield shard, range(position)
 
-    def _fault(self, place: Place, error: XarScaleError) -> Fault:
-        return Fault(self.shards.info.shards[place[0]].name, place[1], error)
+    def _fault(self, place: Place, error: XarScaleError, *, fatal: bool = False) -> Fault:
+        return Fault(self.shards.info.shards[place[0]].name, place[1], error, fatal)
 
     def _not_finite(self, place: Place, key: str) -> DataError:
         name = self.shards.info.shards[place[0]].name
@@ -263,7 +269,9 @@ def batches(dataset: LatentDataset, numbers: RankNumbers, device: torch.device) 
                 continue
             deaths += 1
             if deaths == MAX_DEATHS:
-                raise ProcessError(f"data workers of rank {numbers.rank} died {deaths} times, the last: {batch}")
+                error = ProcessError(f"data workers of rank {numbers.rank} died {deaths} times, the last: {batch}")
+                error.rank = numbers.rank
+                raise error
             print(f"rank {numbers.rank}: {batch}; starting its data workers again", file=sys.stderr, flush=True)
 
 
@@ -275,8 +283,10 @@ def _from_workers(dataset: LatentDataset, numbers: RankNumbers, skip: int, devic
         dataset,
         batch_sampler=map(numbers.__getitem__, range(skip, len(numbers))),
         num_workers=settings.workers,
-        collate_fn=_as_it_is,
+        collate_fn=_packed,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_die_with_the_parent,
+        generator=torch.Generator(),  # or it would draw from the one that dropout draws from
         **ahead,
     )
     with _no_signal_of_death():
@@ -291,7 +301,7 @@ def _from_workers(dataset: LatentDataset, numbers: RankNumbers, skip: int, devic
             return
         if batch is None:
             return
-        yield batch
+        yield _unpacked(batch)
 
 
 def _is_death(error: Exception) -> bool:
@@ -312,10 +322,25 @@ def _no_signal_of_death() -> Iterator[None]:
     Without that handler it is found by whoever waits for the next batch.
     """
     handler = signal.getsignal(signal.SIGCHLD)
-    yield
-    if handler is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, handler)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _die_with_the_parent(worker: int) -> None:
+    """A rank that is killed must not leave workers behind: they would wait for it with their memory."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _packed(batch: Any) -> tuple[Batch, Tensor]:
+    """Keys as bytes in shared memory. A message small enough is written at once: no worker can die half-way through it."""
+    text = "".join(f"{key}\0" for key in batch.keys)
+    return replace(batch, keys=()), torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _unpacked(packed: Any) -> Batch:
+    batch, text = packed
+    return replace(batch, keys=tuple(bytes(text.numpy()).decode().split("\0")[:-1]))

@@ -17,6 +17,10 @@ from xar_scale.data.storage import Folder, MissingFileError, Storage
 from xar_scale.errors import DataError
 
 
+class ShardError(DataError):
+    """A shard cannot be opened: none of its samples can be had."""
+
+
 class LatentShards:
     """A set opened for reading. Every byte read is checked against the index; shards and indexes open when first needed."""
 
@@ -80,12 +84,12 @@ class LatentShards:
             self._opened = lru_cache(maxsize=self.open_shards)(partial(_OpenShard, self.storage))
             self._broken = dict[int, str]()  # what cannot be opened is not tried again for each of its samples
         if shard in self._broken:
-            raise DataError(self._broken[shard])
+            raise ShardError(self._broken[shard])
         try:
             return self._opened(self.info.shards[shard])
         except DataError as error:
             self._broken[shard] = str(error)
-            raise
+            raise ShardError(str(error)) from None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_opened", "_broken")}
@@ -101,14 +105,11 @@ class LatentShards:
         opened = self._open(shard)
         key = opened.keys[position]
         begin, data, size, crc32 = (opened.flipped if flipped else opened.latent)[position].tolist()
-        try:
+        content = opened.file.pread(data + size - begin, begin)
+        found = zlib.crc32(content)
+        if found != crc32 and opened.forget():
             content = opened.file.pread(data + size - begin, begin)
             found = zlib.crc32(content)
-            if found != crc32 and opened.forget():
-                content = opened.file.pread(data + size - begin, begin)
-                found = zlib.crc32(content)
-        except OSError as error:
-            raise DataError(f"shard {opened.file.name}, sample {key}: {error.strerror}") from None
         if found != crc32:
             raise DataError(f"shard {opened.file.name}, sample {key} (number {position}): checksum does not match")
         # Its header must be the set's, byte for byte: no header is ever interpreted, so no pickle is ever loaded
@@ -125,21 +126,20 @@ class _OpenShard:
     """A shard's file, and of its index what reading takes, in arrays: hundreds of shards are open at a time."""
 
     def __init__(self, storage: Storage, shard: ShardInfo) -> None:
-        self.storage = storage
-        self.described = (f"{shard.name}.tar", shard.bytes, shard.crc32)
+        self.storage, self.shard = storage, shard
         index = _read_index(storage, shard)
         self.keys, self.labels = index.keys, np.array(index.labels)
         self.latent, self.flipped = _rows(index.latent), _rows(index.flipped)
-        self.file = storage.open(*self.described)
+        self.file = storage.open(f"{shard.name}.tar", shard.bytes, shard.crc32)
 
     def forget(self) -> bool:
         """Whether the file was a copy that has been thrown away."""
-        return self.storage.forget(*self.described)
+        return self.storage.forget(f"{self.shard.name}.tar", self.shard.crc32)
 
 
 def _read_index(storage: Storage, shard: ShardInfo) -> Index:
     name = f"{shard.name}{INDEX}"
-    content = storage.read(name, shard.index_crc32)
+    content = storage.read_described(name, shard.index_crc32)
     if zlib.crc32(content) != shard.index_crc32:
         raise DataError(f"{storage.path(name)} is torn or changed: its checksum is not the one in {DATASET_FILE}")
     index = Index.from_json(content)

@@ -10,9 +10,10 @@ import numpy as np
 
 from xar_scale import dist
 from xar_scale.config import Config
+from xar_scale.data.cache import NodeCache
 from xar_scale.data.faults import Fault
 from xar_scale.data.reader import LatentShards
-from xar_scale.data.remote import NodeCache, RemoteFolder
+from xar_scale.data.remote import RemoteFolder
 from xar_scale.data.shards import DatasetInfo
 from xar_scale.data.synthetic import SAMPLES, SyntheticShards
 from xar_scale.errors import ConfigError
@@ -43,7 +44,7 @@ def open_shards(config: Config) -> Shards:
         raise ConfigError("data.path is not set: the folder of latents")
     name, _, count = path.partition(":")
     if name == SYNTHETIC:
-        if count and not (count.isdigit() and int(count)):
+        if count and not (count.isascii() and count.isdecimal() and int(count)):
             raise ConfigError(f"data.path {path}: after the colon comes the number of samples")
         return SyntheticShards(config.model, int(count) if count else SAMPLES)
     if name == "pipe":
@@ -63,7 +64,7 @@ def cache_folder(config: Config) -> Path:
 def _check_room(info: DatasetInfo, config: Config) -> None:
     """Raises ConfigError where the node's cache cannot hold what its ranks read from at a time, and what comes next."""
     data = config.data
-    lanes = -(-data.lanes * dist.local_world() // dist.world())
+    lanes = lanes_of_a_node(data.lanes, dist.world(), dist.local_world())
     a_window = data.window // min(shard.samples for shard in info.shards) + 2  # it may begin and end within a shard
     shards = min(2 * lanes * a_window, len(info.shards))
     largest = max(shard.bytes for shard in info.shards)
@@ -72,3 +73,9 @@ def _check_room(info: DatasetInfo, config: Config) -> None:
             f"data.cache_gb is {data.cache_gb:g}, but two windows of {data.window} samples in each of a node's {lanes} lanes "
             f"lie in up to {shards} shards of {largest / 1e6:.1f} MB: {shards * largest / 1e9:.1f} GB"
         )
+
+
+def lanes_of_a_node(lanes: int, world: int, local: int) -> int:
+    """The most lanes that the ranks of one node read from, ``local`` of ``world``: each takes an even slice of all lanes."""
+    nodes = [(first, min(first + local, world)) for first in range(0, world, local)]
+    return max(-(-end * lanes // world) - first * lanes // world for first, end in nodes)

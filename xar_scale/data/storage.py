@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from xar_scale.errors import DataError
+from xar_scale.errors import DataError, FileError
 
 
 class MissingFileError(DataError):
@@ -17,22 +17,29 @@ class File(Protocol):
     name: str  # for messages
 
     def pread(self, size: int, begin: int) -> bytes:
-        """``size`` bytes from ``begin`` on, fewer where the file ends. Raises OSError."""
+        """``size`` bytes from ``begin`` on, fewer where the file ends. Raises FileError."""
 
 
 class Storage(Protocol):
-    """Files by name. Raises MissingFileError, DataError for one of another size or content, FileError where none can be had."""
+    """Files by name.
+
+    Raises DataError for what is not as described: MissingFileError, and for another size or content; FileError where the
+    system, or a store, does not give what may well be there.
+    """
 
     def path(self, name: str) -> str:
         """Of a file, for messages."""
 
-    def read(self, name: str, crc32: int | None = None) -> bytes:
-        """A small file, whole; a storage that copies checks the copy against ``crc32``, the reader what it is given."""
+    def read(self, name: str) -> bytes:
+        """A small file, whole, as it is now."""
+
+    def read_described(self, name: str, crc32: int) -> bytes:
+        """A small file, whole, whose content is known not to change. The reader checks it all the same."""
 
     def open(self, name: str, size: int, crc32: int) -> File: ...
 
-    def forget(self, name: str, size: int, crc32: int) -> bool:
-        """Whether what was read was a copy that has now been thrown away: reading again may bring better."""
+    def forget(self, name: str, crc32: int) -> bool:
+        """Whether what was read was a copy that may have rotted, and has been thrown away: reading again may bring better."""
 
     def fetch_ahead(self, name: str, size: int | None, crc32: int) -> None:
         """This file will be needed; returns at once."""
@@ -47,20 +54,23 @@ class Folder:
     def path(self, name: str) -> str:
         return str(self.folder / name)
 
-    def read(self, name: str, crc32: int | None = None) -> bytes:
+    def read(self, name: str) -> bytes:
         try:
             return (self.folder / name).read_bytes()
         except FileNotFoundError:
             raise MissingFileError(f"{self.folder / name} is missing") from None
         except OSError as error:
-            raise DataError(f"cannot read {self.folder / name}: {error.strerror}") from None
+            raise FileError(f"cannot read {self.folder / name}: {error.strerror}") from None
+
+    def read_described(self, name: str, crc32: int) -> bytes:
+        return self.read(name)
 
     def open(self, name: str, size: int, crc32: int) -> "OpenFile":
         self.check_size(name, size)
         try:
             return OpenFile(self.folder / name)
         except OSError as error:
-            raise DataError(f"shard {self.folder / name}: {error.strerror}") from None
+            raise FileError(f"cannot read shard {self.folder / name}: {error.strerror}") from None
 
     def check_size(self, name: str, size: int) -> None:
         path = self.folder / name
@@ -69,12 +79,12 @@ class Folder:
         except FileNotFoundError:
             raise MissingFileError(f"shard {path} is missing") from None
         except OSError as error:
-            raise DataError(f"shard {path}: {error.strerror}") from None
+            raise FileError(f"cannot read shard {path}: {error.strerror}") from None
         if found != size:
             what = "truncated" if found < size else "changed"
             raise DataError(f"shard {path} is {what}: {found} bytes, the index says {size}")
 
-    def forget(self, name: str, size: int, crc32: int) -> bool:
+    def forget(self, name: str, crc32: int) -> bool:
         return False
 
     def fetch_ahead(self, name: str, size: int | None, crc32: int) -> None:
@@ -89,7 +99,10 @@ class OpenFile:
         self.descriptor = os.open(path, os.O_RDONLY)
 
     def pread(self, size: int, begin: int) -> bytes:
-        return os.pread(self.descriptor, size, begin)
+        try:
+            return os.pread(self.descriptor, size, begin)
+        except OSError as error:
+            raise FileError(f"cannot read shard {self.name}: {error.strerror}") from None
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

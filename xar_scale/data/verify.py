@@ -10,7 +10,7 @@ from xar_scale.data.index import crc32_of, index_tar
 from xar_scale.data.processes import in_processes
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import INDEX, DatasetInfo
-from xar_scale.errors import DataError
+from xar_scale.errors import DataError, FileError
 
 
 def verify_set(shards: LatentShards, processes: int) -> Iterator[tuple[str, list[str]]]:
@@ -37,8 +37,10 @@ def _open(shards: LatentShards) -> None:
 def _faults_of(number: int) -> list[str]:
     try:
         return _faults(_opened[0], number)
+    except FileError as error:
+        return [str(error)]
     except OSError as error:
-        return [f"shard {_opened[0].path(number)}: {error.strerror}"]
+        return [f"cannot read shard {_opened[0].path(number)}: {error.strerror}"]
 
 
 def _faults(shards: LatentShards, number: int) -> list[str]:

@@ -65,7 +65,7 @@ class Engine(ABC):
         """One pass: adds its part of the step's mean gradient. Returns this rank's loss of the pass, detached."""
 
     def agree(self, loss: Tensor, faults: int = 0) -> Verdict:
-        """After the last pass, with this rank's mean loss over passes and samples that it could not read: what all ranks know
+        """After the last pass, with this rank's mean loss over passes and number of new faults of its data: what all ranks know
         of the step. One reduction."""
         squares = [gradient.float().square().sum() for gradient in self.gradients()]
         of_rank = [loss.float() / dist.world(), torch.stack(squares).sum(), torch.full_like(loss, faults, dtype=torch.float32)]
