@@ -118,6 +118,19 @@ def test_weights_moments_and_ema_are_the_same_with_every_engine_on_any_number_of
         assert_near(state(run, STEPS), state(single, STEPS))
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+def test_bf16_is_near_fp32_and_not_it(folder, single, engine):
+    run = train(folder, f"bf16-{engine}", 2, engine, "train.precision=bf16")
+    torch.testing.assert_close(curve(run), curve(single), rtol=2e-2, atol=0)
+    assert not torch.allclose(curve(run), curve(single), rtol=1e-5)
+    first, exact = (state(at, 10) for at in (run, single))
+    for name, weight in first.items():  # float32 that has no 16-bit values: what is stored was never rounded
+        if name.startswith("model/") and weight.numel() > 1000:
+            assert (weight != weight.bfloat16().float()).float().mean() > 0.9, name
+            assert (weight - exact[name]).norm() < 0.1 * exact[name].norm(), name
+
+
 def test_training_moves_every_part_of_the_state(zero2):
     before, after = state(zero2, 10), state(zero2, STEPS)
     assert [name for name in before if torch.equal(before[name], after[name])] == []
