@@ -94,7 +94,7 @@ class TrainConfig:
     micro_batch: int | None = Field(default=None, gt=0)  # samples a rank and pass; none: no accumulation
     seed: int = Field(default=0, ge=0)
     label_drop: float = Field(default=0.1, ge=0, le=1)
-    engine: Literal["single", "deepspeed"] = "deepspeed"
+    engine: Literal["single", "deepspeed", "fsdp2"] = "deepspeed"
     ds_config: str = "ds_configs/zero3.json"
     precision: Literal["bf16", "tf32", "fp32"] = "bf16"
     recompute: Recompute = "none"  # of activations, in the backward pass

@@ -5,25 +5,27 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from xar_scale.config import KernelLibrary, OptimConfig
 
 
-def parameter_groups(model: nn.Module, shapes: Mapping[str, torch.Size], config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], config: OptimConfig
+) -> list[dict[str, Any]]:
     """Weight decay for matrices and embeddings; none for one-dimensional parameters (norms and biases).
 
-    ``shapes``: of the whole parameters by name, where those of ``model`` may be shards.
+    ``shapes``: of the whole parameters by name, where ``parameters`` may be shards.
     """
-    decayed = [parameter for name, parameter in model.named_parameters() if len(shapes[name]) > 1]
-    plain = [parameter for name, parameter in model.named_parameters() if len(shapes[name]) <= 1]
+    decayed = [parameter for name, parameter in parameters.items() if len(shapes[name]) > 1]
+    plain = [parameter for name, parameter in parameters.items() if len(shapes[name]) <= 1]
     return [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def create_adamw(
-    model: nn.Module, shapes: Mapping[str, torch.Size], config: OptimConfig, library: KernelLibrary = "torch"
+    parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], config: OptimConfig, library: KernelLibrary = "torch"
 ) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, shapes, config)
+    groups = parameter_groups(parameters, shapes, config)
     if library == "apex":
         from apex.optimizers import FusedAdam  # it counts steps a group, not a parameter
 

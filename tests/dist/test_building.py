@@ -23,7 +23,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 sizes = ["model.width=768", "model.heads=12", "model.depth_encoder=4", "model.depth_decoder=4"]
-config = Config.from_dict(override(recipe("digits"), sizes))
+config = Config.from_dict(override(recipe("digits"), [*sizes, f"train.engine={sys.argv[1]}"]))
 device = torch.device("cpu")
 dist.init(device)
 import deepspeed
@@ -45,12 +45,13 @@ print("RESULT", json.dumps({"whole": sum(parameters), "owned": owned, "grown": m
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.timeout(200)
-def test_zero3_ranks_hold_their_shards_and_one_parameter_at_a_time(tmp_path):
-    ended = launch(WORLD, ["-c", PROGRAM], tmp_path)
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+def test_ranks_hold_their_shards_and_one_parameter_at_a_time(tmp_path, engine):
+    ended = launch(WORLD, ["-c", PROGRAM, engine], tmp_path)
     assert ended.codes == [0] * WORLD, ended.text
     for output in ended.outputs:
         found = json.loads(output.split("RESULT ")[1].splitlines()[0])
-        assert found["owned"] == pytest.approx(found["whole"] / WORLD, rel=1e-3)
+        assert found["owned"] == pytest.approx(found["whole"] / WORLD, rel=1e-2)
         # of memory that is freed a part stays with the process; whoever builds first and cuts then grows by more than the whole
         assert 0.9 * found["owned"] < found["grown"] < 0.8 * found["whole"]
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from tests.processes import finish, kill, launch, start
-from xar_scale.evaluate.digits import cache_digits
 from xar_scale.checkpoint.store import load_weights, read_manifest
+from xar_scale.evaluate.digits import cache_digits
 
 STEPS = 20
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
@@ -94,18 +94,41 @@ def zero3(folder):
     return train(folder, "zero3", 3, "deepspeed")
 
 
+@pytest.fixture(scope="module")
+def fsdp2(folder):
+    return train(folder, "fsdp2", 2, "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def fsdp3(folder):
+    return train(folder, "fsdp3", 3, "fsdp2")
+
+
 @pytest.mark.timeout(400)
-def test_single_and_zero3_on_2_and_3_ranks_give_the_same_losses_and_norms(single, zero2, zero3):
+def test_every_engine_gives_the_same_losses_and_norms_on_2_and_3_ranks(single, zero2, zero3, fsdp2, fsdp3):
     assert curve(single)[-1] < 0.9 * curve(single)[0]  # they learn at all
-    for run in (zero2, zero3):
+    for run in (zero2, zero3, fsdp2, fsdp3):
         for name in ("loss", "grad_norm"):
             torch.testing.assert_close(curve(run, name), curve(single, name), rtol=1e-5, atol=0)
         assert torch.equal(curve(run, "lr"), curve(single, "lr"))
 
 
-def test_weights_moments_and_ema_are_the_same_on_any_number_of_ranks(single, zero2, zero3):
-    assert_near(state(zero2, STEPS), state(single, STEPS))
-    assert_near(state(zero3, STEPS), state(single, STEPS))
+def test_weights_moments_and_ema_are_the_same_with_every_engine_on_any_number_of_ranks(single, zero2, zero3, fsdp2, fsdp3):
+    for run in (zero2, zero3, fsdp2, fsdp3):
+        assert_near(state(run, STEPS), state(single, STEPS))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+def test_bf16_is_near_fp32_and_not_it(folder, single, engine):
+    run = train(folder, f"bf16-{engine}", 2, engine, "train.precision=bf16")
+    torch.testing.assert_close(curve(run), curve(single), rtol=2e-2, atol=0)
+    assert not torch.allclose(curve(run), curve(single), rtol=1e-5)
+    first, exact = (state(at, 10) for at in (run, single))
+    for name, weight in first.items():  # float32 that has no 16-bit values: what is stored was never rounded
+        if name.startswith("model/") and weight.numel() > 1000:
+            assert (weight != weight.bfloat16().float()).float().mean() > 0.9, name
+            assert (weight - exact[name]).norm() < 0.1 * exact[name].norm(), name
 
 
 def test_training_moves_every_part_of_the_state(zero2):
@@ -127,29 +150,32 @@ def test_the_average_follows_every_step(folder):
 
 
 @pytest.mark.timeout(300)
-def test_10_and_10_steps_are_20_bitwise_on_as_many_ranks(folder, zero2):
-    middle = zero2 / "checkpoints" / "step-00000010"
-    resumed = train(folder, "resumed2", 2, "deepspeed", "--resume", str(middle))
-    assert_bitwise(state(resumed, STEPS), state(zero2, STEPS))
-    assert torch.equal(curve(resumed), curve(zero2)[10:])
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+def test_10_and_10_steps_are_20_bitwise_on_as_many_ranks(folder, zero2, fsdp2, engine):
+    run = zero2 if engine == "deepspeed" else fsdp2
+    resumed = train(folder, f"{run.name}-resumed", 2, engine, "--resume", str(run / "checkpoints" / "step-00000010"))
+    assert_bitwise(state(resumed, STEPS), state(run, STEPS))
+    assert torch.equal(curve(resumed), curve(run)[10:])
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("world", "engine"), [(3, "deepspeed"), (1, "single")])
-def test_10_and_10_steps_are_20_on_another_number_of_ranks(folder, zero2, world, engine):
-    middle = zero2 / "checkpoints" / "step-00000010"
-    more = ["train.recompute=selective"]  # which changes no number either
-    resumed = train(folder, f"resumed{world}{engine}", world, engine, "--resume", str(middle), *more)
-    assert_near(state(resumed, STEPS), state(zero2, STEPS))
-    torch.testing.assert_close(curve(resumed), curve(zero2)[10:], rtol=1e-5, atol=0)
-
-
-@pytest.mark.timeout(300)
-def test_zero3_goes_on_from_a_checkpoint_of_one_process(folder, single):
-    middle = single / "checkpoints" / "step-00000010"
-    more = ["train.recompute=full"]
-    resumed = train(folder, "resumed-from-single", 2, "deepspeed", "--resume", str(middle), *more)
-    assert_near(state(resumed, STEPS), state(single, STEPS))
+@pytest.mark.parametrize(
+    ("before", "after", "world", "recompute"),
+    [
+        ("zero2", "deepspeed", 3, "selective"),  # which changes no number either
+        ("zero2", "single", 1, "selective"),
+        ("zero2", "fsdp2", 3, "full"),
+        ("fsdp3", "deepspeed", 2, "none"),
+        ("fsdp3", "fsdp2", 1, "selective"),
+        ("single", "deepspeed", 2, "full"),
+    ],
+)
+def test_10_and_10_steps_are_20_with_another_engine_or_number_of_ranks(folder, request, before, after, world, recompute):
+    run = request.getfixturevalue(before)
+    more = [f"train.recompute={recompute}", "--resume", str(run / "checkpoints" / "step-00000010")]
+    resumed = train(folder, f"{before}-to-{after}{world}", world, after, *more)
+    assert_near(state(resumed, STEPS), state(run, STEPS))
+    torch.testing.assert_close(curve(resumed), curve(run)[10:], rtol=1e-5, atol=0)
 
 
 @pytest.mark.timeout(300)

@@ -109,7 +109,9 @@ def test_apex_steps_as_torch_does(device):
     weights = []
     for library in ("torch", "apex"):
         model = nano_model().to(device)
-        optimizer = create_adamw(model, shapes_of(model), OptimConfig(lr=1e-3, weight_decay=0.1), library)
+        optimizer = create_adamw(
+            dict(model.named_parameters()), shapes_of(model), OptimConfig(lr=1e-3, weight_decay=0.1), library
+        )
         for _ in range(3):
             loss_of(model, device).backward()
             optimizer.step()

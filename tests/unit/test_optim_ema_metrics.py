@@ -19,7 +19,7 @@ from xar_scale.precision import MODES, apply_matmul_mode
 
 def test_every_parameter_is_in_one_group_and_matrices_alone_decay():
     model = nano_model()
-    decayed, plain = parameter_groups(model, shapes_of(model), OptimConfig(lr=1.0, weight_decay=0.07))
+    decayed, plain = parameter_groups(dict(model.named_parameters()), shapes_of(model), OptimConfig(lr=1.0, weight_decay=0.07))
     grouped = [id(parameter) for group in (decayed, plain) for parameter in group["params"]]
     assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
     assert decayed["weight_decay"] == 0.07 and plain["weight_decay"] == 0
@@ -35,13 +35,15 @@ def test_a_matrix_decays_that_is_cut_into_flat_shards():
     matrices = {id(parameter) for parameter in model.parameters() if parameter.ndim > 1}
     for parameter in model.parameters():
         parameter.data = parameter.data.new_empty(0)  # as ZeRO-3 leaves it
-    decayed, _ = parameter_groups(model, shapes, OptimConfig(lr=1.0))
+    decayed, _ = parameter_groups(dict(model.named_parameters()), shapes, OptimConfig(lr=1.0))
     assert {id(parameter) for parameter in decayed["params"]} == matrices
 
 
 def test_the_optimizer_takes_its_settings():
     model = nano_model()
-    optimizer = create_adamw(model, shapes_of(model), OptimConfig(lr=0.3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.1))
+    optimizer = create_adamw(
+        dict(model.named_parameters()), shapes_of(model), OptimConfig(lr=0.3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.1)
+    )
     for group, decay in zip(optimizer.param_groups, (0.1, 0.0), strict=True):
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.3, (0.8, 0.7), 1e-5, decay)
 

@@ -1,7 +1,7 @@
 """Checkpoints on disk: written whole or not at all, checked before they are used, one format for every engine and size.
 
 A checkpoint is a folder ``step-00001000`` with PyTorch DCP files in safetensors format and ``manifest.json``. Every tensor
-is a flat float32 vector, cut over ranks as a 1-D DTensor: ``model/NAME``, ``ema/NAME``, ``exp_avg/NAME``,
+is a flat float32 vector, cut over ranks anywhere: ``model/NAME``, ``ema/NAME``, ``exp_avg/NAME``,
 ``exp_avg_sq/NAME``. So what ZeRO-3 wrote on any number of ranks loads on any other, or on one process, without conversion.
 """
 
@@ -22,11 +22,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as ShardPlacement
 
 from xar_scale import dist
+from xar_scale.checkpoint.flat import FlatShard
 from xar_scale.config import Config
 from xar_scale.data.faults import BadSamples
 from xar_scale.data.order import Position
@@ -249,20 +247,11 @@ def load_weights(checkpoint: Checkpoint, which: str = "ema") -> dict[str, Tensor
 
 def _state(engine: Engine, ema: EMA) -> dict[str, Tensor]:
     """Views of everything that a checkpoint holds, under its names."""
-    distributed = torch.distributed.is_initialized()
-    mesh = init_device_mesh(engine.device.type, (dist.world(),)) if distributed else None
-
-    def whole(local: Tensor, size: int) -> Tensor:
-        if mesh is None:
-            return local
-        shape = torch.Size([size])
-        return DTensor.from_local(local, mesh, [ShardPlacement(0)], run_check=False, shape=shape, stride=(1,))
-
     state: dict[str, Tensor] = {}
     for shard, average in zip(engine.shards(), ema.averages, strict=True):
         tensors = {"model": shard.master, "ema": average, "exp_avg": shard.exp_avg, "exp_avg_sq": shard.exp_avg_sq}
         for kind, tensor in tensors.items():
-            state[f"{kind}/{shard.name}"] = whole(tensor, shard.shape.numel())
+            state[f"{kind}/{shard.name}"] = FlatShard(tensor, shard.start, shard.shape.numel())
     return state
 
 

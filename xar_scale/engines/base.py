@@ -91,7 +91,7 @@ class Engine(ABC):
 
     @abstractmethod
     def shards(self) -> Iterator[Shard]:
-        """This rank's part of every parameter, in the model's order; ranges are those of a 1-D DTensor cut by ``Shard(0)``."""
+        """This rank's part of every parameter, in the model's order."""
 
     @abstractmethod
     def shards_written(self, steps: int) -> None:

@@ -59,7 +59,9 @@ class DeepSpeedEngine(Engine):
                 partitioner._convert_to_zero_parameters([weight.place(device)])
             names = {parameter: name for name, parameter in model.named_parameters()}
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=create_adamw(model, self.shapes, config.optim), config=settings
+                model=model,
+                optimizer=create_adamw(dict(model.named_parameters()), self.shapes, config.optim),
+                config=settings,
             )
         except (ValidationError, deepspeed.DeepSpeedConfigError) as error:
             raise ConfigError(f"{config.train.ds_config}: DeepSpeed refuses it: {' '.join(str(error).split())}") from None

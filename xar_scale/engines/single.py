@@ -24,8 +24,9 @@ class SingleEngine(Engine):
         super().__init__(model, config, device)
         for weight in weights:
             weight.place(device)
-        self.optimizer = create_adamw(model, self.shapes, config.optim, choose_library(config.kernels.library, device))
         self.parameters = dict(model.named_parameters())
+        library = choose_library(config.kernels.library, device)
+        self.optimizer = create_adamw(self.parameters, self.shapes, config.optim, library)
         self.passes = micro_batches(config.train, 1)[1]
         self.compute = MODES[config.train.precision].compute
 

@@ -1,0 +1,92 @@
+"""FSDP2: PyTorch's own sharding of parameters, gradients and moments over all ranks, a block at a time."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from xar_scale import dist
+from xar_scale.config import Config, micro_batches
+from xar_scale.data.loader import Batch
+from xar_scale.engines.base import Engine, Shard, adam_state, set_steps
+from xar_scale.model.apex import choose_library
+from xar_scale.model.xar import XAR, Weight
+from xar_scale.optim import create_adamw
+from xar_scale.precision import MODES
+
+
+class FSDP2Engine(Engine):
+    """Float32 shards by rows. A block's parameters are gathered for its passes, in the mode's dtype, and let go of after each;
+    gradients are reduced in float32.
+    """
+
+    def __init__(self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> None:
+        super().__init__(model, config, device)
+        self.passes = micro_batches(config.train, dist.world())[1]
+        self.compute = MODES[config.train.precision].compute
+        mesh = init_device_mesh(device.type, (dist.world(),))
+        # Inputs stay as they are: times in 16 bits would fall into other bins. Autocast decides what is computed in what
+        policy = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        model.to_empty(device=device)  # of the shards
+        for weight in weights:
+            parameter = getattr(weight.module, weight.key)
+            start, stop = _flat_range(parameter.shape)
+            _local(parameter).view(-1).copy_(weight.value.view(-1)[start:stop])
+        self.model, self.parameters = model, dict(model.named_parameters())
+        # the shards as plain tensors, which share the memory: an optimizer need not know what they are shards of
+        self.local = {name: _local(parameter) for name, parameter in self.parameters.items()}
+        library = choose_library(config.kernels.library, device)
+        self.optimizer = create_adamw(self.local, self.shapes, config.optim, library)
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute is torch.bfloat16):
+            loss = self._loss(batch)
+        (loss / self.passes).backward()
+        return loss.detach()
+
+    def gradients(self) -> list[Tensor]:
+        return [_local(parameter.grad) for parameter in self.parameters.values() if parameter.grad is not None]
+
+    def _optimizer_step(self, learning_rate: float) -> None:
+        for name, parameter in self.parameters.items():
+            self.local[name].grad = None if parameter.grad is None else _local(parameter.grad)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.discard()
+
+    def discard(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def shards(self) -> Iterator[Shard]:
+        for name, weight in self.local.items():
+            state = adam_state(self.optimizer, weight)
+            start, stop = _flat_range(self.shapes[name])
+            views = (tensor.detach().view(-1) for tensor in (weight, state["exp_avg"], state["exp_avg_sq"]))
+            yield Shard(name, self.shapes[name], start, stop, *views)
+
+    def shards_written(self, steps: int) -> None:
+        for weight in self.local.values():
+            set_steps(self.optimizer, weight, steps)
+        self.model.reshard()  # type: ignore[operator]  # the next pass gathers anew
+
+
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local().detach()
+
+
+def _flat_range(shape: torch.Size) -> tuple[int, int]:
+    """The elements of a parameter that this rank owns: whole rows, as many on each rank, but for the last ones."""
+    rows, row = shape[0], math.prod(shape[1:])
+    chunk = -(-rows // dist.world())
+    start = min(dist.rank() * chunk, rows)
+    return start * row, min(start + chunk, rows) * row
