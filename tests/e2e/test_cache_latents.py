@@ -130,7 +130,7 @@ def test_a_killed_decoder_ends_it_with_its_own_code_and_one_line(source, whole, 
     ended = finish(ranks, tmp_path / "logs", meanwhile=shoot)
     assert ended.codes == [71], ended.text
     assert "Traceback" not in ended.text
-    assert ended.text.splitlines()[-1].startswith("cache_latents: DataLoader worker (pid")
+    assert ended.text.splitlines()[-1].startswith("cache_latents: a data worker died: ")
     assert ended.text.splitlines()[-1].endswith("the same command goes on from here")
     assert launch(1, arguments(source, out), tmp_path / "more").codes == [0] and files(out) == whole
 

@@ -240,7 +240,7 @@ def test_a_decoder_that_dies_ends_it_in_one_line(source, tmp_path, whole, monkey
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(decode, "load_image", die)
-    with pytest.raises(ProcessError, match=r"DataLoader worker \(pid.*the same command goes on from here") as caught:
+    with pytest.raises(ProcessError, match=r"a data worker died: .*the same command goes on from here") as caught:
         encode(tmp_path / "set", source, workers=1)
     assert len(str(caught.value).splitlines()) == 1
     monkeypatch.undo()

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from tests.conftest import digits_config
 from tests.unit.conftest import write_set
@@ -21,6 +22,7 @@ from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches, ch
 from xar_scale.data.order import SampleOrder
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import Sample
+from xar_scale.data.workers import is_death
 from xar_scale.errors import ConfigError, ProcessError
 from xar_scale.flow import sample_time
 from xar_scale.model.entities import create_layout
@@ -277,6 +279,8 @@ def test_a_killed_worker_loses_nothing_and_repeats_nothing(folder, capfd):
 
 
 def test_workers_that_die_now_and_then_do_not_end_it(folder, monkeypatch):
+    """Nor is the process disturbed at what it does then, whichever loaders were there before."""
+    list(DataLoader([1], num_workers=1))
     monkeypatch.setattr(loader, "MAX_DEATHS", 2)
     seen = 0
     for _ in stream(folder, workers=1, steps=12):
@@ -325,7 +329,7 @@ def test_keys_of_any_kind_travel(folder):
 def test_workers_that_die_again_and_again_end_the_run(folder, monkeypatch, capfd):
     monkeypatch.setattr(loader, "MAX_DEATHS", 2)
     monkeypatch.setattr(LatentDataset, "__getitems__", lambda self, numbers: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(ProcessError, match=r"data workers of rank 2 died 2 times, the last: DataLoader worker \(pid") as caught:
+    with pytest.raises(ProcessError, match=r"rank 2: a data worker died: DataLoader worker .*, 2 times in a row") as caught:
         read(folder, workers=1, rank=2, world=3)
     assert caught.value.rank == 2  # who alone has met it says so
     assert capfd.readouterr().err.count("starting its data workers again") == 1
@@ -354,7 +358,7 @@ def test_a_thread_that_pins_meets_deaths_too(where, dead):
             wrapped = torch._utils.ExceptionWrapper(where=where)
         with pytest.raises(kind) as caught:
             wrapped.reraise()
-        assert loader._is_death(caught.value) is dead
+        assert is_death(caught.value) is dead
 
 
 def test_as_many_shards_stay_open_as_the_lanes_go_around(tmp_path, monkeypatch):

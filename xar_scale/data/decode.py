@@ -1,17 +1,17 @@
 """Batches of decoded images, read ahead by worker processes."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from xar_scale.data.images import BadImageError, SourceImage, load_image
 from xar_scale.data.plan import Plan
+from xar_scale.data.workers import DeadWorkerError, from_workers
 from xar_scale.errors import ProcessError
 
 
@@ -54,17 +54,14 @@ class Batches(Dataset[DecodedBatch]):
         return DecodedBatch(shard, last, good, torch.from_numpy(images[: len(good)]), bad)
 
 
-@contextmanager
-def decoded(batches: Batches, workers: int) -> Iterator[Iterable[DecodedBatch]]:
-    """The batches in order, read ahead by worker processes. Raises ProcessError where one dies, in the body too."""
+def decoded(batches: Batches, workers: int) -> Iterator[DecodedBatch]:
+    """The batches in order, read ahead by worker processes. Raises ProcessError where one dies."""
     try:
-        yield DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+        yield from from_workers(batches, workers, batch_size=None, collate_fn=_as_it_is)
     except MemoryError:
         raise ProcessError("out of memory while decoding") from None
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        raise ProcessError(f"{str(error).splitlines()[0].strip()}; the same command goes on from here") from None
+    except DeadWorkerError as death:
+        raise ProcessError(f"{death}; the same command goes on from here") from None
 
 
 def _as_it_is(batch: Any) -> Any:

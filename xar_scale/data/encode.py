@@ -155,17 +155,16 @@ class _Work:
         self._allow_bad()
         self._tell()
         batches = Batches(self.plan, [shard for shard in shards if shard not in self.done], self.tokenizer.image_channels)
-        with decoded(batches, workers) as stream:
-            for batch in stream:
-                for source, why in batch.bad:
-                    self._skip(source, why)
-                if batch.sources:
-                    self._add(batch.sources, batch.images.numpy())
-                if batch.last:
-                    self._end_shard(batch.shard)
-                if time.monotonic() - self.looked > LOOK_S:
-                    self._look()
-                self._tell()
+        for batch in decoded(batches, workers):
+            for source, why in batch.bad:
+                self._skip(source, why)
+            if batch.sources:
+                self._add(batch.sources, batch.images.numpy())
+            if batch.last:
+                self._end_shard(batch.shard)
+            if time.monotonic() - self.looked > LOOK_S:
+                self._look()
+            self._tell()
 
     def finish(self, notes: "_Notes") -> DatasetInfo:
         """Wait for the shards of all processes; then the set is whole."""

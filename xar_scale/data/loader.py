@@ -1,11 +1,7 @@
 """Self-contained training batches: latents and everything random about them, drawn in worker processes."""
 
-import contextlib
-import ctypes
 import math
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
@@ -14,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from typing_extensions import Self
 
 from xar_scale import rng
@@ -24,6 +20,7 @@ from xar_scale.data.order import SampleOrder, Window
 from xar_scale.data.reader import ShardError
 from xar_scale.data.shards import DatasetInfo
 from xar_scale.data.sources import Shards
+from xar_scale.data.workers import DeadWorkerError, from_workers
 from xar_scale.errors import ConfigError, DataError, FileError, ProcessError, XarScaleError
 from xar_scale.flow import sample_time
 from xar_scale.model.entities import EntityLayout
@@ -259,80 +256,29 @@ def batches(dataset: LatentDataset, numbers: RankNumbers, device: torch.device) 
     Where a worker dies (killed, say, for memory), all are started again and go on where they were: what a batch holds follows
     from its numbers alone. Raises ProcessError when they die ``MAX_DEATHS`` times without a batch in between.
     """
-    taken = deaths = 0
-    while taken < len(numbers):
-        stream = _from_workers(dataset, numbers, taken, device)
-        while (batch := next(stream, None)) is not None:
-            if isinstance(batch, Batch):
-                taken, deaths = taken + 1, 0
-                yield batch.to(device)
-                continue
-            deaths += 1
-            if deaths == MAX_DEATHS:
-                error = ProcessError(f"data workers of rank {numbers.rank} died {deaths} times, the last: {batch}")
-                error.rank = numbers.rank
-                raise error
-            print(f"rank {numbers.rank}: {batch}; starting its data workers again", file=sys.stderr, flush=True)
-
-
-def _from_workers(dataset: LatentDataset, numbers: RankNumbers, skip: int, device: torch.device) -> Iterator[Batch | str]:
-    """The batches after the first ``skip``, or, as the last item, what is known of a worker's death."""
     settings = dataset.config.data
     ahead: dict[str, Any] = {"prefetch_factor": settings.prefetch} if settings.workers else {}
-    loader: DataLoader[Batch] = DataLoader(
-        dataset,
-        batch_sampler=map(numbers.__getitem__, range(skip, len(numbers))),
-        num_workers=settings.workers,
-        collate_fn=_packed,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_die_with_the_parent,
-        generator=torch.Generator(),  # or it would draw from the one that dropout draws from
-        **ahead,
-    )
-    with _no_signal_of_death():
-        stream = iter(loader)
-    while True:
+    taken = deaths = 0
+    while taken < len(numbers):
+        stream = from_workers(
+            dataset,
+            settings.workers,
+            batch_sampler=map(numbers.__getitem__, range(taken, len(numbers))),
+            collate_fn=_packed,
+            pin_memory=device.type == "cuda",
+            **ahead,
+        )
         try:
-            batch = next(stream, None)
-        except (RuntimeError, OSError, EOFError) as error:
-            if not (settings.workers and _is_death(error)):
-                raise
-            yield str(error).splitlines()[0] if str(error) else "a data worker died while it handed over a batch"
-            return
-        if batch is None:
-            return
-        yield _unpacked(batch)
-
-
-def _is_death(error: Exception) -> bool:
-    """Whether a worker is gone: PyTorch says so, or what it left in the queue cannot be fetched from it any more.
-
-    What a living worker raises comes as "Caught ... in DataLoader worker process".
-    """
-    said = str(error)
-    if isinstance(error, RuntimeError):
-        return said.startswith("DataLoader worker (pid")
-    return not said.startswith("Caught ") or "in pin memory thread" in said.splitlines()[0]  # which fetches on CUDA
-
-
-@contextlib.contextmanager
-def _no_signal_of_death() -> Iterator[None]:
-    """PyTorch reports a worker's death by raising from a signal handler, in the middle of whatever the process does then.
-
-    Without that handler it is found by whoever waits for the next batch.
-    """
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler)
-
-
-def _die_with_the_parent(worker: int) -> None:
-    """A rank that is killed must not leave workers behind: they would wait for it with their memory."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            for packed in stream:
+                taken, deaths = taken + 1, 0
+                yield _unpacked(packed).to(device)
+        except DeadWorkerError as death:
+            deaths += 1
+            if deaths == MAX_DEATHS:
+                error = ProcessError(f"rank {numbers.rank}: {death}, {deaths} times in a row")
+                error.rank = numbers.rank
+                raise error from None
+            print(f"rank {numbers.rank}: {death}; starting its data workers again", file=sys.stderr, flush=True)
 
 
 def _packed(batch: Any) -> tuple[Batch, Tensor]:

@@ -1,0 +1,72 @@
+"""PyTorch's data loader, and what becomes of it when one of its worker processes dies."""
+
+import contextlib
+import ctypes
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class DeadWorkerError(Exception):
+    """A worker is gone: killed, or out of memory. Others may be as they were, but the loader is of no more use."""
+
+
+def from_workers(dataset: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
+    """What ``DataLoader(dataset, num_workers=workers, **settings)`` yields. Raises DeadWorkerError, or what a worker raises."""
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        num_workers=workers,
+        worker_init_fn=_die_with_the_parent,
+        generator=torch.Generator(),  # or it would draw from the one that dropout draws from
+        **settings,
+    )
+    with _no_signal_of_death():
+        stream = iter(loader)
+    while True:
+        try:
+            item = next(stream)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            if not (workers and is_death(error)):
+                raise
+            said = str(error).splitlines()[0] if str(error) else "it was handing over a batch"
+            raise DeadWorkerError(f"a data worker died: {said.strip()}") from None
+        yield item
+
+
+def is_death(error: Exception) -> bool:
+    """Whether a worker is gone: PyTorch says so, or what it left in the queue cannot be fetched from it any more.
+
+    What a living worker raises comes as "Caught ... in DataLoader worker process".
+    """
+    said = str(error)
+    if isinstance(error, RuntimeError):
+        return said.startswith("DataLoader worker (pid")
+    return not said.startswith("Caught ") or "in pin memory thread" in said.splitlines()[0]  # which fetches on CUDA
+
+
+@contextlib.contextmanager
+def _no_signal_of_death() -> Iterator[None]:
+    """PyTorch reports a worker's death by raising from a signal handler, in the middle of whatever the process does then.
+
+    Without that handler it is found by whoever waits for the next batch.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    if getattr(handler, "__module__", "").startswith("torch."):  # of another loader, made without this
+        handler = signal.SIG_DFL
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+
+
+def _die_with_the_parent(worker: int) -> None:
+    """A process that is killed must not leave workers behind: they would wait for it with their memory."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
