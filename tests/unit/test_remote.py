@@ -246,7 +246,6 @@ def test_what_is_not_there_is_named(store, url, cache):
 
 
 def test_a_store_that_is_gone_is_an_error_of_files_not_of_data(cache, monkeypatch, capfd):
-    monkeypatch.setattr(remote, "ATTEMPTS", 4)
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
     where = "http://127.0.0.1:9/set"
     with pytest.raises(FileError, match=f"{where}/dataset.json cannot be read, after 4 attempts: ClientConnectorError"):

@@ -21,6 +21,7 @@ from xar_scale.errors import ConfigError, DataError, FileError
 
 BLOCK = 16 << 20  # bytes a request: what object stores advise, and what a cut connection costs
 ATTEMPTS, FIRST_WAIT_S, LONGEST_WAIT_S = 10, 0.5, 60.0  # waits double: three minutes, and what the store's library waits
+FIRST_ATTEMPTS = 4  # at the start, some seconds: what is wrong then (credentials, say) is not mended by waiting
 ARRIVALS = 3  # of a whole file that is not as described, before the store's own is taken for damaged
 DOWNLOADS = 4  # ahead of need at a time, a process
 
@@ -43,7 +44,7 @@ class RemoteFolder:
         return f"{self.url}/{name}"
 
     def read(self, name: str) -> bytes:
-        return _get(self.path(name))
+        return _get(self.path(name), attempts=FIRST_ATTEMPTS)
 
     def read_described(self, name: str, crc32: int) -> bytes:
         content = self._content(name, crc32)
@@ -137,14 +138,14 @@ def _blocks(url: str, size: int) -> Iterator[bytes]:
             return
 
 
-def _get(url: str, begin: int | None = None, end: int | None = None) -> bytes:
+def _get(url: str, begin: int | None = None, end: int | None = None, attempts: int = ATTEMPTS) -> bytes:
     """The bytes of a URL.
 
     Raises MissingFileError where nothing is there, ContentError where it ends before ``end``, FileError where access is denied
     or the store stays silent for long.
     """
     wait = FIRST_WAIT_S
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
             system, path = fsspec.url_to_fs(url)  # made anew in each process and thread; kept by fsspec
             return system.cat_file(path, start=begin, end=end)
@@ -156,10 +157,10 @@ def _get(url: str, begin: int | None = None, end: int | None = None) -> bytes:
             if end is not None and (size := _size(url)) is not None and size < end:
                 raise ContentError(f"it has {size:,} bytes, the index says more") from None
             said = f"{type(error).__name__}: {str(error) or 'no more was said'}".splitlines()[0]
-            if attempt == ATTEMPTS:
-                raise FileError(f"{url} cannot be read, after {ATTEMPTS} attempts: {said}") from None
+            if attempt == attempts:
+                raise FileError(f"{url} cannot be read, after {attempts} attempts: {said}") from None
             if attempt > 2:
-                _say(f"{url}: {said}; attempt {attempt + 1} of {ATTEMPTS} in {wait:.0f} s")
+                _say(f"{url}: {said}; attempt {attempt + 1} of {attempts} in {wait:.0f} s")
         time.sleep(wait * random.uniform(0.5, 1.5))  # a node's ranks do not come back all at once
         wait = min(2 * wait, LONGEST_WAIT_S)
     raise AssertionError
