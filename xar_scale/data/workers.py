@@ -2,9 +2,11 @@
 
 import contextlib
 import ctypes
+import multiprocessing
 import signal
 import threading
 from collections.abc import Iterator
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -15,11 +17,31 @@ class DeadWorkerError(Exception):
     """A worker is gone: killed, or out of memory. Others may be as they were, but the loader is of no more use."""
 
 
+class _Flag:
+    """An event without a lock. A worker that is killed while it holds a lock holds it for ever, and PyTorch's asks for it."""
+
+    def __init__(self, context: BaseContext) -> None:
+        self._value = context.RawValue("b", 0)
+
+    def set(self) -> None:
+        self._value.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
+
+
+def _context() -> BaseContext:
+    """The system's way to start processes, with such events."""
+    usual = type(multiprocessing.get_context(multiprocessing.get_start_method()))
+    return type("Context", (usual,), {"Event": lambda self: _Flag(self)})()
+
+
 def from_workers(dataset: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
     """What ``DataLoader(dataset, num_workers=workers, **settings)`` yields. Raises DeadWorkerError, or what a worker raises."""
     loader: DataLoader[Any] = DataLoader(
         dataset,
         num_workers=workers,
+        multiprocessing_context=_context() if workers else None,
         worker_init_fn=_die_with_the_parent,
         generator=torch.Generator(),  # or it would draw from the one that dropout draws from
         **settings,
