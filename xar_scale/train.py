@@ -112,14 +112,15 @@ def _loop(
             loss += engine.forward_backward(batch) / passes
         news = bad.news(faults)
         verdict = engine.agree(loss, len(news))
-        if verdict.faults.item():
-            _account_for(news, bad)
-        if not verdict.finite():
-            engine.discard()
-            raise NonFiniteError(
-                f"step {step}: loss {verdict.loss.item()}, gradient norm {verdict.grad_norm.item()}; "
-                f"stopped before the weights changed, checkpoints are in {store.folder}"
-            )
+        if not verdict.clean():  # the one moment of a step at which the host waits
+            if verdict.faults.item():
+                _account_for(news, bad)
+            if not verdict.finite():
+                engine.discard()
+                raise NonFiniteError(
+                    f"step {step}: loss {verdict.loss.item()}, gradient norm {verdict.grad_norm.item()}; "
+                    f"stopped before the weights changed, checkpoints are in {store.folder}"
+                )
         rate = learning_rate(config.optim, step, settings.steps)
         engine.step(rate, verdict)
         ema.update()

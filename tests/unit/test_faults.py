@@ -329,6 +329,12 @@ def test_what_is_fatal_ends_the_run_known_or_not():
         bad.add([lost])
 
 
+def test_what_is_fatal_is_not_hidden_by_another_fault_of_the_sample():
+    lost = Fault("a", 1, FileError("gone"), fatal=True)
+    for faults in ([fault(1), lost], [lost, fault(1)]):
+        assert BadSamples(9).news(faults) == [lost]
+
+
 def test_a_budget_below_what_the_run_has_met_is_refused():
     BadSamples(1, known=[("a", 1)])
     with pytest.raises(ConfigError, match="data.max_bad_samples is 0, but the run has met 1 already"):

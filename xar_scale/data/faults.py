@@ -31,7 +31,7 @@ class BadSamples:
     def news(self, faults: Iterable[Fault]) -> list[Fault]:
         """Those of ``faults`` that the run does not know of, one for each sample, in order."""
         fresh = dict[tuple[str, int], Fault]()
-        for fault in sorted(faults, key=lambda fault: fault[:2]):
+        for fault in sorted(faults, key=lambda fault: (*fault[:2], not fault.fatal)):  # of a sample's, what is fatal first
             if fault.fatal or fault[:2] not in self.known:
                 fresh.setdefault(fault[:2], fault)
         return list(fresh.values())

@@ -11,6 +11,7 @@ import tarfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -58,7 +59,7 @@ class DatasetInfo:
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what says which sample is where: the same for a copy, another for anything that moves or changes one."""
         values = {name: value for name, value in asdict(self).items() if name != "images"}

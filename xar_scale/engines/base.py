@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from xar_scale import dist, rng
-from xar_scale.config import Config
+from xar_scale.config import Config, micro_batches
 from xar_scale.data.loader import Batch
 from xar_scale.flow import velocity_loss
 from xar_scale.model.xar import XAR
-from xar_scale.precision import apply_matmul_mode
+from xar_scale.precision import MODES, apply_matmul_mode
 
 
 class Shard(NamedTuple):
@@ -36,6 +36,10 @@ class Verdict:
     grad_norm: Tensor
     faults: Tensor
 
+    def clean(self) -> bool:
+        """True when nothing stands against the step: all is finite, and no rank has met a new fault. Waits for the device."""
+        return bool(torch.isfinite(self.loss) & torch.isfinite(self.grad_norm) & (self.faults == 0))
+
     def finite(self) -> bool:
         """False when any rank's loss or gradient is NaN or infinite. Waits for the device."""
         return bool(torch.isfinite(self.loss) & torch.isfinite(self.grad_norm))
@@ -49,6 +53,8 @@ class Engine(ABC):
 
     def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
         self.layout, self.config, self.device = model.layout, config, device
+        self.passes = micro_batches(config.train, dist.world())[1]
+        self.compute = MODES[config.train.precision].compute
         self.network: nn.Module = model
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         apply_matmul_mode(config.train.precision)
@@ -60,9 +66,12 @@ class Engine(ABC):
     def _loss(self, batch: Batch) -> Tensor:
         return velocity_loss(self.network, self.layout, batch.latents, batch.noise, batch.t, batch.labels)
 
-    @abstractmethod
     def forward_backward(self, batch: Batch) -> Tensor:
         """One pass: adds its part of the step's mean gradient. Returns this rank's loss of the pass, detached."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute is torch.bfloat16):
+            loss = self._loss(batch)
+        (loss / self.passes).backward()
+        return loss.detach()
 
     def agree(self, loss: Tensor, faults: int = 0) -> Verdict:
         """After the last pass, with this rank's mean loss over passes and number of new faults of its data: what all ranks know

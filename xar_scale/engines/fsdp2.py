@@ -10,13 +10,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from xar_scale import dist
-from xar_scale.config import Config, micro_batches
-from xar_scale.data.loader import Batch
+from xar_scale.config import Config
 from xar_scale.engines.base import Engine, Shard, adam_state, set_steps
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
-from xar_scale.precision import MODES
 
 
 class FSDP2Engine(Engine):
@@ -26,8 +24,6 @@ class FSDP2Engine(Engine):
 
     def __init__(self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> None:
         super().__init__(model, config, device)
-        self.passes = micro_batches(config.train, dist.world())[1]
-        self.compute = MODES[config.train.precision].compute
         mesh = init_device_mesh(device.type, (dist.world(),))
         # Inputs stay as they are: times in 16 bits would fall into other bins. Autocast decides what is computed in what
         policy = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -38,17 +34,11 @@ class FSDP2Engine(Engine):
             parameter = getattr(weight.module, weight.key)
             start, stop = _flat_range(parameter.shape)
             _local(parameter).view(-1).copy_(weight.value.view(-1)[start:stop])
-        self.model, self.parameters = model, dict(model.named_parameters())
+        self.parameters = dict(model.named_parameters())
         # the shards as plain tensors, which share the memory: an optimizer need not know what they are shards of
         self.local = {name: _local(parameter) for name, parameter in self.parameters.items()}
         library = choose_library(config.kernels.library, device)
         self.optimizer = create_adamw(self.local, self.shapes, config.optim, library)
-
-    def forward_backward(self, batch: Batch) -> Tensor:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute is torch.bfloat16):
-            loss = self._loss(batch)
-        (loss / self.passes).backward()
-        return loss.detach()
 
     def gradients(self) -> list[Tensor]:
         return [_local(parameter.grad) for parameter in self.parameters.values() if parameter.grad is not None]
@@ -76,7 +66,7 @@ class FSDP2Engine(Engine):
     def shards_written(self, steps: int) -> None:
         for weight in self.local.values():
             set_steps(self.optimizer, weight, steps)
-        self.model.reshard()  # type: ignore[operator]  # the next pass gathers anew
+        self.network.reshard()  # type: ignore[operator]  # the next pass gathers anew
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from xar_scale import dist
-from xar_scale.config import Config, micro_batches
-from xar_scale.data.loader import Batch
+from xar_scale.config import Config
 from xar_scale.engines.base import Engine, Shard, adam_state, set_steps
 from xar_scale.errors import ConfigError
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
-from xar_scale.precision import MODES
 
 
 class SingleEngine(Engine):
@@ -27,14 +25,6 @@ class SingleEngine(Engine):
         self.parameters = dict(model.named_parameters())
         library = choose_library(config.kernels.library, device)
         self.optimizer = create_adamw(self.parameters, self.shapes, config.optim, library)
-        self.passes = micro_batches(config.train, 1)[1]
-        self.compute = MODES[config.train.precision].compute
-
-    def forward_backward(self, batch: Batch) -> Tensor:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute is torch.bfloat16):
-            loss = self._loss(batch)
-        (loss / self.passes).backward()
-        return loss.detach()
 
     def gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
