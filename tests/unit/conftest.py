@@ -1,5 +1,6 @@
 """What several unit tests build: a small model, a layout of unequal entities, small data sets on disk."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 
 from tests.unit import encoding
 from xar_scale.config import AttentionBackend
+from xar_scale.data import remote
+from xar_scale.data.cache import NodeCache
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DatasetInfo, Sample, ShardWriter
 from xar_scale.model.entities import EntityLayout
@@ -95,3 +98,34 @@ def whole(source, tmp_path_factory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "set"
     encoding.encode(out, source)
     return encoding.files(out)
+
+
+@pytest.fixture(scope="session")
+def store():
+    """A real object store. One for all tests: fsspec keeps its connections for the life of a process."""
+    from tests.object_store import object_store  # takes a second to import, for those who need it
+
+    with object_store() as store:
+        yield store
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A set of ten shards, in a folder."""
+    write_set(tmp_path / "set", 40)
+    return tmp_path / "set"
+
+
+@pytest.fixture
+def url(store, stored, monkeypatch):
+    """The same in the store."""
+    store.gets.clear()
+    monkeypatch.setattr(store, "fault", store.fault)  # put back afterwards
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
+    return store.put(stored, f"bucket{time.monotonic_ns()}")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """Of a node, with room for all."""
+    return NodeCache(tmp_path / "cache", 10**9)
