@@ -37,6 +37,7 @@ def random_batch(seed: int, size: int = 8) -> Batch:
         t=torch.rand(size, 4, generator=generator),
         noise=torch.randn(size, 16, 4, generator=generator),
         keys=tuple(str(n) for n in range(size)),
+        places=torch.stack([torch.zeros(size, dtype=torch.int64), torch.arange(size)], dim=1),
     )
 
 

@@ -96,7 +96,8 @@ class TrainConfig:
     label_drop: float = Field(default=0.1, ge=0, le=1)
     engine: Literal["single", "deepspeed", "fsdp2"] = "deepspeed"
     ds_config: str = "ds_configs/zero3.json"
-    precision: Literal["bf16", "tf32", "fp32"] = "bf16"
+    shard_ranks: int | None = Field(default=None, gt=0)  # neighbours that share one copy of the weights; none: all ranks
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
     recompute: Recompute = "none"  # of activations, in the backward pass
     log_every: int = Field(default=50, gt=0)
     checkpoint_every: int = Field(default=5000, gt=0)
@@ -130,6 +131,23 @@ class KernelConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class GuardConfig:
+    """What becomes of steps that are not fit to be taken (xar_scale.guard). All that begins with max is of the whole run."""
+
+    enabled: bool = True
+    hold_steps: int = Field(default=1000, gt=0)  # in TF32 after a step that needed it; twice as many at each relapse
+    max_holds: int = Field(default=5, ge=0)  # then it is TF32 for good
+    max_transients: int = Field(default=10, ge=0)  # steps whose second attempt came out otherwise
+    max_quarantined: int = Field(default=8192, ge=0)  # samples taken out of the data
+    max_rollbacks: int = Field(default=3, ge=0)
+    snapshot_every: int = Field(default=100, gt=0)  # steps, of the whole state to the host's memory, to roll back to
+    snapshots: int = Field(default=2, ge=0)  # that are kept; none: roll back to checkpoints
+    spike: float = Field(default=0.0, ge=0)  # robust deviations above the median that loss or gradient norm may lie; 0: any
+    spike_window: int = Field(default=128, gt=1)  # steps that the median is of
+    on_spike: Literal["take", "skip"] = "skip"  # that is one in TF32 too
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class Config:
     """Everything that a run depends on; saved with it."""
 
@@ -139,6 +157,7 @@ class Config:
     train: TrainConfig
     sample: SampleConfig
     kernels: KernelConfig = KernelConfig()
+    guard: GuardConfig = GuardConfig()
 
     def __post_init__(self) -> None:
         if self.optim.warmup_steps > self.train.steps:
@@ -245,6 +264,14 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             change = {part: change}
         values = merge(values, change)
     return values
+
+
+def shard_ranks(train: TrainConfig, world: int) -> int:
+    """How many ranks share one copy of the weights. Raises ConfigError with the numbers where ``world`` is no multiple."""
+    ranks = train.shard_ranks or world
+    if world % ranks:
+        raise ConfigError(f"world {world} is not divisible by train.shard_ranks {ranks}")
+    return ranks
 
 
 def micro_batches(train: TrainConfig, world: int) -> tuple[int, int]:

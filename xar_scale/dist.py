@@ -57,6 +57,11 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest(value: float) -> float:
+    """The largest of the ranks' values; NaN where there is one."""
+    return max(gather_objects(value), key=lambda value: (value != value, value))
+
+
 def say(line: str) -> None:
     """A line to the user, from rank 0."""
     if rank() == 0:

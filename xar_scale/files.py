@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, also after a crash."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -21,3 +22,9 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def free_name(path: Path) -> Path:
+    """``path``, or where something is there already, with a number after its stem."""
+    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+    return path if not path.exists() else next(name for name in numbered if not name.exists())

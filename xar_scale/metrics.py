@@ -22,14 +22,8 @@ class Metrics:
     """A context manager. ``start`` is the step a resumed run goes on from: what was logged after it is dropped."""
 
     def __init__(self, run: Path, start: int, steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: rank 0 of a training run alone needs it
-
-        self.start, self.steps = start, steps
-        path = run / METRICS_FILE
-        kept = [line for line in _lines(path) if _step(line) <= start]
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-        self.file = path.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(run / TENSORBOARD_FOLDER), purge_step=start + 1)
+        self.run, self.steps = run, steps
+        self._open(start)
         console = Console(file=sys.stdout)
         self.progress = Progress(
             TextColumn("step"),
@@ -43,6 +37,22 @@ class Metrics:
             disable=not console.is_terminal,
         )
         self.task = self.progress.add_task("train", total=steps, completed=start, summary="")
+
+    def _open(self, start: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import: rank 0 of a training run alone needs it
+
+        path = self.run / METRICS_FILE
+        kept = [line for line in _lines(path) if _step(line) <= start]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        self.file = path.open("a", buffering=1)
+        self.tensorboard = SummaryWriter(str(self.run / TENSORBOARD_FOLDER), purge_step=start + 1)
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from ``step``: drop what was logged after it."""
+        self.tensorboard.close()
+        self.file.close()
+        self._open(step)
+        self.advance(step)
 
     def __enter__(self) -> Self:
         self.progress.start()
@@ -61,6 +71,8 @@ class Metrics:
         """Record ``values`` after ``step`` steps, and say the ones that matter."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
+            if isinstance(value, str):
+                continue
             self.tensorboard.add_scalar(f"train/{name}", value, step)
         summary = f"loss {values['loss']:.4f}  {values['images_per_s']:.0f} images/s"
         self.progress.update(self.task, summary=summary)

@@ -1,21 +1,31 @@
-"""What bf16, tf32 and fp32 mean: the dtype of matrix products and communication, and the matmul mode. Weights are fp32."""
+"""What bf16, fp16, tf32 and fp32 mean, in one table. Weights, moments and averages are float32 in all of them."""
 
 from dataclasses import dataclass
 
 import torch
 
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
 
 @dataclass(frozen=True)
 class Precision:
-    compute: torch.dtype  # of Linear layers and attention, and of ZeRO's communication of their parameters
+    """One mode. The attention backend follows from ``compute`` (model.attention.choose_backend)."""
+
+    compute: torch.dtype  # of Linear layers and attention, under autocast
+    gather: torch.dtype  # of weights on their way to the ranks that compute with them
+    reduce: torch.dtype  # of gradients on their way to their shards; ZeRO has one type for both ways, that of ``gather``
     matmul: str  # torch.set_float32_matmul_precision: "highest" is IEEE float32, "high" is TF32 where the device has it
+    scaled: bool  # whether gradients would vanish without a loss scale
+    fallback: str | None  # the mode in which the guard takes a step that this one cannot
 
 
 MODES = {
-    "bf16": Precision(torch.bfloat16, "high"),
-    "tf32": Precision(torch.float32, "high"),
-    "fp32": Precision(torch.float32, "highest"),
-}
+    #                 compute gather reduce  matmul    scaled  fallback
+    "bf16": Precision(BF16,   BF16,  FP32,   "high",    False, "tf32"),
+    "fp16": Precision(FP16,   FP16,  FP32,   "high",    True,  "tf32"),
+    "tf32": Precision(FP32,   FP32,  FP32,   "high",    False, None),
+    "fp32": Precision(FP32,   FP32,  FP32,   "highest", False, None),
+}  # fmt: skip
 
 
 def apply_matmul_mode(mode: str) -> None:

@@ -3,9 +3,8 @@
 import time
 from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from xar_scale import dist
 from xar_scale.checkpoint.store import (
@@ -19,12 +18,15 @@ from xar_scale.checkpoint.store import (
 )
 from xar_scale.config import Config, micro_batches
 from xar_scale.data.faults import BadSamples, Fault
-from xar_scale.data.loader import LatentDataset, RankNumbers, batches
+from xar_scale.data.feed import Feed
+from xar_scale.data.loader import LatentDataset
 from xar_scale.data.sources import Shards, open_shards
+from xar_scale.diagnosis import Activations
 from xar_scale.ema import EMA
-from xar_scale.engines import Engine, create_engine
-from xar_scale.errors import DataError, NonFiniteError, UsageError
+from xar_scale.engines import Engine, Verdict, create_engine
+from xar_scale.errors import DataError, UsageError
 from xar_scale.files import write_atomically
+from xar_scale.guard import Action, GuardState
 from xar_scale.metrics import Metrics, memory_gb
 from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import training_flops
@@ -32,6 +34,7 @@ from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import blank_weights, initial_weights, meta_model
 from xar_scale.optim import learning_rate
 from xar_scale.precision import MODES
+from xar_scale.recovery import Recovery
 
 CONFIG_FILE = "config.yaml"
 
@@ -62,8 +65,13 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     weights = initial_weights(model, config.train.seed) if checkpoint is None else blank_weights(model)
     engine = create_engine(model, weights, config, device)
     ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
+    guard = GuardState()
     if checkpoint is not None:
         load(checkpoint, engine, ema)
+        guard = checkpoint.manifest.guard
+        if checkpoint.manifest.config["train"]["precision"] != config.train.precision:
+            guard = replace(guard, lowered=False, held_until=None)  # of a precision that is no longer the run's
+        dataset.quarantine(dataset.places_of(checkpoint.manifest.quarantined))
         dist.say(f"resumed from {checkpoint.path} at step {start}, epoch {checkpoint.manifest.position.epoch}")
     store = Store(run, config.train.keep_last)  # only now is the run's folder touched: nothing is left to refuse
     metrics = dist.together(lambda: _open_run(config, run, store, start) if dist.rank() == 0 else None)
@@ -72,82 +80,107 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
         f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}; {kernels}"
     )
     with metrics or nullcontext():
-        newest = _loop(config, engine, ema, dataset, bad, store, start, metrics)
-    dist.say(f"done: {config.train.steps} steps; checkpoint {newest or (checkpoint and checkpoint.path)}")
+        training = Training(config, engine, ema, dataset, bad, Recovery(config, engine, ema, run, guard), store, metrics)
+        training.run(start)
+    dist.say(f"done: {config.train.steps} steps; checkpoint {training.newest or (checkpoint and checkpoint.path)}")
 
 
-def _loop(
-    config: Config,
-    engine: Engine,
-    ema: EMA,
-    dataset: LatentDataset,
-    bad: BadSamples,
-    store: Store,
-    start: int,
-    metrics: Metrics | None,
-) -> Path | None:
-    """Steps ``start`` to ``train.steps``. Returns the last checkpoint written."""
-    settings = config.train
-    micro, passes = micro_batches(settings, dist.world())
-    numbers = RankNumbers(
-        start=start,
-        steps=settings.steps,
-        global_batch=settings.global_batch,
-        micro_batch=micro,
-        rank=dist.rank(),
-        world=dist.world(),
-    )
-    stream = batches(dataset, numbers, engine.device)
-    since, waited, logged = time.perf_counter(), 0.0, start
-    newest: Path | None = None
-    for step in range(start, settings.steps):
-        engine.seed_step(step)
-        loss = torch.zeros((), device=engine.device)
-        faults = list[Fault]()
-        for _ in range(passes):
-            asked = time.perf_counter()
-            batch = next(stream)
-            waited += time.perf_counter() - asked
-            faults += batch.faults
-            loss += engine.forward_backward(batch) / passes
-        news = bad.news(faults)
-        verdict = engine.agree(loss, len(news))
-        if not verdict.clean():  # the one moment of a step at which the host waits
-            if verdict.faults.item():
-                _account_for(news, bad)
-            if not verdict.finite():
-                engine.discard()
-                raise NonFiniteError(
-                    f"step {step}: loss {verdict.loss.item()}, gradient norm {verdict.grad_norm.item()}; "
-                    f"stopped before the weights changed, checkpoints are in {store.folder}"
-                )
-        rate = learning_rate(config.optim, step, settings.steps)
-        engine.step(rate, verdict)
-        ema.update()
+class Training:
+    """A run under way. ``metrics``: on rank 0 only."""
 
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        ema: EMA,
+        dataset: LatentDataset,
+        bad: BadSamples,
+        recovery: Recovery,
+        store: Store,
+        metrics: Metrics | None,
+    ) -> None:
+        self.config, self.engine, self.ema, self.dataset, self.bad = config, engine, ema, dataset, bad
+        self.recovery, self.store, self.metrics = recovery, store, metrics
+        self.feed = Feed(dataset, config.train, engine.device)
+        self.newest: Path | None = None  # checkpoint
+
+    def run(self, start: int) -> None:
+        """Steps ``start`` to ``train.steps``."""
+        self._seek(start)
+        self.recovery.begin(start)
+        step = start
+        while step < self.config.train.steps:
+            step = self._advance(step)
+
+    def _advance(self, step: int) -> int:
+        """Take step ``step``, or find out why not. Returns the one that comes next."""
         done = step + 1
-        if metrics is not None:
-            metrics.advance(done)
-            if done % settings.log_every == 0 or done == settings.steps:
-                seconds = (time.perf_counter() - since) / (done - logged)
-                values = {
-                    "loss": verdict.loss.item(),
-                    "lr": rate,
-                    "grad_norm": verdict.grad_norm.item(),
-                    "images_per_s": settings.global_batch / seconds,
-                    "tflops_per_s": settings.global_batch / seconds * training_flops(config.model) / 1e12,
-                    "step_s": seconds,
-                    "data_wait_s": waited / (done - logged),
-                    "memory_gb": memory_gb(engine.device),
-                    "bad_samples": len(bad.known),
-                    "epoch": done * settings.global_batch / dataset.order.samples,
-                }
-                metrics.log(done, values)
-                since, waited, logged = time.perf_counter(), 0.0, done
-        if done % settings.checkpoint_every == 0 or done == settings.steps:
-            position = dataset.order.position(done * settings.global_batch)
-            newest = store.save(done, engine, ema, config, position, dataset.shards.info, bad)
-    return newest
+        last = done == self.config.train.steps
+        logged = last or done % self.config.train.log_every == 0
+        batches = self.feed.take()
+        news = self.bad.news(fault for batch in batches for fault in batch.faults)
+        with Activations(self.engine.model) if logged else nullcontext() as activations:
+            verdict = self.recovery.attempt(step, batches, len(news))
+        if verdict.faults:
+            _account_for(news, self.bad)
+        action, verdict = self.recovery.resolve(step, batches, verdict)
+        if action is Action.QUARANTINE:
+            self.dataset.quarantine(self.recovery.suspects)
+            self.feed.seek(step)
+            return step
+        if action is Action.ROLL_BACK:
+            return self._go_back()
+        rate = learning_rate(self.config.optim, step, self.config.train.steps)
+        if action is Action.STEP:
+            self.engine.step(rate, verdict)
+            self.ema.update()
+
+        saved = last or done % self.config.train.checkpoint_every == 0
+        if not self.recovery.keep(done, certainly=saved):
+            return self._go_back()
+        if saved:
+            position = self.dataset.order.position(done * self.config.train.global_batch)
+            taken_out = self.dataset.names_of(self.dataset.quarantined)
+            state, info = self.recovery.state, self.dataset.shards.info
+            self.newest = self.store.save(done, self.engine, self.ema, self.config, position, info, self.bad, taken_out, state)
+        if activations is not None:
+            self._log(done, verdict, rate, dist.largest(max(activations.largest.values())))
+        if self.metrics is not None:
+            self.metrics.advance(done)
+        return done
+
+    def _seek(self, step: int) -> None:
+        self.feed.seek(step)
+        self.since, self.logged, self.feed.waited = time.perf_counter(), step, 0.0
+
+    def _go_back(self) -> int:
+        step = self.recovery.roll_back()
+        self._seek(step)
+        if self.metrics is not None:
+            self.metrics.go_back(step)
+        return step
+
+    def _log(self, done: int, verdict: Verdict, rate: float, activation: float) -> None:
+        settings, steps, state = self.config.train, done - self.logged, self.recovery.state
+        seconds = (time.perf_counter() - self.since) / steps
+        values = {
+            "loss": verdict.loss,
+            "lr": rate,
+            "grad_norm": verdict.grad_norm,
+            "images_per_s": settings.global_batch / seconds,
+            "tflops_per_s": settings.global_batch / seconds * training_flops(self.config.model) / 1e12,
+            "step_s": seconds,
+            "data_wait_s": self.feed.waited / steps,
+            "memory_gb": memory_gb(self.engine.device),
+            "bad_samples": len(self.bad.known),
+            "epoch": done * settings.global_batch / self.dataset.order.samples,
+            "precision": self.engine.mode,
+            "largest_activation": activation,
+            **state.counts,
+        }
+        if self.metrics is not None:
+            self.metrics.log(done, values)
+        self.since, self.logged, self.feed.waited = time.perf_counter(), done, 0.0
 
 
 def _account_for(news: list[Fault], bad: BadSamples) -> None:

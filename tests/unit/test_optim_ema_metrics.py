@@ -109,6 +109,7 @@ def test_every_precision_of_the_config_is_defined():
     assert set(MODES) == set(typing.get_args(typing.get_type_hints(TrainConfig)["precision"]))
     assert {name: mode.compute for name, mode in MODES.items()} == {
         "bf16": torch.bfloat16,
+        "fp16": torch.float16,
         "tf32": torch.float32,
         "fp32": torch.float32,
     }

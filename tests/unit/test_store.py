@@ -116,7 +116,7 @@ def test_a_save_cut_short_leaves_the_one_before_and_nothing_half(tmp_path, monke
         (lambda path: os.truncate(path / "manifest.json", 50), "manifest.json is torn or changed"),
         (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
         (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "is of format 99"),
-        (lambda path: (path / "manifest.json").write_text('{"format": 2}'), "manifest.json is torn or changed"),
+        (lambda path: (path / "manifest.json").write_text('{"format": 3}'), "manifest.json is torn or changed"),
         (lambda path: edit(path / "manifest.json", '"seed": 0', '"seed": 1'), "manifest.json is torn or changed"),
         (lambda path: (path / "junk.safetensors").write_bytes(b""), "junk.safetensors is not one of its files"),
     ],

@@ -14,6 +14,7 @@ from xar_scale.data.order import Position
 from xar_scale.data.shards import DatasetInfo, ShardInfo
 from xar_scale.ema import EMA
 from xar_scale.engines import create_engine
+from xar_scale.guard import GuardState
 from xar_scale.model.xar import initial_weights, meta_model
 
 CONFIG = digits_config("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
@@ -50,7 +51,7 @@ class Run:
 
     def save(self) -> Path:
         position = Position(*divmod(self.step * self.config.train.global_batch, self.info.samples))
-        return self.store.save(self.step, self.engine, self.ema, self.config, position, self.info, BadSamples(0))
+        return self.store.save(self.step, self.engine, self.ema, self.config, position, self.info, BadSamples(0), (), GuardState())
 
     def state(self) -> list[torch.Tensor]:
         shards = [tensor.clone() for s in self.engine.shards() for tensor in (s.master, s.exp_avg, s.exp_avg_sq)]

@@ -7,13 +7,12 @@ is a flat float32 vector, cut over ranks anywhere: ``model/NAME``, ``ema/NAME``,
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,10 @@ from xar_scale.data.shards import DatasetInfo
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
 from xar_scale.errors import ConfigError, DataError, UsageError
-from xar_scale.files import sync_folder, write_atomically
+from xar_scale.files import free_name, sync_folder, write_atomically
+from xar_scale.guard import GuardState
 
-FORMAT = 2
+FORMAT = 3
 FOLDER, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
 
 
@@ -48,6 +48,8 @@ class Manifest:
     samples_consumed: int  # of the run
     position: Position  # epoch, samples consumed of it
     bad_samples: list[tuple[str, int]]  # that the run has met, by shard and position in it
+    quarantined: list[tuple[str, int]]  # samples that the guard has taken out, likewise
+    guard: GuardState
     dataset: dict[str, Any]  # samples and fingerprint; tokenizer and latent scale, which decoding needs
     world: int  # ranks that wrote it
     engine: str
@@ -80,6 +82,8 @@ class Store:
         position: Position,
         info: DatasetInfo,
         bad: BadSamples,
+        quarantined: Iterable[tuple[str, int]],
+        guard: GuardState,
     ) -> Path:
         """Write all ranks' shards, then make the checkpoint appear at once and ``latest`` name it. Every rank calls this."""
         final = self.folder / f"step-{step:08d}"
@@ -103,6 +107,8 @@ class Store:
             samples_consumed=step * config.train.global_batch,
             position=position,
             bad_samples=sorted(bad.known),
+            quarantined=sorted(quarantined),
+            guard=guard,
             dataset={
                 "samples": info.samples,
                 "fingerprint": info.fingerprint,
@@ -111,7 +117,7 @@ class Store:
             },
             world=dist.world(),
             engine=config.train.engine,
-            precision=config.train.precision,
+            precision=engine.mode,
             config=config.to_dict(),
             shapes={shard.name: list(shard.shape) for shard in engine.shards()},
             files=dict(sorted(files.items())),
@@ -121,7 +127,7 @@ class Store:
 
     def _publish(self, manifest: Manifest, temporary: Path, final: Path) -> None:
         """One rename makes it visible; only then does anything older go."""
-        values = asdict(manifest)
+        values = {**asdict(manifest), "guard": manifest.guard.to_dict()}
         write_atomically(temporary / MANIFEST, json.dumps({"sha256": _digest(values), **values}, indent=1).encode())
         sync_folder(temporary)
         temporary.rename(final)
@@ -133,14 +139,14 @@ class Store:
     def set_aside_after(self, step: int) -> None:
         """Rename checkpoints of later steps, damaged ones that resuming passed over, so that they neither count nor block."""
         for path in checkpoint_paths(self.folder.parent):
-            if _step(path) > step:
-                path.rename(_free_name(path.with_name(f"damaged-{path.name}")))
+            if step_of(path) > step:
+                path.rename(free_name(path.with_name(f"damaged-{path.name}")))
 
 
 def checkpoint_paths(run: Path) -> list[Path]:
     """The run's checkpoints by name, oldest first, whole or damaged."""
     paths = [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
-    return sorted(paths, key=_step)
+    return sorted(paths, key=step_of)
 
 
 def newest_valid(run: Path) -> Checkpoint | None:
@@ -160,14 +166,8 @@ def newest_valid(run: Path) -> Checkpoint | None:
     return None
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
-
-
-def _free_name(path: Path) -> Path:
-    """``path``, or where something is there already, with a number after it."""
-    numbered = (path.with_name(f"{path.name}.{number}") for number in itertools.count(1))
-    return path if not path.exists() else next(name for name in numbered if not name.exists())
 
 
 def _empty_folder(path: Path) -> None:
@@ -185,7 +185,8 @@ def read_manifest(path: Path) -> Checkpoint:
             raise DataError(f"checkpoint {path} is of format {values['format']}, this version reads {FORMAT}")
         if values.pop("sha256") != _digest(values):
             raise DataError(f"checkpoint {path}: {MANIFEST} is torn or changed")
-        return Checkpoint(path, Manifest(**{**values, "position": Position(*values["position"])}))
+        typed = {"position": Position(*values["position"]), "guard": GuardState.from_dict(values["guard"])}
+        return Checkpoint(path, Manifest(**(values | typed)))
     except FileNotFoundError:
         raise DataError(f"checkpoint {path} has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError):
@@ -233,7 +234,7 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
             storage_reader=HuggingFaceStorageReader(str(checkpoint.path)),
             no_dist=not torch.distributed.is_initialized(),
         )
-    engine.shards_written(checkpoint.manifest.step)
+    engine.shards_written(checkpoint.manifest.step - checkpoint.manifest.guard.skipped)
 
 
 def load_weights(checkpoint: Checkpoint, which: str = "ema") -> dict[str, Tensor]:

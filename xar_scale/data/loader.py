@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
@@ -41,16 +41,28 @@ class Batch:
     t: Tensor  # (B, K)
     noise: Tensor  # (B, T, C), entity-major
     keys: tuple[str, ...]  # of what is in it: a substitute's where a sample could not be read
+    places: Tensor  # (B, 2) int64, of the same: the shard's number, the sample's in it
     faults: tuple[Fault, ...] = ()  # the samples that could not: all ranks together say what becomes of the step
 
     @classmethod
     def together(cls, parts: Sequence[Self]) -> Self:
         """One batch of several."""
-        latents, labels, t, noise = (
-            torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "labels", "t", "noise")
+        latents, labels, t, noise, places = (
+            torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "labels", "t", "noise", "places")
         )
         keys = tuple(key for part in parts for key in part.keys)
-        return cls(latents, labels, t, noise, keys, tuple(fault for part in parts for fault in part.faults))
+        return cls(latents, labels, t, noise, keys, places, tuple(fault for part in parts for fault in part.faults))
+
+    def split(self, parts: int) -> list["Batch"]:
+        """As many smaller batches; their number must divide this one's size. Faults stay with the whole."""
+        size, rest = divmod(len(self.labels), parts)
+        assert not rest, f"{len(self.labels)} samples in {parts} parts"
+        columns = (tensor.split(size) for tensor in (self.latents, self.labels, self.t, self.noise, self.places))
+        keys = (self.keys[first : first + size] for first in range(0, len(self.keys), size))
+        return [
+            Batch(latents, labels, t, noise, names, places)
+            for latents, labels, t, noise, places, names in zip(*columns, keys, strict=True)
+        ]
 
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -59,7 +71,8 @@ class Batch:
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(change(self.latents), change(self.labels), change(self.t), change(self.noise), self.keys, self.faults)
+        latents, labels, t, noise = (change(tensor) for tensor in (self.latents, self.labels, self.t, self.noise))
+        return Batch(latents, labels, t, noise, self.keys, self.places, self.faults)
 
 
 class Draws(NamedTuple):
@@ -90,8 +103,22 @@ class LatentDataset(Dataset[Batch]):
         # A rank goes around the windows of its lanes: all of a run's in one process at worst, and a shard opens slowly
         at_once = config.data.lanes * (config.data.window // min(shard.samples for shard in shards.info.shards) + 2)
         self._announced = set[Window]()
+        self.quarantined = set[Place]()  # others stand for these
         self._bad = set[tuple[int, int, bool]]()  # arrays that were no substitute: they need not be tried again
         shards.open_shards = min(max(shards.open_shards, at_once), MAX_OPEN_SHARDS)
+
+    def quarantine(self, places: Iterable[Place]) -> None:
+        """Let others stand for these samples, in the streams that are opened from now on."""
+        self.quarantined |= set(places)
+
+    def names_of(self, places: Iterable[Place]) -> list[tuple[str, int]]:
+        """Places by the names of their shards, as a checkpoint keeps them."""
+        return [(self.shards.info.shards[shard].name, position) for shard, position in places]
+
+    def places_of(self, names: Iterable[tuple[str, int]]) -> list[Place]:
+        """The places that have these names."""
+        numbers = {shard.name: number for number, shard in enumerate(self.shards.info.shards)}
+        return [(numbers[name], position) for name, position in names]
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         """The batch of these sample numbers. A sample that cannot be read is another, and named among the batch's faults."""
@@ -114,8 +141,13 @@ class LatentDataset(Dataset[Batch]):
         flip = ((draws.flip < 0.5) & self.config.data.flip).tolist()
         stored = np.empty((len(numbers), *self.shards.info.shape), self.shards.info.dtype)
         keys, labels, faults = [""] * len(numbers), np.zeros(len(numbers), dtype=np.int64), dict[int, Fault]()
+        replaced = list[int]()
         places = list(zip(*(found.tolist() for found in self.order.locate(numbers)), strict=True))
         for row, place in enumerate(places):
+            if place in self.quarantined:
+                replaced.append(row)
+                stored[row] = 0
+                continue
             try:
                 keys[row], labels[row], stored[row] = self.shards.read_array(*place, flipped=flip[row])
             except DataError as error:
@@ -129,13 +161,15 @@ class LatentDataset(Dataset[Batch]):
             if not np.isfinite(stored[row]).all():
                 faults[row], latents[row] = self._fault(places[row], self._not_finite(places[row], keys[row])), 0
         # without a budget any fault is too much: nothing is looked for, and the step will not be taken
-        for row, fault in faults.items() if self.config.data.max_bad_samples else ():
-            if not fault.fatal:
-                try:
-                    keys[row], labels[row], array = self._substitute(places[row], flipped=flip[row])
-                    latents[row] = torch.from_numpy(array.astype(np.float32))
-                except (DataError, FileError) as error:
-                    faults[row] = self._fault(places[row], error, fatal=True)
+        if self.config.data.max_bad_samples:
+            replaced += [row for row, fault in faults.items() if not fault.fatal]
+        for row in replaced:
+            place = places[row]
+            try:
+                places[row], keys[row], labels[row], array = self._substitute(place, flipped=flip[row])
+                latents[row] = torch.from_numpy(array.astype(np.float32))
+            except (DataError, FileError) as error:
+                faults[row] = self._fault(place, error, fatal=True)
         labels[draws.label < self.config.train.label_drop] = model.classes
         return Batch(
             latents=self._latents(latents, draws.posterior),
@@ -143,19 +177,20 @@ class LatentDataset(Dataset[Batch]):
             t=sample_time(_row_by_row(draws.time)).contiguous(),
             noise=draws.noise,
             keys=tuple(keys),
+            places=torch.tensor(places),
             faults=tuple(faults.values()),
         )
 
-    def _substitute(self, place: Place, *, flipped: bool) -> tuple[str, int, np.ndarray]:
+    def _substitute(self, place: Place, *, flipped: bool) -> tuple[Place, str, int, np.ndarray]:
         """The next sample in the order of storage that can be read. Raises DataError where there is none."""
         for shard, positions in self._after(place):
             for position in positions:
-                if (shard, position, flipped) in self._bad:
+                if (shard, position) in self.quarantined or (shard, position, flipped) in self._bad:
                     continue
                 try:
                     key, label, array = self.shards.read_array(shard, position, flipped=flipped)
                     if np.isfinite(array).all():
-                        return key, label, array
+                        return (shard, position), key, label, array
                 except ShardError:
                     break
                 except DataError:

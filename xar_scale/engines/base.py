@@ -1,19 +1,23 @@
 """What every engine does: passes, one agreed verdict, a step or none, and its shard of weights and moments by name."""
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
+from operator import or_
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from xar_scale import dist, rng
-from xar_scale.config import Config, micro_batches
+from xar_scale.config import Config, micro_batches, shard_ranks
 from xar_scale.data.loader import Batch
 from xar_scale.flow import velocity_loss
+from xar_scale.guard import Bad
 from xar_scale.model.xar import XAR
-from xar_scale.precision import MODES, apply_matmul_mode
+from xar_scale.precision import FP32, MODES, Precision, apply_matmul_mode
 
 
 class Shard(NamedTuple):
@@ -30,36 +34,55 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The step's mean loss, gradient norm and number of faults over all ranks: the same numbers everywhere."""
+    """What all ranks know of a step before it is taken: the same numbers everywhere."""
 
-    loss: Tensor
-    grad_norm: Tensor
-    faults: Tensor
-
-    def clean(self) -> bool:
-        """True when nothing stands against the step: all is finite, and no rank has met a new fault. Waits for the device."""
-        return bool(torch.isfinite(self.loss) & torch.isfinite(self.grad_norm) & (self.faults == 0))
-
-    def finite(self) -> bool:
-        """False when any rank's loss or gradient is NaN or infinite. Waits for the device."""
-        return bool(torch.isfinite(self.loss) & torch.isfinite(self.grad_norm))
+    loss: float  # mean over the global batch
+    grad_norm: float
+    bad: Bad  # what is not finite
+    faults: int  # samples that some rank could not read, and the run has not met yet
 
 
 class Engine(ABC):
     """Trains a model whose float32 weights and moments are cut over the ranks, and shows them by name.
 
-    A step is: ``seed_step``, one ``forward_backward`` a pass, ``agree``, then ``step`` or ``discard``.
+    A step is ``attempt`` and then ``step`` or ``discard``; after the latter it can be attempted again.
     """
 
     def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
-        self.layout, self.config, self.device = model.layout, config, device
+        self.model, self.layout, self.config, self.device = model, model.layout, config, device
         self.passes = micro_batches(config.train, dist.world())[1]
-        self.compute = MODES[config.train.precision].compute
+        self.copies = dist.world() // shard_ranks(config.train, dist.world())
         self.network: nn.Module = model
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        apply_matmul_mode(config.train.precision)
+        self.loss_scale = 1.0  # what gradients are multiplied by on their way, where 16 bits would lose them
+        self.mode: str = config.train.precision
+        self.splits = 1
+        apply_matmul_mode(self.mode)
 
-    def seed_step(self, step: int) -> None:
+    @property
+    def precision(self) -> Precision:
+        return MODES[self.mode]
+
+    def set_precision(self, mode: str, splits: int = 1) -> None:
+        """Between steps: compute in ``mode`` from here on, each pass as ``splits`` smaller ones, one after another."""
+        self.mode, self.splits = mode, splits
+        apply_matmul_mode(mode)
+        self.model.use_kernels(self.config.kernels, self.device, self.precision.compute, training=True)
+        self._apply_precision()
+
+    def attempt(self, step: int, batches: Sequence[Batch], faults: int = 0) -> Verdict:
+        """All passes of a step, and what the ranks make of it. ``faults``: samples that this rank could not read.
+
+        The one moment of a step at which the host waits for the device is here.
+        """
+        self._seed(step)
+        loss, inputs = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for batch in batches:
+            loss += self.forward_backward(batch) / self.passes
+            inputs += batch.latents.sum() + batch.noise.sum() + batch.t.sum()  # finite where all of them are
+        return self.agree(loss, inputs, faults)
+
+    def _seed(self, step: int) -> None:
         """Seed whatever draws on the device (dropout) from (seed, step, rank)."""
         torch.manual_seed(rng.torch_seed(self.config.train.seed, f"device/{dist.rank()}", step))
 
@@ -68,28 +91,64 @@ class Engine(ABC):
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """One pass: adds its part of the step's mean gradient. Returns this rank's loss of the pass, detached."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute is torch.bfloat16):
-            loss = self._loss(batch)
-        (loss / self.passes).backward()
-        return loss.detach()
+        total = torch.zeros((), device=self.device)
+        for part in batch.split(self.splits):
+            with torch.autocast(self.device.type, dtype=self.precision.compute, enabled=self.precision.compute is not FP32):
+                loss = self._loss(part) / self.splits
+            (loss * (self.loss_scale / self.passes)).backward()
+            total += loss.detach()
+        return total
 
-    def agree(self, loss: Tensor, faults: int = 0) -> Verdict:
-        """After the last pass, with this rank's mean loss over passes and number of new faults of its data: what all ranks know
-        of the step. One reduction."""
-        squares = [gradient.float().square().sum() for gradient in self.gradients()]
-        of_rank = [loss.float() / dist.world(), torch.stack(squares).sum(), torch.full_like(loss, faults, dtype=torch.float32)]
-        sums = dist.all_reduce_sum(torch.stack(of_rank))
-        return Verdict(loss=sums[0], grad_norm=sums[1].sqrt(), faults=sums[2])
+    def agree(self, loss: Tensor, inputs: Tensor | None = None, faults: int = 0) -> Verdict:
+        """After the last pass: this rank's mean loss over passes, a number that is finite where all of its inputs are, and its
+        faults, put together with all others'. One reduction, and one wait for the device.
+        """
+        squares = torch.stack([gradient.float().square().sum() for gradient in self.gradients()]).sum()
+        largest = torch.stack(torch._foreach_norm(self._masters, ord=math.inf)).sum()
+        inputs = torch.zeros_like(loss) if inputs is None else inputs
+        self._bad = ~torch.isfinite(torch.stack([loss, squares, largest, inputs]))
+        parts = torch.stack([loss / dist.world(), squares / self.copies, torch.full_like(loss, faults)])
+        sums = dist.all_reduce_sum(torch.cat([parts, self._bad.float()])).tolist()
+        found = _flags(sums[3:])
+        if not math.isfinite(sums[1]):
+            found |= Bad.GRADIENT  # the sum over ranks may be too large where no rank's own is
+        return Verdict(sums[0], math.sqrt(max(sums[1], 0.0)) / self.loss_scale, found, round(sums[2]))
+
+    @property
+    def local_bad(self) -> Bad:
+        """What this rank itself met in the last attempt; the gradient is the reduced one. Waits for the device."""
+        return _flags(self._bad.tolist())
+
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> Tensor:
+        """Of each sample alone (B,). Every rank calls this, with as many samples."""
+        with torch.autocast(self.device.type, dtype=self.precision.compute, enabled=self.precision.compute is not FP32):
+            return torch.stack([self._loss(part) for part in batch.split(len(batch.labels))])
+
+    @cached_property
+    def _masters(self) -> list[Tensor]:
+        return [shard.master for shard in self.shards() if shard.stop > shard.start]
+
+    def state_is_finite(self, averages: Sequence[Tensor] = ()) -> bool:
+        """Whether weights and moments are, and ``averages`` of them, on all ranks. Reads all of it."""
+        tensors = [tensor for shard in self.shards() for tensor in shard[4:]]
+        tensors = [tensor for tensor in (*tensors, *averages) if tensor.numel()]
+        largest = torch.stack(torch._foreach_norm(tensors, ord=math.inf)).sum()
+        return not dist.all_reduce_sum((~torch.isfinite(largest)).float()).item()
 
     def step(self, learning_rate: float, verdict: Verdict) -> None:
         """Clip the agreed gradient norm to ``optim.clip`` and update the weights."""
-        scale = (self.config.optim.clip / (verdict.grad_norm + 1e-6)).clamp(max=1.0)
+        scale = min(self.config.optim.clip / (verdict.grad_norm + 1e-6), 1.0) / self.loss_scale
         torch._foreach_mul_(self.gradients(), scale)
         self._optimizer_step(learning_rate)
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
         """This rank's shards of the reduced gradient, each element on one rank only (padding is zero)."""
+
+    @abstractmethod
+    def _apply_precision(self) -> None:
+        """Make what the engine itself does follow ``precision`` and ``splits``."""
 
     @abstractmethod
     def _optimizer_step(self, learning_rate: float) -> None: ...
@@ -105,6 +164,12 @@ class Engine(ABC):
     @abstractmethod
     def shards_written(self, steps: int) -> None:
         """Tell the engine that ``shards()`` were written to: weights used by the next pass, and ``steps`` taken, follow."""
+
+
+def _flags(ranks: Sequence[float]) -> Bad:
+    """Of what some rank has."""
+    flags = (Bad.LOSS, Bad.GRADIENT, Bad.WEIGHTS, Bad.INPUT)
+    return reduce(or_, (flag for flag, number in zip(flags, ranks, strict=True) if number), Bad.NOTHING)
 
 
 def adam_state(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:

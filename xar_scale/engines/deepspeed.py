@@ -21,7 +21,7 @@ from xar_scale.errors import ConfigError
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
-from xar_scale.precision import MODES
+from xar_scale.precision import FP32, MODES
 
 # What a ds_config may hold beside what ours decides: DeepSpeed's own affairs
 THEIRS = {
@@ -74,13 +74,29 @@ class DeepSpeedEngine(Engine):
             for parameter, offset in zip(parameters, _offsets(parameters), strict=True)
         }
         self.order = list(names.values())
+        # 0.19.8: those of Linear layers, where it was told of autocast
+        self.lowered = [parameter for parameter in names if hasattr(parameter, "comm_dtype")]
+
+    def _apply_precision(self) -> None:
+        config = self.engine._config
+        # 0.19.8: read at each pass, and at each gather and reduction of a parameter
+        config.torch_autocast_enabled = self.precision.compute is not FP32
+        for parameter in self.lowered:
+            parameter.comm_dtype = self.precision.gather
+        assert torch.float32 in self.optimizer.ipg_buckets, "no bucket for gradients in float32"
+        config.gradient_accumulation_steps = self.passes * self.splits
+        self.engine.micro_steps = 0
+        self._let_go()
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        loss = self._loss(batch)
-        self.engine.backward(loss)  # divides by the passes of a step
-        if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()  # only counts the pass
-        return loss.detach()
+        total = torch.zeros((), device=self.device)
+        for part in batch.split(self.splits):
+            loss = self._loss(part)
+            self.engine.backward(loss)  # divides by the passes of a step
+            if not self.engine.is_gradient_accumulation_boundary():
+                self.engine.step()  # only counts the pass
+            total += loss.detach() / self.splits
+        return total
 
     def gradients(self) -> list[Tensor]:
         # 0.19.8: filled by the epilogue of the last pass, a list of flat shards a sub-group
@@ -111,6 +127,9 @@ class DeepSpeedEngine(Engine):
     def shards_written(self, steps: int) -> None:
         for flat in self.optimizer.fp32_partitioned_groups_flat:
             set_steps(self.optimizer.optimizer, flat, steps)
+        self._let_go()
+
+    def _let_go(self) -> None:
         # 0.19.8: the master shards are not what the next pass gathers: let go of what is gathered, and copy them there
         self.optimizer._partition_all_parameters()
         for group in range(len(self.optimizer.fp16_groups)):

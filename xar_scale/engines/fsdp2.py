@@ -10,7 +10,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from xar_scale import dist
-from xar_scale.config import Config
+from xar_scale.config import Config, shard_ranks
 from xar_scale.engines.base import Engine, Shard, adam_state, set_steps
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
@@ -24,21 +24,43 @@ class FSDP2Engine(Engine):
 
     def __init__(self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> None:
         super().__init__(model, config, device)
-        mesh = init_device_mesh(device.type, (dist.world(),))
-        # Inputs stay as they are: times in 16 bits would fall into other bins. Autocast decides what is computed in what
-        policy = MixedPrecisionPolicy(param_dtype=self.compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        self.ranks = shard_ranks(config.train, dist.world())
+        # of two dimensions where there are several copies: gathered among neighbours, gradients reduced over all
+        shape, names = ((dist.world(),), ("shard",)) if self.copies == 1 else ((self.copies, self.ranks), ("copy", "shard"))
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=self._policy())
         model.to_empty(device=device)  # of the shards
         for weight in weights:
             parameter = getattr(weight.module, weight.key)
-            start, stop = _flat_range(parameter.shape)
+            start, stop = self._flat_range(parameter.shape)
             _local(parameter).view(-1).copy_(weight.value.view(-1)[start:stop])
         self.parameters = dict(model.named_parameters())
         # the shards as plain tensors, which share the memory: an optimizer need not know what they are shards of
         self.local = {name: _local(parameter) for name, parameter in self.parameters.items()}
         library = choose_library(config.kernels.library, device)
         self.optimizer = create_adamw(self.local, self.shapes, config.optim, library)
+
+    def _policy(self) -> MixedPrecisionPolicy:
+        # Inputs stay as they are: times in 16 bits would fall into other bins. Autocast decides what is computed in what
+        precision = self.precision
+        return MixedPrecisionPolicy(precision.gather, precision.reduce, cast_forward_inputs=False)
+
+    def _apply_precision(self) -> None:
+        self.network.reshard()  # type: ignore[operator]
+        policy = self._policy()
+        for module in (*self.model.blocks, self.model):
+            # torch 2.15: a module's state casts inputs and outputs, its parameters are cast one by one, and what they are
+            # gathered in is made once, by the first gather
+            state = module._get_fsdp_state()  # type: ignore[operator]
+            state._mp_policy = policy
+            for group in state._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    parameter.mp_policy = policy
+                    parameter.all_gather_outputs = []
+                    if hasattr(parameter, "_unsharded_param"):
+                        del parameter._unsharded_param
+                group._init_mp_dtypes()
 
     def gradients(self) -> list[Tensor]:
         return [_local(parameter.grad) for parameter in self.parameters.values() if parameter.grad is not None]
@@ -59,7 +81,7 @@ class FSDP2Engine(Engine):
     def shards(self) -> Iterator[Shard]:
         for name, weight in self.local.items():
             state = adam_state(self.optimizer, weight)
-            start, stop = _flat_range(self.shapes[name])
+            start, stop = self._flat_range(self.shapes[name])
             views = (tensor.detach().view(-1) for tensor in (weight, state["exp_avg"], state["exp_avg_sq"]))
             yield Shard(name, self.shapes[name], start, stop, *views)
 
@@ -68,15 +90,14 @@ class FSDP2Engine(Engine):
             set_steps(self.optimizer, weight, steps)
         self.network.reshard()  # type: ignore[operator]  # the next pass gathers anew
 
+    def _flat_range(self, shape: torch.Size) -> tuple[int, int]:
+        """The elements of a parameter that this rank owns: whole rows, as many on each rank, but for the last ones."""
+        rows, row = shape[0], math.prod(shape[1:])
+        chunk = -(-rows // self.ranks)
+        start = min(dist.rank() % self.ranks * chunk, rows)
+        return start * row, min(start + chunk, rows) * row
+
 
 def _local(tensor: Tensor) -> Tensor:
     assert isinstance(tensor, DTensor)
     return tensor.to_local().detach()
-
-
-def _flat_range(shape: torch.Size) -> tuple[int, int]:
-    """The elements of a parameter that this rank owns: whole rows, as many on each rank, but for the last ones."""
-    rows, row = shape[0], math.prod(shape[1:])
-    chunk = -(-rows // dist.world())
-    start = min(dist.rank() * chunk, rows)
-    return start * row, min(start + chunk, rows) * row

@@ -29,6 +29,9 @@ class SingleEngine(Engine):
     def gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
 
+    def _apply_precision(self) -> None:
+        pass  # autocast is all there is
+
     def _optimizer_step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -1,0 +1,77 @@
+"""Where a pass goes wrong: the first module that puts out what is not finite, and the largest activation of each block."""
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from xar_scale.model.layers import Block
+from xar_scale.model.xar import XAR
+
+
+class Watch:
+    """Looks at what the modules of a network put out, and at the gradients that come back there, while the context is open.
+
+    It waits for the device at each module: for attempts at a step that has failed already.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.forward: str | None = None  # the first module in time whose output is not finite; inner ones before outer ones
+        self.backward: str | None = None  # the first whose output's gradient is not
+
+    def __enter__(self) -> Self:
+        self._hooks = [
+            module.register_forward_hook(self._look(name or "the network")) for name, module in self.network.named_modules()
+        ]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _look(self, name: str) -> Callable[..., None]:
+        def at_output(module: nn.Module, arguments: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                return
+            if self.forward is None and not torch.isfinite(output.detach()).all():
+                self.forward = name
+            if output.requires_grad:
+                output.register_hook(at_gradient)
+
+        def at_gradient(gradient: Tensor) -> None:
+            if self.backward is None and not torch.isfinite(gradient).all():
+                self.backward = name
+
+        return at_output
+
+
+class Activations:
+    """The largest absolute value that each block of a network puts out in the context; the device is not waited for."""
+
+    def __init__(self, network: XAR) -> None:
+        self.blocks = {name: module for name, module in network.named_modules() if isinstance(module, Block)}
+        self._largest: dict[str, Tensor] = {}
+
+    @property
+    def largest(self) -> dict[str, float]:
+        """By the block's name. Waits for the device."""
+        return {name: value.item() for name, value in self._largest.items()}
+
+    def __enter__(self) -> Self:
+        self._hooks = [block.register_forward_hook(self._note(name)) for name, block in self.blocks.items()]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def at_output(module: nn.Module, arguments: Any, output: Tensor) -> None:
+            here = output.detach().abs().amax().float()
+            self._largest[name] = torch.maximum(self._largest.get(name, here), here)
+
+        return at_output

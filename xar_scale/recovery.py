@@ -1,0 +1,164 @@
+"""What the guard decides, carried out: a step again, in another precision, without some samples, from an earlier state.
+
+Everything here is done by all ranks together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from xar_scale import dist
+from xar_scale.checkpoint.store import checkpoint_paths, load, newest_valid, step_of
+from xar_scale.config import Config
+from xar_scale.data.loader import Batch, Place
+from xar_scale.diagnosis import Activations, Watch
+from xar_scale.ema import EMA
+from xar_scale.engines import Engine, Verdict
+from xar_scale.errors import NonFiniteError
+from xar_scale.guard import Action, Bad, Decision, Event, Guard, GuardState, Rung
+from xar_scale.precision import MODES
+from xar_scale.reports import Report, names
+from xar_scale.snapshots import Snapshots
+
+
+class Resolved(NamedTuple):
+    """What is to be done about a step: STEP by this verdict, SKIP, QUARANTINE or ROLL_BACK."""
+
+    action: Action
+    verdict: Verdict
+
+
+class Recovery:
+    """Climbs the guard's ladder. ``splits``: the parts that a pass in the fallback is made in."""
+
+    def __init__(self, config: Config, engine: Engine, ema: EMA, run: Path, state: GuardState, splits: int = 1) -> None:
+        self.config, self.engine, self.ema, self.run, self.state, self.splits = config, engine, ema, run, state, splits
+        self.precision = MODES[config.train.precision]
+        self.guard = Guard(config.guard, self.precision)
+        self.snapshots = Snapshots(engine, ema, config.guard)
+        self.suspects: list[Place] = []  # whom the last decision was about
+
+    def attempt(self, step: int, batches: Sequence[Batch], faults: int = 0) -> Verdict:
+        """In the precision and with the loss scale that the guard's state asks for."""
+        mode = self._mode()
+        splits = self.splits if self.state.lowered else 1
+        if (mode, splits) != (self.engine.mode, self.engine.splits):
+            dist.say(f"guard: step {step}: computing in {mode}" + (f", a pass in {splits} parts" if splits > 1 else ""))
+            self.engine.set_precision(mode, splits)
+        self.engine.loss_scale = self.state.scale if self.engine.precision.scaled else 1.0
+        return self.engine.attempt(step, batches, faults)
+
+    def resolve(self, step: int, batches: Sequence[Batch], verdict: Verdict) -> Resolved:
+        """Attempt the step again for as long as the guard asks for it. Raises NonFiniteError beyond its last rung."""
+        report: Report | None = None
+        worth_keeping = False
+        while True:
+            event = self._event(step, batches, verdict)
+            self.state, decision = self.guard.decide(self.state, event)
+            if decision.reason:
+                report = report or Report(self.config, self.engine, self.run, step, batches)
+                report.add(self.engine.mode, self.engine.loss_scale, event, decision)
+                dist.say(f"guard: step {step}, {self.engine.mode}: {_seen(event)}: {decision.action.value}, {decision.reason}")
+            # a loss scale that is halved is nothing out of the ordinary
+            worth_keeping |= self.state.rung is not Rung.FIRST or decision.action not in (Action.STEP, Action.RETRY)
+            if decision.action is not Action.STEP:
+                self.engine.discard()
+            if decision.action is not Action.RETRY:
+                break
+            assert report is not None
+            verdict = self._again(step, batches, report)
+        if report is not None and worth_keeping:
+            path, traced = report.write(newest_checkpoint(self.run))
+            dist.say(f"guard: step {step}: traced to {traced}; report {path}")
+            if decision.action is Action.STOP:
+                raise self._stop(step, decision, traced, path)
+        return Resolved(decision.action, verdict)
+
+    def _again(self, step: int, batches: Sequence[Batch], report: Report) -> Verdict:
+        """Attempt it under observation, unless it is only the loss scale that is tried."""
+        if self.state.rung is Rung.FIRST:
+            return self.attempt(step, batches)
+        with Watch(self.engine.model) as watch, Activations(self.engine.model) as activations:
+            verdict = self.attempt(step, batches)
+        report.saw(watch, activations)
+        return verdict
+
+    def _event(self, step: int, batches: Sequence[Batch], verdict: Verdict) -> Event:
+        if not verdict.bad:
+            return Event(step, verdict.bad, verdict.loss, verdict.grad_norm)
+        bad = verdict.bad if self.engine.state_is_finite(self.ema.averages) else verdict.bad | Bad.MOMENTS
+        self.suspects = self._suspects(batches, bad)
+        return Event(step, bad, verdict.loss, verdict.grad_norm, len(self.suspects))
+
+    def _suspects(self, batches: Sequence[Batch], bad: Bad) -> list[Place]:
+        """Samples of all ranks that can be to blame: those that are not finite, else those whose own loss is not, else all."""
+        rows = [~torch.isfinite(batch.latents.sum(dim=(1, 2, 3)) + batch.noise.sum(dim=(1, 2))) for batch in batches]
+        if not bad & (Bad.INPUT | Bad.WEIGHTS | Bad.MOMENTS) and self.state.rung in (Rung.TF32, Rung.SPIKE):
+            rows = [~torch.isfinite(self.engine.losses(batch)) for batch in batches]
+        places = [batch.places[row.cpu()] for batch, row in zip(batches, rows, strict=True)]
+        found = [place for of_rank in dist.gather_objects(torch.cat(places).tolist()) for place in of_rank]
+        if not found:
+            every = torch.cat([batch.places for batch in batches]).tolist()
+            found = [place for of_rank in dist.gather_objects(every) for place in of_rank]
+        return sorted({(shard, position) for shard, position in found})
+
+    def begin(self, step: int) -> None:
+        """Before the first step, in a state that is finite."""
+        if self.config.guard.enabled and self.config.guard.snapshots:
+            self.snapshots.take(step, self.state.skipped)
+
+    def keep(self, done: int, *, certainly: bool) -> bool:
+        """After ``done`` steps take the snapshot that is due. False where the state is not fit for it; where none is due it is looked
+        at only if the state is ``certainly`` kept otherwise."""
+        due = self.snapshots.due(done)
+        if self.config.guard.enabled and (due or certainly) and not self.engine.state_is_finite(self.ema.averages):
+            self.state, decision = self.guard.decide(self.state, Event(done, Bad.MOMENTS, 0.0, 0.0))
+            dist.say(f"guard: after step {done}: {decision.action.value}, {decision.reason}")
+            if decision.action is Action.STOP:
+                raise self._stop(done, decision, "no rank in particular", None)
+            return False
+        if due:
+            self.snapshots.take(done, self.state.skipped)
+        return True
+
+    def roll_back(self) -> int:
+        """Restore the newest state that is known to be finite. Returns the step that the run goes on from."""
+        newest = newest_checkpoint(self.run)
+        ring = self.snapshots.ring
+        if ring and (newest is None or ring[-1].step >= step_of(newest)):
+            snapshot = self.snapshots.restore()
+            step, skipped, where = snapshot.step, snapshot.skipped, "the host's memory"
+        else:
+            checkpoint = newest_valid(self.run)
+            if checkpoint is None:
+                raise NonFiniteError(
+                    "the weights or moments are not finite, and there is no snapshot or checkpoint to go back to"
+                )
+            load(checkpoint, self.engine, self.ema)
+            step, skipped, where = checkpoint.manifest.step, checkpoint.manifest.guard.skipped, str(checkpoint.path)
+        self.state = replace(self.state, skipped=skipped)
+        dist.say(f"guard: back to step {step}, from {where}")
+        return step
+
+    def _mode(self) -> str:
+        return (self.precision.fallback if self.state.lowered else None) or self.config.train.precision
+
+    def _stop(self, step: int, decision: Decision, traced: str, report: Path | None) -> NonFiniteError:
+        newest = newest_checkpoint(self.run)
+        kept = f"the newest checkpoint, {newest}, is finite" if newest else "there is no checkpoint yet"
+        shown = f"; xar-scale replay {report} shows the step on one device" if report else ""
+        return NonFiniteError(f"step {step} cannot be taken: {decision.reason}; traced to {traced}; {kept}{shown}")
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """As rank 0 sees it."""
+    paths = dist.on_rank_0(lambda: checkpoint_paths(run))
+    return paths[-1] if paths else None
+
+
+def _seen(event: Event) -> str:
+    what = " and ".join(names(event.bad))
+    return f"{what} not finite" if what else f"loss {event.loss:.4g}, gradient norm {event.grad_norm:.4g}"

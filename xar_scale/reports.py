@@ -1,0 +1,149 @@
+"""What is written of a step that failed: who, where, which samples, what was tried; and the batch, to run it again."""
+
+import json
+import math
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from xar_scale import dist
+from xar_scale.config import Config
+from xar_scale.data.loader import Batch
+from xar_scale.diagnosis import Activations, Watch
+from xar_scale.engines import Engine
+from xar_scale.errors import DataError, UsageError
+from xar_scale.files import free_name, write_atomically
+from xar_scale.guard import Bad, Decision, Event
+
+FOLDER, FORMAT = "reports", 1
+
+
+@dataclass
+class RankReport:
+    """What one rank saw of it."""
+
+    rank: int
+    host: str
+    device: str
+    bad: list[str]  # of its own, at the first attempt
+    forward: str | None = None  # the first module whose output was not finite, when it was attempted again
+    backward: str | None = None  # the first module whose output's gradient was not
+    activations: dict[str, float | None] | None = None  # the largest of each block; none where it is not finite
+
+
+class Report:
+    """One failed step, as it is being resolved. Made, filled and written by all ranks together."""
+
+    def __init__(self, config: Config, engine: Engine, run: Path, step: int, batches: Sequence[Batch]) -> None:
+        self.config, self.folder, self.step, self.batches = config, run / FOLDER, step, batches
+        self.attempts: list[dict[str, Any]] = []
+        device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
+        mine = f"{device} {engine.device.index or 0}"
+        self.rank = RankReport(dist.rank(), socket.gethostname(), mine, names(engine.local_bad))
+
+    def add(self, mode: str, loss_scale: float, event: Event, decision: Decision) -> None:
+        """One attempt, and what was decided."""
+        values = {"mode": mode, "loss_scale": loss_scale, "bad": names(event.bad)}
+        values |= {"loss": number(event.loss), "grad_norm": number(event.grad_norm)}
+        self.attempts.append(values | {"action": decision.action.value, "reason": decision.reason})
+
+    def saw(self, watch: Watch, activations: Activations) -> None:
+        """What was seen in an attempt; of several the first that showed anything counts."""
+        rank = self.rank
+        if rank.activations is None or (rank.forward is rank.backward is None):
+            rank.forward, rank.backward = watch.forward, watch.backward
+            rank.activations = {name: number(value) for name, value in activations.largest.items()}
+
+    def write(self, newest: Path | None) -> tuple[Path, str]:
+        """Rank 0 writes the report, the first culprit its batch. Returns where, and one line of whom it was traced to."""
+        ranks = dist.gather_objects(self.rank)
+        culprits = [r for r in ranks if {"loss", "input"} & set(r.bad) or r.forward] or [r for r in ranks if r.backward]
+        chosen = culprits[0] if culprits else ranks[0]
+        path = dist.on_rank_0(lambda: free_name(self.folder / f"step-{self.step:08d}.json"))
+        try:
+            if dist.rank() == chosen.rank:
+                self._write_batch(path.with_suffix(".safetensors"))
+            if dist.rank() == 0:
+                self._write(path, ranks, [r.rank for r in culprits], chosen.rank, newest)
+        except OSError as error:  # the run is worth more
+            print(f"cannot write report {path}: {error.strerror}", flush=True)
+        return path, "; ".join(map(_traced, culprits)) or "no rank in particular"
+
+    def _write_batch(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        batch = Batch.together(self.batches).to(torch.device("cpu"))
+        tensors = {name: getattr(batch, name).contiguous() for name in ("latents", "labels", "t", "noise", "places")}
+        write_atomically(path, save(tensors, {"keys": json.dumps(batch.keys)}))
+
+    def _write(self, path: Path, ranks: list[RankReport], culprits: list[int], rank: int, newest: Path | None) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        values = {
+            "format": FORMAT,
+            "step": self.step,
+            "attempts": self.attempts,
+            "culprits": culprits,
+            "ranks": [asdict(rank) for rank in ranks],
+            "batch": {"file": path.with_suffix(".safetensors").name, "rank": rank, "passes": len(self.batches)},
+            "newest_checkpoint": newest and newest.name,
+            "config": self.config.to_dict(),
+        }
+        write_atomically(path, json.dumps(values, indent=1).encode())
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A report read back."""
+
+    path: Path
+    step: int
+    mode: str  # of the first attempt
+    loss_scale: float
+    rank: int  # whose batch it is
+    batches: list[Batch]
+    config: dict[str, Any]
+    values: dict[str, Any]
+
+
+def read(path: Path) -> Recorded:
+    """Raises UsageError where there is no report, DataError where it or its batch is torn or of another format."""
+    if not path.is_file():
+        raise UsageError(f"no report at {path}")
+    try:
+        values = json.loads(path.read_text())
+        if values["format"] != FORMAT:
+            raise DataError(f"report {path} is of format {values['format']}, this version reads {FORMAT}")
+        file = path.with_name(values["batch"]["file"])
+        tensors = load_file(file)
+        batch = Batch(**tensors, keys=("",) * len(tensors["labels"]))
+        batches = batch.split(values["batch"]["passes"])
+        first = values["attempts"][0]
+        return Recorded(
+            path, values["step"], first["mode"], first["loss_scale"], values["batch"]["rank"], batches, values["config"], values
+        )
+    except FileNotFoundError:
+        raise DataError(f"report {path}: its batch {values['batch']['file']} is missing") from None
+    except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
+        raise DataError(f"report {path} is torn or changed ({type(error).__name__})") from None
+    except Exception as error:  # safetensors' own
+        raise DataError(f"report {path}: its batch cannot be read: {error}") from None
+
+
+def names(bad: Bad) -> list[str]:
+    return [flag.name.lower() for flag in Bad if flag and flag in bad and flag.name]
+
+
+def number(value: float) -> float | None:
+    """As JSON has it: none where it is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def _traced(rank: RankReport) -> str:
+    where = f"rank {rank.rank} ({rank.host}, {rank.device}"
+    if rank.forward:
+        return f"{where}; first in {rank.forward})"
+    return f"{where}; backwards first behind {rank.backward})" if rank.backward else f"{where})"
