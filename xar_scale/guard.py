@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from typing_extensions import Self
 
-from xar_scale.config import GuardConfig, validated
+from xar_scale.config import STRICT, GuardConfig, validated
 from xar_scale.errors import DataError
 from xar_scale.precision import Precision
 
@@ -75,6 +75,8 @@ class Rung(Enum):
 @dataclass(frozen=True)
 class GuardState:
     """All that the guard remembers; plain values, kept in checkpoints."""
+
+    __pydantic_config__ = STRICT  # of ``from_dict``; what the guard itself makes is not checked
 
     rung: Rung = Rung.FIRST
     lowered: bool = False  # computing in the fallback of the run's precision
@@ -175,7 +177,7 @@ class Guard:
         return state, Decision(Action.QUARANTINE, f"not finite in any precision: {event.suspects} samples taken out")
 
     def _spike(self, state: GuardState, event: Event) -> tuple[GuardState, Decision]:
-        if state.rung is not Rung.SPIKE and not state.lowered and self.precision.fallback:
+        if not state.lowered and self.precision.fallback:
             lowered = replace(state, rung=Rung.SPIKE, lowered=True, discarded=state.discarded + 1)
             return lowered, Decision(Action.RETRY, "a spike: the same in TF32")
         what = f"a spike (loss {event.loss:.4g}, gradient norm {event.grad_norm:.4g}) in TF32 too"
