@@ -1,4 +1,4 @@
-"""The command line: xar-scale train | sample | evaluate."""
+"""The command line: xar-scale train | sample | evaluate | replay."""
 
 import argparse
 import dataclasses
@@ -99,6 +99,11 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("samples", type=Path, help="the .npz that `xar-scale sample` wrote")
     evaluate.add_argument("--out", type=Path, required=True, help="the verdict, a JSON file")
     evaluate.set_defaults(run_command=_evaluate, overridable=False)
+
+    replay = commands.add_parser("replay", help="run the batch of a guard's report again, on one device")
+    replay.add_argument("report", type=Path, help="RUN/reports/step-*.json")
+    replay.add_argument("--checkpoint", type=Path, help="whose weights (default: the run's newest of that step or before)")
+    replay.set_defaults(run_command=_replay, overridable=False)
     return parser
 
 
@@ -165,6 +170,31 @@ def _evaluate(options: argparse.Namespace) -> None:
     write_atomically(options.out, json.dumps(dataclasses.asdict(verdict), indent=1).encode())
     print(f"samples read as the class asked for: {verdict.samples:.1%} of {verdict.sample_count}")
     print(f"held-out real digits read rightly:   {verdict.held_out:.1%} of {verdict.held_out_count}")
+
+
+def _replay(options: argparse.Namespace) -> None:
+    from xar_scale import dist, reports
+    from xar_scale.checkpoint.store import verify
+    from xar_scale.replay import find_checkpoint, replay
+
+    recorded = reports.read(options.report)
+    checkpoint = verify(options.checkpoint) if options.checkpoint else find_checkpoint(recorded)
+    print(f"{recorded.summary}\nhere, with the weights after {checkpoint.manifest.step} steps ({checkpoint.path}):")
+    reproduced = False
+    for attempt in replay(recorded, checkpoint, dist.local_device()):
+        bad = reports.names(attempt.verdict.bad)
+        reproduced |= attempt.mode == recorded.mode and bool(bad)
+        largest = max(attempt.activations, key=lambda name: attempt.activations[name])
+        print(
+            f"  {attempt.mode}: loss {attempt.verdict.loss:.4g}, gradient norm {attempt.verdict.grad_norm:.4g}, "
+            f"not finite: {' and '.join(bad) or 'nothing'}\n"
+            f"    first output that is not finite:   {attempt.forward or 'none'}\n"
+            f"    first gradient that is not finite: {attempt.backward or 'none'}\n"
+            f"    largest activation: {attempt.activations[largest]:.4g}, of {largest}"
+        )
+    print(
+        "reproduced" if reproduced else "not reproduced: it was the device, or the weights between that checkpoint and the step"
+    )
 
 
 if __name__ == "__main__":

@@ -170,11 +170,11 @@ class Guard:
         allowed = self.settings.max_quarantined
         if not 0 < event.suspects <= allowed - state.quarantined:
             reason = (
-                f"{event.suspects} samples to take out, {allowed - state.quarantined} left of guard.max_quarantined {allowed}"
+                f"samples to take out: {event.suspects}, left of guard.max_quarantined {allowed}: {allowed - state.quarantined}"
             )
             return state, Decision(Action.STOP, reason)
         state = replace(self._settled(state), quarantined=state.quarantined + event.suspects)
-        return state, Decision(Action.QUARANTINE, f"not finite in any precision: {event.suspects} samples taken out")
+        return state, Decision(Action.QUARANTINE, f"no precision helps; samples taken out: {event.suspects}")
 
     def _spike(self, state: GuardState, event: Event) -> tuple[GuardState, Decision]:
         if not state.lowered and self.precision.fallback:

@@ -32,10 +32,21 @@ class Resolved(NamedTuple):
 
 
 class Recovery:
-    """Climbs the guard's ladder. ``splits``: the parts that a pass in the fallback is made in."""
+    """Climbs the guard's ladder. ``shards``: the names of the data's. ``splits``: the parts that a pass in the fallback is
+    made in."""
 
-    def __init__(self, config: Config, engine: Engine, ema: EMA, run: Path, state: GuardState, splits: int = 1) -> None:
-        self.config, self.engine, self.ema, self.run, self.state, self.splits = config, engine, ema, run, state, splits
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        ema: EMA,
+        shards: Sequence[str],
+        run: Path,
+        state: GuardState,
+        splits: int = 1,
+    ) -> None:
+        self.config, self.engine, self.ema, self.shards, self.run = config, engine, ema, shards, run
+        self.state, self.splits = state, splits
         self.precision = MODES[config.train.precision]
         self.guard = Guard(config.guard, self.precision)
         self.snapshots = Snapshots(engine, ema, config.guard)
@@ -59,7 +70,7 @@ class Recovery:
             event = self._event(step, batches, verdict)
             self.state, decision = self.guard.decide(self.state, event)
             if decision.reason:
-                report = report or Report(self.config, self.engine, self.run, step, batches)
+                report = report or Report(self.config, self.engine, self.shards, self.run, step, batches)
                 report.add(self.engine.mode, self.engine.loss_scale, event, decision)
                 dist.say(f"guard: step {step}, {self.engine.mode}: {_seen(event)}: {decision.action.value}, {decision.reason}")
             # a loss scale that is halved is nothing out of the ordinary
@@ -89,7 +100,9 @@ class Recovery:
     def _event(self, step: int, batches: Sequence[Batch], verdict: Verdict) -> Event:
         if not verdict.bad:
             return Event(step, verdict.bad, verdict.loss, verdict.grad_norm)
-        bad = verdict.bad if self.engine.state_is_finite(self.ema.averages) else verdict.bad | Bad.MOMENTS
+        bad = verdict.bad
+        if not bad & Bad.WEIGHTS and self.engine.ranks_with_bad_state(self.ema.averages):
+            bad |= Bad.MOMENTS
         self.suspects = self._suspects(batches, bad)
         return Event(step, bad, verdict.loss, verdict.grad_norm, len(self.suspects))
 
@@ -111,14 +124,16 @@ class Recovery:
             self.snapshots.take(step, self.state.skipped)
 
     def keep(self, done: int, *, certainly: bool) -> bool:
-        """After ``done`` steps take the snapshot that is due. False where the state is not fit for it; where none is due it is looked
-        at only if the state is ``certainly`` kept otherwise."""
+        """After ``done`` steps take the snapshot that is due. False where the state is not fit for it; where none is due that
+        is looked at only if the state will ``certainly`` be kept, in a checkpoint."""
         due = self.snapshots.due(done)
-        if self.config.guard.enabled and (due or certainly) and not self.engine.state_is_finite(self.ema.averages):
-            self.state, decision = self.guard.decide(self.state, Event(done, Bad.MOMENTS, 0.0, 0.0))
-            dist.say(f"guard: after step {done}: {decision.action.value}, {decision.reason}")
+        looked_at = self.config.guard.enabled and (due or certainly)
+        if looked_at and (ranks := self.engine.ranks_with_bad_state(self.ema.averages)):
+            self.state, decision = self.guard.decide(self.state, Event(done - 1, Bad.MOMENTS, 0.0, 0.0))
+            traced = f"rank {', '.join(map(str, ranks))}"
+            dist.say(f"guard: after step {done - 1}: {decision.action.value}, {decision.reason}; traced to {traced}")
             if decision.action is Action.STOP:
-                raise self._stop(done, decision, "no rank in particular", None)
+                raise self._stop(done - 1, decision, traced, None)
             return False
         if due:
             self.snapshots.take(done, self.state.skipped)

@@ -39,8 +39,10 @@ class RankReport:
 class Report:
     """One failed step, as it is being resolved. Made, filled and written by all ranks together."""
 
-    def __init__(self, config: Config, engine: Engine, run: Path, step: int, batches: Sequence[Batch]) -> None:
-        self.config, self.folder, self.step, self.batches = config, run / FOLDER, step, batches
+    def __init__(
+        self, config: Config, engine: Engine, shards: Sequence[str], run: Path, step: int, batches: Sequence[Batch]
+    ) -> None:
+        self.config, self.shards, self.folder, self.step, self.batches = config, shards, run / FOLDER, step, batches
         self.attempts: list[dict[str, Any]] = []
         device = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
         mine = f"{device} {engine.device.index or 0}"
@@ -62,14 +64,15 @@ class Report:
     def write(self, newest: Path | None) -> tuple[Path, str]:
         """Rank 0 writes the report, the first culprit its batch. Returns where, and one line of whom it was traced to."""
         ranks = dist.gather_objects(self.rank)
-        culprits = [r for r in ranks if {"loss", "input"} & set(r.bad) or r.forward] or [r for r in ranks if r.backward]
+        culprits = _culprits(ranks)
         chosen = culprits[0] if culprits else ranks[0]
         path = dist.on_rank_0(lambda: free_name(self.folder / f"step-{self.step:08d}.json"))
+        samples = dist.gather_objects(self._samples() if dist.rank() == chosen.rank else [])[chosen.rank]
         try:
             if dist.rank() == chosen.rank:
                 self._write_batch(path.with_suffix(".safetensors"))
             if dist.rank() == 0:
-                self._write(path, ranks, [r.rank for r in culprits], chosen.rank, newest)
+                self._write(path, ranks, [r.rank for r in culprits], chosen.rank, samples, newest)
         except OSError as error:  # the run is worth more
             print(f"cannot write report {path}: {error.strerror}", flush=True)
         return path, "; ".join(map(_traced, culprits)) or "no rank in particular"
@@ -80,7 +83,33 @@ class Report:
         tensors = {name: getattr(batch, name).contiguous() for name in ("latents", "labels", "t", "noise", "places")}
         write_atomically(path, save(tensors, {"keys": json.dumps(batch.keys)}))
 
-    def _write(self, path: Path, ranks: list[RankReport], culprits: list[int], rank: int, newest: Path | None) -> None:
+    def _samples(self) -> list[dict[str, Any]]:
+        """What this rank's batch is made of."""
+        batch = Batch.together(self.batches).to(torch.device("cpu"))
+        columns = (batch.keys, batch.places.tolist(), batch.labels.tolist(), batch.t.tolist())
+        norms = (batch.latents.flatten(1).norm(dim=1).tolist(), batch.noise.flatten(1).norm(dim=1).tolist())
+        return [
+            {
+                "key": key,
+                "shard": self.shards[shard],
+                "position": position,
+                "label": label,
+                "t": t,
+                "latent_norm": number(latent),
+                "noise_norm": number(noise),
+            }
+            for key, (shard, position), label, t, latent, noise in zip(*columns, *norms, strict=True)
+        ]
+
+    def _write(
+        self,
+        path: Path,
+        ranks: list[RankReport],
+        culprits: list[int],
+        rank: int,
+        samples: list[dict[str, Any]],
+        newest: Path | None,
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         values = {
             "format": FORMAT,
@@ -89,6 +118,7 @@ class Report:
             "culprits": culprits,
             "ranks": [asdict(rank) for rank in ranks],
             "batch": {"file": path.with_suffix(".safetensors").name, "rank": rank, "passes": len(self.batches)},
+            "samples": samples,
             "newest_checkpoint": newest and newest.name,
             "config": self.config.to_dict(),
         }
@@ -106,7 +136,7 @@ class Recorded:
     rank: int  # whose batch it is
     batches: list[Batch]
     config: dict[str, Any]
-    values: dict[str, Any]
+    summary: str  # what was met and decided, a line each
 
 
 def read(path: Path) -> Recorded:
@@ -121,10 +151,14 @@ def read(path: Path) -> Recorded:
         tensors = load_file(file)
         batch = Batch(**tensors, keys=("",) * len(tensors["labels"]))
         batches = batch.split(values["batch"]["passes"])
-        first = values["attempts"][0]
-        return Recorded(
-            path, values["step"], first["mode"], first["loss_scale"], values["batch"]["rank"], batches, values["config"], values
-        )
+        first, rank = values["attempts"][0], values["batch"]["rank"]
+        whose = RankReport(**values["ranks"][rank])
+        lines = [f"step {values['step']}, {_traced(whose)}:"]
+        for attempt in values["attempts"]:
+            what = " and ".join(attempt["bad"]) or "nothing"
+            lines.append(f"  {attempt['mode']}: not finite: {what}; {attempt['action']}, {attempt['reason']}")
+        summary = "\n".join(lines)
+        return Recorded(path, values["step"], first["mode"], first["loss_scale"], rank, batches, values["config"], summary)
     except FileNotFoundError:
         raise DataError(f"report {path}: its batch {values['batch']['file']} is missing") from None
     except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
@@ -140,6 +174,15 @@ def names(bad: Bad) -> list[str]:
 def number(value: float) -> float | None:
     """As JSON has it: none where it is not finite."""
     return value if math.isfinite(value) else None
+
+
+def _culprits(ranks: Sequence[RankReport]) -> list[RankReport]:
+    """Those that had it first. A gradient is reduced before it is looked at: of it only what came back in a rank itself says
+    whose it was."""
+    for own in ("weights", "input", "loss"):
+        if found := [rank for rank in ranks if own in rank.bad]:
+            return found
+    return [rank for rank in ranks if rank.forward] or [rank for rank in ranks if rank.backward]
 
 
 def _traced(rank: RankReport) -> str:

@@ -80,7 +80,8 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
         f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}; {kernels}"
     )
     with metrics or nullcontext():
-        training = Training(config, engine, ema, dataset, bad, Recovery(config, engine, ema, run, guard), store, metrics)
+        recovery = Recovery(config, engine, ema, [shard.name for shard in dataset.shards.info.shards], run, guard)
+        training = Training(config, engine, ema, dataset, bad, recovery, store, metrics)
         training.run(start)
     dist.say(f"done: {config.train.steps} steps; checkpoint {training.newest or (checkpoint and checkpoint.path)}")
 

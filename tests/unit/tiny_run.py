@@ -51,7 +51,9 @@ class Run:
 
     def save(self) -> Path:
         position = Position(*divmod(self.step * self.config.train.global_batch, self.info.samples))
-        return self.store.save(self.step, self.engine, self.ema, self.config, position, self.info, BadSamples(0), (), GuardState())
+        return self.store.save(
+            self.step, self.engine, self.ema, self.config, position, self.info, BadSamples(0), (), GuardState()
+        )
 
     def state(self) -> list[torch.Tensor]:
         shards = [tensor.clone() for s in self.engine.shards() for tensor in (s.master, s.exp_avg, s.exp_avg_sq)]

@@ -54,6 +54,7 @@ class Engine(ABC):
         self.copies = dist.world() // shard_ranks(config.train, dist.world())
         self.network: nn.Module = model
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.rank = dist.rank()  # whose dropout it is
         self.loss_scale = 1.0  # what gradients are multiplied by on their way, where 16 bits would lose them
         self.mode: str = config.train.precision
         self.splits = 1
@@ -84,7 +85,7 @@ class Engine(ABC):
 
     def _seed(self, step: int) -> None:
         """Seed whatever draws on the device (dropout) from (seed, step, rank)."""
-        torch.manual_seed(rng.torch_seed(self.config.train.seed, f"device/{dist.rank()}", step))
+        torch.manual_seed(rng.torch_seed(self.config.train.seed, f"device/{self.rank}", step))
 
     def _loss(self, batch: Batch) -> Tensor:
         return velocity_loss(self.network, self.layout, batch.latents, batch.noise, batch.t, batch.labels)
@@ -129,12 +130,12 @@ class Engine(ABC):
     def _masters(self) -> list[Tensor]:
         return [shard.master for shard in self.shards() if shard.stop > shard.start]
 
-    def state_is_finite(self, averages: Sequence[Tensor] = ()) -> bool:
-        """Whether weights and moments are, and ``averages`` of them, on all ranks. Reads all of it."""
+    def ranks_with_bad_state(self, averages: Sequence[Tensor] = ()) -> list[int]:
+        """Those whose weights or moments, or ``averages`` of them, are not finite. Reads all of it."""
         tensors = [tensor for shard in self.shards() for tensor in shard[4:]]
         tensors = [tensor for tensor in (*tensors, *averages) if tensor.numel()]
         largest = torch.stack(torch._foreach_norm(tensors, ord=math.inf)).sum()
-        return not dist.all_reduce_sum((~torch.isfinite(largest)).float()).item()
+        return [rank for rank, value in enumerate(dist.gather_objects(largest.item())) if not math.isfinite(value)]
 
     def step(self, learning_rate: float, verdict: Verdict) -> None:
         """Clip the agreed gradient norm to ``optim.clip`` and update the weights."""

@@ -76,6 +76,7 @@ class DeepSpeedEngine(Engine):
         self.order = list(names.values())
         # 0.19.8: those of Linear layers, where it was told of autocast
         self.lowered = [parameter for parameter in names if hasattr(parameter, "comm_dtype")]
+        self._let_go()
 
     def _apply_precision(self) -> None:
         config = self.engine._config
@@ -134,6 +135,9 @@ class DeepSpeedEngine(Engine):
         self.optimizer._partition_all_parameters()
         for group in range(len(self.optimizer.fp16_groups)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        # 0.19.8: what is kept gathered comes back after each step in float32, but in a pass that finds it missing in 16 bits
+        if kept := self.optimizer.persistent_parameters:
+            kept[0].all_gather(kept)
 
 
 def _offsets(parameters: list[Any]) -> list[int]:

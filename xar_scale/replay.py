@@ -1,0 +1,59 @@
+"""Run the batch of a report again, on one device, with the weights of a checkpoint."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from xar_scale.checkpoint.store import Checkpoint, checkpoint_paths, load_weights, step_of, verify
+from xar_scale.config import Config, merge
+from xar_scale.diagnosis import Activations, Watch
+from xar_scale.engines import Verdict, create_engine
+from xar_scale.errors import UsageError
+from xar_scale.model.xar import XAR, Weight, meta_model
+from xar_scale.precision import MODES
+from xar_scale.reports import Recorded
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One attempt at the batch."""
+
+    mode: str
+    verdict: Verdict
+    forward: str | None  # the first module whose output is not finite
+    backward: str | None  # the first whose output's gradient is not
+    activations: dict[str, float]  # the largest of each block
+
+
+def find_checkpoint(recorded: Recorded) -> Checkpoint:
+    """The newest one of the run that is not younger than the report. Raises UsageError where there is none."""
+    run = recorded.path.parent.parent
+    paths = [path for path in checkpoint_paths(run) if step_of(path) <= recorded.step]
+    if not paths:
+        raise UsageError(f"{run} holds no checkpoint of step {recorded.step} or before; name one with --checkpoint")
+    return verify(paths[-1])
+
+
+def replay(recorded: Recorded, checkpoint: Checkpoint, device: torch.device) -> Iterator[Replayed]:
+    """The recorded rank's part of the step, in the precision in which it failed and then in its fallback."""
+    batches = [batch.to(device) for batch in recorded.batches]
+    micro = len(batches[0].labels)
+    sizes = {"engine": "single", "shard_ranks": None, "micro_batch": micro, "global_batch": micro * len(batches)}
+    config = Config.from_dict(merge(recorded.config, {"train": sizes, "data": {"lanes": 1}}))
+    model = meta_model(config.model)
+    engine = create_engine(model, _weights(model, checkpoint), config, device)
+    engine.rank = recorded.rank  # its dropout
+    for mode in filter(None, (recorded.mode, MODES[recorded.mode].fallback)):
+        engine.set_precision(mode)
+        engine.loss_scale = recorded.loss_scale if MODES[mode].scaled else 1.0
+        with Watch(model) as watch, Activations(model) as activations:
+            verdict = engine.attempt(recorded.step, batches)
+        engine.discard()
+        yield Replayed(mode, verdict, watch.forward, watch.backward, activations.largest)
+
+
+def _weights(model: XAR, checkpoint: Checkpoint) -> Iterator[Weight]:
+    for name, value in load_weights(checkpoint, "model").items():
+        owner, _, key = name.rpartition(".")
+        yield Weight(model.get_submodule(owner), key, value)
