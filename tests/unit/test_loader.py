@@ -319,6 +319,13 @@ def test_a_killed_rank_leaves_no_workers(folder):
         time.sleep(0.01)
 
 
+def test_a_worker_that_starts_after_its_rank_was_killed_ends(folder, monkeypatch):
+    """PyTorch takes whoever has adopted it for its parent, and waits for that to end."""
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    with pytest.raises(ProcessError, match="a data worker died"):
+        read(folder, workers=1)
+
+
 def test_keys_of_any_kind_travel(folder):
     batch = replace(read(folder)[0], keys=("a", "", "ü b\nc", "d"))
     packed = loader._packed(batch)

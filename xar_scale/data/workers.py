@@ -3,9 +3,11 @@
 import contextlib
 import ctypes
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -42,7 +44,7 @@ def from_workers(dataset: Dataset[Any], workers: int, **settings: Any) -> Iterat
         dataset,
         num_workers=workers,
         multiprocessing_context=_context() if workers else None,
-        worker_init_fn=_die_with_the_parent,
+        worker_init_fn=partial(_die_with, os.getpid()),
         generator=torch.Generator(),  # or it would draw from the one that dropout draws from
         **settings,
     )
@@ -88,7 +90,9 @@ def _no_signal_of_death() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, handler)
 
 
-def _die_with_the_parent(worker: int) -> None:
+def _die_with(parent: int, worker: int) -> None:
     """A process that is killed must not leave workers behind: they would wait for it with their memory."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before that
+        os._exit(1)
