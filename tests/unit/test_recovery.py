@@ -1,0 +1,371 @@
+"""What the guard decides, carried out on one process: attempts, snapshots, roll backs, whom a report names."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import digits_config, random_batch
+from tests.unit.tiny_run import Run
+from xar_scale import reports
+from xar_scale.cli import main
+from xar_scale.config import GuardConfig
+from xar_scale.diagnosis import Activations, Watch
+from xar_scale.errors import DataError, NonFiniteError, UsageError
+from xar_scale.guard import Action, Bad, GuardState
+from xar_scale.model.layers import Block
+from xar_scale.recovery import Recovery
+from xar_scale.snapshots import Snapshots
+
+TINY = ("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
+NAN = float("nan")
+
+
+class Guarded(Run):
+    """A tiny run with its recovery."""
+
+    def __init__(self, folder, *overrides: str, splits: int = 1) -> None:
+        super().__init__(folder, config=digits_config(*TINY, *overrides))
+        self.recovery = Recovery(self.config, self.engine, self.ema, ["a"], folder, GuardState(), splits)
+        self.folder = folder
+
+    def resolve(self, batch=None, step: int = 5):
+        batches = [batch or random_batch(step)]
+        return self.recovery.resolve(step, batches, self.recovery.attempt(step, batches))
+
+    def spoil(self, monkeypatch, times: int, when=lambda engine: True) -> None:
+        """The loss of the next ``times`` passes for which ``when`` holds."""
+        exact, left = self.engine._loss, [times]
+
+        def loss(batch):
+            spoilt = left[0] > 0 and when(self.engine)
+            left[0] -= spoilt
+            return exact(batch) * (NAN if spoilt else 1)
+
+        monkeypatch.setattr(self.engine, "_loss", loss)
+
+    def report(self) -> dict:
+        (path,) = (self.folder / "reports").glob("*.json")
+        return json.loads(path.read_text())
+
+
+def gradients(run: Run) -> list[torch.Tensor]:
+    return [gradient.clone() for gradient in run.engine.gradients()]
+
+
+def test_a_second_attempt_is_the_first_one_bitwise(tmp_path, monkeypatch):
+    run, undisturbed = Guarded(tmp_path, "model.dropout=0.2"), Guarded(tmp_path / "other", "model.dropout=0.2")
+    run.spoil(monkeypatch, 1)
+    resolved, expected = run.resolve(), undisturbed.resolve()
+    assert resolved == expected and resolved.action is Action.STEP and not resolved.verdict.bad
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients(run), gradients(undisturbed), strict=True))
+    assert run.recovery.state == GuardState(transients=1, discarded=1)
+
+
+def test_what_bf16_cannot_take_is_taken_in_tf32_as_if_it_had_been_the_runs(tmp_path, monkeypatch):
+    run, exact = Guarded(tmp_path, "train.precision=bf16"), Guarded(tmp_path / "exact", "train.precision=tf32")
+    run.spoil(monkeypatch, 99, when=lambda engine: engine.mode == "bf16")
+    assert run.resolve() == exact.resolve()
+    assert run.engine.mode == "tf32" and run.recovery.state.held_until == 5 + 1 + GuardConfig().hold_steps
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(gradients(run), gradients(exact), strict=True))
+    assert [attempt["mode"] for attempt in run.report()["attempts"]] == ["bf16", "bf16", "tf32"]
+
+
+def test_the_precision_returns_when_the_hold_is_over(tmp_path, monkeypatch, capsys):
+    run = Guarded(tmp_path, "train.precision=bf16", "guard.hold_steps=2")
+    run.spoil(monkeypatch, 2)
+    modes = []
+    for step in range(5):
+        run.resolve(step=step)
+        modes.append(run.engine.mode)
+        run.engine.discard()
+    assert modes == ["tf32"] * 3 + ["bf16"] * 2
+    assert "guard: step 3: computing in bf16\n" in capsys.readouterr().out
+
+
+def test_in_the_fallback_a_pass_is_made_in_parts(tmp_path, monkeypatch):
+    run = Guarded(tmp_path, "train.precision=bf16", splits=4)
+    run.spoil(monkeypatch, 2)
+    sizes = []
+    exact = run.engine._loss
+    monkeypatch.setattr(run.engine, "_loss", lambda batch: sizes.append(len(batch.labels)) or exact(batch))
+    resolved = run.resolve()
+    assert sizes == [8, 8, 2, 2, 2, 2] and resolved.action is Action.STEP
+    whole = Guarded(tmp_path / "whole", "train.precision=tf32")
+    expected = whole.resolve()
+    assert resolved.verdict.loss == pytest.approx(expected.verdict.loss, rel=1e-6)
+    assert resolved.verdict.grad_norm == pytest.approx(expected.verdict.grad_norm, rel=1e-5)
+
+
+def test_the_loss_scale_is_the_guards_and_leaves_no_trace_in_the_step(tmp_path):
+    run, exact = Guarded(tmp_path, "train.precision=fp16"), Guarded(tmp_path / "exact", "train.precision=fp32")
+    run.recovery.state = replace(run.recovery.state, scale=2.0**10)
+    ours, theirs = run.resolve(), exact.resolve()
+    assert run.engine.loss_scale == 2**10 and exact.engine.loss_scale == 1
+    assert ours.verdict.loss == pytest.approx(theirs.verdict.loss, rel=1e-2)
+    assert ours.verdict.grad_norm == pytest.approx(theirs.verdict.grad_norm, rel=1e-2)
+    scaled, plain = (gradients(of)[3].norm().item() for of in (run, exact))
+    assert scaled == pytest.approx(2**10 * plain, rel=2e-2)
+    for guarded, resolved in ((run, ours), (exact, theirs)):
+        guarded.engine.step(1e-3, resolved.verdict)
+    for one, other in zip(run.engine.shards(), exact.engine.shards(), strict=True):
+        assert (one.exp_avg - other.exp_avg).norm() < 0.05 * other.exp_avg.norm() + 1e-9
+
+
+def test_a_scale_that_overflows_is_halved_and_no_report_is_written(tmp_path):
+    run = Guarded(tmp_path, "train.precision=fp16")
+    run.recovery.state = replace(run.recovery.state, scale=2.0**24)
+    resolved = run.resolve()
+    assert resolved.action is Action.STEP and math.isfinite(resolved.verdict.grad_norm)
+    assert run.recovery.state.scale < 2**24 and run.recovery.state.transients == 0
+    assert not (tmp_path / "reports").exists()
+
+
+def test_weights_that_are_not_finite_are_met_before_they_are_used_for_a_step(tmp_path):
+    run = Guarded(tmp_path)
+    run.recovery.begin(0)
+    next(s for s in run.engine.shards() if s.name == "class_embed.weight").master[-1] = NAN  # that no sample of the batch uses
+    batch = replace(random_batch(0), labels=torch.zeros(8, dtype=torch.int64))
+    verdict = run.recovery.attempt(0, [batch])
+    assert verdict.bad == Bad.WEIGHTS and math.isfinite(verdict.loss)
+    assert run.recovery.resolve(0, [batch], verdict).action is Action.ROLL_BACK
+
+
+def test_rolling_back_restores_everything_bitwise(tmp_path):
+    run = Guarded(tmp_path)
+    run.train(3)
+    run.recovery.state = replace(run.recovery.state, skipped=1)
+    before, steps = run.state(), [state["step"].item() for state in run.engine.optimizer.state.values()]
+    assert set(steps) == {3}
+    run.recovery.begin(4)  # three taken, one gone without
+    run.train(2)
+    assert run.recovery.roll_back() == 4
+    assert all(torch.equal(now, then) for now, then in zip(run.state(), before, strict=True))
+    assert {state["step"].item() for state in run.engine.optimizer.state.values()} == {3}
+
+
+def test_the_newest_of_snapshots_and_checkpoints_is_gone_back_to_and_each_snapshot_once(tmp_path):
+    run = Guarded(tmp_path, "guard.snapshots=2", "guard.snapshot_every=1")
+    for _ in range(3):
+        assert run.recovery.keep(run.step, certainly=False)
+        if run.step == 1:
+            run.save()
+        run.train(1)
+    assert [snapshot.step for snapshot in run.recovery.snapshots.ring] == [1, 2]
+    assert [run.recovery.roll_back() for _ in range(3)] == [2, 1, 1]  # the last from the checkpoint
+
+
+def test_without_anything_to_go_back_to_the_run_ends(tmp_path):
+    run = Guarded(tmp_path, "guard.snapshots=0")
+    run.recovery.begin(0)
+    with pytest.raises(NonFiniteError, match="no snapshot or checkpoint to go back to"):
+        run.recovery.roll_back()
+
+
+@pytest.mark.parametrize("which", ["master", "exp_avg", "exp_avg_sq", "average"])
+def test_what_is_not_finite_is_neither_snapshotted_nor_saved(tmp_path, which):
+    run = Guarded(tmp_path, "guard.snapshot_every=2")
+    run.train(2)
+    shard = list(run.engine.shards())[7]
+    (run.ema.averages[7] if which == "average" else getattr(shard, which))[0] = float("inf")
+    assert run.recovery.keep(1, certainly=False)  # neither is due
+    assert not run.recovery.keep(2, certainly=False)
+    assert not run.recovery.keep(1, certainly=True)
+    assert len(run.recovery.snapshots.ring) == 0 and run.recovery.state.rollbacks == 2
+
+
+def test_snapshots_use_their_memory_again(tmp_path):
+    run = Guarded(tmp_path)
+    snapshots = Snapshots(run.engine, run.ema, GuardConfig(snapshots=2))
+    seen = set()
+    for step in range(6):
+        snapshots.take(step, 0)
+        seen |= {snapshot.tensors[0].data_ptr() for snapshot in snapshots.ring}
+    assert len(seen) == 2 and [snapshot.step for snapshot in snapshots.ring] == [4, 5]
+
+
+def test_a_spike_gone_without_leaves_the_state_and_counts(tmp_path):
+    run = Guarded(tmp_path, "guard.spike=5", "guard.spike_window=3", "train.precision=bf16")
+    for step in range(3):
+        resolved = run.resolve(random_batch(1), step)
+        run.engine.discard()
+        assert resolved.action is Action.STEP
+    before, loud = run.state(), random_batch(1)
+    loud = replace(loud, latents=loud.latents * 50)
+    assert run.resolve(loud, 3).action is Action.SKIP
+    assert run.recovery.state.skipped == 1 and gradients(run) == []
+    assert all(torch.equal(now, then) for now, then in zip(run.state(), before, strict=True))
+    assert run.resolve(random_batch(1), 4).action is Action.STEP and run.engine.mode == "bf16"
+
+
+def test_only_samples_that_are_not_finite_are_suspects(tmp_path):
+    run = Guarded(tmp_path)
+    batch = random_batch(0)
+    batch.latents[3, 0, 1, 1] = float("inf")
+    batch.noise[6, 2, 1] = NAN
+    assert run.resolve(batch).action is Action.QUARANTINE
+    assert run.recovery.suspects == [(0, 3), (0, 6)] and run.recovery.state.quarantined == 2
+
+
+def test_samples_whose_own_loss_overflows_are_found(tmp_path):
+    run = Guarded(tmp_path, "train.precision=bf16")
+    batch = random_batch(0)
+    batch.latents[5] = 1e25  # finite, but not its square
+    assert run.resolve(batch).action is Action.QUARANTINE
+    assert run.recovery.suspects == [(0, 5)]
+    assert run.engine.mode == "tf32" and run.recovery.attempt(5, [random_batch(0)]) and run.engine.mode == "bf16"
+
+
+def test_where_no_sample_stands_out_all_are_suspects(tmp_path, monkeypatch):
+    run = Guarded(tmp_path, "train.precision=fp32")
+    exact = run.engine.agree
+    monkeypatch.setattr(run.engine, "agree", lambda *of: (next(iter(run.engine.gradients())).fill_(NAN), exact(*of))[1])
+    assert run.resolve().action is Action.QUARANTINE
+    assert run.recovery.suspects == [(0, row) for row in range(8)]
+
+
+def test_beyond_the_last_rung_one_line_says_all(tmp_path, monkeypatch):
+    run = Guarded(tmp_path, "guard.max_quarantined=0")
+    run.train(1)
+    saved = run.save()
+    run.spoil(monkeypatch, 99)
+    with pytest.raises(NonFiniteError) as caught:
+        run.resolve()
+    said = str(caught.value)
+    assert said.startswith(
+        "step 5 cannot be taken: samples to take out: 8, left of guard.max_quarantined 0: 0; traced to rank 0"
+    )
+    assert f"the newest checkpoint, {saved}, is finite; xar-scale replay {tmp_path}/reports/step-00000005.json" in said
+    assert caught.value.exit_code == 70 and "\n" not in said and gradients(run) == []
+
+
+def test_a_watch_names_the_first_module_forward_and_backward(tmp_path):
+    run = Guarded(tmp_path)
+    model = run.engine.model
+    spoil = model.decoder[0].mlp.up.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    with Watch(model) as watch, Activations(model) as activations:
+        run.engine.attempt(0, [random_batch(0)])
+    assert (watch.forward, watch.backward) == ("decoder.0.mlp.up", "out_proj")
+    assert math.isfinite(activations.largest["encoder.1"]) and not math.isfinite(activations.largest["decoder.0"])
+    spoil.remove()
+    spoil = model.encoder[1].register_forward_hook(
+        lambda module, inputs, output: output.register_hook(lambda gradient: gradient * NAN) and None
+    )
+    with Watch(model) as watch:
+        run.engine.attempt(0, [random_batch(0)])
+    assert (watch.forward, watch.backward) == (None, "encoder.1")
+    spoil.remove()
+    run.engine.discard()
+    with Watch(model) as watch, Activations(model) as activations:
+        run.engine.attempt(0, [random_batch(0)])
+    assert watch.forward is watch.backward is None
+    assert list(activations.largest) == [name for name, module in model.named_modules() if isinstance(module, Block)]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_largest_activation_is_the_blocks_own(tmp_path):
+    run = Guarded(tmp_path)
+    seen = []
+    hook = run.engine.model.encoder[0].register_forward_hook(lambda *of: seen.append(of[-1].abs().max().item()))
+    with Activations(run.engine.model) as activations:
+        run.engine.attempt(0, [random_batch(0), random_batch(1)])
+    hook.remove()
+    assert len(seen) == 2 and activations.largest["encoder.0"] == max(seen)
+
+
+def test_a_report_holds_what_was_met_tried_and_decided_and_the_batch(tmp_path, monkeypatch):
+    run = Guarded(tmp_path, "train.precision=bf16")
+    run.spoil(monkeypatch, 2)
+    batch = random_batch(5)
+    run.resolve(batch)
+    report = run.report()
+    assert (report["step"], report["culprits"], report["newest_checkpoint"]) == (5, [0], None)
+    assert [(a["mode"], a["bad"], a["action"]) for a in report["attempts"]] == [
+        ("bf16", ["loss", "gradient"], "retry"),
+        ("bf16", ["loss", "gradient"], "retry"),
+        ("tf32", [], "step"),
+    ]
+    (rank,) = report["ranks"]
+    assert rank["bad"] == ["loss", "gradient"] and rank["backward"] == "out_proj"
+    assert set(rank["activations"]) == {"encoder.0", "encoder.1", "decoder.0", "decoder.1"}
+    sample = report["samples"][3]
+    assert (sample["key"], sample["shard"], sample["position"]) == ("3", "a", 3)
+    assert sample["t"] == pytest.approx(batch.t[3].tolist())
+    assert sample["latent_norm"] == pytest.approx(batch.latents[3].norm().item())
+    kept = load_file(tmp_path / "reports" / report["batch"]["file"])
+    for name in ("latents", "labels", "t", "noise", "places"):
+        assert torch.equal(kept[name], getattr(batch, name)), name
+    assert run.config.to_dict() == report["config"]
+
+
+def test_reports_of_one_step_do_not_overwrite_each_other_and_a_full_disk_ends_nothing(tmp_path, monkeypatch, capsys):
+    run = Guarded(tmp_path)
+    for _ in range(2):
+        run.spoil(monkeypatch, 1)
+        run.resolve()
+    assert sorted(path.name for path in (tmp_path / "reports").glob("*.json")) == ["step-00000005.1.json", "step-00000005.json"]
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reports, "write_atomically", full)
+    run.spoil(monkeypatch, 1)
+    assert run.resolve().action is Action.STEP
+    assert "step-00000005.2.json: No space left on device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ranks", "culprits"),
+    [
+        ([dict(bad=["loss"]), dict(bad=[])], [0]),
+        ([dict(bad=["gradient"]), dict(bad=["gradient"], backward="x")], [1]),
+        ([dict(bad=["gradient"], backward="y"), dict(bad=["gradient"], forward="x", backward="x")], [1]),
+        ([dict(bad=["loss", "weights"]), dict(bad=["loss"])], [0]),
+        ([dict(bad=["loss"]), dict(bad=["loss", "input"])], [1]),
+        ([dict(bad=["gradient"]), dict(bad=["gradient"])], []),
+    ],
+)
+def test_the_culprit_is_who_had_it_first(ranks, culprits):
+    made = [reports.RankReport(rank, "host", "CPU 0", **values) for rank, values in enumerate(ranks)]
+    assert [rank.rank for rank in reports._culprits(made)] == culprits
+
+
+def test_a_replay_finds_what_the_run_met(tmp_path, capsys):
+    run = Guarded(tmp_path, "train.precision=bf16")
+    run.train(2)
+    run.save()
+    batch = random_batch(9)
+    batch.latents[5] = 1e25
+    run.resolve(batch)
+    path = tmp_path / "reports" / "step-00000005.json"
+    assert main(["replay", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "bf16: not finite: loss and gradient; retry, the same again" in shown
+    assert "with the weights after 2 steps" in shown and shown.endswith("reproduced\n") and "not reproduced" not in shown
+    assert shown.count("first output that is not finite") == 2 and "\n  tf32: loss inf" in shown
+
+
+def test_a_report_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="no report at"):
+        reports.read(tmp_path / "none.json")
+    run = Guarded(tmp_path)
+    run.spoil(monkeypatch, 1)
+    run.resolve()
+    path = tmp_path / "reports" / "step-00000005.json"
+    whole, batch = path.read_text(), path.with_suffix(".safetensors")
+    path.write_text(whole[:100])
+    with pytest.raises(DataError, match="torn or changed"):
+        reports.read(path)
+    path.write_text(whole.replace('"format": 1', '"format": 7'))
+    with pytest.raises(DataError, match="of format 7, this version reads 1"):
+        reports.read(path)
+    path.write_text(whole)
+    batch.write_bytes(batch.read_bytes()[:50])
+    with pytest.raises(DataError, match="its batch cannot be read"):
+        reports.read(path)
+    batch.unlink()
+    with pytest.raises(DataError, match="its batch step-00000005.safetensors is missing"):
+        reports.read(path)
