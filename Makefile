@@ -1,10 +1,11 @@
 # make demo: install, train on real images under ZeRO-3, sample, judge.   make test: install, lint, every test.
+# make demo-nan: a run that falls back from bf16 to TF32 and returns.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 DEMO := runs/demo
 
-.PHONY: demo entities test lint install clean-demo
+.PHONY: demo demo-nan entities test lint install clean-demo
 
 demo: install
 	test -f $(DEMO)/data/dataset.json || python tools/cache_latents.py digits --out $(DEMO)/data
@@ -20,6 +21,9 @@ demo: install
 	@echo "             xar-scale sample $(DEMO) --classes 3,7 --out $(DEMO)/more.png --seed 1 sample.guidance=3.0"
 	@echo "             launchers/deepspeed.sh train --recipe digits --run-dir runs/wider data.path=$(DEMO)/data model.width=192"
 	@echo "             README.md, From here to ImageNet"
+
+demo-nan: install
+	python -m tests.demo_nan --out runs/demo-nan
 
 entities: install
 	python tools/compare_entities.py --out runs/entities

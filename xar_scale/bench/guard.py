@@ -1,0 +1,89 @@
+"""What the guard adds to a step in which nothing happens."""
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xar_scale import dist
+from xar_scale.config import Config, merge
+from xar_scale.data.loader import Batch
+from xar_scale.ema import EMA
+from xar_scale.engines import create_engine
+from xar_scale.guard import GuardState
+from xar_scale.model.entities import create_layout
+from xar_scale.model.xar import initial_weights, meta_model
+from xar_scale.presets import model_values, recipe
+from xar_scale.recovery import Recovery
+
+WARM_UP, REPEATS = 1, 7
+
+
+def bench_guard(options: argparse.Namespace) -> None:
+    """Medians of the parts, and their share of the step that they are part of."""
+    model = {**model_values(options.model), "grid": [options.grid] * 2, "channels": 16, "classes": 1000}
+    train = {"engine": "single", "precision": options.precision, "global_batch": options.batch}
+    config = Config.from_dict(merge(recipe("digits"), {"model": model, "train": train, "data": {"lanes": 1}}))
+    device = dist.local_device()
+    network = meta_model(config.model)
+    engine = create_engine(network, initial_weights(network, 0), config, device)
+    ema = EMA([shard.master for shard in engine.shards()], 0.9999)
+    recovery = Recovery(config, engine, ema, ["shard"], Path("none"), GuardState())
+    batch = _random_batch(config, device)
+    masters = [shard.master for shard in engine.shards()]
+
+    def step() -> None:
+        _, verdict = recovery.resolve(0, [batch], recovery.attempt(0, [batch]))
+        engine.step(1e-4, verdict)
+        ema.update()
+
+    def look_at_weights() -> Any:
+        return torch.stack(torch._foreach_norm(masters, ord=math.inf)).sum()
+
+    def look_at_inputs() -> Any:
+        return batch.latents.sum() + batch.noise.sum() + batch.t.sum()
+
+    verdict = recovery.attempt(0, [batch])
+    whole = _median_ms(step, device)
+    every = config.guard.snapshot_every
+    parts: dict[str, float] = {
+        "weights looked at": _median_ms(look_at_weights, device),
+        "inputs looked at": _median_ms(look_at_inputs, device),
+        "decision": _median_ms(lambda: recovery.resolve(0, [batch], verdict), device),
+        f"all of the state looked at, every {every} steps": _median_ms(lambda: engine.ranks_with_bad_state(ema.averages), device)
+        / every,
+        f"a snapshot, every {every} steps": _median_ms(lambda: recovery.snapshots.take(0, 0), device) / every,
+    }
+    print(f"{options.model}, {options.grid}x{options.grid} tokens, batch {options.batch}, {options.precision}, {device}\n")
+    print("| part | ms a step | of the step |\n| --- | --- | --- |")
+    for name, ms in parts.items():
+        print(f"| {name} | {ms:.3f} | {ms / whole:.3%} |")
+    print(f"| the guard | {sum(parts.values()):.3f} | {sum(parts.values()) / whole:.3%} |\n| the step | {whole:.1f} | |")
+
+
+def _random_batch(config: Config, device: torch.device) -> Batch:
+    layout, size = create_layout(config.model), config.train.global_batch
+    return Batch(
+        latents=torch.randn(size, config.model.channels, *config.model.grid),
+        labels=torch.zeros(size, dtype=torch.int64),
+        t=torch.rand(size, layout.entities),
+        noise=torch.randn(size, layout.tokens, config.model.channels),
+        keys=("sample",) * size,
+        places=torch.zeros(size, 2, dtype=torch.int64),
+    ).to(device)
+
+
+def _median_ms(work: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(WARM_UP + REPEATS):
+        begun = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - begun))
+    return statistics.median(times[WARM_UP:])
