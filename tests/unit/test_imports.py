@@ -20,7 +20,7 @@ LAYERS = [
     ["flow", "sampler", "tokenizers"],
     ["data"],
     ["optim", "ema", "precision"],
-    ["guard", "diagnosis"],
+    ["guard", "diagnosis", "memory"],
     ["engines"],
     ["checkpoint", "snapshots", "reports"],
     ["recovery"],
