@@ -1,4 +1,4 @@
-"""The command line: xar-scale train | sample | evaluate."""
+"""The command line: xar-scale train | sample | evaluate | doctor."""
 
 import argparse
 import dataclasses
@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("samples", type=Path, help="the .npz that `xar-scale sample` wrote")
     evaluate.add_argument("--out", type=Path, required=True, help="the verdict, a JSON file")
     evaluate.set_defaults(run_command=_evaluate, overridable=False)
+
+    doctor = commands.add_parser("doctor", help="show what this machine really runs: precisions, kernels, versions")
+    doctor.set_defaults(run_command=_doctor, overridable=False)
     return parser
 
 
@@ -165,6 +168,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     write_atomically(options.out, json.dumps(dataclasses.asdict(verdict), indent=1).encode())
     print(f"samples read as the class asked for: {verdict.samples:.1%} of {verdict.sample_count}")
     print(f"held-out real digits read rightly:   {verdict.held_out:.1%} of {verdict.held_out_count}")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from xar_scale import dist, doctor
+
+    machine = doctor.this_machine(dist.local_device())
+    print(doctor.table(("what", "found"), doctor.facts(machine)), end="\n\n")
+    titles = ("mode", "TFLOP/s", "compute", "gather", "reduce", "matmul", "attention", "engines", "finding")
+    print(doctor.table(titles, doctor.modes(machine)))
 
 
 if __name__ == "__main__":

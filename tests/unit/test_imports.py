@@ -25,7 +25,7 @@ LAYERS = [
     ["checkpoint", "snapshots", "reports"],
     ["recovery"],
     ["metrics"],
-    ["train", "evaluate", "bench"],
+    ["train", "evaluate", "bench", "doctor"],
     ["cli"],
     ["__main__", "tools"],
 ]
