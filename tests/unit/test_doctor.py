@@ -84,6 +84,18 @@ def test_arithmetic_that_is_another_is_found_out_by_running_it(monkeypatch):
     assert finding.startswith("is NOT fp32: error 3e-03")
 
 
+def test_products_are_made_in_the_modes_own_matmul_mode(monkeypatch):
+    used = {}
+
+    def error(mode, device):
+        used[mode] = torch.get_float32_matmul_precision()
+        return 0.0
+
+    monkeypatch.setattr(doctor, "_error", error)
+    doctor.modes(HERE)
+    assert used == {mode: precision.matmul for mode, precision in MODES.items()}
+
+
 def test_the_matmul_mode_is_put_back():
     torch.set_float32_matmul_precision("high")
     try:
