@@ -1,4 +1,4 @@
-"""The command line: xar-scale train | sample | evaluate | replay."""
+"""The command line: xar-scale train | sample | evaluate | replay | doctor."""
 
 import argparse
 import dataclasses
@@ -104,6 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("report", type=Path, help="RUN/reports/step-*.json")
     replay.add_argument("--checkpoint", type=Path, help="whose weights (default: the run's newest of that step or before)")
     replay.set_defaults(run_command=_replay, overridable=False)
+
+    doctor = commands.add_parser("doctor", help="show what this machine really runs: precisions, kernels, versions")
+    doctor.set_defaults(run_command=_doctor, overridable=False)
     return parser
 
 
@@ -195,6 +198,15 @@ def _replay(options: argparse.Namespace) -> None:
     print(
         "reproduced" if reproduced else "not reproduced: it was the device, or the weights between that checkpoint and the step"
     )
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from xar_scale import dist, doctor
+
+    machine = doctor.this_machine(dist.local_device())
+    print(doctor.table(("what", "found"), doctor.facts(machine)), end="\n\n")
+    titles = ("mode", "TFLOP/s", "compute", "gather", "reduce", "matmul", "attention", "engines", "finding")
+    print(doctor.table(titles, doctor.modes(machine)))
 
 
 if __name__ == "__main__":

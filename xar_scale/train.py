@@ -27,6 +27,7 @@ from xar_scale.engines import Engine, Verdict, create_engine
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import write_atomically
 from xar_scale.guard import Action, GuardState
+from xar_scale.memory import fallback_splits
 from xar_scale.metrics import Metrics, memory_gb
 from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import training_flops
@@ -79,8 +80,10 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
         f"{sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
         f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}; {kernels}"
     )
+    splits = fallback_splits(config, device)
     with metrics or nullcontext():
-        recovery = Recovery(config, engine, ema, [shard.name for shard in dataset.shards.info.shards], run, guard)
+        shards = [shard.name for shard in dataset.shards.info.shards]
+        recovery = Recovery(config, engine, ema, shards, run, guard, splits)
         training = Training(config, engine, ema, dataset, bad, recovery, store, metrics)
         training.run(start)
     dist.say(f"done: {config.train.steps} steps; checkpoint {training.newest or (checkpoint and checkpoint.path)}")

@@ -55,7 +55,9 @@ def bench_guard(options: argparse.Namespace) -> None:
         "weights looked at": _median_ms(look_at_weights, device),
         "inputs looked at": _median_ms(look_at_inputs, device),
         "decision": _median_ms(lambda: recovery.resolve(0, [batch], verdict), device),
-        f"all of the state looked at, every {every} steps": _median_ms(lambda: engine.ranks_with_bad_state(ema.averages), device)
+        f"all of the state looked at, every {every} steps": _median_ms(
+            lambda: engine.ranks_with_bad_state(ema.averages), device
+        )
         / every,
         f"a snapshot, every {every} steps": _median_ms(lambda: recovery.snapshots.take(0, 0), device) / every,
     }

@@ -1,0 +1,259 @@
+"""Memory reckoned beforehand: what is measured, how the fallback is split, and that training splits it so."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+from tests.conftest import digits_config
+from xar_scale import dist, memory
+from xar_scale.cli import main
+from xar_scale.config import Config
+from xar_scale.engines import Engine
+from xar_scale.evaluate.digits import cache_digits
+from xar_scale.flow import velocity_loss
+from xar_scale.guard import Bad
+from xar_scale.memory import PassMemory, pass_memory, plan_fallback
+from xar_scale.model.recompute import apply_recompute
+from xar_scale.model.xar import initial_weights, meta_model
+from xar_scale.presets import model_values
+
+CPU = torch.device("cpu")
+SAMPLES = 2
+GRID = ["model.channels=16", "model.grid=[16,16]"]
+NANO = GRID
+REDUCED_B = [*GRID, "model.width=768", "model.heads=12"]
+
+
+def config_of(*overrides: str) -> Config:
+    return digits_config("train.engine=single", *overrides)
+
+
+def real_pass(config: Config, mode: str, device: torch.device = CPU):
+    """The forward pass of real tensors, as a function; its backward pass is the result's."""
+    model = meta_model(config.model)
+    compute = memory.MODES[mode].compute
+    model.use_kernels(config.kernels, device, compute, training=True)
+    apply_recompute(model.blocks, config.train.recompute)
+    for weight in initial_weights(model, seed=0):
+        weight.place(device).register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    layout = model.layout
+    latents = torch.randn(SAMPLES, config.model.channels, *layout.grid, device=device)
+    noise = torch.randn(SAMPLES, layout.tokens, config.model.channels, device=device)
+    t, labels = torch.rand(SAMPLES, layout.entities, device=device), torch.zeros(SAMPLES, dtype=torch.int64, device=device)
+
+    def forward() -> Tensor:
+        with torch.autocast(device.type, dtype=compute, enabled=compute is not torch.float32):
+            return velocity_loss(model, layout, latents, noise, t, labels)
+
+    return model, forward
+
+
+def allocated(config: Config, mode: str) -> PassMemory:
+    """As the allocator of the CPU saw it."""
+    _, forward = real_pass(config, mode)
+    forward().backward()  # what is made once is there
+    sizes = []
+    for backward in (False, True):
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            loss = forward()
+            if backward:
+                loss.backward()
+        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        level = highest = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            level += event.nbytes()
+            highest = max(highest, level)
+        sizes.append(highest if backward else level)
+        del loss
+    return PassMemory(*sizes)
+
+
+def hooked(config: Config, mode: str) -> int:
+    """Bytes of different storages that autograd saves, but for parameters."""
+    model, forward = real_pass(config, mode)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = forward()
+    assert loss.requires_grad
+    return sum(size for pointer, size in saved.items() if pointer not in own)
+
+
+@pytest.mark.parametrize("sizes", [NANO, REDUCED_B], ids=["nano", "reduced xar_b"])
+@pytest.mark.parametrize("recompute", ["none", "full", "selective", "offload"])
+@pytest.mark.parametrize("mode", ["bf16", "tf32"])
+def test_a_pass_takes_what_the_allocator_gives_it(sizes, recompute, mode):
+    config = config_of(*sizes, f"train.recompute={recompute}")
+    reckoned, measured = pass_memory(config, mode, SAMPLES, CPU), allocated(config, mode)
+    assert reckoned == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("change", ["kernels.attention=dense", "kernels.attention=prefix", "model.dropout=0.1"])
+@pytest.mark.parametrize("mode", ["bf16", "tf32"])
+def test_the_forward_pass_leaves_what_autograd_saves(recompute, change, mode):
+    """Selective recomputation keeps its products where hooks do not see them: the allocator does, above."""
+    config = config_of(*REDUCED_B, f"train.recompute={recompute}", change)
+    assert pass_memory(config, mode, SAMPLES, CPU).saved == pytest.approx(hooked(config, mode), rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recompute", ["none", "full", "selective", "offload"])
+@pytest.mark.parametrize("mode", ["bf16", "tf32"])
+def test_a_pass_takes_what_a_gpu_gives_it(recompute, mode):
+    config, device = config_of(*REDUCED_B, f"train.recompute={recompute}", "model.dropout=0.1"), torch.device("cuda", 0)
+    _, forward = real_pass(config, mode, device)
+    forward().backward()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    forward().backward()
+    measured = torch.cuda.max_memory_allocated(device) - before
+    assert pass_memory(config, mode, SAMPLES, device).peak == pytest.approx(measured, rel=0.1)
+
+
+def test_copies_of_weights_count_where_autocast_makes_them():
+    """Not with an engine that gathers them in 16 bits; in float32 there are none."""
+    config = config_of(*REDUCED_B)
+    cut = dataclasses.replace(config, train=dataclasses.replace(config.train, engine="fsdp2"))
+    linear = sum(p.numel() for name, p in meta_model(config.model).named_parameters() if p.dim() == 2 and "embed.w" not in name)
+    more = pass_memory(config, "bf16", SAMPLES, CPU).saved - pass_memory(cut, "bf16", SAMPLES, CPU).saved
+    assert more == pytest.approx(2 * linear, rel=0.05)
+    assert pass_memory(config, "tf32", SAMPLES, CPU) == pass_memory(cut, "tf32", SAMPLES, CPU)
+
+
+def test_memory_grows_with_samples_and_falls_with_recomputation():
+    peaks = {
+        recompute: [pass_memory(config_of(f"train.recompute={recompute}", *GRID), "tf32", size, CPU).peak for size in (1, 2, 8)]
+        for recompute in ("none", "selective", "full")
+    }
+    assert all(sizes == sorted(set(sizes)) for sizes in peaks.values())
+    assert peaks["none"][2] > peaks["selective"][2] > peaks["full"][2]
+    assert pass_memory(config_of(*GRID), "bf16", 8, CPU).peak < peaks["none"][2]
+
+
+def test_a_rank_needs_less_among_more_ranks():
+    config = digits_config("train.engine=fsdp2", "train.global_batch=128", "train.micro_batch=8", *REDUCED_B)
+    needs = [memory.rank_memory(config, "tf32", 8, world, CPU) for world in (1, 2, 16)]
+    assert needs == sorted(set(needs), reverse=True)
+    copies = dataclasses.replace(config, train=dataclasses.replace(config.train, shard_ranks=2))
+    assert memory.rank_memory(copies, "tf32", 8, 16, CPU) == needs[1]
+    weights = sum(parameter.numel() for parameter in meta_model(config.model).parameters())
+    assert needs[0] - needs[1] == pytest.approx(memory.MARGIN * 20 * weights / 2, rel=1e-6)
+
+
+def test_a_network_of_a_billion_weights_is_reckoned_without_them():
+    config = config_of(*(f"model.{key}={value}" for key, value in model_values("xar_h").items()), *GRID)
+    none = pass_memory(config, "tf32", 64, CPU)
+    assert 80e9 < none.saved < none.peak < 95e9
+
+
+# Gigabytes of a pass, by samples: 1 a sample in TF32, 0.5 in bf16; the state takes none
+@pytest.fixture
+def simple(monkeypatch):
+    monkeypatch.setattr(
+        memory, "rank_memory", lambda config, mode, samples, world, device: 1e9 * samples * (0.5 if mode == "bf16" else 1)
+    )
+
+    def plan(room_gb: float, *overrides: str, micro: int = 64) -> tuple[int, str]:
+        changes = (f"train.micro_batch={micro}", f"train.global_batch={2 * micro}", "data.lanes=1", *overrides)
+        return plan_fallback(digits_config("train.precision=bf16", *changes), 2, CPU, room_gb * 1e9)
+
+    return plan
+
+
+@pytest.mark.parametrize(("room", "parts"), [(64, 1), (63.9, 2), (32, 2), (31.9, 4), (16, 4), (15.9, 8), (1, 64), (0.9, 64)])
+def test_as_few_parts_as_fit(simple, room, parts):
+    assert simple(room)[0] == parts
+
+
+def test_the_warning_has_the_numbers(simple):
+    assert simple(64) == (1, "")
+    assert simple(40) == (
+        2,
+        "TF32 after a fallback needs about 64 GB of 40 GB: it will run each pass in 2 parts (micro_batch 64 as 2 x 32)",
+    )
+    parts, warning = simple(7, micro=12)
+    assert parts == 2 and warning.endswith("(micro_batch 12 as 2 x 6)")
+    parts, warning = simple(7.9, micro=15)
+    assert parts == 3 and warning.endswith("(micro_batch 15 as 3 x 5)")
+
+
+def test_single_samples_that_do_not_fit_are_warned_of(simple):
+    parts, warning = simple(0.7, micro=1)
+    assert (parts, warning) == (
+        1,
+        "TF32 after a fallback needs about 1.0 GB of 0.7 GB, with one sample a pass still 1.0 GB: it may run out of memory",
+    )
+
+
+def test_what_does_not_fit_without_a_fallback_is_no_business_of_its(simple):
+    parts, warning = simple(31)
+    assert (parts, warning) == (4, "")
+
+
+@pytest.mark.parametrize("without", ["train.precision=tf32", "train.precision=fp32", "guard.enabled=false"])
+def test_runs_that_never_fall_back_reckon_nothing(simple, without, monkeypatch):
+    monkeypatch.setattr(memory, "rank_memory", None)
+    assert simple(0.1, without) == (1, "")
+
+
+def test_the_rank_with_the_least_memory_decides(simple, monkeypatch, capsys):
+    gathered = []
+    monkeypatch.setattr(dist, "gather_objects", lambda value: gathered.append(value) or [50 * 10**9, 33 * 10**9])
+    monkeypatch.setattr(dist, "on_rank_0", lambda work: work())
+    config = digits_config("train.precision=bf16", "train.micro_batch=64")
+    assert memory.fallback_splits(config, CPU) == 2
+    assert gathered == [memory.device_memory(CPU)]
+    assert capsys.readouterr().out.startswith("memory: TF32 after a fallback needs about 64 GB of 33 GB")
+
+
+def test_a_machines_memory_is_shared_by_its_ranks(monkeypatch):
+    whole = memory.device_memory(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory.device_memory(CPU) == whole // 4
+
+
+def test_what_cannot_be_reckoned_ends_no_run(monkeypatch, capsys):
+    def fail(*arguments):
+        raise RuntimeError("no such\noperation")
+
+    monkeypatch.setattr(memory, "pass_memory", fail)
+    assert memory.fallback_splits(digits_config("train.precision=bf16"), CPU) == 1
+    said = capsys.readouterr().out
+    assert "cannot be reckoned here (RuntimeError: no such operation)" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("little", [False, True])
+def test_training_splits_the_fallback_as_reckoned(tmp_path, monkeypatch, capsys, little):
+    """A run in bf16 whose every step in it fails; said once, and only where it does not fit."""
+    cache_digits(tmp_path / "data", 1000)
+    settings = ["train.engine=single", "train.precision=bf16", "train.steps=2", "train.global_batch=128"]
+    settings += ["optim.warmup_steps=1", "data.workers=0"]
+    arguments = ["train", "--recipe", "digits", "--run-dir", str(tmp_path / "run"), f"data.path={tmp_path / 'data'}", *settings]
+    config = digits_config(*settings)
+    need = {size: memory.rank_memory(config, "tf32", size, 1, CPU) for size in (64, 128)}
+    room = (need[64] + 2 * need[128]) / 3
+    monkeypatch.setattr(memory, "device_memory", lambda device: room if little else 2 * need[128])
+    attempt, seen = Engine.attempt, []
+
+    def failing_in_bf16(engine, *arguments):
+        verdict = attempt(engine, *arguments)
+        seen.append((engine.mode, engine.splits))
+        return dataclasses.replace(verdict, bad=Bad.GRADIENT) if engine.mode == "bf16" else verdict
+
+    monkeypatch.setattr(Engine, "attempt", failing_in_bf16)
+    assert main(arguments) == 0
+    assert dict(seen) == {"bf16": 1, "tf32": 2 if little else 1}
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory:")]
+    assert len(said) == little
+    assert not little or said[0].endswith("it will run each pass in 2 parts (micro_batch 128 as 2 x 64)")

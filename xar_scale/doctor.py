@@ -1,0 +1,191 @@
+"""What this machine really runs: each precision timed and checked, or refused with the reason; whose software is there."""
+
+import os
+import platform
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xar_scale.config import ModelConfig
+from xar_scale.errors import ConfigError
+from xar_scale.memory import device_memory
+from xar_scale.model.apex import choose_library
+from xar_scale.model.attention import choose_backend, describe
+from xar_scale.model.entities import create_layout
+from xar_scale.precision import FP32, MODES, apply_matmul_mode
+from xar_scale.presets import model_values
+
+MODEL = ModelConfig(**model_values("xar_b"))  # whose attention is asked for
+SIZES = {"cuda": 8192}  # of the matrices that are timed; elsewhere
+SMALL = 512  # are these, and all that are checked
+WARM_UP, REPEATS = 2, 5
+# Between which the error of a product lies, relative to the exact one: 8 bits of inputs, 11 twice (rounded, or cut off), 24
+ERRORS = {"bf16": (1.5e-3, 1e-2), "fp16": (1e-4, 1.5e-3), "tf32": (1e-4, 1.5e-3), "fp32": (0.0, 2e-6)}
+TENSOR_CORES = (8, 0)  # the first compute capability with bfloat16 and TF32
+NAMES = {"bf16": "bfloat16", "tf32": "TF32"}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The local device. ``capability``: of a GPU, its compute capability."""
+
+    device: torch.device
+    names: tuple[str, ...]  # of all devices
+    capability: tuple[int, int] | None
+
+
+class Mode(NamedTuple):
+    """One precision as a row: all text, for people."""
+
+    mode: str
+    tflops: str
+    compute: str
+    gather: str
+    reduce: str
+    matmul: str
+    attention: str
+    engines: str
+    finding: str
+
+
+def this_machine(device: torch.device) -> Machine:
+    if device.type == "cuda":
+        names = tuple(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+        return Machine(device, names, torch.cuda.get_device_capability(device))
+    return Machine(device, (f"{platform.machine()} CPU, {os.cpu_count()} cores",), None)
+
+
+def facts(machine: Machine) -> list[tuple[str, str]]:
+    """(what, its version or state): the software that training stands on, and the devices. Imports none of it."""
+    try:
+        choose_library("apex", machine.device)
+        apex = "NVIDIA's"
+    except ConfigError as reason:
+        apex = str(reason).split(": ", 1)[1].split("; ")[0].removeprefix("it is ")
+    return [
+        ("python", platform.python_version()),
+        ("torch", torch.__version__),
+        ("deepspeed", _version("deepspeed")),
+        ("flash_attn", _version("flash-attn")),
+        ("apex", apex),
+        ("cuda", f"torch is built for {torch.version.cuda or 'none'}, {torch.cuda.device_count()} devices"),
+        *(("device", f"{count} x {name}") for name, count in Counter(machine.names).items()),
+        ("memory", f"{device_memory(machine.device) / 1e9:.0f} GB a rank"),
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def refusal(mode: str, machine: Machine) -> str:
+    """Why the device has no ``mode``; "" where it has. A CPU computes them all, TF32 as plain float32."""
+    if mode not in NAMES or machine.capability is None or machine.capability >= TENSOR_CORES:
+        return ""
+    has, needs = (".".join(map(str, version)) for version in (machine.capability, TENSOR_CORES))
+    instead = {"bf16": "use fp16", "tf32": "it would be plain float32"}[mode]
+    return f"compute capability {has} has no {NAMES[mode]}, {needs} has: {instead}"
+
+
+def modes(machine: Machine) -> list[Mode]:
+    """Every precision mode on this device. What is refused is not run."""
+    return [_mode(mode, machine) for mode in MODES]
+
+
+def _mode(mode: str, machine: Machine) -> Mode:
+    precision = MODES[mode]
+    compute, gather, reduce = (
+        str(dtype).removeprefix("torch.") for dtype in (precision.compute, precision.gather, precision.reduce)
+    )
+    if reason := refusal(mode, machine):
+        tflops, engines, finding = "-", "none", f"refused: {reason}"
+    else:
+        with _matmul_mode(mode):
+            tflops = f"{_teraflops(mode, machine.device):.3g}"
+            finding = judge(mode, _error(mode, machine.device), machine)
+        engines = "single, fsdp2" if precision.scaled else "single, fsdp2, deepspeed"
+        if precision.scaled:
+            finding += "; deepspeed refused: its ranks disagree on skipping a step, and its loss scale never backs off"
+    attention = _attention(machine.device, precision.compute)
+    return Mode(mode, tflops, compute, gather, reduce, precision.matmul, attention, engines, finding)
+
+
+def judge(mode: str, error: float, machine: Machine) -> str:
+    """What the ``error`` of a product, relative to the exact one, says of the arithmetic behind it."""
+    if _as_by(mode, error):
+        return f"is {mode} (error {error:.0e})"
+    if mode == "tf32" and _as_by("fp32", error):
+        why = "a CPU has no TF32" if machine.device.type == "cpu" else "TF32 is off here"
+        return f"is plain float32 (error {error:.0e}): {why}"
+    low, high = ERRORS[mode]
+    return f"is NOT {mode}: error {error:.0e}, not between {low:.0e} and {high:.0e}"
+
+
+def _as_by(mode: str, error: float) -> bool:
+    low, high = ERRORS[mode]
+    return low <= error <= high
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> str:
+    layout, width = create_layout(MODEL), MODEL.head_width
+    try:
+        return describe(choose_backend(layout, device, dtype, width, dropout=0.0, backward=True), device, dtype, width)
+    except ConfigError as reason:  # flash_attn is there and broken
+        return str(reason)
+
+
+@contextmanager
+def _matmul_mode(mode: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    apply_matmul_mode(mode)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def _product(mode: str, a: Tensor, b: Tensor) -> Tensor:
+    """As engines compute it."""
+    compute = MODES[mode].compute
+    with torch.autocast(a.device.type, dtype=compute, enabled=compute is not FP32):
+        return a @ b
+
+
+def _error(mode: str, device: torch.device) -> float:
+    """Of a product of float32 matrices, relative to the exact one; root mean square."""
+    a, b = torch.randn(2, SMALL, SMALL, generator=torch.Generator().manual_seed(0)).to(device)
+    exact = a.double() @ b.double()
+    return ((_product(mode, a, b) - exact).norm() / exact.norm()).item()
+
+
+def _teraflops(mode: str, device: torch.device) -> float:
+    """Median over repetitions, 10^12 operations a second."""
+    size = SIZES.get(device.type, SMALL)
+    a, b = torch.randn(2, size, size, device=device).to(MODES[mode].compute)
+    seconds = []
+    for _ in range(WARM_UP + REPEATS):
+        begun = time.perf_counter()
+        _product(mode, a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / statistics.median(seconds[WARM_UP:]) / 1e12
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side, each as wide as its widest entry."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    lines = (titles, *rows)
+    return "\n".join("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines)
