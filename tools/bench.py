@@ -2,6 +2,7 @@
 
 python tools/bench.py attention --model xar_h --grid 16 --batch 8 --precision bf16
 python tools/bench.py recompute --model xar_b --batch 4
+python tools/bench.py guard --model xar_b --batch 4
 python tools/bench.py build --model xar_7b --ranks 64
 python tools/bench.py loader --data /tmp/loader
 python tools/bench.py order --shards 100000 --samples-per-shard 1000
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from xar_scale.bench.guard import bench_guard
 from xar_scale.bench.loader import bench_loader, bench_order
 from xar_scale.bench.model import bench_attention, bench_build, bench_recompute
 from xar_scale.cli import Parser, ending
@@ -30,6 +32,8 @@ def main() -> int:
     recompute = commands.add_parser("recompute", help="every mode of activation checkpointing: time and peak memory")
     recompute.set_defaults(command=bench_recompute)
     recompute.add_argument("--mode", choices=get_args(Recompute), help="this one only, in this process; a line of JSON")
+    guard = commands.add_parser("guard", help="what the guard adds to a step in which nothing happens")
+    guard.set_defaults(command=bench_guard)
     build = commands.add_parser("build", help="one ZeRO-3 rank of many, simulated: memory and time until its weights are there")
     build.set_defaults(command=bench_build, batch=1, grid=16, precision="fp32")
     build.add_argument("--model", default="xar_b")
@@ -43,8 +47,9 @@ def main() -> int:
     order.add_argument("--shards", type=int, default=100_000)
     order.add_argument("--samples-per-shard", type=int, default=1000)
     for command in (attention, recompute):
-        command.add_argument("--model", default="xar_b")
         command.add_argument("--entity", help=f"one of {', '.join(kinds())} (attention: default all; recompute: cell)")
+    for command in (attention, recompute, guard):
+        command.add_argument("--model", default="xar_b")
         command.add_argument("--grid", type=int, default=16, help="tokens on a side: 16 is 256 px, 32 is 512 px")
         command.add_argument("--batch", type=int, default=4)
         command.add_argument("--precision", choices=MODES, default="fp32")

@@ -1,16 +1,13 @@
 """What the guard adds to a step in which nothing happens."""
 
 import argparse
-import math
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from xar_scale import dist
+from xar_scale.bench.timing import median_ms
 from xar_scale.config import Config, merge
 from xar_scale.data.loader import Batch
 from xar_scale.ema import EMA
@@ -20,8 +17,6 @@ from xar_scale.model.entities import create_layout
 from xar_scale.model.xar import initial_weights, meta_model
 from xar_scale.presets import model_values, recipe
 from xar_scale.recovery import Recovery
-
-WARM_UP, REPEATS = 1, 7
 
 
 def bench_guard(options: argparse.Namespace) -> None:
@@ -43,23 +38,21 @@ def bench_guard(options: argparse.Namespace) -> None:
         ema.update()
 
     def look_at_weights() -> Any:
-        return torch.stack(torch._foreach_norm(masters, ord=math.inf)).sum()
+        return torch.stack(torch._foreach_norm(masters)).sum()
 
     def look_at_inputs() -> Any:
         return batch.latents.sum() + batch.noise.sum() + batch.t.sum()
 
     verdict = recovery.attempt(0, [batch])
-    whole = _median_ms(step, device)
+    whole = median_ms(step, device)
     every = config.guard.snapshot_every
     parts: dict[str, float] = {
-        "weights looked at": _median_ms(look_at_weights, device),
-        "inputs looked at": _median_ms(look_at_inputs, device),
-        "decision": _median_ms(lambda: recovery.resolve(0, [batch], verdict), device),
-        f"all of the state looked at, every {every} steps": _median_ms(
-            lambda: engine.ranks_with_bad_state(ema.averages), device
-        )
+        "weights looked at": median_ms(look_at_weights, device),
+        "inputs looked at": median_ms(look_at_inputs, device),
+        "decision": median_ms(lambda: recovery.resolve(0, [batch], verdict), device),
+        f"all of the state looked at, every {every} steps": median_ms(lambda: engine.ranks_with_bad_state(ema.averages), device)
         / every,
-        f"a snapshot, every {every} steps": _median_ms(lambda: recovery.snapshots.take(0, 0), device) / every,
+        f"a snapshot, every {every} steps": median_ms(lambda: recovery.snapshots.take(0, 0), device) / every,
     }
     print(f"{options.model}, {options.grid}x{options.grid} tokens, batch {options.batch}, {options.precision}, {device}\n")
     print("| part | ms a step | of the step |\n| --- | --- | --- |")
@@ -78,14 +71,3 @@ def _random_batch(config: Config, device: torch.device) -> Batch:
         keys=("sample",) * size,
         places=torch.zeros(size, 2, dtype=torch.int64),
     ).to(device)
-
-
-def _median_ms(work: Callable[[], Any], device: torch.device) -> float:
-    times = []
-    for _ in range(WARM_UP + REPEATS):
-        begun = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1e3 * (time.perf_counter() - begun))
-    return statistics.median(times[WARM_UP:])

@@ -4,13 +4,12 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from xar_scale import dist
 from xar_scale.bench.memory import resident
+from xar_scale.bench.timing import median_ms
 from xar_scale.config import Config, ModelConfig, Recompute, merge, validated
 from xar_scale.engines import create_engine
 from xar_scale.errors import ConfigError, UsageError, XarScaleError
@@ -29,28 +29,10 @@ from xar_scale.model.xar import Weight, create_model, initial_weights, meta_mode
 from xar_scale.precision import MODES
 from xar_scale.presets import model_values, recipe
 
-WARM_UP, REPEATS = 2, 5
-
 
 def _config(options: argparse.Namespace, entity: str) -> ModelConfig:
     sizes = {**model_values(options.model), "grid": [options.grid] * 2, "entity": entity}
     return validated(ModelConfig, sizes, ConfigError)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _median_ms(work: Callable[[], Any], device: torch.device) -> float:
-    times = []
-    for _ in range(WARM_UP + REPEATS):
-        _synchronize(device)
-        begun = time.perf_counter()
-        work()
-        _synchronize(device)
-        times.append(1e3 * (time.perf_counter() - begun))
-    return statistics.median(times[WARM_UP:])
 
 
 def _title(options: argparse.Namespace, columns: str) -> None:
@@ -72,7 +54,7 @@ def bench_attention(options: argparse.Namespace) -> None:
         for backend in get_args(Backend):
             forward = partial(block_causal_attention, q, k, v, layout, backend=backend)
             name = describe(backend, device, dtype, config.head_width) + (", chosen" if backend == chosen else "")
-            times = f"{_median_ms(forward, device):.2f} | {_backward_ms(layout, backend, options.dropout, q, k, v)}"
+            times = f"{median_ms(forward, device):.2f} | {_backward_ms(layout, backend, options.dropout, q, k, v)}"
             print(f"| {entity} | {layout.entities} | {name} | {times} |", flush=True)
 
 
@@ -83,7 +65,7 @@ def _backward_ms(layout: EntityLayout, backend: Backend, dropout: float, *qkv: T
         torch.autograd.grad(block_causal_attention(q, k, v, layout, backend=backend, dropout=dropout).sum(), (q, k, v))
 
     try:
-        return f"{_median_ms(work, qkv[0].device):.2f}"
+        return f"{median_ms(work, qkv[0].device):.2f}"
     except ConfigError as refused:
         return str(refused)
 
@@ -128,7 +110,7 @@ def _one_mode(options: argparse.Namespace) -> dict[str, float]:
     before = _memory_peak(device, reset=True)
     work()
     peak = _memory_peak(device) - before
-    return {"ms": _median_ms(work, device), "peak_mb": peak / 2**20}
+    return {"ms": median_ms(work, device), "peak_mb": peak / 2**20}
 
 
 def bench_build(options: argparse.Namespace) -> None:

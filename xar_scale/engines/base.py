@@ -105,9 +105,9 @@ class Engine(ABC):
         faults, put together with all others'. One reduction, and one wait for the device.
         """
         squares = torch.stack([gradient.float().square().sum() for gradient in self.gradients()]).sum()
-        largest = torch.stack(torch._foreach_norm(self._masters, ord=math.inf)).sum()
+        weights = _finite_if_all_are(self._masters)
         inputs = torch.zeros_like(loss) if inputs is None else inputs
-        self._bad = ~torch.isfinite(torch.stack([loss, squares, largest, inputs]))
+        self._bad = ~torch.isfinite(torch.stack([loss, squares, weights, inputs]))
         parts = torch.stack([loss / dist.world(), squares / self.copies, torch.full_like(loss, faults)])
         sums = dist.all_reduce_sum(torch.cat([parts, self._bad.float()])).tolist()
         found = _flags(sums[3:])
@@ -134,8 +134,8 @@ class Engine(ABC):
         """Those whose weights or moments, or ``averages`` of them, are not finite. Reads all of it."""
         tensors = [tensor for shard in self.shards() for tensor in shard[4:]]
         tensors = [tensor for tensor in (*tensors, *averages) if tensor.numel()]
-        largest = torch.stack(torch._foreach_norm(tensors, ord=math.inf)).sum()
-        return [rank for rank, value in enumerate(dist.gather_objects(largest.item())) if not math.isfinite(value)]
+        seen = dist.gather_objects(_finite_if_all_are(tensors).item())
+        return [rank for rank, value in enumerate(seen) if not math.isfinite(value)]
 
     def step(self, learning_rate: float, verdict: Verdict) -> None:
         """Clip the agreed gradient norm to ``optim.clip`` and update the weights."""
@@ -165,6 +165,11 @@ class Engine(ABC):
     @abstractmethod
     def shards_written(self, steps: int) -> None:
         """Tell the engine that ``shards()`` were written to: weights used by the next pass, and ``steps`` taken, follow."""
+
+
+def _finite_if_all_are(tensors: Sequence[Tensor]) -> Tensor:
+    """A number for the question alone: on a CPU these norms are quick, and of large tensors not exact."""
+    return torch.stack(torch._foreach_norm(tensors)).sum()
 
 
 def _flags(ranks: Sequence[float]) -> Bad:
