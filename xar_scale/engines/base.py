@@ -103,8 +103,9 @@ class Engine(ABC):
         """After the last pass: this rank's mean loss over passes, a number that is finite where all of its inputs are, and its
         faults, put together with all others'. One reduction, and one wait for the device.
         """
-        squares = torch.stack([gradient.float().square().sum() for gradient in self.gradients()]).sum()
-        largest = torch.stack(torch._foreach_norm(self._masters, ord=math.inf)).sum()
+        # what is offloaded is summed up where it is
+        squares = torch.stack([gradient.float().square().sum() for gradient in self.gradients()]).sum().to(self.device)
+        largest = torch.stack(torch._foreach_norm(self._masters, ord=math.inf)).sum().to(self.device)
         inputs = torch.zeros_like(loss) if inputs is None else inputs
         self._bad = ~torch.isfinite(torch.stack([loss, squares, largest, inputs]))
         parts = torch.stack([loss / dist.world(), squares / self.copies, torch.full_like(loss, faults)])
@@ -133,7 +134,7 @@ class Engine(ABC):
         """Whether weights and moments are, and ``averages`` of them, on all ranks. Reads all of it."""
         tensors = [tensor for shard in self.shards() for tensor in shard[4:]]
         tensors = [tensor for tensor in (*tensors, *averages) if tensor.numel()]
-        largest = torch.stack(torch._foreach_norm(tensors, ord=math.inf)).sum()
+        largest = torch.stack(torch._foreach_norm(tensors, ord=math.inf)).sum().to(self.device)
         return not dist.all_reduce_sum((~torch.isfinite(largest)).float()).item()
 
     def step(self, learning_rate: float, verdict: Verdict) -> None:
