@@ -25,10 +25,10 @@ BATCH = 24
 COMMON = ["model.width=32", "model.heads=2", "model.depth_encoder=1", "model.depth_decoder=1"]
 COMMON += [f"train.global_batch={BATCH}", "optim.clip=0.5", "train.precision=fp32"]
 ROOT = Path(__file__).parent.parent.parent
-SMALL = {"reduce_bucket_size": 3000, "allgather_bucket_size": 3000, "stage3_prefetch_bucket_size": 3000}
+SMALL = {"reduce_bucket_size": 10000, "allgather_bucket_size": 10000, "stage3_prefetch_bucket_size": 10000}
 SMALL3 = {
     "stage3_param_persistence_threshold": 100,
-    "sub_group_size": 3000,
+    "sub_group_size": 10000,
 }  # of all kinds: some parameters, several sub-groups
 
 
