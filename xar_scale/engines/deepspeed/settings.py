@@ -108,6 +108,7 @@ def _check_offload(key: str, given: Any, stage: int) -> None:
     if device not in ("none", "cpu"):
         raise ConfigError(f"{key}.device {device}: the deepspeed engine offloads to the CPU; checkpoints read shards in memory")
     if device == "cpu" and stage != 3:
+        # 0.19.8: there it waits for the device once a parameter and step, and accumulates whole gradients in the host's memory
         raise ConfigError(f"{key}.device cpu with stage {stage}: the deepspeed engine offloads in stage 3 only")
     if given.get("ratio", 1.0) != 1.0 or given.get("super_offload"):
         raise ConfigError(f"{key}: ratio and super_offload are for DeepSpeed's own Adam, and optim.* is torch's; remove them")
