@@ -63,6 +63,7 @@ class Job(Run):
         """A step that is attempted and not taken."""
         self.attempt()
         self.engine.discard()
+        self.came["left"] = len(self.engine.gradients())
 
     def precision(self, mode: str, splits: int = 1) -> None:
         self.engine.set_precision(mode, splits)

@@ -45,15 +45,17 @@ class Runs:
             self.add(job_name(kind), kind, TRAINED)
 
     def add_lowered(self, kinds: list[str]) -> None:
-        """Engines that begin in bf16 and go over to fp32, after a step that was attempted and not taken, and back."""
+        """Engines that begin in bf16, go over to fp32 and back, with steps that are attempted and not taken; and undisturbed
+        ones."""
+        before, lowered, back = ["taken", BEFORE, "before"], ["taken", AFTER, "fp32"], ["taken", AFTER, "bf16"]
         for kind in kinds:
             name = job_name(kind)
             saved = ["loaded", self.checkpoint(f"{name}-lowered", BEFORE)]
-            actions = [["taken", BEFORE, "before"], ["saved"], ["discarded"], ["precision", "fp32"], ["taken", AFTER, "fp32"]]
-            actions += [saved, ["precision", "bf16"], ["taken", AFTER, "bf16"]]
-            actions += [saved, ["precision", "fp32", 2], ["taken", AFTER, "split"]]
+            actions = [before, ["saved"], ["discarded"], ["precision", "fp32"], lowered]
+            actions += [saved, ["precision", "bf16"], ["discarded"], back]
+            actions += [saved, ["discarded"], ["precision", "fp32", 2], ["taken", AFTER, "split"]]
             self.add(f"{name}-lowered", kind, actions, "train.precision=bf16")
-            self.add(f"{name}-bf16", kind, [saved, ["taken", AFTER, "bf16"]], "train.precision=bf16")
+            self.add(f"{name}-bf16", kind, [before, back], "train.precision=bf16")
 
     def add_fresh(self, kinds: list[str]) -> None:
         for kind in kinds:
@@ -157,6 +159,13 @@ def test_an_engine_whose_precision_changes_is_one_that_never_had_another(one, tw
         for changed, fresh in lowered_pairs(runs, mode):
             assert changed[mode] == fresh[mode]
             assert changed["fp32"]["loss"] != changed["bf16"]["loss"]
+
+
+def test_what_is_discarded_is_let_go_of(one, two, four):
+    for runs in (one, two, four):
+        for name, came in runs.items():
+            if name.endswith("-lowered") and "offload" not in name:  # DeepSpeed keeps its buffers in the host's memory
+                assert came["left"] == 0, name
 
 
 def test_a_pass_in_two_parts_is_the_same_pass(one, two, four):
