@@ -30,6 +30,7 @@ class ZeRO3Engine(DeepSpeedEngine):
             for group, parameters in enumerate(self.optimizer.fp16_groups)
             for parameter, offset in zip(parameters, _offsets(parameters), strict=False)
         }
+        self._let_go()
 
     def _place(self, weights: Iterable[Weight], settings: dict[str, Any]) -> None:
         import deepspeed
@@ -76,6 +77,10 @@ class ZeRO3Engine(DeepSpeedEngine):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
         # 0.19.8: with hpZ, letting go keeps what was gathered as the neighbours' copy, which comes first until a step is taken
         self.optimizer.invalidate_secondary_tensor()
+        # 0.19.8: parameters that stay gathered (small ones) are so in float32 after a step, but in 16 bits if a pass has to do
+        # it, and its Linear adds the bias as it is gathered: in bf16 a resumed run would go on otherwise than one that was not
+        if persistent := self.optimizer.persistent_parameters:
+            persistent[0].all_gather(persistent)
 
 
 def _offsets(parameters: list[Any]) -> Iterator[int]:
