@@ -78,9 +78,11 @@ class ZeRO3Engine(DeepSpeedEngine):
         # 0.19.8: with hpZ, letting go keeps what was gathered as the neighbours' copy, which comes first until a step is taken
         self.optimizer.invalidate_secondary_tensor()
         # 0.19.8: parameters that stay gathered (small ones) are so in float32 after a step, but in 16 bits if a pass has to do
-        # it, and its Linear adds the bias as it is gathered: in bf16 a resumed run would go on otherwise than one that was not
-        if persistent := self.optimizer.persistent_parameters:
-            persistent[0].all_gather(persistent)
+        # it, and its Linear adds the bias as it is gathered: in bf16 a resumed run would go on otherwise than one that was not.
+        # With selective recomputation that Linear is off, and the first pass must not find anything gathered: it would then
+        # gather otherwise in the forward pass than when that is computed again
+        if self.optimizer.persistent_parameters and self.config.train.recompute != "selective":
+            self.optimizer.persistent_parameters[0].all_gather(self.optimizer.persistent_parameters)
 
 
 def _offsets(parameters: list[Any]) -> Iterator[int]:
