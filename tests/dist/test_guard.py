@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist.test_training import assert_bitwise
+from tests.dist.states import assert_bitwise, state
 from tests.processes import Ended, launch
-from xar_scale.checkpoint.store import load_weights, read_manifest
+from xar_scale.checkpoint.store import read_manifest
 from xar_scale.cli import main
 from xar_scale.evaluate.digits import cache_digits
 
 STEPS = 16
-KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
 ENGINES = ("deepspeed", "fsdp2")
 SETTINGS = [
     "model.width=64",
@@ -49,8 +48,7 @@ class Run:
         return [json.loads(path.read_text()) for path in sorted((self.path / "reports").glob("*.json"))]
 
     def state(self, step: int = STEPS) -> dict[str, torch.Tensor]:
-        checkpoint = read_manifest(self.path / "checkpoints" / f"step-{step:08d}")
-        return {f"{kind}/{name}": tensor for kind in KINDS for name, tensor in load_weights(checkpoint, kind).items()}
+        return state(self.path, step)
 
     def metrics(self, name: str) -> list:
         lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.dist.states import assert_bitwise, assert_near, state
 from tests.processes import finish, kill, launch, start
-from xar_scale.checkpoint.store import load_weights, read_manifest
 from xar_scale.evaluate.digits import cache_digits
 
 STEPS = 20
-KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
 SETTINGS = [
     f"train.steps={STEPS}",
     "train.global_batch=96",
@@ -51,32 +50,6 @@ def curve(run: Path, name: str = "loss") -> torch.Tensor:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(lines[0]["step"], STEPS + 1))
     return torch.tensor([line[name] for line in lines], dtype=torch.float64)
-
-
-def state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    checkpoint = read_manifest(run / "checkpoints" / f"step-{step:08d}")
-    return {f"{kind}/{name}": tensor for kind in KINDS for name, tensor in load_weights(checkpoint, kind).items()}
-
-
-def assert_bitwise(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [name for name in one if not torch.equal(one[name], other[name])] == []
-
-
-def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    """To 1e-5 of each tensor's size, moments and averages too.
-
-    One exception: the bias of the keys hardly has a gradient (softmax takes no notice of what all scores share), so what
-    Adam divides by its own size there is rounding noise, which depends on the order of the sum over ranks.
-    """
-    assert one.keys() == other.keys()
-    for name in one:
-        tolerance = 1e-3 if name.startswith(("model/", "ema/")) and name.endswith("attn.qkv.bias") else 1e-5
-        error = ((one[name] - other[name]).norm() / other[name].norm().clamp(min=1e-12)).item()
-        assert error < tolerance, f"{name}: {error}"
-    for kind in KINDS:
-        whole, reference = (torch.cat([t.flatten() for name, t in of.items() if name.startswith(kind)]) for of in (one, other))
-        assert (whole - reference).norm() < 1e-5 * reference.norm(), kind
 
 
 @pytest.fixture(scope="module")

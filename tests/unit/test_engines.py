@@ -1,6 +1,5 @@
-"""Engines in one process: the settings that DeepSpeed gets, the verdict, a discarded step, shards as views."""
+"""Engines in one process: the verdict, a discarded step, shards as views."""
 
-import json
 import math
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from tests.conftest import digits_config, random_batch
 from xar_scale.engines import create_engine
 from xar_scale.engines.base import set_steps
-from xar_scale.engines.deepspeed import deepspeed_settings
 from xar_scale.errors import ConfigError
 from xar_scale.guard import Bad
 from xar_scale.model.xar import initial_weights, meta_model
@@ -31,82 +29,6 @@ def one_step(engine, step: int, batch=None) -> float:
 
 def copies(engine) -> list[torch.Tensor]:
     return [tensor.clone() for shard in engine.shards() for tensor in (shard.master, shard.exp_avg, shard.exp_avg_sq)]
-
-
-def settings_of(tmp_path, values: dict, *overrides: str, world: int = 2) -> dict:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps(values))
-    return deepspeed_settings(digits_config(f"train.ds_config={path}", *overrides), world)
-
-
-ZERO3 = {"zero_optimization": {"stage": 3}}
-
-
-def test_deepspeed_gets_our_batch_and_precision(tmp_path):
-    settings = settings_of(
-        tmp_path, {**ZERO3, "steps_per_print": 7}, "train.global_batch=128", "train.micro_batch=16", "train.precision=bf16"
-    )
-    assert settings["train_batch_size"] == 128
-    assert settings["train_micro_batch_size_per_gpu"] == 16
-    assert settings["gradient_accumulation_steps"] == 4
-    assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    assert settings["gradient_clipping"] == 0  # Engine.step clips
-    assert settings["steps_per_print"] == 7  # the file's own keys stay
-    assert "torch_autocast" not in settings_of(tmp_path, ZERO3, "train.precision=fp32")
-
-
-@pytest.mark.parametrize(
-    ("extra", "names"),
-    [
-        ({"train_batch_size": 64}, ["train_batch_size 64", "train.global_batch 128"]),
-        ({"train_micro_batch_size_per_gpu": 3}, ["train_micro_batch_size_per_gpu 3", "train.micro_batch 64"]),
-        ({"gradient_accumulation_steps": 5}, ["gradient_accumulation_steps 5", "global_batch / micro_batch / world 1"]),
-        ({"gradient_clipping": 0.5}, ["gradient_clipping 0.5", "optim.clip 1.0"]),
-        ({"fp16": {"enabled": True}}, ["fp16 contradicts", "train.precision fp32"]),
-        ({"bf16": {"enabled": True}}, ["bf16 contradicts", "train.precision fp32"]),
-        ({"bf16": True}, ["bf16 contradicts", "train.precision fp32"]),
-        ({"communication_data_type": "bf16"}, ["communication_data_type contradicts", "train.precision fp32"]),
-        ({"data_types": {"grad_accum_dtype": "bf16"}}, ["data_types contradicts", "train.precision fp32"]),
-        ({"elasticity": {}}, ["does not take elasticity", "zero_optimization"]),
-        ({"zero_optimization": 3}, ["zero_optimization.stage None"]),
-        ({"optimizer": {"type": "Adam"}}, ["optimizer", "optim.*"]),
-        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "optim.warmup_steps"]),
-        ({"zero_optimization": {"stage": 2}}, ["zero_optimization.stage 2"]),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, ["zero_optimization.offload_param"]),
-    ],
-)
-def test_a_contradiction_names_both_sides(tmp_path, extra, names):
-    with pytest.raises(ConfigError) as caught:
-        settings_of(tmp_path, {**ZERO3, **extra})
-    assert all(name in str(caught.value) for name in [str(tmp_path / "ds.json"), *names]), caught.value
-
-
-def test_keys_that_agree_are_no_contradiction(tmp_path):
-    settings_of(tmp_path, {**ZERO3, "train_batch_size": 128, "gradient_clipping": 1.0, "fp16": {"enabled": False}})
-
-
-def test_selective_recomputation_turns_deepspeeds_linear_off(tmp_path):
-    """Which adds a bias twice to a product that is kept."""
-    wanted = {"zero_optimization": {"stage": 3, "memory_efficient_linear": True}}
-    for mode in ("none", "full", "offload"):
-        for values in (ZERO3, wanted):
-            zero = settings_of(tmp_path, values, f"train.recompute={mode}")["zero_optimization"]
-            assert zero == values["zero_optimization"]
-    zero = settings_of(tmp_path, ZERO3, "train.recompute=selective")["zero_optimization"]
-    assert zero == {"stage": 3, "memory_efficient_linear": False}
-    with pytest.raises(ConfigError, match="memory_efficient_linear contradicts train.recompute selective"):
-        settings_of(tmp_path, wanted, "train.recompute=selective")
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"), [(None, "no DeepSpeed config at"), ("{", "is not JSON"), ("[]", "holds a list")]
-)
-def test_an_unreadable_deepspeed_config_is_named(tmp_path, content, complaint):
-    path = tmp_path / "ds.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(ConfigError, match=complaint):
-        deepspeed_settings(digits_config(f"train.ds_config={path}"), world=1)
 
 
 def test_single_refuses_more_ranks(monkeypatch):

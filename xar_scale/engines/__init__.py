@@ -18,9 +18,9 @@ def create_engine(model: XAR, weights: Iterable[Weight], config: Config, device:
     keeps of each what is this rank's.
     """
     if config.train.engine == "deepspeed":
-        from xar_scale.engines.deepspeed import DeepSpeedEngine
+        from xar_scale.engines.deepspeed import create_deepspeed_engine
 
-        return DeepSpeedEngine(model, weights, config, device)
+        return create_deepspeed_engine(model, weights, config, device)
     if config.train.engine == "fsdp2":
         from xar_scale.engines.fsdp2 import FSDP2Engine
 

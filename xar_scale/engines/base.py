@@ -104,8 +104,9 @@ class Engine(ABC):
         """After the last pass: this rank's mean loss over passes, a number that is finite where all of its inputs are, and its
         faults, put together with all others'. One reduction, and one wait for the device.
         """
-        squares = torch.stack([gradient.float().square().sum() for gradient in self.gradients()]).sum()
-        weights = _finite_if_all_are(self._masters)
+        # what is offloaded is summed up where it is
+        squares = torch.stack([gradient.float().square().sum() for gradient in self.gradients()]).sum().to(self.device)
+        weights = _finite_if_all_are(self._masters).to(self.device)
         inputs = torch.zeros_like(loss) if inputs is None else inputs
         self._bad = ~torch.isfinite(torch.stack([loss, squares, weights, inputs]))
         parts = torch.stack([loss / dist.world(), squares / self.copies, torch.full_like(loss, faults)])
@@ -167,7 +168,7 @@ class Engine(ABC):
         """Tell the engine that ``shards()`` were written to: weights used by the next pass, and ``steps`` taken, follow."""
 
 
-def _finite_if_all_are(tensors: Sequence[Tensor]) -> Tensor:
+def _finite_if_all_are(tensors: list[Tensor]) -> Tensor:
     """A number for the question alone: on a CPU these norms are quick, and of large tensors not exact."""
     return torch.stack(torch._foreach_norm(tensors)).sum()
 

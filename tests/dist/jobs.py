@@ -1,0 +1,106 @@
+"""Runs engines through jobs, one after another in one process group: starting DeepSpeed takes longer than a small job does.
+
+``python tests/dist/jobs.py FOLDER`` on each rank reads FOLDER/jobs.json, a list of {"name", "overrides", "actions"}, and writes
+what came of each to FOLDER/NAME.json. An action is a list of words, of what ``Job`` does.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import groups
+
+from tests.conftest import digits_config, random_batch
+from tests.processes import launch
+from tests.unit.tiny_run import Run
+from xar_scale import dist
+from xar_scale.checkpoint.store import load, read_manifest
+from xar_scale.config import micro_batches
+from xar_scale.engines import Verdict
+
+BATCH = 24
+COMMON = ["model.width=32", "model.heads=2", "model.depth_encoder=1", "model.depth_decoder=1"]
+COMMON += [f"train.global_batch={BATCH}", "optim.clip=0.5", "train.precision=fp32"]
+ROOT = Path(__file__).parent.parent.parent
+SMALL = {"reduce_bucket_size": 10000, "allgather_bucket_size": 10000, "stage3_prefetch_bucket_size": 10000}
+SMALL3 = {
+    "stage3_param_persistence_threshold": 100,
+    "sub_group_size": 10000,
+}  # of all kinds: some parameters, several sub-groups
+
+
+def write_ds_configs(folder: Path) -> None:
+    """Ours, with sizes at which a small model has several buckets and sub-groups, and is cut at all."""
+    for path in sorted((ROOT / "ds_configs").glob("*.json")):
+        settings = json.loads(path.read_text())
+        settings["zero_optimization"] |= SMALL | (SMALL3 if settings["zero_optimization"]["stage"] == 3 else {})
+        (folder / path.name).write_text(json.dumps(settings))
+
+
+def run_jobs(world: int, folder: Path, jobs: list[dict[str, Any]]) -> dict[str, Any]:
+    """On ``world`` ranks. Returns what came of each, by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    ended = launch(world, ["-m", "tests.dist.jobs", str(folder)], folder / "logs")
+    assert ended.codes == [0] * world, ended.text
+    return {job["name"]: json.loads((folder / f"{job['name']}.json").read_text()) for job in jobs}
+
+
+class Job(Run):
+    def __init__(self, folder: Path, overrides: list[str]) -> None:
+        super().__init__(folder, keep_last=9, config=digits_config(*COMMON, *overrides))
+        self.came: dict[str, Any] = {}
+
+    def attempt(self) -> Verdict:
+        passes = micro_batches(self.config.train, dist.world())[1]
+        mine = random_batch(self.step, BATCH).split(dist.world())[dist.rank()]
+        return self.engine.attempt(self.step, mine.split(passes))
+
+    def discarded(self) -> None:
+        """A step that is attempted and not taken."""
+        self.attempt()
+        self.engine.discard()
+        self.came["left"] = len(self.engine.gradients())
+
+    def precision(self, mode: str, splits: int = 1) -> None:
+        self.engine.set_precision(mode, splits)
+
+    def taken(self, steps: int, name: str) -> None:
+        """Steps, and what came of them: losses, norms, and of each rank a digest of its state."""
+        verdicts = []
+        for _ in range(steps):
+            verdicts.append(self.attempt())
+            self.engine.step(1e-3, verdicts[-1])
+            self.ema.update()
+            self.step += 1
+        digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in self.state())).hexdigest()
+        curve = {"loss": [verdict.loss for verdict in verdicts], "grad_norm": [verdict.grad_norm for verdict in verdicts]}
+        self.came[name] = {**curve, "digests": dist.gather_objects(digest)}
+
+    def saved(self) -> None:
+        self.save()
+
+    def loaded(self, path: str) -> None:
+        """A checkpoint of any job."""
+        checkpoint = read_manifest(Path(path))
+        load(checkpoint, self.engine, self.ema)
+        self.step = checkpoint.manifest.step
+
+
+def main(folder: Path) -> None:
+    dist.init(torch.device("cpu"))
+    for values in json.loads((folder / "jobs.json").read_text()):
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # 0.19.8: made once a process, and taken up by engines without hpZ too
+        job = Job(folder / values["name"], values["overrides"])
+        for name, *words in values["actions"]:
+            getattr(job, name)(*words)
+        if dist.rank() == 0:
+            (folder / f"{values['name']}.json").write_text(json.dumps(job.came))
+    dist.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

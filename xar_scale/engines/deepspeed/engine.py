@@ -1,0 +1,87 @@
+"""What the ZeRO stages have in common: DeepSpeed's engine, its passes and its precision."""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from xar_scale import dist
+from xar_scale.config import Config
+from xar_scale.data.loader import Batch
+from xar_scale.engines.base import Engine
+from xar_scale.errors import ConfigError
+from xar_scale.model.apex import choose_library
+from xar_scale.model.xar import XAR, Weight
+from xar_scale.optim import create_adamw
+from xar_scale.precision import FP32
+
+
+class DeepSpeedEngine(Engine):
+    def __init__(
+        self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device, settings: dict[str, Any]
+    ) -> None:
+        """``settings``: DeepSpeed's config. Raises ConfigError when it refuses it."""
+        super().__init__(model, config, device)
+        self.copies = 1  # neighbours may share a copy of the weights (hpZ); gradients are cut over all ranks all the same
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # 0.19.8: on a CPU it would compile a shared-memory all-reduce, a minute and a C++ compiler for something that
+        # ZeRO, whose collectives are torch.distributed's, never calls
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
+        if choose_library(config.kernels.library, device) == "apex":
+            # it would count a step for each sub-group that ZeRO-3 steps, and so correct the moments' bias wrongly
+            dist.say("kernels.library apex: its Adam counts steps a parameter group, ZeRO-3 has sub-groups: Adam is torch's")
+        try:
+            self._place(weights, settings)
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=create_adamw(dict(model.named_parameters()), self.shapes, config.optim),
+                config=settings,
+            )
+        except (ValidationError, deepspeed.DeepSpeedConfigError) as error:
+            raise ConfigError(f"{config.train.ds_config}: DeepSpeed refuses it: {' '.join(str(error).split())}") from None
+        self.network = self.engine
+        # 0.19.8: those of Linear layers, where it was told of autocast
+        self.lowered = [parameter for parameter in model.parameters() if hasattr(parameter, "comm_dtype")]
+
+    @abstractmethod
+    def _place(self, weights: Iterable[Weight], settings: dict[str, Any]) -> None:
+        """Give the model its parameters, as this stage wants them before DeepSpeed takes the model."""
+
+    def _apply_precision(self) -> None:
+        config = self.engine._config
+        # 0.19.8: read at each pass, and at each gather and reduction of a parameter
+        config.torch_autocast_enabled = self.precision.compute is not FP32
+        for parameter in self.lowered:
+            parameter.comm_dtype = self.precision.gather
+        assert torch.float32 in self.optimizer.ipg_buckets, "no bucket for gradients in float32"
+        config.gradient_accumulation_steps = self.passes * self.splits
+        self.engine.micro_steps = 0
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        for part in batch.split(self.splits):
+            loss = self._loss(part)
+            self.engine.backward(loss)  # divides by the passes of a step
+            if not self.engine.is_gradient_accumulation_boundary():
+                self.engine.step()  # only counts the pass
+            total += loss.detach() / self.splits
+        return total
+
+    def _optimizer_step(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.engine.step()
+
+    def discard(self) -> None:
+        self._drop_gradients()
+        self.engine.micro_steps += 1  # 0.19.8: which engine.step() would have counted
+
+    @abstractmethod
+    def _drop_gradients(self) -> None: ...

@@ -1,0 +1,129 @@
+"""The DeepSpeed config of a run: the user's file, which holds DeepSpeed's own affairs, with what ours decides."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xar_scale.config import Config, TrainConfig, micro_batches, shard_ranks
+from xar_scale.errors import ConfigError
+from xar_scale.precision import MODES
+
+# What a ds_config may hold beside what ours decides: DeepSpeed's own affairs
+THEIRS = {
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "dump_state",
+    "memory_breakdown",
+    "comms_logger",
+    "flops_profiler",
+}
+PRECISION = {"bf16", "fp16", "torch_autocast", "amp", "communication_data_type", "data_types"}  # train.precision decides
+
+
+def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
+    """Raises ConfigError, naming both keys and values, when the file contradicts ours or asks for what is not run here."""
+    train, path = config.train, config.train.ds_config
+    if MODES[train.precision].scaled:
+        raise ConfigError(
+            f"train.precision {train.precision} needs a loss scale, and DeepSpeed's does not work under ZeRO with autocast: "
+            "ranks disagree on which steps to skip, and the scale never backs off; use train.engine=fsdp2 or single"
+        )
+    settings = read_settings(path)
+    micro, passes = micro_batches(train, world)
+    ours: dict[str, tuple[str, Any]] = {
+        "train_batch_size": ("train.global_batch", train.global_batch),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch", micro),
+        "gradient_accumulation_steps": ("train.global_batch / micro_batch / world", passes),
+        "gradient_clipping": ("optim.clip", config.optim.clip),
+    }
+    for key, (name, value) in ours.items():
+        if key in settings and settings[key] != value:
+            raise ConfigError(f"{path}: {key} {settings[key]} contradicts {name} {value}")
+    for key in sorted(PRECISION):
+        if settings.get(key) not in (None, {}, {"enabled": False}):
+            raise ConfigError(f"{path}: {key} contradicts train.precision {train.precision}, which decides; remove it")
+    for key, name in (("optimizer", "optim.*"), ("scheduler", "optim.warmup_steps and decay_share")):
+        if key in settings:
+            raise ConfigError(f"{path}: {key} contradicts {name}, which decides; remove it")
+    if unknown := sorted(set(settings) - set(ours) - PRECISION - THEIRS):
+        raise ConfigError(f"{path}: this engine does not take {unknown[0]}; it takes {', '.join(sorted(THEIRS))}")
+    settings["zero_optimization"] = _zero_settings(settings.get("zero_optimization"), train, world)
+    settings |= {key: value for key, (_, value) in ours.items()}
+    settings["gradient_clipping"] = 0.0  # Engine.step clips, by the norm that all ranks agreed on
+    settings["zero_allow_untested_optimizer"] = True  # torch's AdamW
+    settings["zero_force_ds_cpu_optimizer"] = False  # also where its state is offloaded
+    if MODES[train.precision].compute is torch.bfloat16:
+        # not "bf16", which casts the parameters themselves: with autocast shards stay float32 and precision can change
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return settings
+
+
+def _zero_settings(given: Any, train: TrainConfig, world: int) -> dict[str, Any]:
+    path = train.ds_config
+    stage = given.get("stage") if isinstance(given, dict) else None
+    if stage not in (1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage {stage}; the deepspeed engine runs stages 1, 2 and 3")
+    zero = dict(given)
+    for key in ("offload_optimizer", "offload_param"):
+        _check_offload(f"{path}: zero_optimization.{key}", zero.get(key), stage)
+    ranks = shard_ranks(train, world)
+    if ranks != world and stage != 3:
+        raise ConfigError(
+            f"train.shard_ranks {ranks} is of weights that are cut, and {path}: zero_optimization.stage {stage} cuts none; "
+            "use stage 3, or leave train.shard_ranks out"
+        )
+    if ranks == 1 != world:
+        raise ConfigError("train.shard_ranks 1 is whole weights on each rank, which ZeRO-3 does not have; use ZeRO stage 2")
+    neighbours = {"zero_hpz_partition_size": 1 if ranks == world else ranks}  # DeepSpeed's 1: no copies among neighbours
+    for key, value in {**neighbours, "mics_shard_size": -1}.items():
+        if zero.get(key, value) != value:
+            raise ConfigError(
+                f"{path}: zero_optimization.{key} {zero[key]} contradicts train.shard_ranks {train.shard_ranks}, "
+                "which decides; remove it"
+            )
+    if ranks != world:
+        zero |= neighbours
+    if stage == 3 and train.recompute == "selective":
+        # 0.19.8: its Linear adds the bias in place, to the very product that selective recomputation has kept and adds it to
+        # once more: wrong gradients. What that Linear saves, gathered weights held until the backward pass, recomputation
+        # saves too.
+        if zero.get("memory_efficient_linear"):
+            raise ConfigError(f"{path}: zero_optimization.memory_efficient_linear contradicts train.recompute selective")
+        zero["memory_efficient_linear"] = False
+    return zero
+
+
+def _check_offload(key: str, given: Any, stage: int) -> None:
+    """To the host's memory alone, all of it, stepped by torch's AdamW."""
+    if given is None:
+        return
+    if not isinstance(given, dict):
+        raise ConfigError(f"{key} {given!r} is not an object")
+    device = given.get("device", "none")
+    if device not in ("none", "cpu"):
+        raise ConfigError(f"{key}.device {device}: the deepspeed engine offloads to the CPU; checkpoints read shards in memory")
+    if device == "cpu" and stage != 3:
+        # 0.19.8: there it waits for the device once a parameter and step, and accumulates whole gradients in the host's memory
+        raise ConfigError(f"{key}.device cpu with stage {stage}: the deepspeed engine offloads in stage 3 only")
+    if given.get("ratio", 1.0) != 1.0 or given.get("super_offload"):
+        raise ConfigError(f"{key}: ratio and super_offload are for DeepSpeed's own Adam, and optim.* is torch's; remove them")
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """Raises ConfigError when the file is missing or is not a JSON object."""
+    try:
+        settings = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no DeepSpeed config at {path} (train.ds_config)") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} (train.ds_config): {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds a {type(settings).__name__}, not an object")
+    return settings

@@ -1,0 +1,89 @@
+"""ZeRO-3: weights, gradients and moments cut over all ranks; weights gathered for each pass, or among neighbours (hpZ).
+
+Masters and moments may live in the host's memory (offload_optimizer), and what is gathered too (offload_param).
+"""
+
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xar_scale import dist
+from xar_scale.config import Config
+from xar_scale.engines.base import Shard, adam_state, set_steps
+from xar_scale.engines.deepspeed.engine import DeepSpeedEngine
+from xar_scale.model.xar import XAR, Weight
+
+
+class ZeRO3Engine(DeepSpeedEngine):
+    def __init__(
+        self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device, settings: dict[str, Any]
+    ) -> None:
+        super().__init__(model, weights, config, device, settings)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        # 0.19.8: fp16_groups holds the parameters of each sub-group, whatever their dtype; their shards lie end to end in
+        # fp32_partitioned_groups_flat, each ds_tensor.ds_numel long (the last rank's padded)
+        self.places = {
+            names[parameter]: (parameter, group, offset)
+            for group, parameters in enumerate(self.optimizer.fp16_groups)
+            for parameter, offset in zip(parameters, _offsets(parameters), strict=False)
+        }
+        self._let_go()
+
+    def _place(self, weights: Iterable[Weight], settings: dict[str, Any]) -> None:
+        import deepspeed
+
+        # an empty module: this makes the partitioner and its memory-saving Linear, and converts nothing yet
+        partitioner = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=torch.float32)
+        for weight in weights:  # 0.19.8: sends rank 0's value to all, then every rank keeps its shard of it
+            partitioner._convert_to_zero_parameters([weight.place(self.device)])
+
+    def _apply_precision(self) -> None:
+        super()._apply_precision()
+        self._let_go()
+
+    def gradients(self) -> list[Tensor]:
+        # 0.19.8: filled by the last pass; offloaded, flat beside the masters, else by the epilogue, a list a sub-group
+        if self.optimizer.offload_optimizer:
+            return [flat.grad for flat in self.optimizer.fp32_partitioned_groups_flat]
+        return [shard for shards in self.optimizer.averaged_gradients.values() for shard in shards]
+
+    def _drop_gradients(self) -> None:
+        self.optimizer._overflow_clean_up(self.optimizer.loss_scale)  # 0.19.8: what its own overflow path does
+
+    def shards(self) -> Iterator[Shard]:
+        for name in self.shapes:
+            parameter, group, offset = self.places[name]
+            flat = self.optimizer.fp32_partitioned_groups_flat[group]
+            state = adam_state(self.optimizer.optimizer, flat)
+            chunk, total = parameter.ds_tensor.ds_numel, parameter.ds_numel
+            start = min(dist.rank() * chunk, total)
+            stop = min(start + chunk, total)
+            tensors = (flat, state["exp_avg"], state["exp_avg_sq"])
+            views = (tensor.detach().narrow(0, offset, stop - start) for tensor in tensors)
+            yield Shard(name, parameter.ds_shape, start, stop, *views)
+
+    def shards_written(self, steps: int) -> None:
+        for flat in self.optimizer.fp32_partitioned_groups_flat:
+            set_steps(self.optimizer.optimizer, flat, steps)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        # 0.19.8: the master shards are not what the next pass gathers: let go of what is gathered, and copy them there
+        self.optimizer._partition_all_parameters()
+        for group in range(len(self.optimizer.fp16_groups)):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        # 0.19.8: with hpZ, letting go keeps what was gathered as the neighbours' copy, which comes first until a step is taken
+        self.optimizer.invalidate_secondary_tensor()
+        # 0.19.8: parameters that stay gathered (small ones) are so in float32 after a step, but in 16 bits if a pass has to do
+        # it, and its Linear adds the bias as it is gathered: in bf16 a resumed run would go on otherwise than one that was not.
+        # With selective recomputation that Linear is off, and the first pass must not find anything gathered: it would then
+        # gather otherwise in the forward pass than when that is computed again
+        if self.optimizer.persistent_parameters and self.config.train.recompute != "selective":
+            self.optimizer.persistent_parameters[0].all_gather(self.optimizer.persistent_parameters)
+
+
+def _offsets(parameters: list[Any]) -> Iterator[int]:
+    return accumulate((parameter.ds_tensor.ds_numel for parameter in parameters), initial=0)
