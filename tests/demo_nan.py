@@ -68,6 +68,8 @@ def draw(exact: list[dict], guarded: list[dict], path: Path) -> None:
         end = next(step for step in range(start, STEPS + 3, 2) if step not in held)
         axes.axvspan(start - 1, end - 1, ymax=0.06, color="C1", linewidth=0, label="in TF32" if start == starts[0] else None)
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="One run, two precisions: the guard falls back and returns")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks("{x:g}")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
 

@@ -134,6 +134,16 @@ def test_weights_that_are_not_finite_are_met_before_they_are_used_for_a_step(tmp
     assert run.recovery.resolve(0, [batch], verdict).action is Action.ROLL_BACK
 
 
+def test_where_a_step_fails_moments_are_looked_at_before_anything_is_tried(tmp_path, monkeypatch):
+    run = Guarded(tmp_path)
+    run.train(1)
+    run.recovery.begin(1)
+    next(run.engine.shards()).exp_avg_sq[0] = NAN
+    run.spoil(monkeypatch, 1)
+    assert run.resolve().action is Action.ROLL_BACK
+    assert run.recovery.state == GuardState(rollbacks=1, discarded=1)
+
+
 def test_rolling_back_restores_everything_bitwise(tmp_path):
     run = Guarded(tmp_path)
     run.train(3)
@@ -142,20 +152,24 @@ def test_rolling_back_restores_everything_bitwise(tmp_path):
     assert set(steps) == {3}
     run.recovery.begin(4)  # three taken, one gone without
     run.train(2)
+    run.recovery.state = replace(run.recovery.state, skipped=2)
     assert run.recovery.roll_back() == 4
+    assert run.recovery.state.skipped == 1
     assert all(torch.equal(now, then) for now, then in zip(run.state(), before, strict=True))
     assert {state["step"].item() for state in run.engine.optimizer.state.values()} == {3}
 
 
 def test_the_newest_of_snapshots_and_checkpoints_is_gone_back_to_and_each_snapshot_once(tmp_path):
     run = Guarded(tmp_path, "guard.snapshots=2", "guard.snapshot_every=1")
-    for _ in range(3):
+    for _ in range(4):
         assert run.recovery.keep(run.step, certainly=False)
-        if run.step == 1:
+        if run.step == 2:
             run.save()
         run.train(1)
-    assert [snapshot.step for snapshot in run.recovery.snapshots.ring] == [1, 2]
-    assert [run.recovery.roll_back() for _ in range(3)] == [2, 1, 1]  # the last from the checkpoint
+    assert [snapshot.step for snapshot in run.recovery.snapshots.ring] == [2, 3]
+    assert [run.recovery.roll_back() for _ in range(3)] == [3, 2, 2]  # the last from the checkpoint
+    run.recovery.begin(1)
+    assert run.recovery.roll_back() == 2  # never behind a checkpoint
 
 
 def test_without_anything_to_go_back_to_the_run_ends(tmp_path):
