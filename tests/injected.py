@@ -6,6 +6,7 @@ The product has no switch for faults: they are planted from outside, around the 
 import contextlib
 import json
 import math
+import runpy
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from xar_scale import cli, dist
+from xar_scale import dist
 from xar_scale.data.feed import Feed
 from xar_scale.data.loader import Batch
 from xar_scale.engines.base import Engine, Verdict
@@ -142,12 +143,13 @@ class Planter:
         self.scaled = wanted
 
 
-def main() -> int:
+def main() -> None:
     planter = Planter([Fault(**values) for values in json.loads(sys.argv[1])])
     Engine.attempt = lambda engine, *arguments: planter(engine, *arguments)  # type: ignore[method-assign]
     Feed.take = lambda feed: planter.taken(feed)  # type: ignore[method-assign]
-    return cli.main(sys.argv[2:])
+    sys.argv = ["xar-scale", *sys.argv[2:]]
+    runpy.run_module("xar_scale", run_name="__main__")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
