@@ -162,6 +162,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.optim.warmup_steps > self.train.steps:
             raise ConfigError(f"optim.warmup_steps {self.optim.warmup_steps} is more than train.steps {self.train.steps}")
+        if self.train.precision == "fp16" and not self.guard.enabled:
+            raise ConfigError("train.precision fp16 needs guard.enabled: its loss scale is the guard's")
         if self.train.global_batch % self.data.lanes:
             raise ConfigError(f"train.global_batch {self.train.global_batch} is not divisible by data.lanes {self.data.lanes}")
 

@@ -126,12 +126,17 @@ class Guard:
             return self._spike(state, event)
         return self._finite(state, event)
 
+    def at_its_end(self, state: GuardState) -> bool:
+        """Whether, should this attempt fail too, nothing is left but to take samples out."""
+        no_lower = state.lowered or not self.precision.fallback
+        return state.rung in (Rung.TF32, Rung.SPIKE) or (state.rung is Rung.AGAIN and no_lower)
+
     def _finite(self, state: GuardState, event: Event) -> tuple[GuardState, Decision]:
         if state.rung in (Rung.TF32, Rung.SPIKE):
             state, reason = self._hold(state, event)
             return self._stepped(state, event), Decision(Action.STEP, reason)
         if state.rung is Rung.AGAIN:
-            if state.transients == self.settings.max_transients:
+            if state.transients >= self.settings.max_transients:
                 reason = f"attempts differed {state.transients} times already (guard.max_transients): a device is suspected"
                 return state, Decision(Action.STOP, reason)
             state = replace(state, transients=state.transients + 1)
@@ -149,9 +154,9 @@ class Guard:
 
     def _not_finite(self, state: GuardState, event: Event) -> tuple[GuardState, Decision]:
         if event.bad & (Bad.WEIGHTS | Bad.MOMENTS):
-            if state.rollbacks == self.settings.max_rollbacks:
+            if state.rollbacks >= self.settings.max_rollbacks:
                 return state, Decision(Action.STOP, f"rolled back {state.rollbacks} times already (guard.max_rollbacks)")
-            back = replace(self._settled(state), rollbacks=state.rollbacks + 1, losses=(), grad_norms=())
+            back = replace(self._settled(state), rollbacks=state.rollbacks + 1)
             return back, Decision(Action.ROLL_BACK, "the weights or moments themselves are not finite")
         if event.bad & Bad.INPUT:  # no precision helps
             return self._quarantine(state, event)
@@ -162,7 +167,7 @@ class Guard:
         state = replace(state, scale=state.scale * 2**state.halved, halved=0)  # it was not the scale
         if state.rung is Rung.FIRST:
             return replace(state, rung=Rung.AGAIN), Decision(Action.RETRY, "the same again")
-        if state.rung is Rung.AGAIN and not state.lowered and self.precision.fallback:
+        if not self.at_its_end(state):
             return replace(state, rung=Rung.TF32, lowered=True), Decision(Action.RETRY, "the same in TF32")
         return self._quarantine(state, event)
 

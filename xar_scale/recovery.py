@@ -3,6 +3,7 @@
 Everything here is done by all ranks together.
 """
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from xar_scale.data.loader import Batch, Place
 from xar_scale.diagnosis import Activations, Watch
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine, Verdict
-from xar_scale.errors import NonFiniteError
+from xar_scale.errors import DataError, NonFiniteError
 from xar_scale.guard import Action, Bad, Decision, Event, Guard, GuardState, Rung
 from xar_scale.precision import MODES
 from xar_scale.reports import Report, names
@@ -83,7 +84,7 @@ class Recovery:
             verdict = self._again(step, batches, report)
         if report is not None and worth_keeping:
             path, traced = report.write(newest_checkpoint(self.run))
-            dist.say(f"guard: step {step}: traced to {traced}; report {path}")
+            dist.say(f"guard: step {step}: traced to {traced}" + (f"; report {path}" if path else ""))
             if decision.action is Action.STOP:
                 raise self._stop(step, decision, traced, path)
         return Resolved(decision.action, verdict)
@@ -92,13 +93,14 @@ class Recovery:
         """Attempt it under observation, unless it is only the loss scale that is tried."""
         if self.state.rung is Rung.FIRST:
             return self.attempt(step, batches)
+        self.engine.shards_written(step - self.state.skipped)  # what is computed with comes anew from the shards
         with Watch(self.engine.model) as watch, Activations(self.engine.model) as activations:
             verdict = self.attempt(step, batches)
         report.saw(watch, activations)
         return verdict
 
     def _event(self, step: int, batches: Sequence[Batch], verdict: Verdict) -> Event:
-        if not verdict.bad:
+        if not verdict.bad or not self.config.guard.enabled:
             return Event(step, verdict.bad, verdict.loss, verdict.grad_norm)
         bad = verdict.bad
         if not bad & Bad.WEIGHTS and self.engine.ranks_with_bad_state(self.ema.averages):
@@ -108,8 +110,8 @@ class Recovery:
 
     def _suspects(self, batches: Sequence[Batch], bad: Bad) -> list[Place]:
         """Samples of all ranks that can be to blame: those that are not finite, else those whose own loss is not, else all."""
-        rows = [~torch.isfinite(batch.latents.sum(dim=(1, 2, 3)) + batch.noise.sum(dim=(1, 2))) for batch in batches]
-        if not bad & (Bad.INPUT | Bad.WEIGHTS | Bad.MOMENTS) and self.state.rung in (Rung.TF32, Rung.SPIKE):
+        rows = [~_finite_rows(batch) for batch in batches]
+        if not bad & (Bad.INPUT | Bad.WEIGHTS | Bad.MOMENTS) and self.guard.at_its_end(self.state):
             rows = [~torch.isfinite(self.engine.losses(batch)) for batch in batches]
         places = [batch.places[row.cpu()] for batch, row in zip(batches, rows, strict=True)]
         found = [place for of_rank in dist.gather_objects(torch.cat(places).tolist()) for place in of_rank]
@@ -119,9 +121,14 @@ class Recovery:
         return sorted({(shard, position) for shard, position in found})
 
     def begin(self, step: int) -> None:
-        """Before the first step, in a state that is finite."""
-        if self.config.guard.enabled and self.config.guard.snapshots:
-            self.snapshots.take(step, self.state.skipped)
+        """Before the first step. Raises NonFiniteError where the run would begin with a state that is not finite."""
+        if not self.config.guard.enabled:
+            return
+        if ranks := self.engine.ranks_with_bad_state(self.ema.averages):
+            where = f"on rank {', '.join(map(str, ranks))}"
+            raise NonFiniteError(f"weights, moments or averages that the run begins with are not finite, {where}: use another")
+        if self.config.guard.snapshots:
+            self.snapshots.take(step, self.state)
 
     def keep(self, done: int, *, certainly: bool) -> bool:
         """After ``done`` steps take the snapshot that is due. False where the state is not fit for it; where none is due that
@@ -136,25 +143,26 @@ class Recovery:
                 raise self._stop(done - 1, decision, traced, None)
             return False
         if due:
-            self.snapshots.take(done, self.state.skipped)
+            self.snapshots.take(done, self.state)
         return True
 
     def roll_back(self) -> int:
         """Restore the newest state that is known to be finite. Returns the step that the run goes on from."""
-        newest = newest_checkpoint(self.run)
-        ring = self.snapshots.ring
-        if ring and (newest is None or ring[-1].step >= step_of(newest)):
+        ring, newest = self.snapshots.ring, newest_checkpoint(self.run)
+        checkpoint = None
+        if newest is not None and not (ring and ring[-1].step >= step_of(newest)):
+            with contextlib.suppress(DataError):  # none that is valid
+                checkpoint = newest_valid(self.run)
+        if ring and (checkpoint is None or ring[-1].step >= checkpoint.manifest.step):
             snapshot = self.snapshots.restore()
-            step, skipped, where = snapshot.step, snapshot.skipped, "the host's memory"
-        else:
-            checkpoint = newest_valid(self.run)
-            if checkpoint is None:
-                raise NonFiniteError(
-                    "the weights or moments are not finite, and there is no snapshot or checkpoint to go back to"
-                )
+            step, guard, where = snapshot.step, snapshot.guard, "the host's memory"
+        elif checkpoint is not None:
             load(checkpoint, self.engine, self.ema)
-            step, skipped, where = checkpoint.manifest.step, checkpoint.manifest.guard.skipped, str(checkpoint.path)
-        self.state = replace(self.state, skipped=skipped)
+            step, guard, where = checkpoint.manifest.step, checkpoint.manifest.guard, str(checkpoint.path)
+        else:
+            reason = "the weights or moments are not finite, and there is no snapshot or checkpoint to go back to"
+            raise NonFiniteError(f"the run cannot go on: {reason}")
+        self.state = replace(self.state, skipped=guard.skipped, losses=guard.losses, grad_norms=guard.grad_norms)
         dist.say(f"guard: back to step {step}, from {where}")
         return step
 
@@ -166,6 +174,12 @@ class Recovery:
         kept = f"the newest checkpoint, {newest}, is finite" if newest else "there is no checkpoint yet"
         shown = f"; xar-scale replay {report} shows the step on one device" if report else ""
         return NonFiniteError(f"step {step} cannot be taken: {decision.reason}; traced to {traced}; {kept}{shown}")
+
+
+def _finite_rows(batch: Batch) -> torch.Tensor:
+    """Which samples of a batch are finite (B,)."""
+    parts = (torch.isfinite(tensor).flatten(1).all(dim=1) for tensor in (batch.latents, batch.noise, batch.t))
+    return torch.stack(list(parts)).all(dim=0)
 
 
 def newest_checkpoint(run: Path) -> Path | None:

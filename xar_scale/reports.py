@@ -61,20 +61,23 @@ class Report:
             rank.forward, rank.backward = watch.forward, watch.backward
             rank.activations = {name: number(value) for name, value in activations.largest.items()}
 
-    def write(self, newest: Path | None) -> tuple[Path, str]:
-        """Rank 0 writes the report, the first culprit its batch. Returns where, and one line of whom it was traced to."""
+    def write(self, newest: Path | None) -> tuple[Path | None, str]:
+        """Rank 0 writes the report, the first culprit its batch. Returns where (none, on the rank that could not), and one line of
+        whom it was traced to."""
         ranks = dist.gather_objects(self.rank)
         culprits = _culprits(ranks)
         chosen = culprits[0] if culprits else ranks[0]
-        path = dist.on_rank_0(lambda: free_name(self.folder / f"step-{self.step:08d}.json"))
+        path: Path | None = dist.on_rank_0(lambda: free_name(self.folder / f"step-{self.step:08d}.json"))
         samples = dist.gather_objects(self._samples() if dist.rank() == chosen.rank else [])[chosen.rank]
+        assert path is not None
         try:
-            if dist.rank() == chosen.rank:
-                self._write_batch(path.with_suffix(".safetensors"))
             if dist.rank() == 0:
                 self._write(path, ranks, [r.rank for r in culprits], chosen.rank, samples, newest)
+            if dist.rank() == chosen.rank:
+                self._write_batch(path.with_suffix(".safetensors"))
         except OSError as error:  # the run is worth more
             print(f"cannot write report {path}: {error.strerror}", flush=True)
+            path = None
         return path, "; ".join(map(_traced, culprits)) or "no rank in particular"
 
     def _write_batch(self, path: Path) -> None:

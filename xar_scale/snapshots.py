@@ -9,14 +9,15 @@ from torch import Tensor
 from xar_scale.config import GuardConfig
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
+from xar_scale.guard import GuardState
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's shards of weights, moments and averages after ``step`` steps, of which ``skipped`` were gone without."""
+    """This rank's shards of weights, moments and averages after ``step`` steps, and what the guard then remembered."""
 
     step: int
-    skipped: int
+    guard: GuardState
     tensors: list[Tensor]
 
 
@@ -31,7 +32,7 @@ class Snapshots:
     def due(self, step: int) -> bool:
         return self.settings.enabled and self.settings.snapshots > 0 and step % self.settings.snapshot_every == 0
 
-    def take(self, step: int, skipped: int) -> None:
+    def take(self, step: int, guard: GuardState) -> None:
         """Copy the state, which the caller knows to be finite."""
         if len(self.ring) == self.ring.maxlen:
             self._spare.append(self.ring.popleft().tensors)
@@ -42,14 +43,14 @@ class Snapshots:
             copy.copy_(tensor, non_blocking=True)
         if pinned:
             torch.cuda.synchronize(self.engine.device)  # the optimizer writes to it next
-        self.ring.append(Snapshot(step, skipped, copies))
+        self.ring.append(Snapshot(step, guard, copies))
 
     def restore(self) -> Snapshot:
         """Go back to the newest one, which is used up: should it lead to the same end, the next is tried."""
         snapshot = self.ring.pop()
         for tensor, copy in zip(_state(self.engine, self.ema), snapshot.tensors, strict=True):
             tensor.copy_(copy)
-        self.engine.shards_written(snapshot.step - snapshot.skipped)
+        self.engine.shards_written(snapshot.step - snapshot.guard.skipped)
         self._spare.append(snapshot.tensors)
         return snapshot
 

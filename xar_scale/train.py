@@ -70,7 +70,7 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     if checkpoint is not None:
         load(checkpoint, engine, ema)
         guard = checkpoint.manifest.guard
-        if checkpoint.manifest.config["train"]["precision"] != config.train.precision:
+        if not config.guard.enabled or checkpoint.manifest.config["train"]["precision"] != config.train.precision:
             guard = replace(guard, lowered=False, held_until=None)  # of a precision that is no longer the run's
         dataset.quarantine(dataset.places_of(checkpoint.manifest.quarantined))
         dist.say(f"resumed from {checkpoint.path} at step {start}, epoch {checkpoint.manifest.position.epoch}")
@@ -127,7 +127,7 @@ class Training:
             verdict = self.recovery.attempt(step, batches, len(news))
         if verdict.faults:
             _account_for(news, self.bad)
-        action, verdict = self.recovery.resolve(step, batches, verdict)
+        action, resolved = self.recovery.resolve(step, batches, verdict)
         if action is Action.QUARANTINE:
             self.dataset.quarantine(self.recovery.suspects)
             self.feed.seek(step)
@@ -136,7 +136,7 @@ class Training:
             return self._go_back()
         rate = learning_rate(self.config.optim, step, self.config.train.steps)
         if action is Action.STEP:
-            self.engine.step(rate, verdict)
+            self.engine.step(rate, resolved)
             self.ema.update()
 
         saved = last or done % self.config.train.checkpoint_every == 0
@@ -148,7 +148,9 @@ class Training:
             state, info = self.recovery.state, self.dataset.shards.info
             self.newest = self.store.save(done, self.engine, self.ema, self.config, position, info, self.bad, taken_out, state)
         if activations is not None:
-            self._log(done, verdict, rate, dist.largest(max(activations.largest.values())))
+            # of the attempt that was taken, where that was the first
+            largest = dist.largest(max(activations.largest.values())) if resolved is verdict else None
+            self._log(done, resolved, rate, largest)
         if self.metrics is not None:
             self.metrics.advance(done)
         return done
@@ -159,12 +161,13 @@ class Training:
 
     def _go_back(self) -> int:
         step = self.recovery.roll_back()
+        dist.on_rank_0(lambda: self.store.set_aside_after(step))  # damaged ones, which are written anew
         self._seek(step)
         if self.metrics is not None:
             self.metrics.go_back(step)
         return step
 
-    def _log(self, done: int, verdict: Verdict, rate: float, activation: float) -> None:
+    def _log(self, done: int, verdict: Verdict, rate: float, largest_activation: float | None) -> None:
         settings, steps, state = self.config.train, done - self.logged, self.recovery.state
         seconds = (time.perf_counter() - self.since) / steps
         values = {
@@ -179,9 +182,10 @@ class Training:
             "bad_samples": len(self.bad.known),
             "epoch": done * settings.global_batch / self.dataset.order.samples,
             "precision": self.engine.mode,
-            "largest_activation": activation,
             **state.counts,
         }
+        if largest_activation is not None:
+            values["largest_activation"] = largest_activation
         if self.metrics is not None:
             self.metrics.log(done, values)
         self.since, self.logged, self.feed.waited = time.perf_counter(), done, 0.0

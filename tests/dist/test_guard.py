@@ -35,13 +35,13 @@ pytestmark = pytest.mark.timeout(300)
 
 
 class Run:
-    """A training on 2 ranks with faults planted."""
+    """A training with faults planted."""
 
-    def __init__(self, folder: Path, name: str, engine: str, faults: list[dict], *more: str) -> None:
+    def __init__(self, folder: Path, name: str, engine: str, faults: list[dict], *more: str, world: int = 2) -> None:
         self.path = folder / f"{engine}-{name}"
         words = ["train", "--recipe", "digits", "--run-dir", str(self.path), f"data.path={folder / 'data'}"]
         words += [*SETTINGS, f"train.engine={engine}", "train.precision=bf16", *more]
-        self.ended: Ended = launch(2, ["-m", "tests.injected", json.dumps(faults), *words], folder / "logs" / self.path.name)
+        self.ended: Ended = launch(world, ["-m", "tests.injected", json.dumps(faults), *words], folder / "logs" / self.path.name)
         self.log = self.ended.outputs[0]
 
     @property
@@ -185,6 +185,26 @@ def test_without_the_guard_one_nan_destroys_the_run(runs, engine):
     assert run.ended.codes == [0, 0], run.ended.text
     assert not all(tensor.isfinite().all() for name, tensor in run.state(8).items() if name.startswith("model/"))
     assert all(math.isnan(loss) for loss in run.metrics("loss")[6:])  # and from then on no step is any good
+
+
+def test_a_run_resumed_in_tf32_with_a_sample_taken_out_goes_on_bitwise(tmp_path_factory):
+    """On one process; and one that is resumed in another precision is in that."""
+    folder = tmp_path_factory.mktemp("resumed")
+    cache_digits(folder / "data", samples_per_shard=500)
+    more = ["train.engine=single", "train.global_batch=600", "train.micro_batch=null", "guard.hold_steps=8", "train.steps=12"]
+    faults = [fault("latent", 1, rank=0), fault("activation", 6, rank=0)]
+    whole = Run(folder, "whole", "single", faults, *more, world=1)
+    assert whole.ended.codes == [0], whole.ended.text
+    middle = str(whole.path / "checkpoints" / "step-00000008")
+    resumed = Run(folder, "resumed", "single", [], *more, "--resume", middle, world=1)
+    assert resumed.ended.codes == [0], resumed.ended.text
+    assert_bitwise(resumed.state(12), whole.state(12))
+    lines = [json.loads(line) for line in (resumed.path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["precision"] for line in lines] == ["tf32"] * 4
+    assert whole.metrics("precision") == ["bf16"] * 6 + ["tf32"] * 6
+    assert lines[-1]["guard_quarantined"] == 1 and whole.metrics("epoch")[-1] > 3
+    other = Run(folder, "other", "single", [], *more, "train.precision=fp16", "--resume", middle, world=1)
+    assert other.ended.codes == [0] and "fp16; attention" in other.log and "computing in tf32" not in other.log
 
 
 def test_a_real_overflow_is_reproduced_on_one_process(runs, capsys):

@@ -135,11 +135,10 @@ def test_a_state_that_is_not_finite_is_rolled_back_whatever_rung_it_is_met_on(ba
     assert course(machine, event(bad=bad), event(bad=bad), state=state)[1] == [Action.ROLL_BACK, Action.STOP]
 
 
-def test_a_roll_back_forgets_what_spikes_are_measured_by():
-    machine = guard(spike=5.0, spike_window=3)
-    state, _ = course(machine, *[FINE] * 3)
-    assert len(state.losses) == 3
-    assert course(machine, event(bad=Bad.WEIGHTS), state=state)[0].losses == ()
+def test_a_bound_that_was_lowered_is_a_bound_still():
+    machine = guard(max_rollbacks=1, max_transients=1)
+    assert course(machine, event(bad=Bad.WEIGHTS), state=GuardState(rollbacks=2))[1] == [Action.STOP]
+    assert course(machine, NOT_FINITE, FINE, state=GuardState(transients=2))[1] == [Action.RETRY, Action.STOP]
 
 
 def test_gradients_that_overflow_halve_the_scale_before_the_ladder_is_climbed():

@@ -11,12 +11,16 @@ from safetensors.torch import load_file
 from tests.conftest import digits_config, random_batch
 from tests.unit.tiny_run import Run
 from xar_scale import reports
+from xar_scale.checkpoint.store import newest_valid
 from xar_scale.cli import main
 from xar_scale.config import GuardConfig
+from xar_scale.data.faults import BadSamples
+from xar_scale.data.order import Position
 from xar_scale.diagnosis import Activations, Watch
 from xar_scale.errors import DataError, NonFiniteError, UsageError
 from xar_scale.guard import Action, Bad, GuardState
 from xar_scale.model.layers import Block
+from xar_scale.precision import MODES
 from xar_scale.recovery import Recovery
 from xar_scale.snapshots import Snapshots
 
@@ -172,6 +176,71 @@ def test_the_newest_of_snapshots_and_checkpoints_is_gone_back_to_and_each_snapsh
     assert run.recovery.roll_back() == 2  # never behind a checkpoint
 
 
+def test_of_a_snapshot_and_a_checkpoint_of_one_step_the_one_in_memory_is_taken(tmp_path, capsys):
+    run = Guarded(tmp_path)
+    run.train(1)
+    run.save()
+    run.recovery.begin(1)
+    assert run.recovery.roll_back() == 1 and "back to step 1, from the host's memory" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_snapshot(tmp_path):
+    run = Guarded(tmp_path)
+    run.train(3)
+    run.recovery.begin(3)
+    run.train(1)
+    (run.save() / "manifest.json").write_text("{")
+    assert run.recovery.roll_back() == 3
+    with pytest.raises(NonFiniteError, match="no snapshot or checkpoint to go back to"):
+        run.recovery.roll_back()
+
+
+def test_steps_gone_without_are_not_counted_as_taken_whatever_is_gone_back_to(tmp_path):
+    run = Guarded(tmp_path)
+    run.train(3)
+    remembered = GuardState(skipped=1, losses=(1.0,), grad_norms=(2.0,))
+    run.recovery.state = remembered
+    run.recovery.keep(100, certainly=False)
+    position = Position(0, 32)
+    run.store.save(4, run.engine, run.ema, run.config, position, run.info, BadSamples(0), [("a", 3)], remembered)
+    manifest = newest_valid(tmp_path).manifest
+    assert manifest.quarantined == [["a", 3]] and manifest.guard == remembered
+    for step in (100, 4):
+        run.recovery.state = GuardState(rollbacks=1, skipped=7)
+        assert run.recovery.roll_back() == step
+        assert run.recovery.state == replace(remembered, rollbacks=1)
+        assert {state["step"].item() for state in run.engine.optimizer.state.values()} == {step - 1}
+
+
+def test_a_run_does_not_begin_with_what_is_not_finite(tmp_path):
+    run = Guarded(tmp_path)
+    run.ema.averages[3][0] = NAN
+    with pytest.raises(NonFiniteError, match="that the run begins with are not finite, on rank 0"):
+        run.recovery.begin(0)
+    off = Guarded(tmp_path, "guard.enabled=false")
+    off.ema.averages[3][0] = NAN
+    off.recovery.begin(0)
+    assert off.recovery.keep(100, certainly=True) and not off.recovery.snapshots.ring
+
+
+def test_averages_are_looked_at_where_a_step_fails(tmp_path, monkeypatch):
+    run = Guarded(tmp_path)
+    run.recovery.begin(0)
+    run.ema.averages[3][0] = NAN
+    run.spoil(monkeypatch, 1)
+    assert run.resolve().action is Action.ROLL_BACK
+
+
+def test_what_is_computed_with_comes_anew_from_the_shards_before_a_second_attempt(tmp_path, monkeypatch):
+    run = Guarded(tmp_path)
+    told = []
+    monkeypatch.setattr(run.engine, "shards_written", told.append)
+    run.recovery.state = GuardState(skipped=2)
+    run.spoil(monkeypatch, 1)
+    run.resolve()
+    assert told == [3]
+
+
 def test_without_anything_to_go_back_to_the_run_ends(tmp_path):
     run = Guarded(tmp_path, "guard.snapshots=0")
     run.recovery.begin(0)
@@ -196,7 +265,7 @@ def test_snapshots_use_their_memory_again(tmp_path):
     snapshots = Snapshots(run.engine, run.ema, GuardConfig(snapshots=2))
     seen = set()
     for step in range(6):
-        snapshots.take(step, 0)
+        snapshots.take(step, GuardState())
         seen |= {snapshot.tensors[0].data_ptr() for snapshot in snapshots.ring}
     assert len(seen) == 2 and [snapshot.step for snapshot in snapshots.ring] == [4, 5]
 
@@ -220,17 +289,23 @@ def test_only_samples_that_are_not_finite_are_suspects(tmp_path):
     batch = random_batch(0)
     batch.latents[3, 0, 1, 1] = float("inf")
     batch.noise[6, 2, 1] = NAN
+    batch.t[7, 0] = NAN
+    batch.places[6] = batch.places[3]
     assert run.resolve(batch).action is Action.QUARANTINE
-    assert run.recovery.suspects == [(0, 3), (0, 6)] and run.recovery.state.quarantined == 2
+    assert run.recovery.suspects == [(0, 3), (0, 7)] and run.recovery.state.quarantined == 2
 
 
-def test_samples_whose_own_loss_overflows_are_found(tmp_path):
-    run = Guarded(tmp_path, "train.precision=bf16")
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "fp32"])
+@pytest.mark.parametrize("held", [False, True])
+def test_samples_whose_own_loss_overflows_are_found(tmp_path, precision, held):
+    run = Guarded(tmp_path, f"train.precision={precision}")
+    run.recovery.state = GuardState(lowered=held and MODES[precision].fallback is not None)
     batch = random_batch(0)
     batch.latents[5] = 1e25  # finite, but not its square
     assert run.resolve(batch).action is Action.QUARANTINE
     assert run.recovery.suspects == [(0, 5)]
-    assert run.engine.mode == "tf32" and run.recovery.attempt(5, [random_batch(0)]) and run.engine.mode == "bf16"
+    run.recovery.attempt(5, [random_batch(0)])
+    assert run.engine.mode == ("tf32" if run.recovery.state.lowered else precision)
 
 
 def test_where_no_sample_stands_out_all_are_suspects(tmp_path, monkeypatch):
@@ -328,7 +403,8 @@ def test_reports_of_one_step_do_not_overwrite_each_other_and_a_full_disk_ends_no
     monkeypatch.setattr(reports, "write_atomically", full)
     run.spoil(monkeypatch, 1)
     assert run.resolve().action is Action.STEP
-    assert "step-00000005.2.json: No space left on device" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step-00000005.2.json: No space left on device" in said and "report" not in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def bench_guard(options: argparse.Namespace) -> None:
         "decision": median_ms(lambda: recovery.resolve(0, [batch], verdict), device),
         f"all of the state looked at, every {every} steps": median_ms(lambda: engine.ranks_with_bad_state(ema.averages), device)
         / every,
-        f"a snapshot, every {every} steps": median_ms(lambda: recovery.snapshots.take(0, 0), device) / every,
+        f"a snapshot, every {every} steps": median_ms(lambda: recovery.snapshots.take(0, recovery.state), device) / every,
     }
     print(f"{options.model}, {options.grid}x{options.grid} tokens, batch {options.batch}, {options.precision}, {device}\n")
     print("| part | ms a step | of the step |\n| --- | --- | --- |")
