@@ -62,8 +62,8 @@ class Report:
             rank.activations = {name: number(value) for name, value in activations.largest.items()}
 
     def write(self, newest: Path | None) -> tuple[Path | None, str]:
-        """Rank 0 writes the report, the first culprit its batch. Returns where (none, on the rank that could not), and one line of
-        whom it was traced to."""
+        """Rank 0 writes the report, the first culprit its batch. Returns where (none, on a rank that could not), and in a few
+        words whom it was traced to."""
         ranks = dist.gather_objects(self.rank)
         culprits = _culprits(ranks)
         chosen = culprits[0] if culprits else ranks[0]
