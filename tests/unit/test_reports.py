@@ -1,0 +1,146 @@
+"""Where a pass goes wrong, what a report says of it, and running it again."""
+
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import random_batch
+from tests.unit.guarded_run import NAN, Guarded
+from xar_scale import reports
+from xar_scale.cli import main
+from xar_scale.diagnosis import Activations, Watch
+from xar_scale.errors import DataError, UsageError
+from xar_scale.guard import Action
+from xar_scale.model.layers import Block
+
+
+def test_a_watch_names_the_first_module_forward_and_backward(tmp_path):
+    run = Guarded(tmp_path)
+    model = run.engine.model
+    spoil = model.decoder[0].mlp.up.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    with Watch(model) as watch, Activations(model) as activations:
+        run.engine.attempt(0, [random_batch(0)])
+    assert (watch.forward, watch.backward) == ("decoder.0.mlp.up", "out_proj")
+    assert math.isfinite(activations.largest["encoder.1"]) and not math.isfinite(activations.largest["decoder.0"])
+    spoil.remove()
+    spoil = model.encoder[1].register_forward_hook(
+        lambda module, inputs, output: output.register_hook(lambda gradient: gradient * NAN) and None
+    )
+    with Watch(model) as watch:
+        run.engine.attempt(0, [random_batch(0)])
+    assert (watch.forward, watch.backward) == (None, "encoder.1")
+    spoil.remove()
+    run.engine.discard()
+    with Watch(model) as watch, Activations(model) as activations:
+        run.engine.attempt(0, [random_batch(0)])
+    assert watch.forward is watch.backward is None
+    assert list(activations.largest) == [name for name, module in model.named_modules() if isinstance(module, Block)]
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_largest_activation_is_the_blocks_own(tmp_path):
+    run = Guarded(tmp_path)
+    seen = []
+    hook = run.engine.model.encoder[0].register_forward_hook(lambda *of: seen.append(of[-1].abs().max().item()))
+    with Activations(run.engine.model) as activations:
+        run.engine.attempt(0, [random_batch(0), random_batch(1)])
+    hook.remove()
+    assert len(seen) == 2 and activations.largest["encoder.0"] == max(seen)
+
+
+def test_a_report_holds_what_was_met_tried_and_decided_and_the_batch(tmp_path, monkeypatch):
+    run = Guarded(tmp_path, "train.precision=bf16")
+    run.spoil(monkeypatch, 2)
+    batch = random_batch(5)
+    run.resolve(batch)
+    report = run.report()
+    assert (report["step"], report["culprits"], report["newest_checkpoint"]) == (5, [0], None)
+    assert [(a["mode"], a["bad"], a["action"]) for a in report["attempts"]] == [
+        ("bf16", ["loss", "gradient"], "retry"),
+        ("bf16", ["loss", "gradient"], "retry"),
+        ("tf32", [], "step"),
+    ]
+    (rank,) = report["ranks"]
+    assert rank["bad"] == ["loss", "gradient"] and rank["backward"] == "out_proj"
+    assert set(rank["activations"]) == {"encoder.0", "encoder.1", "decoder.0", "decoder.1"}
+    sample = report["samples"][3]
+    assert (sample["key"], sample["shard"], sample["position"]) == ("3", "a", 3)
+    assert sample["t"] == pytest.approx(batch.t[3].tolist())
+    assert sample["latent_norm"] == pytest.approx(batch.latents[3].norm().item())
+    kept = load_file(tmp_path / "reports" / report["batch"]["file"])
+    for name in ("latents", "labels", "t", "noise", "places"):
+        assert torch.equal(kept[name], getattr(batch, name)), name
+    assert run.config.to_dict() == report["config"]
+
+
+def test_reports_of_one_step_do_not_overwrite_each_other_and_a_full_disk_ends_nothing(tmp_path, monkeypatch, capsys):
+    run = Guarded(tmp_path)
+    for _ in range(2):
+        run.spoil(monkeypatch, 1)
+        run.resolve()
+    assert sorted(path.name for path in (tmp_path / "reports").glob("*.json")) == ["step-00000005.1.json", "step-00000005.json"]
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reports, "write_atomically", full)
+    run.spoil(monkeypatch, 1)
+    assert run.resolve().action is Action.STEP
+    said = capsys.readouterr().out
+    assert "step-00000005.2.json: No space left on device" in said and "report" not in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "culprits"),
+    [
+        ([dict(bad=["loss"]), dict(bad=[])], [0]),
+        ([dict(bad=["gradient"]), dict(bad=["gradient"], backward="x")], [1]),
+        ([dict(bad=["gradient"], backward="y"), dict(bad=["gradient"], forward="x", backward="x")], [1]),
+        ([dict(bad=["loss", "weights"]), dict(bad=["loss"])], [0]),
+        ([dict(bad=["loss"]), dict(bad=["loss", "input"])], [1]),
+        ([dict(bad=["gradient"]), dict(bad=["gradient"])], []),
+    ],
+)
+def test_the_culprit_is_who_had_it_first(ranks, culprits):
+    made = [reports.RankReport(rank, "host", "CPU 0", **values) for rank, values in enumerate(ranks)]
+    assert [rank.rank for rank in reports._culprits(made)] == culprits
+
+
+def test_a_replay_finds_what_the_run_met(tmp_path, capsys):
+    run = Guarded(tmp_path, "train.precision=bf16")
+    run.train(2)
+    run.save()
+    batch = random_batch(9)
+    batch.latents[5] = 1e25
+    run.resolve(batch)
+    path = tmp_path / "reports" / "step-00000005.json"
+    assert main(["replay", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "bf16: not finite: loss and gradient; retry, the same again" in shown
+    assert "with the weights after 2 steps" in shown and shown.endswith("reproduced\n") and "not reproduced" not in shown
+    assert shown.count("first output that is not finite") == 2 and "\n  tf32: loss inf" in shown
+
+
+def test_a_report_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="no report at"):
+        reports.read(tmp_path / "none.json")
+    run = Guarded(tmp_path)
+    run.spoil(monkeypatch, 1)
+    run.resolve()
+    path = tmp_path / "reports" / "step-00000005.json"
+    whole, batch = path.read_text(), path.with_suffix(".safetensors")
+    path.write_text(whole[:100])
+    with pytest.raises(DataError, match="torn or changed"):
+        reports.read(path)
+    path.write_text(whole.replace('"format": 1', '"format": 7'))
+    with pytest.raises(DataError, match="of format 7, this version reads 1"):
+        reports.read(path)
+    path.write_text(whole)
+    batch.write_bytes(batch.read_bytes()[:50])
+    with pytest.raises(DataError, match="its batch cannot be read"):
+        reports.read(path)
+    batch.unlink()
+    with pytest.raises(DataError, match="its batch step-00000005.safetensors is missing"):
+        reports.read(path)
