@@ -56,8 +56,9 @@ def arguments(source: Path, out: Path, *more: str) -> list[str]:
 
 
 def wait_for_records(out: Path, count: int) -> None:
-    for _ in range(2000):
-        if len(list(out.glob(".encoding/latents-*.json"))) >= count:
+    """Or until the set is there: a machine may be too busy to look in between."""
+    for _ in range(6000):
+        if len(list(out.glob(".encoding/latents-*.json"))) >= count or (out / "dataset.json").exists():
             return
         time.sleep(0.01)
     raise AssertionError(f"no {count} records in {out}")
@@ -121,15 +122,18 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(source, whole, tmp_pa
 
 @pytest.mark.timeout(200)
 def test_a_killed_decoder_ends_it_with_its_own_code_and_one_line(source, whole, tmp_path):
-    out = tmp_path / "set"
-    ranks = start(1, arguments(source, out), tmp_path / "logs")
+    for attempt in range(5):  # on a busy machine it may be done before it is met
+        out = tmp_path / f"set{attempt}"
+        ranks = start(1, arguments(source, out), tmp_path / "logs")
 
-    def shoot():
-        wait_for_records(out, 1)
-        [first, *_] = Path(f"/proc/{ranks[0].pid}/task/{ranks[0].pid}/children").read_text().split()
-        os.kill(int(first), signal.SIGKILL)
+        def shoot(out=out, ranks=ranks):
+            wait_for_records(out, 1)
+            for first in Path(f"/proc/{ranks[0].pid}/task/{ranks[0].pid}/children").read_text().split()[:1]:
+                os.kill(int(first), signal.SIGKILL)
 
-    ended = finish(ranks, tmp_path / "logs", meanwhile=shoot)
+        ended = finish(ranks, tmp_path / "logs", meanwhile=shoot)
+        if ended.codes != [0]:
+            break
     assert ended.codes == [71], ended.text
     assert "Traceback" not in ended.text
     assert ended.text.splitlines()[-1].startswith("cache_latents: a data worker died: ")
