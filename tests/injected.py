@@ -102,7 +102,7 @@ class Planter:
     def activation(self, fault: Fault, engine: Engine) -> Iterator[None]:
         def spoil(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
             mixed = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
-            return output * fault.value if mixed else output
+            return output.roll(1, dims=-1) * fault.value if mixed else output  # wrong also where the value is a number
 
         hook = engine.model.blocks[2].register_forward_hook(spoil, prepend=True)
         yield

@@ -101,6 +101,8 @@ RUNS: dict[str, tuple[list[dict], list[str]]] = {
     # ZeRO-3 of DeepSpeed 0.19.8 leaves out a step whose gradient is not finite, and says nothing; a moment it does not look at
     "unguarded": ([fault("loss", 3, once=True), fault("moment", 5, once=True)], ["guard.enabled=false", "train.steps=8"]),
     "fp16": ([fault("overflow", 6, until=8)], ["train.precision=fp16"]),
+    # finite, and far from what it should be, while compute is bf16
+    "spike": ([fault("activation", 10, value=30.0)], ["guard.spike=5", "guard.spike_window=5"]),
     "exact with fp16's overflow": ([fault("overflow", 6, until=8)], ["train.precision=fp32"]),
 }
 
@@ -149,6 +151,20 @@ def test_fp16_that_overflows_for_real_goes_on_in_tf32(runs):
     assert report["culprits"] == [0, 1] and {rank["forward"] for rank in report["ranks"]} == {"in_proj"}
     torch.testing.assert_close(torch.tensor(run.metrics("loss")), torch.tensor(exact.metrics("loss")), rtol=2e-2, atol=0)
     assert min(run.metrics("guard_scale")) >= 2**10
+
+
+def test_a_loss_that_only_bf16_makes_diverge_is_taken_in_tf32(runs):
+    run = runs("spike", "fsdp2")
+    assert run.ended.codes == [0, 0], run.ended.text
+    assert run.metrics("precision") == ["bf16"] * 10 + ["tf32"] * 4 + ["bf16"] * 2
+    (report,) = run.reports
+    assert [(attempt["mode"], attempt["bad"], attempt["action"]) for attempt in report["attempts"]] == [
+        ("bf16", [], "retry"),
+        ("tf32", [], "step"),
+    ]
+    assert report["attempts"][0]["loss"] > 1.5 * report["attempts"][1]["loss"]
+    exact = torch.tensor(runs("exact", "fsdp2").metrics("loss"))
+    torch.testing.assert_close(torch.tensor(run.metrics("loss")), exact, rtol=2e-2, atol=0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
