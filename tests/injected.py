@@ -101,7 +101,8 @@ class Planter:
     @contextlib.contextmanager
     def activation(self, fault: Fault, engine: Engine) -> Iterator[None]:
         def spoil(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            mixed = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+            device = output.device.type
+            mixed = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) is torch.bfloat16
             return output.roll(1, dims=-1) * fault.value if mixed else output  # wrong also where the value is a number
 
         hook = engine.model.blocks[2].register_forward_hook(spoil, prepend=True)

@@ -10,20 +10,36 @@ from xar_scale.evaluate.digits import cache_digits
 STEPS = ["train.steps=5", "train.global_batch=32", "train.log_every=1", "optim.warmup_steps=1", "data.workers=0"]
 
 
-def losses(folder, name, *more, **environment):
+def logged(folder, name, *more, program=("-m", "xar_scale"), **environment):
     own = [*STEPS, f"data.path={folder / 'data'}", *more]
-    run = ["-m", "xar_scale", "train", "--recipe", "digits", "--run-dir", str(folder / name), *own]
+    run = [*program, "train", "--recipe", "digits", "--run-dir", str(folder / name), *own]
     ended = launch(1, run, folder / "logs" / name, **environment)
     assert ended.codes == [0], ended.text
-    return [json.loads(line)["loss"] for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder, name, *more, **environment):
+    return [line["loss"] for line in logged(folder, name, *more, **environment)]
 
 
 @pytest.mark.timeout(600)
-def test_single_and_zero3_learn_on_a_gpu_as_on_a_cpu(tmp_path):
+def test_every_engine_learns_on_a_gpu_as_on_a_cpu(tmp_path):
     cache_digits(tmp_path / "data", samples_per_shard=500)
     cpu = losses(tmp_path, "cpu", "train.engine=single", CUDA_VISIBLE_DEVICES="")
-    for engine in ("single", "deepspeed"):
-        for precision, tolerance in (("fp32", 1e-4), ("tf32", 1e-2), ("bf16", 5e-2)):
+    for engine in ("single", "deepspeed", "fsdp2"):
+        for precision, tolerance in (("fp32", 1e-4), ("tf32", 1e-2), ("bf16", 5e-2), ("fp16", 5e-2)):
+            if (engine, precision) == ("deepspeed", "fp16"):
+                continue  # refused
             name = f"{engine}-{precision}"
             gpu = losses(tmp_path, name, f"train.engine={engine}", f"train.precision={precision}", DS_ACCELERATOR="cuda")
             assert gpu == pytest.approx(cpu, rel=tolerance), name
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine", ["single", "deepspeed", "fsdp2"])
+def test_a_fault_of_bf16_alone_is_outlived_on_a_gpu(tmp_path, engine):
+    cache_digits(tmp_path / "data", samples_per_shard=500)
+    fault = json.dumps([{"kind": "activation", "step": 1, "until": 2, "rank": 0}])
+    more = [f"train.engine={engine}", "train.precision=bf16", "guard.hold_steps=2"]
+    lines = logged(tmp_path, "run", *more, program=("-m", "tests.injected", fault), DS_ACCELERATOR="cuda")
+    assert [line["precision"] for line in lines] == ["bf16", "tf32", "tf32", "tf32", "bf16"]
