@@ -6,13 +6,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from xar_scale.model.layers import Block
 from xar_scale.model.xar import XAR
 
 
-class Watch:
+class _Hooked:
+    """A context with hooks on modules."""
+
+    _hooks: list[RemovableHandle]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+class Watch(_Hooked):
     """Looks at what the modules of a network put out, and at the gradients that come back there, while the context is open.
 
     It waits for the device at each module: for attempts at a step that has failed already.
@@ -28,10 +39,6 @@ class Watch:
             module.register_forward_hook(self._look(name or "the network")) for name, module in self.network.named_modules()
         ]
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def _look(self, name: str) -> Callable[..., None]:
         def at_output(module: nn.Module, arguments: Any, output: Any) -> None:
@@ -49,7 +56,7 @@ class Watch:
         return at_output
 
 
-class Activations:
+class Activations(_Hooked):
     """The largest absolute value that each block of a network puts out in the context; the device is not waited for."""
 
     def __init__(self, network: XAR) -> None:
@@ -64,10 +71,6 @@ class Activations:
     def __enter__(self) -> Self:
         self._hooks = [block.register_forward_hook(self._note(name)) for name, block in self.blocks.items()]
         return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def _note(self, name: str) -> Callable[..., None]:
         def at_output(module: nn.Module, arguments: Any, output: Tensor) -> None:
