@@ -1,6 +1,7 @@
 """Where a pass goes wrong, what a report says of it, and running it again."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from xar_scale import reports
 from xar_scale.cli import main
 from xar_scale.diagnosis import Activations, Watch
 from xar_scale.errors import DataError, UsageError
-from xar_scale.guard import Action
+from xar_scale.guard import Action, Bad, Decision, Event
 from xar_scale.model.layers import Block
+from xar_scale.replay import find_checkpoint, replay
 
 
 def test_a_watch_names_the_first_module_forward_and_backward(tmp_path):
@@ -121,6 +123,32 @@ def test_a_replay_finds_what_the_run_met(tmp_path, capsys):
     assert "bf16: not finite: loss and gradient; retry, the same again" in shown
     assert "with the weights after 2 steps" in shown and shown.endswith("reproduced\n") and "not reproduced" not in shown
     assert shown.count("first output that is not finite") == 2 and "\n  tf32: loss inf" in shown
+
+
+def test_a_replay_has_that_ranks_dropout_that_loss_scale_and_the_newest_weights_before(tmp_path):
+    run = Guarded(tmp_path, "train.precision=fp16", "model.dropout=0.3")
+    run.engine.rank = 3
+    run.train(5)
+    run.save()  # of the very step that fails
+    run.engine.loss_scale = 2.0**30  # which overflows
+    batch = random_batch(5)
+    verdict = run.engine.attempt(5, [batch])
+    assert verdict.bad == Bad.GRADIENT
+    report = reports.Report(run.config, run.engine, ["a"], tmp_path, 5, [batch])
+    report.add("fp16", 2.0**30, Event(5, verdict.bad, verdict.loss, verdict.grad_norm), Decision(Action.SKIP, "for a test"))
+    report.write(None)
+    run.engine.discard()
+    run.engine.loss_scale = 1.0
+    run.train(1)
+    run.save()
+    recorded = reports.read(tmp_path / "reports" / "step-00000005.json")
+    checkpoint = find_checkpoint(recorded)
+    assert checkpoint.manifest.step == 5
+    first, second = replay(replace(recorded, rank=3), checkpoint, torch.device("cpu"))
+    assert (first.mode, first.verdict.loss, first.verdict.bad) == ("fp16", verdict.loss, Bad.GRADIENT)
+    assert (second.mode, second.verdict.bad) == ("tf32", Bad.NOTHING)
+    other, _ = replay(recorded, checkpoint, torch.device("cpu"))
+    assert other.verdict.loss != verdict.loss
 
 
 def test_a_report_that_cannot_be_read_is_named(tmp_path, monkeypatch):
