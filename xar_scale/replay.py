@@ -10,7 +10,7 @@ from xar_scale.config import Config, merge
 from xar_scale.diagnosis import Activations, Watch
 from xar_scale.engines import Verdict, create_engine
 from xar_scale.errors import UsageError
-from xar_scale.model.xar import XAR, Weight, meta_model
+from xar_scale.model.xar import blank_weights, meta_model
 from xar_scale.precision import MODES
 from xar_scale.reports import Recorded
 
@@ -42,7 +42,8 @@ def replay(recorded: Recorded, checkpoint: Checkpoint, device: torch.device) -> 
     sizes = {"engine": "single", "shard_ranks": None, "micro_batch": micro, "global_batch": micro * len(batches)}
     config = Config.from_dict(merge(recorded.config, {"train": sizes, "data": {"lanes": 1}}))
     model = meta_model(config.model)
-    engine = create_engine(model, _weights(model, checkpoint), config, device)
+    engine = create_engine(model, blank_weights(model), config, device)
+    model.load_state_dict(load_weights(checkpoint, "model"))
     engine.rank = recorded.rank  # its dropout
     for mode in filter(None, (recorded.mode, MODES[recorded.mode].fallback)):
         engine.set_precision(mode)
@@ -51,9 +52,3 @@ def replay(recorded: Recorded, checkpoint: Checkpoint, device: torch.device) -> 
             verdict = engine.attempt(recorded.step, batches)
         engine.discard()
         yield Replayed(mode, verdict, watch.forward, watch.backward, activations.largest)
-
-
-def _weights(model: XAR, checkpoint: Checkpoint) -> Iterator[Weight]:
-    for name, value in load_weights(checkpoint, "model").items():
-        owner, _, key = name.rpartition(".")
-        yield Weight(model.get_submodule(owner), key, value)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from xar_scale import dist
@@ -166,7 +167,7 @@ def read(path: Path) -> Recorded:
         raise DataError(f"report {path}: its batch {values['batch']['file']} is missing") from None
     except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
         raise DataError(f"report {path} is torn or changed ({type(error).__name__})") from None
-    except Exception as error:  # safetensors' own
+    except SafetensorError as error:
         raise DataError(f"report {path}: its batch cannot be read: {error}") from None
 
 

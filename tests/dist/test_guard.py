@@ -121,6 +121,9 @@ def test_faults_that_come_once_leave_no_trace_in_the_run(runs, engine):
     assert culprits == {2: [1], 4: [], 5: [0], 7: [1], 10: [0], 14: [1]}  # a spoilt moment is met in the weight that it makes
     assert run.metrics("guard_rollbacks")[-1] == 3 and run.metrics("guard_transients")[-1] == 3
     assert run.steps_back() == [(7, 6), (10, 9), (14, 12)]
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    unknown = [line["step"] for line in lines if "largest_activation" not in line]
+    assert unknown == [3, 5, 6]  # of a first attempt that was not taken
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -221,6 +224,8 @@ def test_a_run_resumed_in_tf32_with_a_sample_taken_out_goes_on_bitwise(tmp_path_
     assert lines[-1]["guard_quarantined"] == 1 and whole.metrics("epoch")[-1] > 3
     other = Run(folder, "other", "single", [], *more, "train.precision=fp16", "--resume", middle, world=1)
     assert other.ended.codes == [0] and "fp16; attention" in other.log and "computing in tf32" not in other.log
+    off = Run(folder, "off", "single", [], *more, "guard.enabled=false", "--resume", middle, world=1)
+    assert off.ended.codes == [0] and "computing in tf32" not in off.log
 
 
 def test_a_real_overflow_is_reproduced_on_one_process(runs, capsys):

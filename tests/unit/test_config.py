@@ -216,6 +216,12 @@ def test_a_config_survives_its_yaml(tmp_path):
     assert Config.from_dict(config.to_dict()) == config
 
 
+def test_fp16_needs_the_guard_whose_loss_scale_it_has():
+    digits_config("train.precision=fp16")
+    with pytest.raises(ConfigError, match=r"train\.precision fp16 needs guard\.enabled"):
+        digits_config("train.precision=fp16", "guard.enabled=false")
+
+
 def test_a_config_is_frozen():
     config = digits_config()
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -2,7 +2,6 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,6 +11,7 @@ from xar_scale.config import Config, merge
 from xar_scale.data.loader import Batch
 from xar_scale.ema import EMA
 from xar_scale.engines import create_engine
+from xar_scale.engines.base import finite_if_all_are
 from xar_scale.guard import GuardState
 from xar_scale.model.entities import create_layout
 from xar_scale.model.xar import initial_weights, meta_model
@@ -37,18 +37,12 @@ def bench_guard(options: argparse.Namespace) -> None:
         engine.step(1e-4, verdict)
         ema.update()
 
-    def look_at_weights() -> Any:
-        return torch.stack(torch._foreach_norm(masters)).sum()
-
-    def look_at_inputs() -> Any:
-        return batch.latents.sum() + batch.noise.sum() + batch.t.sum()
-
     verdict = recovery.attempt(0, [batch])
     whole = median_ms(step, device)
     every = config.guard.snapshot_every
     parts: dict[str, float] = {
-        "weights looked at": median_ms(look_at_weights, device),
-        "inputs looked at": median_ms(look_at_inputs, device),
+        "weights looked at": median_ms(lambda: finite_if_all_are(masters), device),
+        "inputs looked at": median_ms(batch.inputs_sum, device),
         "decision": median_ms(lambda: recovery.resolve(0, [batch], verdict), device),
         f"all of the state looked at, every {every} steps": median_ms(lambda: engine.ranks_with_bad_state(ema.averages), device)
         / every,

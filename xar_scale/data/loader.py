@@ -53,6 +53,10 @@ class Batch:
         keys = tuple(key for part in parts for key in part.keys)
         return cls(latents, labels, t, noise, keys, places, tuple(fault for part in parts for fault in part.faults))
 
+    def inputs_sum(self) -> Tensor:
+        """A number that is finite where all that the network is given is."""
+        return self.latents.sum() + self.noise.sum() + self.t.sum()
+
     def split(self, parts: int) -> list["Batch"]:
         """As many smaller batches; their number must divide this one's size. Faults stay with the whole."""
         size, rest = divmod(len(self.labels), parts)

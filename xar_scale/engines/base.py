@@ -80,7 +80,7 @@ class Engine(ABC):
         loss, inputs = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for batch in batches:
             loss += self.forward_backward(batch) / self.passes
-            inputs += batch.latents.sum() + batch.noise.sum() + batch.t.sum()  # finite where all of them are
+            inputs += batch.inputs_sum()
         return self.agree(loss, inputs, faults)
 
     def _seed(self, step: int) -> None:
@@ -90,11 +90,15 @@ class Engine(ABC):
     def _loss(self, batch: Batch) -> Tensor:
         return velocity_loss(self.network, self.layout, batch.latents, batch.noise, batch.t, batch.labels)
 
+    def _autocast(self) -> torch.autocast:
+        compute = self.precision.compute
+        return torch.autocast(self.device.type, dtype=compute, enabled=compute is not FP32)
+
     def forward_backward(self, batch: Batch) -> Tensor:
         """One pass: adds its part of the step's mean gradient. Returns this rank's loss of the pass, detached."""
         total = torch.zeros((), device=self.device)
         for part in batch.split(self.splits):
-            with torch.autocast(self.device.type, dtype=self.precision.compute, enabled=self.precision.compute is not FP32):
+            with self._autocast():
                 loss = self._loss(part) / self.splits
             (loss * (self.loss_scale / self.passes)).backward()
             total += loss.detach()
@@ -106,7 +110,7 @@ class Engine(ABC):
         """
         # what is offloaded is summed up where it is
         squares = torch.stack([gradient.float().square().sum() for gradient in self.gradients()]).sum().to(self.device)
-        weights = _finite_if_all_are(self._masters).to(self.device)
+        weights = finite_if_all_are(self._masters).to(self.device)
         inputs = torch.zeros_like(loss) if inputs is None else inputs
         self._bad = ~torch.isfinite(torch.stack([loss, squares, weights, inputs]))
         parts = torch.stack([loss / dist.world(), squares / self.copies, torch.full_like(loss, faults)])
@@ -124,7 +128,7 @@ class Engine(ABC):
     @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:
         """Of each sample alone (B,). Every rank calls this, with as many samples."""
-        with torch.autocast(self.device.type, dtype=self.precision.compute, enabled=self.precision.compute is not FP32):
+        with self._autocast():
             return torch.stack([self._loss(part) for part in batch.split(len(batch.labels))])
 
     @cached_property
@@ -135,7 +139,7 @@ class Engine(ABC):
         """Those whose weights or moments, or ``averages`` of them, are not finite. Reads all of it."""
         tensors = [tensor for shard in self.shards() for tensor in shard[4:]]
         tensors = [tensor for tensor in (*tensors, *averages) if tensor.numel()]
-        seen = dist.gather_objects(_finite_if_all_are(tensors).item())
+        seen = dist.gather_objects(finite_if_all_are(tensors).item())
         return [rank for rank, value in enumerate(seen) if not math.isfinite(value)]
 
     def step(self, learning_rate: float, verdict: Verdict) -> None:
@@ -168,7 +172,7 @@ class Engine(ABC):
         """Tell the engine that ``shards()`` were written to: weights used by the next pass, and ``steps`` taken, follow."""
 
 
-def _finite_if_all_are(tensors: list[Tensor]) -> Tensor:
+def finite_if_all_are(tensors: list[Tensor]) -> Tensor:
     """A number for the question alone: on a CPU these norms are quick, and of large tensors not exact."""
     return torch.stack(torch._foreach_norm(tensors)).sum()
 
