@@ -163,7 +163,7 @@ def test_a_report_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="torn or changed"):
         reports.read(path)
     path.write_text(whole.replace('"format": 1', '"format": 7'))
-    with pytest.raises(DataError, match=r"^report .* is of format 7, this version reads 1$"):
+    with pytest.raises(DataError, match=r"^report \S+ is of format 7, this version reads 1$"):
         reports.read(path)
     path.write_text(whole)
     batch.write_bytes(batch.read_bytes()[:50])
