@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from xar_scale import dist
-from xar_scale.checkpoint.store import Checkpoint
+from xar_scale.checkpoint.manifest import Checkpoint
 from xar_scale.cli import Parser, ending
 from xar_scale.config import Config
 from xar_scale.errors import UsageError

@@ -177,7 +177,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _replay(options: argparse.Namespace) -> None:
     from xar_scale import dist, reports
-    from xar_scale.checkpoint.store import verify
+    from xar_scale.checkpoint.manifest import verify
     from xar_scale.replay import find_checkpoint, replay
 
     recorded = reports.read(options.report)

@@ -101,7 +101,8 @@ class TrainConfig:
     recompute: Recompute = "none"  # of activations, in the backward pass
     log_every: int = Field(default=50, gt=0)
     checkpoint_every: int = Field(default=5000, gt=0)
-    keep_last: int = Field(default=3, gt=0)
+    keep_last: int = Field(default=3, gt=0)  # checkpoints
+    keep_every: int | None = Field(default=None, gt=0)  # and for good those of steps that this divides
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

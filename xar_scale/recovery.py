@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 
 from xar_scale import dist
-from xar_scale.checkpoint.store import checkpoint_paths, load, newest_valid, step_of
+from xar_scale.checkpoint.load import load
+from xar_scale.checkpoint.manifest import newest_valid, step_of
+from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config
 from xar_scale.data.loader import Batch, Place
 from xar_scale.diagnosis import Activations, Watch
@@ -42,11 +44,11 @@ class Recovery:
         engine: Engine,
         ema: EMA,
         shards: Sequence[str],
-        run: Path,
+        store: Store,
         state: GuardState,
         splits: int = 1,
     ) -> None:
-        self.config, self.engine, self.ema, self.shards, self.run = config, engine, ema, shards, run
+        self.config, self.engine, self.ema, self.shards, self.store = config, engine, ema, shards, store
         self.state, self.splits = state, splits
         self.precision = MODES[config.train.precision]
         self.guard = Guard(config.guard, self.precision)
@@ -71,7 +73,7 @@ class Recovery:
             event = self._event(step, batches, verdict)
             self.state, decision = self.guard.decide(self.state, event)
             if decision.reason:
-                report = report or Report(self.config, self.engine, self.shards, self.run, step, batches)
+                report = report or Report(self.config, self.engine, self.shards, self.store.run, step, batches)
                 report.add(self.engine.mode, self.engine.loss_scale, event, decision)
                 dist.say(f"guard: step {step}, {self.engine.mode}: {_seen(event)}: {decision.action.value}, {decision.reason}")
             # a loss scale that is halved is nothing out of the ordinary
@@ -83,7 +85,7 @@ class Recovery:
             assert report is not None
             verdict = self._again(step, batches, report)
         if report is not None and worth_keeping:
-            path, traced = report.write(newest_checkpoint(self.run))
+            path, traced = report.write(self.store.newest_on_disk())
             dist.say(f"guard: step {step}: traced to {traced}" + (f"; report {path}" if path else ""))
             if decision.action is Action.STOP:
                 raise self._stop(step, decision, traced, path)
@@ -148,11 +150,11 @@ class Recovery:
 
     def roll_back(self) -> int:
         """Restore the newest state that is known to be finite. Returns the step that the run goes on from."""
-        ring, newest = self.snapshots.ring, newest_checkpoint(self.run)
+        ring, newest = self.snapshots.ring, self.store.newest_on_disk()
         checkpoint = None
         if newest is not None and not (ring and ring[-1].step >= step_of(newest)):
             with contextlib.suppress(DataError):  # none that is valid
-                checkpoint = newest_valid(self.run)
+                checkpoint = newest_valid(self.store.run)
         if ring and (checkpoint is None or ring[-1].step >= checkpoint.manifest.step):
             snapshot = self.snapshots.restore()
             step, guard, where = snapshot.step, snapshot.guard, "the host's memory"
@@ -170,7 +172,7 @@ class Recovery:
         return (self.precision.fallback if self.state.lowered else None) or self.config.train.precision
 
     def _stop(self, step: int, decision: Decision, traced: str, report: Path | None) -> NonFiniteError:
-        newest = newest_checkpoint(self.run)
+        newest = self.store.newest_on_disk()
         kept = f"the newest checkpoint, {newest}, is finite" if newest else "there is no checkpoint yet"
         shown = f"; xar-scale replay {report} shows the step on one device" if report else ""
         return NonFiniteError(f"step {step} cannot be taken: {decision.reason}; traced to {traced}; {kept}{shown}")
@@ -180,12 +182,6 @@ def _finite_rows(batch: Batch) -> torch.Tensor:
     """Which samples of a batch are finite (B,)."""
     parts = (torch.isfinite(tensor).flatten(1).all(dim=1) for tensor in (batch.latents, batch.noise, batch.t))
     return torch.stack(list(parts)).all(dim=0)
-
-
-def newest_checkpoint(run: Path) -> Path | None:
-    """As rank 0 sees it."""
-    paths = dist.on_rank_0(lambda: checkpoint_paths(run))
-    return paths[-1] if paths else None
 
 
 def _seen(event: Event) -> str:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from xar_scale.checkpoint.store import Checkpoint, checkpoint_paths, load_weights, step_of, verify
+from xar_scale.checkpoint.load import load_weights
+from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, step_of, verify
 from xar_scale.config import Config, merge
 from xar_scale.diagnosis import Activations, Watch
 from xar_scale.engines import Verdict, create_engine

@@ -3,13 +3,13 @@
 from collections import deque
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from xar_scale.config import GuardConfig
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
 from xar_scale.guard import GuardState
+from xar_scale.staging import Staging
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Snapshot:
 
     step: int
     guard: GuardState
-    tensors: list[Tensor]
+    staged: Staging
 
 
 class Snapshots:
@@ -27,7 +27,7 @@ class Snapshots:
     def __init__(self, engine: Engine, ema: EMA, settings: GuardConfig) -> None:
         self.engine, self.ema, self.settings = engine, ema, settings
         self.ring = deque[Snapshot](maxlen=settings.snapshots)
-        self._spare: list[list[Tensor]] = []
+        self._spare: list[Staging] = []
 
     def due(self, step: int) -> bool:
         return self.settings.enabled and self.settings.snapshots > 0 and step % self.settings.snapshot_every == 0
@@ -35,29 +35,21 @@ class Snapshots:
     def take(self, step: int, guard: GuardState) -> None:
         """Copy the state, which the caller knows to be finite."""
         if len(self.ring) == self.ring.maxlen:
-            self._spare.append(self.ring.popleft().tensors)
+            self._spare.append(self.ring.popleft().staged)
         state = _state(self.engine, self.ema)
-        pinned = self.engine.device.type == "cuda"
-        copies = self._spare.pop() if self._spare else [_host_memory(tensor, pinned) for tensor in state]
-        for copy, tensor in zip(copies, state, strict=True):
-            copy.copy_(tensor, non_blocking=True)
-        if pinned:
-            torch.cuda.synchronize(self.engine.device)  # the optimizer writes to it next
-        self.ring.append(Snapshot(step, guard, copies))
+        staged = self._spare.pop() if self._spare else Staging(state)
+        staged.take(state)
+        self.ring.append(Snapshot(step, guard, staged))
 
     def restore(self) -> Snapshot:
         """Go back to the newest one, which is used up: should it lead to the same end, the next is tried."""
         snapshot = self.ring.pop()
-        for tensor, copy in zip(_state(self.engine, self.ema), snapshot.tensors, strict=True):
+        for tensor, copy in zip(_state(self.engine, self.ema), snapshot.staged.copies, strict=True):
             tensor.copy_(copy)
         self.engine.shards_written(snapshot.step - snapshot.guard.skipped)
-        self._spare.append(snapshot.tensors)
+        self._spare.append(snapshot.staged)
         return snapshot
 
 
 def _state(engine: Engine, ema: EMA) -> list[Tensor]:
     return [tensor for shard in engine.shards() for tensor in shard[4:]] + ema.averages
-
-
-def _host_memory(tensor: Tensor, pinned: bool) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)

@@ -7,15 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from xar_scale import dist
-from xar_scale.checkpoint.store import (
-    Checkpoint,
-    Store,
-    check_continues,
-    checkpoint_paths,
-    load,
-    newest_valid,
-    verify,
-)
+from xar_scale.checkpoint.load import check_continues, load
+from xar_scale.checkpoint.manifest import Checkpoint, Manifest, checkpoint_paths, newest_valid, verify
+from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config, micro_batches
 from xar_scale.data.faults import BadSamples, Fault
 from xar_scale.data.feed import Feed
@@ -68,13 +62,14 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     guard = GuardState()
     if checkpoint is not None:
-        load(checkpoint, engine, ema)
+        count = load(checkpoint, engine, ema)
         guard = checkpoint.manifest.guard
         if not config.guard.enabled or checkpoint.manifest.config["train"]["precision"] != config.train.precision:
             guard = replace(guard, lowered=False, held_until=None)  # of a precision that is no longer the run's
         dataset.quarantine(dataset.places_of(checkpoint.manifest.quarantined))
-        dist.say(f"resumed from {checkpoint.path} at step {start}, epoch {checkpoint.manifest.position.epoch}")
-    store = Store(run, config.train.keep_last)  # only now is the run's folder touched: nothing is left to refuse
+        where = f"at step {start}, epoch {checkpoint.manifest.position.epoch}"
+        dist.say(f"resumed from {checkpoint.path} {where}; rank 0 read {count:,} of {checkpoint.manifest.bytes:,} bytes")
+    store = Store(run, engine, ema, config.train)  # only now is the run's folder touched: nothing is left to refuse
     metrics = dist.together(lambda: _open_run(config, run, store, start) if dist.rank() == 0 else None)
     dist.say(
         f"{sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
@@ -83,10 +78,10 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     splits = fallback_splits(config, device)
     with metrics or nullcontext():
         shards = [shard.name for shard in dataset.shards.info.shards]
-        recovery = Recovery(config, engine, ema, shards, run, guard, splits)
+        recovery = Recovery(config, engine, ema, shards, store, guard, splits)
         training = Training(config, engine, ema, dataset, bad, recovery, store, metrics)
         training.run(start)
-    dist.say(f"done: {config.train.steps} steps; checkpoint {training.newest or (checkpoint and checkpoint.path)}")
+    dist.say(f"done: {config.train.steps} steps; checkpoint {store.newest or (checkpoint and checkpoint.path)}")
 
 
 class Training:
@@ -106,7 +101,6 @@ class Training:
         self.config, self.engine, self.ema, self.dataset, self.bad = config, engine, ema, dataset, bad
         self.recovery, self.store, self.metrics = recovery, store, metrics
         self.feed = Feed(dataset, config.train, engine.device)
-        self.newest: Path | None = None  # checkpoint
 
     def run(self, start: int) -> None:
         """Steps ``start`` to ``train.steps``."""
@@ -115,6 +109,7 @@ class Training:
         step = start
         while step < self.config.train.steps:
             step = self._advance(step)
+        self.store.finish()
 
     def _advance(self, step: int) -> int:
         """Take step ``step``, or find out why not. Returns the one that comes next."""
@@ -125,6 +120,7 @@ class Training:
         news = self.bad.news(fault for batch in batches for fault in batch.faults)
         with Activations(self.engine.model) if logged else nullcontext() as activations:
             verdict = self.recovery.attempt(step, batches, len(news))
+        self.store.poll()
         if verdict.faults:
             _account_for(news, self.bad)
         action, resolved = self.recovery.resolve(step, batches, verdict)
@@ -143,10 +139,7 @@ class Training:
         if not self.recovery.keep(done, certainly=saved):
             return self._go_back()
         if saved:
-            position = self.dataset.order.position(done * self.config.train.global_batch)
-            taken_out = self.dataset.names_of(self.dataset.quarantined)
-            state, info = self.recovery.state, self.dataset.shards.info
-            self.newest = self.store.save(done, self.engine, self.ema, self.config, position, info, self.bad, taken_out, state)
+            self.store.save(self._manifest(done))
         if activations is not None:
             # of the attempt that was taken, where that was the first
             largest = dist.largest(max(activations.largest.values())) if resolved is verdict else None
@@ -154,6 +147,29 @@ class Training:
         if self.metrics is not None:
             self.metrics.advance(done)
         return done
+
+    def _manifest(self, done: int) -> Manifest:
+        consumed, info = done * self.config.train.global_batch, self.dataset.shards.info
+        return Manifest(
+            step=done,
+            seed=self.config.train.seed,
+            samples_consumed=consumed,
+            position=self.dataset.order.position(consumed),
+            bad_samples=sorted(self.bad.known),
+            quarantined=sorted(self.dataset.names_of(self.dataset.quarantined)),
+            guard=self.recovery.state,
+            dataset={
+                "samples": info.samples,
+                "fingerprint": info.fingerprint,
+                "tokenizer": info.tokenizer,
+                "latent_scale": info.latent_scale,
+            },
+            world=dist.world(),
+            engine=self.config.train.engine,
+            precision=self.engine.mode,
+            config=self.config.to_dict(),
+            shapes={name: list(shape) for name, shape in self.engine.shapes.items()},
+        )
 
     def _seek(self, step: int) -> None:
         self.feed.seek(step)
@@ -182,13 +198,14 @@ class Training:
             "bad_samples": len(self.bad.known),
             "epoch": done * settings.global_batch / self.dataset.order.samples,
             "precision": self.engine.mode,
+            "checkpoint_stall_s": self.store.stalled,
             **state.counts,
         }
         if largest_activation is not None:
             values["largest_activation"] = largest_activation
         if self.metrics is not None:
             self.metrics.log(done, values)
-        self.since, self.logged, self.feed.waited = time.perf_counter(), done, 0.0
+        self.since, self.logged, self.feed.waited, self.store.stalled = time.perf_counter(), done, 0.0, 0.0
 
 
 def _account_for(news: list[Fault], bad: BadSamples) -> None:
@@ -200,8 +217,7 @@ def _account_for(news: list[Fault], bad: BadSamples) -> None:
 
 def _open_run(config: Config, run: Path, store: Store, start: int) -> Metrics:
     """Rank 0's part of beginning: all that can fail for want of a writable folder fails here, before anything is trained."""
-    store.folder.mkdir(parents=True, exist_ok=True)
-    store.set_aside_after(start)
+    store.open(start)
     write_atomically(run / CONFIG_FILE, config.to_yaml().encode())
     return Metrics(run, start, config.train.steps)
 

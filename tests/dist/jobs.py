@@ -17,7 +17,8 @@ from tests.conftest import digits_config, random_batch
 from tests.processes import launch
 from tests.unit.tiny_run import Run
 from xar_scale import dist
-from xar_scale.checkpoint.store import load, read_manifest
+from xar_scale.checkpoint.load import load
+from xar_scale.checkpoint.manifest import read_manifest
 from xar_scale.config import micro_batches
 from xar_scale.engines import Verdict
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from xar_scale.checkpoint.store import load_weights, read_manifest
+from xar_scale.checkpoint.load import load_weights
+from xar_scale.checkpoint.manifest import read_manifest
 
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
 

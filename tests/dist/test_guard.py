@@ -11,7 +11,7 @@ import torch
 
 from tests.dist.states import assert_bitwise, state
 from tests.processes import ROOT, Ended, launch
-from xar_scale.checkpoint.store import read_manifest
+from xar_scale.checkpoint.manifest import read_manifest
 from xar_scale.cli import main
 from xar_scale.evaluate.digits import cache_digits
 

@@ -18,7 +18,7 @@ class Guarded(Run):
 
     def __init__(self, folder, *overrides: str, splits: int = 1) -> None:
         super().__init__(folder, config=digits_config(*TINY, *overrides))
-        self.recovery = Recovery(self.config, self.engine, self.ema, ["a"], folder, GuardState(), splits)
+        self.recovery = Recovery(self.config, self.engine, self.ema, ["a"], self.store, GuardState(), splits)
         self.folder = folder
 
     def resolve(self, batch=None, step: int = 5):

@@ -10,7 +10,8 @@ from PIL import Image
 
 from tests.conftest import digits_config
 from tests.unit.tiny_run import CONFIG, INFO, Run
-from xar_scale.checkpoint.store import load_weights, verify
+from xar_scale.checkpoint.load import load_weights
+from xar_scale.checkpoint.manifest import verify
 from xar_scale.config import KernelConfig
 from xar_scale.data.loader import LatentDataset
 from xar_scale.data.reader import LatentShards

@@ -19,7 +19,7 @@ LAYERS = [
     ["dist"],
     ["flow", "sampler", "tokenizers"],
     ["data"],
-    ["optim", "ema", "precision"],
+    ["optim", "ema", "precision", "staging"],
     ["guard", "diagnosis", "memory"],
     ["engines"],
     ["checkpoint", "snapshots", "reports"],

@@ -8,9 +8,8 @@ import torch
 
 from tests.conftest import random_batch
 from tests.unit.guarded_run import NAN, Guarded, gradients
-from xar_scale.checkpoint.store import newest_valid
+from xar_scale.checkpoint.manifest import newest_valid
 from xar_scale.config import GuardConfig
-from xar_scale.data.faults import BadSamples
 from xar_scale.data.order import Position
 from xar_scale.errors import NonFiniteError
 from xar_scale.guard import Action, Bad, GuardState
@@ -160,7 +159,8 @@ def test_steps_gone_without_are_not_counted_as_taken_whatever_is_gone_back_to(tm
     run.recovery.state = remembered
     run.recovery.keep(100, certainly=False)
     position = Position(0, 32)
-    run.store.save(4, run.engine, run.ema, run.config, position, run.info, BadSamples(0), [("a", 3)], remembered)
+    run.store.save(run.manifest(step=4, position=position, quarantined=[("a", 3)], guard=remembered))
+    run.store.finish()
     manifest = newest_valid(tmp_path).manifest
     assert manifest.quarantined == [["a", 3]] and manifest.guard == remembered
     for step in (100, 4):

@@ -1,14 +1,17 @@
 """A tiny model in training on one process, and its checkpoints."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.conftest import digits_config, random_batch
+from xar_scale import dist
+from xar_scale.checkpoint.manifest import Manifest
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config
-from xar_scale.data.faults import BadSamples
 from xar_scale.data.loader import Batch
 from xar_scale.data.order import Position
 from xar_scale.data.shards import DatasetInfo, ShardInfo
@@ -40,7 +43,8 @@ class Run:
         model = meta_model(config.model)
         self.engine = create_engine(model, initial_weights(model, seed), config, torch.device("cpu"))
         self.ema = EMA([shard.master for shard in self.engine.shards()], 0.9)
-        self.store, self.step = Store(folder, keep_last), 0
+        settings = replace(config.train, keep_last=keep_last)
+        self.store, self.step = Store(folder, self.engine, self.ema, settings), 0
 
     def train(self, steps: int = 1, batch: Callable[[int], Batch] = random_batch) -> None:
         for _ in range(steps):
@@ -50,10 +54,36 @@ class Run:
             self.step += 1
 
     def save(self) -> Path:
-        position = Position(*divmod(self.step * self.config.train.global_batch, self.info.samples))
-        return self.store.save(
-            self.step, self.engine, self.ema, self.config, position, self.info, BadSamples(0), (), GuardState()
-        )
+        """A checkpoint, and wait for it."""
+        self.store.save(self.manifest())
+        self.store.finish()
+        assert self.store.newest is not None
+        return self.store.newest
+
+    def manifest(self, **changes: Any) -> Manifest:
+        """Of the state as it is."""
+        consumed = self.step * self.config.train.global_batch
+        values = {
+            "step": self.step,
+            "seed": self.config.train.seed,
+            "samples_consumed": consumed,
+            "position": Position(*divmod(consumed, self.info.samples)),
+            "bad_samples": [],
+            "quarantined": [],
+            "guard": GuardState(),
+            "dataset": {
+                "samples": self.info.samples,
+                "fingerprint": self.info.fingerprint,
+                "tokenizer": self.info.tokenizer,
+                "latent_scale": self.info.latent_scale,
+            },
+            "world": dist.world(),
+            "engine": self.config.train.engine,
+            "precision": self.engine.mode,
+            "config": self.config.to_dict(),
+            "shapes": {name: list(shape) for name, shape in self.engine.shapes.items()},
+        }
+        return Manifest(**(values | changes))
 
     def state(self) -> list[torch.Tensor]:
         shards = [tensor.clone() for s in self.engine.shards() for tensor in (s.master, s.exp_avg, s.exp_avg_sq)]

@@ -7,6 +7,7 @@ import torch
 
 from xar_scale import dist
 from xar_scale.bench.timing import median_ms
+from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config, merge
 from xar_scale.data.loader import Batch
 from xar_scale.ema import EMA
@@ -28,7 +29,7 @@ def bench_guard(options: argparse.Namespace) -> None:
     network = meta_model(config.model)
     engine = create_engine(network, initial_weights(network, 0), config, device)
     ema = EMA([shard.master for shard in engine.shards()], 0.9999)
-    recovery = Recovery(config, engine, ema, ["shard"], Path("none"), GuardState())
+    recovery = Recovery(config, engine, ema, ["shard"], Store(Path("none"), engine, ema, config.train), GuardState())
     batch = _random_batch(config, device)
     masters = [shard.master for shard in engine.shards()]
 

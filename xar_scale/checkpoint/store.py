@@ -1,283 +1,223 @@
-"""Checkpoints on disk: written whole or not at all, checked before they are used, one format for every engine and size.
+"""Writes the checkpoints of a run while it goes on: whole or not at all, and no older one goes before a newer one is there.
 
-A checkpoint is a folder ``step-00001000`` with PyTorch DCP files in safetensors format and ``manifest.json``. Every tensor
-is a flat float32 vector, cut over ranks anywhere: ``model/NAME``, ``ema/NAME``, ``exp_avg/NAME``,
-``exp_avg_sq/NAME``. So what ZeRO-3 wrote on any number of ranks loads on any other, or on one process, without conversion.
+Each rank copies what it owns to the host's memory, which is all that training waits for; a thread writes it. What the ranks'
+threads have come to, all ranks learn together between two steps (``poll``), and go on to the next stage or try again together.
 """
 
-import contextlib
-import hashlib
-import json
-import logging
-import re
 import shutil
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from xar_scale import dist
-from xar_scale.checkpoint.flat import FlatShard
-from xar_scale.config import Config
-from xar_scale.data.faults import BadSamples
-from xar_scale.data.order import Position
-from xar_scale.data.shards import DatasetInfo
+from xar_scale.checkpoint.files import Fingerprint, Range, file_name, write_file
+from xar_scale.checkpoint.load import state_vectors
+from xar_scale.checkpoint.manifest import FOLDER, LATEST, MANIFEST, Manifest, checkpoint_name, checkpoint_paths, step_of
+from xar_scale.config import TrainConfig
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
-from xar_scale.errors import ConfigError, DataError, UsageError
+from xar_scale.errors import FileError
 from xar_scale.files import free_name, sync_folder, write_atomically
-from xar_scale.guard import GuardState
+from xar_scale.staging import Staging
 
-FORMAT = 3
-FOLDER, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint holds. There is no generator state: every draw of a run follows from (seed, step, sample number)."""
-
-    format: int
-    step: int  # steps taken
-    seed: int
-    samples_consumed: int  # of the run
-    position: Position  # epoch, samples consumed of it
-    bad_samples: list[tuple[str, int]]  # that the run has met, by shard and position in it
-    quarantined: list[tuple[str, int]]  # samples that the guard has taken out, likewise
-    guard: GuardState
-    dataset: dict[str, Any]  # samples and fingerprint; tokenizer and latent scale, which decoding needs
-    world: int  # ranks that wrote it
-    engine: str
-    precision: str
-    config: dict[str, Any]
-    shapes: dict[str, list[int]]
-    files: dict[str, dict[str, Any]]  # name -> bytes, sha256
+ATTEMPTS_AT_THE_END = 6  # of writing the last checkpoint, 1, 2, 4, ... seconds apart
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk whose manifest could be read."""
+@dataclass
+class _Save:
+    """One checkpoint on its way to the disk, through the stages that are left."""
 
-    path: Path
     manifest: Manifest
+    begun: float
+    stages: list[Callable[[Sequence[Any]], Any]]  # from all ranks' results of the stage before to this rank's
+    results: Sequence[Any] = ()
+    running: Future[Any] | None = None
+    attempts: int = 0  # of this stage, that failed
+    wait: int = 0  # polls until the next one
+    error: str = ""
 
 
 class Store:
-    """Writes the checkpoints of one run, in ``RUN/checkpoints``."""
+    """The checkpoints of one run, in ``RUN/checkpoints``. Every rank makes the same calls, in the same order.
 
-    def __init__(self, run: Path, keep_last: int) -> None:
-        self.folder, self.keep_last = run / FOLDER, keep_last
+    A failure to write is reported, and tried again, by training while it goes on and at its end a few times more; one that
+    lasts until the next checkpoint is due gives way to that.
+    """
 
-    def save(
-        self,
-        step: int,
-        engine: Engine,
-        ema: EMA,
-        config: Config,
-        position: Position,
-        info: DatasetInfo,
-        bad: BadSamples,
-        quarantined: Iterable[tuple[str, int]],
-        guard: GuardState,
-    ) -> Path:
-        """Write all ranks' shards, then make the checkpoint appear at once and ``latest`` name it. Every rank calls this."""
-        final = self.folder / f"step-{step:08d}"
-        temporary = self.folder / f".{final.name}.tmp"
-        dist.on_rank_0(lambda: _empty_folder(temporary))
-        with _quiet_dcp():
-            dcp.save(
-                _state(engine, ema),
-                storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
-                no_dist=not torch.distributed.is_initialized(),
-            )
-        # the union: on a network file system a rank is sure to see only what it wrote itself
-        seen = dist.together(lambda: {path.name for path in temporary.iterdir()})
-        names = set().union(*dist.gather_objects(seen))
-        fingerprints = dist.together(lambda: {name: _fingerprint(temporary / name) for name in dist.mine(sorted(names))})
-        files = {name: entry for part in dist.gather_objects(fingerprints) for name, entry in part.items()}
-        manifest = Manifest(
-            format=FORMAT,
-            step=step,
-            seed=config.train.seed,
-            samples_consumed=step * config.train.global_batch,
-            position=position,
-            bad_samples=sorted(bad.known),
-            quarantined=sorted(quarantined),
-            guard=guard,
-            dataset={
-                "samples": info.samples,
-                "fingerprint": info.fingerprint,
-                "tokenizer": info.tokenizer,
-                "latent_scale": info.latent_scale,
-            },
-            world=dist.world(),
-            engine=config.train.engine,
-            precision=engine.mode,
-            config=config.to_dict(),
-            shapes={shard.name: list(shard.shape) for shard in engine.shards()},
-            files=dict(sorted(files.items())),
-        )
-        dist.on_rank_0(lambda: self._publish(manifest, temporary, final))
-        return final
+    def __init__(self, run: Path, engine: Engine, ema: EMA, settings: TrainConfig) -> None:
+        self.run, self.folder = run, run / FOLDER
+        self.engine, self.ema, self.settings = engine, ema, settings
+        self.newest: Path | None = None  # written by this run
+        self.stalled = 0.0  # seconds that training has waited, since whoever counts them set this to 0
+        self._staging: Staging | None = None
+        self._save: _Save | None = None
 
-    def _publish(self, manifest: Manifest, temporary: Path, final: Path) -> None:
-        """One rename makes it visible; only then does anything older go."""
-        values = {**asdict(manifest), "guard": manifest.guard.to_dict()}
-        write_atomically(temporary / MANIFEST, json.dumps({"sha256": _digest(values), **values}, indent=1).encode())
-        sync_folder(temporary)
-        temporary.rename(final)
-        sync_folder(self.folder)
-        write_atomically(self.folder / LATEST, f"{final.name}\n".encode())
-        for stale in [*checkpoint_paths(self.folder.parent)[: -self.keep_last], *self.folder.glob(".step-*.tmp")]:
-            shutil.rmtree(stale, ignore_errors=True)
+    def open(self, start: int) -> None:
+        """Rank 0's part of beginning at step ``start``: make the folder, and put in order what an earlier run left in it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.set_aside_after(start)
+        for leftover in self.folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+        if paths := checkpoint_paths(self.run):
+            self._point_at(paths[-1])
 
     def set_aside_after(self, step: int) -> None:
         """Rename checkpoints of later steps, damaged ones that resuming passed over, so that they neither count nor block."""
-        for path in checkpoint_paths(self.folder.parent):
+        for path in checkpoint_paths(self.run):
             if step_of(path) > step:
                 path.rename(free_name(path.with_name(f"damaged-{path.name}")))
 
-
-def checkpoint_paths(run: Path) -> list[Path]:
-    """The run's checkpoints by name, oldest first, whole or damaged."""
-    paths = [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
-    return sorted(paths, key=step_of)
-
-
-def newest_valid(run: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files are all as written; None when there is none at all.
-
-    A damaged one is reported and the one before it tried. Raises DataError when there are some and none is valid.
-    Every rank calls this, and checks a share of the files.
-    """
-    paths = dist.on_rank_0(lambda: checkpoint_paths(run))
-    for path in reversed(paths):
-        try:
-            return dist.together(lambda at=path: verify(at))  # type: ignore[misc]
-        except DataError as error:
-            dist.say(f"{error}; trying the checkpoint before it")
-    if paths:
-        raise DataError(f"none of the {len(paths)} checkpoints in {run / FOLDER} is valid; another --run-dir starts anew")
-    return None
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _empty_folder(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-
-
-def read_manifest(path: Path) -> Checkpoint:
-    """Raises UsageError when there is no checkpoint, DataError when its manifest is torn, changed or of another format."""
-    if not path.is_dir():
-        raise UsageError(f"no checkpoint at {path}")
-    try:
-        values = json.loads((path / MANIFEST).read_text())
-        if values["format"] != FORMAT:
-            raise DataError(f"checkpoint {path} is of format {values['format']}, this version reads {FORMAT}")
-        if values.pop("sha256") != _digest(values):
-            raise DataError(f"checkpoint {path}: {MANIFEST} is torn or changed")
-        typed = {"position": Position(*values["position"]), "guard": GuardState.from_dict(values["guard"])}
-        return Checkpoint(path, Manifest(**(values | typed)))
-    except FileNotFoundError:
-        raise DataError(f"checkpoint {path} has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"checkpoint {path}: {MANIFEST} is torn or changed") from None
-
-
-def verify(path: Path) -> Checkpoint:
-    """Check this rank's share of the files, by size and SHA-256. Raises DataError naming the first that differs."""
-    checkpoint = read_manifest(path)
-    files = checkpoint.manifest.files
-    if extra := {file.name for file in path.glob("*.safetensors")} - set(files):
-        raise DataError(f"checkpoint {path}: {min(extra)} is not one of its files")
-    for name in dist.mine(list(files)):
-        if not (path / name).is_file():
-            raise DataError(f"checkpoint {path}: {name} is missing")
-        if _fingerprint(path / name) != files[name]:
-            raise DataError(f"checkpoint {path}: {name} is not as it was written (size or checksum differs)")
-    return checkpoint
-
-
-def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -> None:
-    """Raises ConfigError when ``config`` cannot continue the checkpoint exactly, with both values."""
-    manifest, old, new = checkpoint.manifest, checkpoint.manifest.config, config.to_dict()
-    keys = [f"model.{key}" for key in new["model"]]
-    keys += ["train.seed", "train.global_batch", "train.label_drop", "data.lanes", "data.window", "data.flip"]
-    for key in keys:
-        section, name = key.split(".")
-        before, now = old.get(section, {}).get(name), new[section][name]
-        if before != now:
-            raise ConfigError(f"{key} is {now}, checkpoint {checkpoint.path} was made with {before}: it would not continue")
-    if manifest.dataset["fingerprint"] != info.fingerprint:
-        raise ConfigError(
-            f"{config.data.path} ({info.samples} samples) is not the data set that checkpoint {checkpoint.path} was made "
-            f"with ({manifest.dataset['samples']} samples): its data position would mean another sample"
+    def save(self, manifest: Manifest) -> None:
+        """Begin to write the state as it is now, which ``manifest`` describes but for its files."""
+        begun = time.perf_counter()
+        if self._save is not None and not self._settle(attempts=1):
+            dist.say(f"{self._name(self._save)} given up for the next one: {self._save.error}")
+            self._save = None
+        vectors = _own_vectors(self.engine, self.ema)
+        tensors = [tensor for _, _, tensor in vectors]
+        self._staging = self._staging or Staging(tensors)
+        self._staging.take(tensors)
+        parts = [(key, start, copy) for (key, start, _), copy in zip(vectors, self._staging.copies, strict=True)]
+        temporary = self._temporary(manifest)
+        self._save = _Save(
+            manifest, begun, [lambda _: self._write(parts, temporary), lambda files: self._publish(manifest, files)]
         )
-    if manifest.step > config.train.steps:
-        raise ConfigError(f"train.steps is {config.train.steps}, checkpoint {checkpoint.path} has taken {manifest.step}")
+        self._start(self._save)
+        self.stalled += time.perf_counter() - begun
 
+    def poll(self) -> None:
+        """Between steps: where every rank's thread is done, go on together. Costs nothing when nothing is on its way."""
+        save = self._save
+        if save is None:
+            return
+        if save.running is None:
+            save.wait -= 1
+            if save.wait <= 0:
+                self._start(save)
+        elif not dist.all_reduce_sum(torch.tensor(int(not save.running.done()), device=self.engine.device)):
+            self._conclude(save)
 
-def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> None:
-    """Fill weights, moments and averages. Every rank reads only what it owns."""
-    with _quiet_dcp():
-        dcp.load(
-            _state(engine, ema),
-            storage_reader=HuggingFaceStorageReader(str(checkpoint.path)),
-            no_dist=not torch.distributed.is_initialized(),
-        )
-    engine.shards_written(checkpoint.manifest.step - checkpoint.manifest.guard.skipped)
+    def finish(self) -> None:
+        """Wait until what is on its way is on the disk. Raises FileError when that cannot be."""
+        begun = time.perf_counter()
+        if self._save is not None and not self._settle(ATTEMPTS_AT_THE_END):
+            save, self._save = self._save, None
+            raise FileError(f"{self._name(save)} could not be written, in {save.attempts} attempts: {save.error}")
+        self.stalled += time.perf_counter() - begun
 
+    def newest_on_disk(self) -> Path | None:
+        """Of this run or one before it, as rank 0 sees it, after waiting for what is on its way."""
+        self._settle(attempts=1)
+        paths = dist.on_rank_0(lambda: checkpoint_paths(self.run))
+        return paths[-1] if paths else None
 
-def load_weights(checkpoint: Checkpoint, which: str = "ema") -> dict[str, Tensor]:
-    """Whole weights for one process: ``which`` is "ema" or "model"."""
-    shapes = checkpoint.manifest.shapes
-    flat = {f"{which}/{name}": torch.empty(torch.Size(shape).numel()) for name, shape in shapes.items()}
-    with _quiet_dcp():
-        dcp.load(flat, storage_reader=HuggingFaceStorageReader(str(checkpoint.path)), no_dist=True)
-    return {name: flat[f"{which}/{name}"].view(shape) for name, shape in shapes.items()}
+    def _settle(self, attempts: int) -> bool:
+        """Wait for what is on its way; False where it fails for the ``attempts``-th time."""
+        while (save := self._save) is not None:
+            if save.running is None:
+                if save.attempts >= attempts:
+                    return False
+                time.sleep(2.0 ** (save.attempts - 1))
+                self._start(save)
+            self._conclude(save)
+        return True
 
+    def _start(self, save: _Save) -> None:
+        """This rank's part of the stage, in a thread that does not keep the process from ending."""
+        running = Future[Any]()
+        save.running = running
 
-def _state(engine: Engine, ema: EMA) -> dict[str, Tensor]:
-    """Views of everything that a checkpoint holds, under its names."""
-    state: dict[str, Tensor] = {}
-    for shard, average in zip(engine.shards(), ema.averages, strict=True):
-        tensors = {"model": shard.master, "ema": average, "exp_avg": shard.exp_avg, "exp_avg_sq": shard.exp_avg_sq}
-        for kind, tensor in tensors.items():
-            state[f"{kind}/{shard.name}"] = FlatShard(tensor, shard.start, shard.shape.numel())
-    return state
+        def work() -> None:
+            try:
+                running.set_result(save.stages[0](save.results))
+            except BaseException as error:
+                running.set_exception(error)
 
+        threading.Thread(target=work, name=self._name(save), daemon=True).start()
 
-def _digest(values: dict[str, Any]) -> str:
-    """SHA-256 of plain values, the same after a trip through a file."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-@contextlib.contextmanager
-def _quiet_dcp() -> Iterator[None]:
-    """DCP warns that it runs on one process when that is what was asked for."""
-    logger = logging.getLogger("torch.distributed.checkpoint")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
+    def _conclude(self, save: _Save) -> None:
+        """Learn what the stage came to on all ranks, waiting for those that are not done."""
+        running, save.running = save.running, None
+        assert running is not None
         try:
-            yield
-        finally:
-            logger.setLevel(level)
+            save.results = dist.gather_objects(dist.together(running.result))
+        except FileError as error:
+            save.attempts += 1
+            save.wait, save.error = 2**save.attempts, str(error)
+            dist.say(f"{self._name(save)} is not written yet, attempt {save.attempts} failed: {error}")
+            return
+        save.attempts = 0
+        save.stages.pop(0)
+        if save.stages:
+            self._start(save)
+            return
+        self.newest, self._save = self.folder / checkpoint_name(save.manifest.step), None
+        dist.say(f"{self._name(save)} is written, {time.perf_counter() - save.begun:.1f} s after its step")
+
+    def _write(self, parts: Sequence[tuple[str, int, torch.Tensor]], temporary: Path) -> dict[str, Fingerprint]:
+        """This rank's file."""
+        assert self._staging is not None
+        self._staging.wait()
+        if dist.rank() == 0:
+            for given_up in self.folder.glob(".step-*.tmp"):
+                if given_up != temporary:
+                    shutil.rmtree(given_up, ignore_errors=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        path = temporary / file_name(dist.rank())
+        try:
+            return {path.name: write_file(path, [Range(*part) for part in parts])}
+        except OSError:
+            path.unlink(missing_ok=True)  # the room that it takes may be what others lack
+            raise
+
+    def _publish(self, manifest: Manifest, written: Sequence[dict[str, Fingerprint]]) -> None:
+        """Rank 0: one rename makes it visible; only then does anything older go."""
+        if dist.rank() != 0:
+            return
+        files = {name: entry for of_rank in written for name, entry in of_rank.items()}
+        temporary, final = self._temporary(manifest), self.folder / checkpoint_name(manifest.step)
+        if temporary.exists() or not final.exists():  # else it was renamed before something failed
+            for name, entry in files.items():
+                if (temporary / name).stat().st_size != entry.bytes:
+                    raise OSError(f"{temporary / name} is not of the size that was written")
+            write_atomically(temporary / MANIFEST, replace(manifest, files=files).to_json())
+            sync_folder(temporary)
+            temporary.rename(final)
+            sync_folder(self.folder)
+        self._point_at(final)
+        self._drop_older()
+
+    def _point_at(self, path: Path) -> None:
+        write_atomically(self.folder / LATEST, f"{path.name}\n".encode())
+
+    def _drop_older(self) -> None:
+        """Hidden first: one that is half deleted is not a checkpoint."""
+        every = self.settings.keep_every
+        for path in checkpoint_paths(self.run)[: -self.settings.keep_last]:
+            if not every or step_of(path) % every:
+                path.rename(path.with_name(f".{path.name}.old"))
+        for hidden in self.folder.glob(".step-*.old"):
+            shutil.rmtree(hidden, ignore_errors=True)
+
+    def _temporary(self, manifest: Manifest) -> Path:
+        return self.folder / f".{checkpoint_name(manifest.step)}.tmp"
+
+    def _name(self, save: _Save) -> str:
+        return f"checkpoint {self.folder / checkpoint_name(save.manifest.step)}"
+
+
+def _own_vectors(engine: Engine, ema: EMA) -> list[tuple[str, int, torch.Tensor]]:
+    """What this rank writes of what it owns. Where several ranks own the same, each writes an equal part of it."""
+    copies = engine.copies
+    copy = dist.rank() // (dist.world() // copies)
+    parts = []
+    for key, start, tensor in state_vectors(engine, ema):
+        begin, end = (tensor.numel() * at // copies for at in (copy, copy + 1))
+        parts.append((key, start + begin, tensor[begin:end]))
+    return parts

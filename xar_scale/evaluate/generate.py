@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from xar_scale.checkpoint.store import FOLDER, Checkpoint, load_weights, newest_valid, verify
+from xar_scale.checkpoint.load import load_weights
+from xar_scale.checkpoint.manifest import FOLDER, Checkpoint, newest_valid, verify
 from xar_scale.config import Config, KernelConfig, SampleConfig
 from xar_scale.dist import say
 from xar_scale.errors import UsageError

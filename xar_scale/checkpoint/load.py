@@ -1,0 +1,75 @@
+"""From a checkpoint into an engine on any number of ranks, each reading what it owns; or whole, for one process."""
+
+import torch
+from torch import Tensor
+
+from xar_scale import dist
+from xar_scale.checkpoint.files import VectorFiles
+from xar_scale.checkpoint.manifest import KINDS, Checkpoint
+from xar_scale.config import Config
+from xar_scale.data.shards import DatasetInfo
+from xar_scale.ema import EMA
+from xar_scale.engines import Engine
+from xar_scale.errors import ConfigError, DataError
+
+
+def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -> None:
+    """Raises ConfigError when ``config`` cannot continue the checkpoint exactly, with both values."""
+    manifest, old, new = checkpoint.manifest, checkpoint.manifest.config, config.to_dict()
+    keys = [f"model.{key}" for key in new["model"]]
+    keys += ["train.seed", "train.global_batch", "train.label_drop", "data.lanes", "data.window", "data.flip"]
+    for key in keys:
+        section, name = key.split(".")
+        before, now = old.get(section, {}).get(name), new[section][name]
+        if before != now:
+            raise ConfigError(f"{key} is {now}, checkpoint {checkpoint.path} was made with {before}: it would not continue")
+    if manifest.dataset["fingerprint"] != info.fingerprint:
+        raise ConfigError(
+            f"{config.data.path} ({info.samples} samples) is not the data set that checkpoint {checkpoint.path} was made "
+            f"with ({manifest.dataset['samples']} samples): its data position would mean another sample"
+        )
+    if manifest.step > config.train.steps:
+        raise ConfigError(f"train.steps is {config.train.steps}, checkpoint {checkpoint.path} has taken {manifest.step}")
+
+
+def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
+    """Fill weights, moments and averages. Every rank calls this, and reads what it owns: returns how many bytes it read."""
+
+    def read() -> int:
+        with open_vectors(checkpoint) as files:
+            for key, start, tensor in state_vectors(engine, ema):
+                if tensor.device.type == "cpu":
+                    files.read(key, start, tensor)
+                else:
+                    host = torch.empty(tensor.shape)
+                    files.read(key, start, host)
+                    tensor.copy_(host)
+            return files.bytes_read
+
+    count = dist.together(read)
+    engine.shards_written(checkpoint.manifest.step - checkpoint.manifest.guard.skipped)
+    return count
+
+
+def load_weights(checkpoint: Checkpoint, which: str = "ema") -> dict[str, Tensor]:
+    """Whole weights for one process: ``which`` is one of the checkpoint's kinds."""
+    with open_vectors(checkpoint, which) as files:
+        shapes = checkpoint.manifest.shapes
+        return {name: files.whole(f"{which}/{name}", shape) for name, shape in shapes.items()}
+
+
+def open_vectors(checkpoint: Checkpoint, *kinds: str) -> VectorFiles:
+    """Raises DataError where the checkpoint does not hold all of ``kinds`` (none: what training goes on from)."""
+    if missing := set(kinds or KINDS) - set(checkpoint.manifest.kinds):
+        raise DataError(f"checkpoint {checkpoint.path} holds {', '.join(checkpoint.manifest.kinds)}, and no {min(missing)}")
+    return VectorFiles(checkpoint.path, checkpoint.manifest.files)
+
+
+def state_vectors(engine: Engine, ema: EMA) -> list[tuple[str, int, Tensor]]:
+    """What this rank owns of everything that a checkpoint holds: key, first element, and a view of those from it on."""
+    vectors = []
+    for shard, average in zip(engine.shards(), ema.averages, strict=True):
+        for kind, tensor in zip(KINDS, (shard.master, average, shard.exp_avg, shard.exp_avg_sq), strict=True):
+            if tensor.numel():
+                vectors.append((f"{kind}/{shard.name}", shard.start, tensor))
+    return vectors

@@ -1,0 +1,131 @@
+"""What a checkpoint says of itself, and whether that is so: one that is torn, changed or not whole is found out here."""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xar_scale import dist
+from xar_scale.checkpoint.files import SUFFIX, Fingerprint, fingerprint
+from xar_scale.data.order import Position
+from xar_scale.errors import DataError, UsageError
+from xar_scale.guard import GuardState
+
+FORMAT = 4
+FOLDER, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
+KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")  # of the vectors that training goes on from
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint holds. There is no generator state: every draw of a run follows from (seed, step, sample number)."""
+
+    step: int  # steps taken
+    seed: int
+    samples_consumed: int  # of the run
+    position: Position  # epoch, samples consumed of it
+    bad_samples: list[tuple[str, int]]  # that the run has met, by shard and position in it
+    quarantined: list[tuple[str, int]]  # samples that the guard has taken out, likewise
+    guard: GuardState
+    dataset: dict[str, Any]  # samples and fingerprint; tokenizer and latent scale, which decoding needs
+    world: int  # ranks that wrote it
+    engine: str
+    precision: str
+    config: dict[str, Any]
+    shapes: dict[str, list[int]]
+    kinds: tuple[str, ...] = KINDS
+    files: dict[str, Fingerprint] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def to_json(self) -> bytes:
+        """With a SHA-256 of all the rest."""
+        values = {**asdict(self), "guard": self.guard.to_dict()}
+        return json.dumps({"sha256": _digest(values), **values}, indent=1).encode()
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(entry.bytes for entry in self.files.values())
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk whose manifest could be read."""
+
+    path: Path
+    manifest: Manifest
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def checkpoint_paths(run: Path) -> list[Path]:
+    """The run's checkpoints by name, oldest first, whole or damaged."""
+    paths = [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+    return sorted(paths, key=step_of)
+
+
+def read_manifest(path: Path) -> Checkpoint:
+    """Raises UsageError when there is no checkpoint, DataError when its manifest is torn, changed or of another format."""
+    if not path.is_dir():
+        raise UsageError(f"no checkpoint at {path}")
+    try:
+        values = json.loads((path / MANIFEST).read_text())
+        if values["format"] != FORMAT:
+            raise DataError(f"checkpoint {path} is of format {values['format']}, this version reads {FORMAT}")
+        if values.pop("sha256") != _digest(values):
+            raise DataError(f"checkpoint {path}: {MANIFEST} is torn or changed")
+        typed = {
+            "position": Position(*values["position"]),
+            "guard": GuardState.from_dict(values["guard"]),
+            "kinds": tuple(values["kinds"]),
+            "files": {name: Fingerprint(**entry) for name, entry in values["files"].items()},
+        }
+        return Checkpoint(path, Manifest(**(values | typed)))
+    except FileNotFoundError:
+        raise DataError(f"checkpoint {path} has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"checkpoint {path}: {MANIFEST} is torn or changed") from None
+
+
+def verify(path: Path) -> Checkpoint:
+    """Check this rank's share of the files, by size and SHA-256. Raises DataError naming the first that differs."""
+    checkpoint = read_manifest(path)
+    files = checkpoint.manifest.files
+    if extra := {file.name for file in path.glob(f"*{SUFFIX}")} - set(files):
+        raise DataError(f"checkpoint {path}: {min(extra)} is not one of its files")
+    for name in dist.mine(list(files)):
+        if not (path / name).is_file():
+            raise DataError(f"checkpoint {path}: {name} is missing")
+        if fingerprint(path / name) != files[name]:
+            raise DataError(f"checkpoint {path}: {name} is not as it was written (size or checksum differs)")
+    return checkpoint
+
+
+def newest_valid(run: Path) -> Checkpoint | None:
+    """The newest checkpoint whose files are all as written; None when there is none at all.
+
+    A damaged one is reported and the one before it tried. Raises DataError when there are some and none is valid.
+    Every rank calls this, and checks a share of the files.
+    """
+    paths = dist.on_rank_0(lambda: checkpoint_paths(run))
+    for path in reversed(paths):
+        try:
+            return dist.together(lambda at=path: verify(at))  # type: ignore[misc]
+        except DataError as error:
+            dist.say(f"{error}; trying the checkpoint before it")
+    if paths:
+        raise DataError(f"none of the {len(paths)} checkpoints in {run / FOLDER} is valid; another --run-dir starts anew")
+    return None
+
+
+def _digest(values: dict[str, Any]) -> str:
+    """SHA-256 of plain values, the same after a trip through a file."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
