@@ -224,11 +224,11 @@ def test_snapshots_use_their_memory_again(tmp_path):
     seen = set()
     for step in range(6):
         snapshots.take(step, GuardState())
-        seen |= {snapshot.tensors[0].data_ptr() for snapshot in snapshots.ring}
+        seen |= {snapshot.staged.copies[0].data_ptr() for snapshot in snapshots.ring}
     assert len(seen) == 2 and [snapshot.step for snapshot in snapshots.ring] == [4, 5]
     snapshots.restore()
     snapshots.take(6, GuardState())
-    assert {snapshot.tensors[0].data_ptr() for snapshot in snapshots.ring} == seen
+    assert {snapshot.staged.copies[0].data_ptr() for snapshot in snapshots.ring} == seen
 
 
 def test_a_spike_gone_without_leaves_the_state_and_counts(tmp_path):

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from tests.conftest import digits_config
 from tests.unit.tiny_run import CONFIG, INFO, Run
 from xar_scale.checkpoint import files, store
-from xar_scale.checkpoint.load import check_continues, load, load_weights
+from xar_scale.checkpoint.load import check_continues, load, load_weights, state_vectors
 from xar_scale.checkpoint.manifest import FORMAT, newest_valid, read_manifest, verify
 from xar_scale.checkpoint.store import Store
 from xar_scale.data.order import Position
@@ -235,3 +236,12 @@ def test_the_format_is_read_back_by_safetensors_alone(tmp_path):
     names = {shard.name for shard in run.engine.shards()}
     assert set(tensors) == {f"{kind}/{name}" for kind in ("model", "ema", "exp_avg", "exp_avg_sq") for name in names}
     assert {(tensor.dtype, tensor.ndim) for tensor in tensors.values()} == {(torch.float32, 1)}
+
+
+def test_the_format_is_read_back_by_torch_s_own_distributed_checkpoints(tmp_path):
+    run = Run(tmp_path)
+    run.train()
+    path = run.save()
+    owned = {key: torch.zeros_like(tensor) for key, _, tensor in state_vectors(run.engine, run.ema)}
+    dcp.load(owned, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
+    assert [key for key, _, tensor in state_vectors(run.engine, run.ema) if not torch.equal(owned[key], tensor)] == []

@@ -84,10 +84,8 @@ class Store:
         self._staging = self._staging or Staging(tensors)
         self._staging.take(tensors)
         parts = [(key, start, copy) for (key, start, _), copy in zip(vectors, self._staging.copies, strict=True)]
-        temporary = self._temporary(manifest)
-        self._save = _Save(
-            manifest, begun, [lambda _: self._write(parts, temporary), lambda files: self._publish(manifest, files)]
-        )
+        stages = [lambda _: self._write(manifest, parts), lambda written: self._publish(manifest, written)]
+        self._save = _Save(manifest, begun, stages)
         self._start(self._save)
         self.stalled += time.perf_counter() - begun
 
@@ -160,10 +158,11 @@ class Store:
         self.newest, self._save = self.folder / checkpoint_name(save.manifest.step), None
         dist.say(f"{self._name(save)} is written, {time.perf_counter() - save.begun:.1f} s after its step")
 
-    def _write(self, parts: Sequence[tuple[str, int, torch.Tensor]], temporary: Path) -> dict[str, Fingerprint]:
+    def _write(self, manifest: Manifest, parts: Sequence[tuple[str, int, torch.Tensor]]) -> dict[str, Fingerprint]:
         """This rank's file."""
         assert self._staging is not None
         self._staging.wait()
+        temporary = self._temporary(manifest)
         if dist.rank() == 0:
             for given_up in self.folder.glob(".step-*.tmp"):
                 if given_up != temporary:
