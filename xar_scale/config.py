@@ -102,6 +102,7 @@ class TrainConfig:
     log_every: int = Field(default=50, gt=0)
     checkpoint_every: int = Field(default=5000, gt=0)
     keep_last: int = Field(default=3, gt=0)  # checkpoints
+    upload: str = ""  # URL of a folder, any that fsspec opens, to copy checkpoints to; none: they stay in the run's
     keep_every: int | None = Field(default=None, gt=0)  # and for good those of steps that this divides
 
 

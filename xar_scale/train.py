@@ -9,6 +9,7 @@ from pathlib import Path
 from xar_scale import dist
 from xar_scale.checkpoint.load import check_continues, load
 from xar_scale.checkpoint.manifest import Checkpoint, Manifest, checkpoint_paths, newest_valid, verify
+from xar_scale.checkpoint.mirror import Mirror, newest_valid_of
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config, micro_batches
 from xar_scale.data.faults import BadSamples, Fault
@@ -47,7 +48,8 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     dataset = dist.together(lambda: _open_data(config))
     if len({*dist.gather_objects(dataset.shards.info.fingerprint)}) > 1:
         raise DataError(f"{config.data.path} is not the same data set on all ranks")
-    checkpoint = _find_checkpoint(run, resume)
+    mirror = Mirror(config.train.upload) if config.train.upload else None
+    checkpoint = _find_checkpoint(run, resume, mirror)
     if checkpoint is not None:
         dist.together(lambda: check_continues(checkpoint, config, dataset.shards.info))
     start = 0 if checkpoint is None else checkpoint.manifest.step
@@ -69,7 +71,7 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
         dataset.quarantine(dataset.places_of(checkpoint.manifest.quarantined))
         where = f"at step {start}, epoch {checkpoint.manifest.position.epoch}"
         dist.say(f"resumed from {checkpoint.path} {where}; rank 0 read {count:,} of {checkpoint.manifest.bytes:,} bytes")
-    store = Store(run, engine, ema, config.train)  # only now is the run's folder touched: nothing is left to refuse
+    store = Store(run, engine, ema, config.train, mirror)  # only now is the run's folder touched: nothing is left to refuse
     metrics = dist.together(lambda: _open_run(config, run, store, start) if dist.rank() == 0 else None)
     dist.say(
         f"{sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
@@ -240,9 +242,9 @@ def _look_at(shards: Shards, allowed: int) -> None:
         dist.say(f"{fault.error}: its {samples[fault.shard]} samples will be skipped")
 
 
-def _find_checkpoint(run: Path, resume: str) -> Checkpoint | None:
+def _find_checkpoint(run: Path, resume: str, mirror: Mirror | None) -> Checkpoint | None:
     if resume == "auto":
-        return newest_valid(run)
+        return newest_valid_of(run, mirror) if mirror else newest_valid(run)
     if dist.on_rank_0(lambda: bool(checkpoint_paths(run))):
         advice = "use --resume auto to go on, or another --run-dir" if resume == "none" else "a new --run-dir is needed"
         raise UsageError(f"{run} holds checkpoints already, --resume is {resume}: {advice}")

@@ -19,7 +19,7 @@ LAYERS = [
     ["dist"],
     ["flow", "sampler", "tokenizers"],
     ["data"],
-    ["optim", "ema", "precision", "staging"],
+    ["optim", "ema", "precision", "staging", "background"],
     ["guard", "diagnosis", "memory"],
     ["engines"],
     ["checkpoint", "snapshots", "reports"],

@@ -5,20 +5,19 @@ threads have come to, all ranks learn together between two steps (``poll``), and
 """
 
 import shutil
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from xar_scale import dist
+from xar_scale.background import Background, Stage
 from xar_scale.checkpoint.files import Fingerprint, Range, file_name, write_file
 from xar_scale.checkpoint.load import state_vectors
 from xar_scale.checkpoint.manifest import FOLDER, LATEST, MANIFEST, Manifest, checkpoint_name, checkpoint_paths, step_of
+from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.config import TrainConfig
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
@@ -29,20 +28,6 @@ from xar_scale.staging import Staging
 ATTEMPTS_AT_THE_END = 6  # of writing the last checkpoint, 1, 2, 4, ... seconds apart
 
 
-@dataclass
-class _Save:
-    """One checkpoint on its way to the disk, through the stages that are left."""
-
-    manifest: Manifest
-    begun: float
-    stages: list[Callable[[Sequence[Any]], Any]]  # from all ranks' results of the stage before to this rank's
-    results: Sequence[Any] = ()
-    running: Future[Any] | None = None
-    attempts: int = 0  # of this stage, that failed
-    wait: int = 0  # polls until the next one
-    error: str = ""
-
-
 class Store:
     """The checkpoints of one run, in ``RUN/checkpoints``. Every rank makes the same calls, in the same order.
 
@@ -50,13 +35,18 @@ class Store:
     lasts until the next checkpoint is due gives way to that.
     """
 
-    def __init__(self, run: Path, engine: Engine, ema: EMA, settings: TrainConfig) -> None:
+    def __init__(self, run: Path, engine: Engine, ema: EMA, settings: TrainConfig, mirror: Mirror | None = None) -> None:
+        """``mirror``: what each checkpoint is copied to, once it is written."""
         self.run, self.folder = run, run / FOLDER
-        self.engine, self.ema, self.settings = engine, ema, settings
+        self.engine, self.ema, self.settings, self.mirror = engine, ema, settings, mirror
         self.newest: Path | None = None  # written by this run
         self.stalled = 0.0  # seconds that training has waited, since whoever counts them set this to 0
         self._staging: Staging | None = None
-        self._save: _Save | None = None
+        self._writing: Background | None = None
+        self._begun: Path | None = None  # what that is about
+        self._uploading: Background | None = None
+        self._uploaded: Path | None = None  # what that is about
+        self._to_upload: Path | None = None  # after that: the newest one that is written
 
     def open(self, start: int) -> None:
         """Rank 0's part of beginning at step ``start``: make the folder, and put in order what an earlier run left in it."""
@@ -76,89 +66,73 @@ class Store:
     def save(self, manifest: Manifest) -> None:
         """Begin to write the state as it is now, which ``manifest`` describes but for its files."""
         begun = time.perf_counter()
-        if self._save is not None and not self._settle(attempts=1):
-            dist.say(f"{self._name(self._save)} given up for the next one: {self._save.error}")
-            self._save = None
+        if self._writing is not None and not self._written(attempts=1):
+            dist.say(f"{self._writing.name}: given up for the next one")
         vectors = _own_vectors(self.engine, self.ema)
         tensors = [tensor for _, _, tensor in vectors]
         self._staging = self._staging or Staging(tensors)
         self._staging.take(tensors)
-        parts = [(key, start, copy) for (key, start, _), copy in zip(vectors, self._staging.copies, strict=True)]
-        stages = [lambda _: self._write(manifest, parts), lambda written: self._publish(manifest, written)]
-        self._save = _Save(manifest, begun, stages)
-        self._start(self._save)
+        parts = [Range(key, start, copy) for (key, start, _), copy in zip(vectors, self._staging.copies, strict=True)]
+        stages: list[Stage] = [lambda _: self._write(manifest, parts), lambda files: self._publish(manifest, files)]
+        self._begun = self.folder / checkpoint_name(manifest.step)
+        self._writing = Background(f"checkpoint {self._begun}", stages, self.engine.device)
         self.stalled += time.perf_counter() - begun
 
     def poll(self) -> None:
-        """Between steps: where every rank's thread is done, go on together. Costs nothing when nothing is on its way."""
-        save = self._save
-        if save is None:
-            return
-        if save.running is None:
-            save.wait -= 1
-            if save.wait <= 0:
-                self._start(save)
-        elif not dist.all_reduce_sum(torch.tensor(int(not save.running.done()), device=self.engine.device)):
-            self._conclude(save)
+        """Between steps: let what is under way go on. Costs nothing when nothing is."""
+        if self._writing is not None:
+            self._writing.poll()
+            if self._writing.done:
+                self._written()
+        if self._uploading is not None:
+            self._uploading.poll()
+        self._upload_next()
 
     def finish(self) -> None:
-        """Wait until what is on its way is on the disk. Raises FileError when that cannot be."""
-        begun = time.perf_counter()
-        if self._save is not None and not self._settle(ATTEMPTS_AT_THE_END):
-            save, self._save = self._save, None
-            raise FileError(f"{self._name(save)} could not be written, in {save.attempts} attempts: {save.error}")
-        self.stalled += time.perf_counter() - begun
+        """Wait until what is under way is done. Raises FileError when that cannot be."""
+        work = self._writing
+        if work is not None and not self._written(ATTEMPTS_AT_THE_END):
+            raise FileError(f"{work.name}: given up after {work.attempts} attempts: {work.error}")
+        for _ in range(2):  # what is under way, and the newest one
+            work = self._uploading
+            if work is not None and not work.settle(ATTEMPTS_AT_THE_END):
+                raise FileError(f"{work.name}: given up after {work.attempts} attempts: {work.error}")
+            self._upload_next()
 
     def newest_on_disk(self) -> Path | None:
-        """Of this run or one before it, as rank 0 sees it, after waiting for what is on its way."""
-        self._settle(attempts=1)
+        """Of this run or one before it, as rank 0 sees it, after waiting for what is being written."""
+        if self._writing is not None:
+            self._written(attempts=1)
         paths = dist.on_rank_0(lambda: checkpoint_paths(self.run))
         return paths[-1] if paths else None
 
-    def _settle(self, attempts: int) -> bool:
-        """Wait for what is on its way; False where it fails for the ``attempts``-th time."""
-        while (save := self._save) is not None:
-            if save.running is None:
-                if save.attempts >= attempts:
-                    return False
-                time.sleep(2.0 ** (save.attempts - 1))
-                self._start(save)
-            self._conclude(save)
+    def _written(self, attempts: int = 1) -> bool:
+        """Wait for what is being written; whether it is."""
+        assert self._writing is not None
+        if not self._writing.settle(attempts):
+            return False
+        self._writing = None
+        self.newest = self._to_upload = self._begun
         return True
 
-    def _start(self, save: _Save) -> None:
-        """This rank's part of the stage, in a thread that does not keep the process from ending."""
-        running = Future[Any]()
-        save.running = running
-
-        def work() -> None:
-            try:
-                running.set_result(save.stages[0](save.results))
-            except BaseException as error:
-                running.set_exception(error)
-
-        threading.Thread(target=work, name=self._name(save), daemon=True).start()
-
-    def _conclude(self, save: _Save) -> None:
-        """Learn what the stage came to on all ranks, waiting for those that are not done."""
-        running, save.running = save.running, None
-        assert running is not None
-        try:
-            save.results = dist.gather_objects(dist.together(running.result))
-        except FileError as error:
-            save.attempts += 1
-            save.wait, save.error = 2**save.attempts, str(error)
-            dist.say(f"{self._name(save)} is not written yet, attempt {save.attempts} failed: {error}")
+    def _upload_next(self) -> None:
+        """Begin to, unless another is under way; one that fails gives way."""
+        if self._to_upload is None or self.mirror is None:
             return
-        save.attempts = 0
-        save.stages.pop(0)
-        if save.stages:
-            self._start(save)
-            return
-        self.newest, self._save = self.folder / checkpoint_name(save.manifest.step), None
-        dist.say(f"{self._name(save)} is written, {time.perf_counter() - save.begun:.1f} s after its step")
+        if self._uploading is not None and not self._uploading.done:
+            if not self._uploading.failing:
+                return
+            dist.say(f"{self._uploading.name}: given up for the next one")
+        mirror, path, self._to_upload = self.mirror, self._to_upload, None
+        stages: list[Stage] = [
+            lambda _: mirror.remove(step_of(path)) if dist.rank() == 0 else None,  # what an earlier attempt left
+            lambda _: mirror.upload(path, [file_name(dist.rank())]),
+            lambda _: self._complete_upload(mirror, path),
+        ]
+        self._uploaded = path
+        self._uploading = Background(f"copy of checkpoint {path} to {mirror.url}", stages, self.engine.device)
 
-    def _write(self, manifest: Manifest, parts: Sequence[tuple[str, int, torch.Tensor]]) -> dict[str, Fingerprint]:
+    def _write(self, manifest: Manifest, parts: Sequence[Range]) -> dict[str, Fingerprint]:
         """This rank's file."""
         assert self._staging is not None
         self._staging.wait()
@@ -170,17 +144,17 @@ class Store:
         temporary.mkdir(parents=True, exist_ok=True)
         path = temporary / file_name(dist.rank())
         try:
-            return {path.name: write_file(path, [Range(*part) for part in parts])}
+            return {path.name: write_file(path, parts)}
         except OSError:
             path.unlink(missing_ok=True)  # the room that it takes may be what others lack
             raise
 
     def _publish(self, manifest: Manifest, written: Sequence[dict[str, Fingerprint]]) -> None:
         """Rank 0: one rename makes it visible; only then does anything older go."""
+        temporary, final = self._temporary(manifest), self.folder / checkpoint_name(manifest.step)
         if dist.rank() != 0:
             return
         files = {name: entry for of_rank in written for name, entry in of_rank.items()}
-        temporary, final = self._temporary(manifest), self.folder / checkpoint_name(manifest.step)
         if temporary.exists() or not final.exists():  # else it was renamed before something failed
             for name, entry in files.items():
                 if (temporary / name).stat().st_size != entry.bytes:
@@ -197,18 +171,27 @@ class Store:
 
     def _drop_older(self) -> None:
         """Hidden first: one that is half deleted is not a checkpoint."""
-        every = self.settings.keep_every
-        for path in checkpoint_paths(self.run)[: -self.settings.keep_last]:
-            if not every or step_of(path) % every:
+        for step in self._too_old([step_of(path) for path in checkpoint_paths(self.run)]):
+            path = self.folder / checkpoint_name(step)
+            if path != self._uploaded:
                 path.rename(path.with_name(f".{path.name}.old"))
         for hidden in self.folder.glob(".step-*.old"):
             shutil.rmtree(hidden, ignore_errors=True)
 
+    def _too_old(self, steps: Sequence[int]) -> list[int]:
+        """Of the steps of checkpoints, oldest first, those that need not be kept."""
+        every = self.settings.keep_every
+        return [step for step in steps[: -self.settings.keep_last] if not every or step % every]
+
+    def _complete_upload(self, mirror: Mirror, final: Path) -> None:
+        """Rank 0: the manifest makes it complete; only then does anything older go."""
+        if dist.rank() == 0:
+            mirror.upload(final, [MANIFEST])
+            for step in self._too_old(mirror.steps()):
+                mirror.remove(step)
+
     def _temporary(self, manifest: Manifest) -> Path:
         return self.folder / f".{checkpoint_name(manifest.step)}.tmp"
-
-    def _name(self, save: _Save) -> str:
-        return f"checkpoint {self.folder / checkpoint_name(save.manifest.step)}"
 
 
 def _own_vectors(engine: Engine, ema: EMA) -> list[tuple[str, int, torch.Tensor]]:

@@ -1,0 +1,141 @@
+"""A copy of a run's checkpoints behind a URL: complete once its manifest is there, which is written last and goes first."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import fsspec
+
+from xar_scale import dist
+from xar_scale.checkpoint.manifest import (
+    FOLDER,
+    MANIFEST,
+    Checkpoint,
+    checkpoint_name,
+    newest_valid,
+    read_manifest,
+    verify,
+)
+from xar_scale.errors import ConfigError, DataError, FileError
+from xar_scale.files import free_name, sync_folder
+
+T = TypeVar("T")
+
+
+class Mirror:
+    """``URL/checkpoints/step-.../``, of whatever fsspec opens. All methods raise FileError that names the URL."""
+
+    def __init__(self, url: str) -> None:
+        """Raises ConfigError where no installed library speaks the URL's protocol."""
+        self.url = url.rstrip("/")
+        try:
+            fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
+        except (ImportError, ValueError) as error:
+            raise ConfigError(f"train.upload {url} cannot be opened: {error}") from None
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are complete, oldest first."""
+
+        def found(system: fsspec.AbstractFileSystem, root: str) -> list[int]:
+            system.invalidate_cache()
+            manifests = system.glob(f"{root}/step-*/{MANIFEST}")
+            return sorted(int(path.rsplit("/", 2)[-2].removeprefix("step-")) for path in manifests)
+
+        return self._do("listed", "", found)
+
+    def upload(self, folder: Path, names: Iterable[str]) -> None:
+        """Files of the checkpoint ``folder``."""
+
+        def put(system: fsspec.AbstractFileSystem, root: str) -> None:
+            system.makedirs(root, exist_ok=True)
+            for name in names:
+                system.put_file(str(folder / name), f"{root}/{name}")
+
+        self._do("written", folder.name, put)
+
+    def download(self, step: int, names: Iterable[str], folder: Path) -> None:
+        """Files of the checkpoint of ``step``, into ``folder``."""
+
+        def get(system: fsspec.AbstractFileSystem, root: str) -> None:
+            for name in names:
+                system.get_file(f"{root}/{name}", str(folder / name))
+
+        self._do("read", checkpoint_name(step), get)
+
+    def remove(self, step: int) -> None:
+        """The checkpoint of ``step``, if it is there."""
+
+        def remove(system: fsspec.AbstractFileSystem, root: str) -> None:
+            system.invalidate_cache()
+            if system.exists(f"{root}/{MANIFEST}"):
+                system.rm_file(f"{root}/{MANIFEST}")
+            if system.exists(root):
+                system.rm(root, recursive=True)
+
+        self._do("removed", checkpoint_name(step), remove)
+
+    def _do(self, what: str, name: str, work: Callable[[fsspec.AbstractFileSystem, str], T]) -> T:
+        url = f"{self.url}/{FOLDER}/{name}".rstrip("/")
+        try:
+            system, root = fsspec.url_to_fs(url)
+            return work(system, root)
+        except Exception as error:  # each store and library has its own kinds
+            said = f"{type(error).__name__}: {str(error) or 'no more was said'}".splitlines()[0]
+            raise FileError(f"{url} cannot be {what}: {said}") from None
+
+
+def newest_valid_of(run: Path, mirror: Mirror) -> Checkpoint | None:
+    """The newest valid checkpoint of ``run``, or a newer one of the mirror, which is fetched to the run's folder first.
+
+    Every rank calls this. Raises DataError where there are some and none is valid. A mirror that does not answer is reported,
+    and raises FileError where the run's folder has none.
+    """
+    local, damaged = None, None
+    try:
+        local = newest_valid(run)
+    except DataError as error:
+        damaged = error
+    try:
+        steps = dist.on_rank_0(mirror.steps)
+    except FileError as error:
+        if local is None:
+            raise
+        dist.say(f"{error}; going on with {local.path}")
+        return local
+    for step in reversed(steps):
+        if local is not None and step <= local.manifest.step:
+            break
+        try:
+            return _fetch(mirror, step, run)
+        except DataError as error:
+            dist.say(f"{error}; trying the checkpoint before it")
+            damaged = error
+    if local is None and damaged is not None:
+        raise damaged
+    return local
+
+
+def _fetch(mirror: Mirror, step: int, run: Path) -> Checkpoint:
+    """Each rank fetches a share of the files."""
+    final = run / FOLDER / checkpoint_name(step)
+    temporary = final.with_name(f".{final.name}.tmp")
+
+    def begin() -> list[str]:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        mirror.download(step, [MANIFEST], temporary)
+        return list(read_manifest(temporary).manifest.files)
+
+    def publish() -> None:
+        if final.exists():  # damaged, or it would not be fetched
+            final.rename(free_name(final.with_name(f"damaged-{final.name}")))
+        temporary.rename(final)
+        sync_folder(final.parent)
+
+    dist.say(f"fetching {final.name} from {mirror.url}")
+    names = dist.on_rank_0(begin)
+    dist.together(lambda: mirror.download(step, dist.mine(names), temporary))
+    dist.together(lambda: verify(temporary))
+    dist.on_rank_0(publish)
+    return read_manifest(final)
