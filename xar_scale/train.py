@@ -245,7 +245,8 @@ def _look_at(shards: Shards, allowed: int) -> None:
 def _find_checkpoint(run: Path, resume: str, mirror: Mirror | None) -> Checkpoint | None:
     if resume == "auto":
         return newest_valid_of(run, mirror) if mirror else newest_valid(run)
-    if dist.on_rank_0(lambda: bool(checkpoint_paths(run))):
+    if dist.on_rank_0(lambda: bool(checkpoint_paths(run) or (mirror and mirror.steps()))):
         advice = "use --resume auto to go on, or another --run-dir" if resume == "none" else "a new --run-dir is needed"
-        raise UsageError(f"{run} holds checkpoints already, --resume is {resume}: {advice}")
+        where = f"{run} or its copy {mirror.url}" if mirror else run
+        raise UsageError(f"{where} holds checkpoints already, --resume is {resume}: {advice}")
     return None if resume == "none" else dist.together(lambda: verify(Path(resume)))

@@ -10,6 +10,7 @@ import torch
 from tests.conftest import digits_config, random_batch
 from xar_scale import dist
 from xar_scale.checkpoint.manifest import Manifest
+from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config
 from xar_scale.data.loader import Batch
@@ -37,14 +38,21 @@ class Run:
     """A tiny model in training, and its store."""
 
     def __init__(
-        self, folder: Path, seed: int = 0, keep_last: int = 2, config: Config = CONFIG, info: DatasetInfo = INFO
+        self,
+        folder: Path,
+        seed: int = 0,
+        keep_last: int = 2,
+        config: Config = CONFIG,
+        info: DatasetInfo = INFO,
+        keep_every: int | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         self.config, self.info = config, info
         model = meta_model(config.model)
         self.engine = create_engine(model, initial_weights(model, seed), config, torch.device("cpu"))
         self.ema = EMA([shard.master for shard in self.engine.shards()], 0.9)
-        settings = replace(config.train, keep_last=keep_last)
-        self.store, self.step = Store(folder, self.engine, self.ema, settings), 0
+        settings = replace(config.train, keep_last=keep_last, keep_every=keep_every)
+        self.store, self.step = Store(folder, self.engine, self.ema, settings, mirror), 0
 
     def train(self, steps: int = 1, batch: Callable[[int], Batch] = random_batch) -> None:
         for _ in range(steps):

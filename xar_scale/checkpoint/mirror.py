@@ -48,6 +48,9 @@ class Mirror:
         """Files of the checkpoint ``folder``."""
 
         def put(system: fsspec.AbstractFileSystem, root: str) -> None:
+            bucket, *_ = root.split("/")
+            if bucket and not system.exists(bucket):  # or it would be made: a misspelt one too
+                raise FileNotFoundError(f"{bucket} does not exist")
             system.makedirs(root, exist_ok=True)
             for name in names:
                 system.put_file(str(folder / name), f"{root}/{name}")

@@ -1,0 +1,181 @@
+"""A copy of a run's checkpoints in an object store: complete or not there, kept as the run keeps its own, and gone on from."""
+
+import shutil
+import time
+from pathlib import Path
+
+import boto3
+import fsspec
+import pytest
+
+from tests.unit.test_saving import poll_until
+from tests.unit.tiny_run import Run
+from xar_scale import background
+from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid
+from xar_scale.checkpoint.mirror import Mirror, newest_valid_of
+from xar_scale.errors import ConfigError, DataError, FileError
+
+
+@pytest.fixture
+def bucket(store, monkeypatch):
+    """Of an empty folder in the store."""
+    monkeypatch.setattr(store, "fault", store.fault)  # put back afterwards
+    name = f"bucket{time.monotonic_ns()}"
+    boto3.client("s3", endpoint_url=store.url).create_bucket(Bucket=name)
+    return f"s3://{name}/runs/one"
+
+
+def objects(store, url: str) -> list[str]:
+    name, _, prefix = url.removeprefix("s3://").partition("/")
+    found = boto3.client("s3", endpoint_url=store.url).list_objects_v2(Bucket=name, Prefix=prefix)
+    return sorted(entry["Key"].removeprefix(f"{prefix}/checkpoints/") for entry in found.get("Contents", []))
+
+
+def spoil(store, url: str, key: str) -> None:
+    name, _, prefix = url.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=store.url)
+    place = {"Bucket": name, "Key": f"{prefix}/checkpoints/{key}"}
+    content = bytearray(client.get_object(**place)["Body"].read())
+    content[len(content) // 2] ^= 1
+    client.put_object(**place, Body=bytes(content))
+
+
+FILES = ["manifest.json", "shard-00001-model-00001-of-00001.safetensors"]
+
+
+def copied(steps: list[int]) -> list[str]:
+    return [f"step-{step:08d}/{name}" for step in steps for name in FILES]
+
+
+def trained(folder: Path, url: str, steps: int = 3, **settings) -> Run:
+    run = Run(folder, mirror=Mirror(url), **settings)
+    for _ in range(steps):
+        run.train()
+        run.save()
+    return run
+
+
+def test_what_is_written_is_copied_and_kept_as_the_run_keeps_its_own(store, bucket, tmp_path, capsys):
+    run = trained(tmp_path, bucket, 5, keep_last=2, keep_every=2)
+    assert objects(store, bucket) == copied([2, 4, 5])
+    assert [path.name for path in checkpoint_paths(tmp_path)] == [f"step-{step:08d}" for step in (2, 4, 5)]
+    assert Mirror(bucket).steps() == [2, 4, 5]
+    assert f"copy of checkpoint {run.store.newest} to {bucket}: done" in capsys.readouterr().out
+
+
+def test_a_run_that_has_lost_its_folder_goes_on_from_the_copy(bucket, tmp_path):
+    run = trained(tmp_path / "lost", bucket)
+    shutil.move(tmp_path / "lost", tmp_path / "kept")
+    checkpoint = newest_valid_of(tmp_path / "lost", Mirror(bucket))
+    assert checkpoint.path == run.store.newest
+    for path in (tmp_path / "kept" / "checkpoints" / checkpoint.path.name).iterdir():
+        assert path.read_bytes() == (checkpoint.path / path.name).read_bytes()
+    assert newest_valid(tmp_path / "lost").path == checkpoint.path
+
+
+def test_what_the_run_has_itself_is_not_fetched(store, bucket, tmp_path):
+    run = trained(tmp_path, bucket)
+    store.gets.clear()
+    assert newest_valid_of(tmp_path, Mirror(bucket)).path == run.store.newest
+    assert sum(store.gets.values()) == 0
+
+
+def test_the_copy_stands_in_for_what_is_damaged(bucket, tmp_path):
+    run = trained(tmp_path, bucket)
+    (run.store.newest / FILES[1]).write_bytes(b"")
+    assert newest_valid_of(tmp_path, Mirror(bucket)).path == run.store.newest
+    assert (tmp_path / "checkpoints" / f"damaged-{run.store.newest.name}").is_dir()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_copy_that_is_damaged_or_not_complete_gives_way_to_the_one_before(store, bucket, tmp_path, capsys, file):
+    trained(tmp_path / "lost", bucket, keep_last=3)
+    spoil(store, bucket, f"step-00000003/{file}")
+    store.delete(bucket, f"checkpoints/step-00000002/{FILES[0]}")  # as if it had been cut short
+    found = newest_valid_of(tmp_path / "new", Mirror(bucket))
+    assert found.path.name == "step-00000001"
+    assert file in capsys.readouterr().out
+    spoil(store, bucket, f"step-00000001/{file}")
+    with pytest.raises(DataError, match=file):
+        newest_valid_of(tmp_path / "newer", Mirror(bucket))
+
+
+def test_a_store_that_does_not_answer_is_an_error_unless_the_run_has_its_own(bucket, tmp_path, capsys, monkeypatch):
+    run = trained(tmp_path, bucket)
+
+    def silent(*_arguments, **_options):
+        raise TimeoutError
+
+    monkeypatch.setattr(fsspec.url_to_fs(bucket)[0], "glob", silent)
+    assert newest_valid_of(tmp_path, Mirror(bucket)).path == run.store.newest
+    assert f"{bucket}/checkpoints cannot be listed: TimeoutError: no more was said; going on with" in capsys.readouterr().out
+    with pytest.raises(FileError, match="cannot be listed"):
+        newest_valid_of(tmp_path / "new", Mirror(bucket))
+
+
+def test_a_copy_that_fails_is_tried_again_while_training_goes_on(store, bucket, tmp_path, capsys, monkeypatch):
+    system, left = fsspec.url_to_fs(bucket)[0], [2]
+    exact = system.put_file
+
+    def put_file(*arguments):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise ConnectionError("cut")
+        return exact(*arguments)
+
+    monkeypatch.setattr(system, "put_file", put_file)
+    run = Run(tmp_path, mirror=Mirror(bucket))
+    run.train()
+    run.store.save(run.manifest())
+    poll_until(run, lambda: run.store._uploading is not None and run.store._uploading.done)
+    assert capsys.readouterr().out.count("cannot be written: ConnectionError: cut") == 2
+    assert objects(store, bucket) == copied([1])
+
+
+def test_the_end_of_a_run_waits_for_the_copy_and_says_when_there_is_none(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(background.time, "sleep", lambda seconds: None)
+    run = Run(tmp_path, mirror=Mirror(f"{bucket.rsplit('/', 2)[0]}-that-is-not-there/run"))
+    run.train()
+    run.store.save(run.manifest())
+    with pytest.raises(FileError, match=r"copy of .*: given up after 6 attempts: s3://.*-not-there/run/.* cannot be written"):
+        run.store.finish()
+    assert newest_valid(tmp_path).manifest.step == 1
+
+
+def test_one_that_is_being_copied_is_not_dropped_and_the_newest_comes_next(store, bucket, tmp_path, monkeypatch):
+    import threading
+
+    gate, exact = threading.Event(), Mirror.upload
+
+    def gated(*arguments):
+        assert gate.wait(20)
+        exact(*arguments)
+
+    monkeypatch.setattr(Mirror, "upload", gated)
+    run = Run(tmp_path, mirror=Mirror(bucket), keep_last=1)
+    for step in range(1, 5):
+        run.train()
+        run.store.save(run.manifest())
+        poll_until(run, lambda step=step: run.store.newest and run.store.newest.name.endswith(str(step)))
+    assert [path.name for path in checkpoint_paths(tmp_path)] == ["step-00000001", "step-00000004"]
+    gate.set()
+    run.store.finish()
+    assert objects(store, bucket) == copied([4])  # 2 and 3 were never copied, 1 was dropped as too old
+
+
+def test_a_step_that_is_taken_again_replaces_its_copy(store, bucket, tmp_path):
+    run = trained(tmp_path, bucket, 2)
+    run.store.set_aside_after(1)
+    run.train()
+    run.step = 2
+    run.save()
+    fetched = newest_valid_of(tmp_path / "new", Mirror(bucket))
+    assert fetched.manifest.files == newest_valid(tmp_path).manifest.files
+
+
+def test_any_url_that_fsspec_opens_will_do_and_no_other(tmp_path):
+    run = trained(tmp_path / "run", f"file://{tmp_path}/copy", 1)
+    assert newest_valid(tmp_path / "copy").manifest == newest_valid(tmp_path / "run").manifest
+    assert run.store.newest.name == "step-00000001"
+    with pytest.raises(ConfigError, match=r"train.upload nosuch://x/y cannot be opened: .*nosuch"):
+        Mirror("nosuch://x/y")

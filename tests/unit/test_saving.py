@@ -1,0 +1,242 @@
+"""Writing checkpoints while training goes on: what is written, what training waits for, and what a disk that fails does."""
+
+import errno
+import os
+import shutil
+import subprocess
+import threading
+import time
+
+import pytest
+import torch
+
+from tests.unit.tiny_run import Run
+from xar_scale.checkpoint import store
+from xar_scale.checkpoint.load import load
+from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, verify
+from xar_scale.errors import FileError
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def names(run: Run) -> list[str]:
+    return [path.name for path in checkpoint_paths(run.store.run)]
+
+
+def begin(run: Run) -> None:
+    run.train()
+    run.store.save(run.manifest())
+
+
+def poll_until(run: Run, what) -> None:
+    begun = time.monotonic()
+    while not what():
+        assert time.monotonic() - begun < 20
+        run.store.poll()
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Files are written while it is set."""
+    gate, write = threading.Event(), store.write_file
+
+    def gated(*arguments):
+        assert gate.wait(20)
+        return write(*arguments)
+
+    monkeypatch.setattr(store, "write_file", gated)
+    return gate
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    return pauses
+
+
+def failing(monkeypatch, times: int, number: int = errno.ENOSPC) -> list[int]:
+    """The next ``times`` files fail when they are flushed, half written."""
+    exact, left = os.fsync, [times]
+
+    def fsync(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(number, os.strerror(number))
+        exact(descriptor)
+
+    monkeypatch.setattr("xar_scale.checkpoint.files.os.fsync", fsync)
+    return left
+
+
+def test_training_goes_on_and_what_is_written_is_the_state_at_the_time_of_the_save(tmp_path, gate):
+    run, other = Run(tmp_path), Run(tmp_path, seed=1)
+    begin(run)
+    then = run.state()
+    for _ in range(3):
+        run.train()
+        run.store.poll()
+    assert names(run) == [] and not same(run.state(), then)
+    gate.set()
+    poll_until(run, lambda: run.store.newest is not None)
+    load(verify(run.store.newest), other.engine, other.ema)
+    assert same(other.state(), then)
+
+
+def test_a_save_waits_for_the_one_before_it_so_that_one_is_under_way_at_a_time(tmp_path, gate):
+    run = Run(tmp_path)
+    begin(run)
+    threading.Timer(0.3, gate.set).start()
+    waited = run.store.stalled
+    begin(run)
+    assert run.store.stalled - waited > 0.25
+    assert names(run) == ["step-00000001"]
+    run.store.finish()
+    assert names(run) == ["step-00000001", "step-00000002"]
+
+
+def test_what_training_waits_for_is_counted_and_is_not_the_writing(tmp_path, gate):
+    run = Run(tmp_path)
+    begin(run)
+    time.sleep(0.3)
+    gate.set()
+    run.store.finish()
+    assert 0 < run.store.stalled < 0.25
+
+
+def test_nothing_older_goes_before_the_newer_one_is_there(tmp_path, gate):
+    run = Run(tmp_path, keep_last=1)
+    gate.set()
+    run.train()
+    first = run.save()
+    gate.clear()
+    begin(run)
+    for _ in range(5):
+        run.store.poll()
+    assert newest_valid(tmp_path).path == first
+    gate.set()
+    run.store.finish()
+    assert names(run) == ["step-00000002"]
+
+
+def test_keeps_every_nth_for_good(tmp_path):
+    run = Run(tmp_path, keep_last=2, keep_every=3)
+    for _ in range(8):
+        run.train()
+        run.save()
+    assert names(run) == [f"step-{step:08d}" for step in (3, 6, 7, 8)]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO, errno.EDQUOT])
+def test_an_error_of_the_disk_is_said_and_the_same_state_written_later(tmp_path, monkeypatch, capsys, number):
+    run, other = Run(tmp_path), Run(tmp_path, seed=1)
+    failing(monkeypatch, 2, number)
+    begin(run)
+    then = run.state()
+    for _ in range(4):  # steps, while the disk fails
+        run.train()
+        run.store.poll()
+    poll_until(run, lambda: run.store.newest is not None)
+    said = capsys.readouterr().out
+    assert (
+        said.count(f"model-00001-of-00001.safetensors: {os.strerror(number)}") == 2
+        and f"{run.store.newest}: attempt 1 failed" in said
+    )
+    load(verify(run.store.newest), other.engine, other.ema)
+    assert same(other.state(), then)
+
+
+def test_attempts_come_less_and_less_often(tmp_path, monkeypatch):
+    run, left = Run(tmp_path), failing(monkeypatch, 100)
+    begin(run)
+    for _ in range(200):
+        run.store.poll()
+        for thread in threading.enumerate():
+            if thread.name.startswith("checkpoint"):
+                thread.join()
+    assert 100 - left[0] == 7  # the first, and 2, 4, 8, ... polls after the one before
+
+
+def test_what_cannot_be_written_gives_way_to_the_next(tmp_path, monkeypatch, capsys):
+    run, left = Run(tmp_path), failing(monkeypatch, 100)
+    begin(run)
+    poll_until(run, lambda: "attempt 1 failed" in capsys.readouterr().out)
+    left[0] = 0
+    begin(run)
+    assert "step-00000001: given up for the next one" in capsys.readouterr().out
+    run.store.finish()
+    assert names(run) == ["step-00000002"]
+    assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
+
+
+def test_the_last_one_is_tried_some_times_and_then_the_run_ends_with_what_the_disk_said(tmp_path, monkeypatch, no_pauses):
+    run = Run(tmp_path)
+    run.train()
+    first = run.save()
+    failing(monkeypatch, 100)
+    begin(run)
+    with pytest.raises(FileError, match=r"step-00000002: given up after 6 attempts: .*No space left on device"):
+        run.store.finish()
+    assert no_pauses == [1, 2, 4, 8, 16]
+    assert newest_valid(tmp_path).path == first
+
+
+def test_a_file_that_cannot_be_finished_leaves_its_room_to_others(tmp_path, monkeypatch):
+    run = Run(tmp_path)
+    failing(monkeypatch, 1)
+    begin(run)
+    poll_until(run, lambda: run.store._writing.failing)
+    assert list((tmp_path / "checkpoints").rglob("*.safetensors")) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a file system of its own to fill, and so root")
+def test_a_disk_that_is_really_full(tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    try:
+        run = Run(disk)
+        run.train()
+        first = run.save()  # 0.44 MB of it
+        (disk / "others").write_bytes(bytes(500_000))
+        begin(run)
+        poll_until(run, lambda: "00001.safetensors: No space left on device" in capsys.readouterr().out)
+        assert newest_valid(disk).path == first
+        (disk / "others").unlink()
+        poll_until(run, lambda: run.store.newest != first)
+        assert verify(run.store.newest).manifest.step == 2
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_file_that_is_not_to_be_seen_as_it_was_written_is_no_checkpoint(tmp_path, monkeypatch, capsys):
+    """Another rank's, on a folder that is not the same one everywhere."""
+    run, exact = Run(tmp_path), store.write_file
+
+    def cut(path, ranges):
+        entry = exact(path, ranges)
+        os.truncate(path, 100)
+        return entry
+
+    monkeypatch.setattr(store, "write_file", cut)
+    begin(run)
+    poll_until(run, lambda: "is not of the size that was written" in capsys.readouterr().out)
+    assert names(run) == []
+
+
+def test_leftovers_of_a_run_that_was_cut_short_are_cleared_away(tmp_path):
+    run = Run(tmp_path)
+    run.train()
+    first = run.save()
+    folder = tmp_path / "checkpoints"
+    for name in (".step-00000002.tmp", ".step-00000000.old"):
+        shutil.copytree(first, folder / name)
+    (folder / "latest").write_text("step-00000000\n")
+    run.store.open(1)
+    assert sorted(os.listdir(folder)) == ["latest", "step-00000001"]
+    assert (folder / "latest").read_text() == "step-00000001\n"
