@@ -28,14 +28,14 @@ def digits_config(*overrides: str) -> Config:
     return Config.from_dict(override(recipe("digits"), list(overrides)))
 
 
-def random_batch(seed: int, size: int = 8) -> Batch:
+def random_batch(seed: int, size: int = 8, channels: int = 4) -> Batch:
     """A training batch of the digits' shape."""
     generator = torch.Generator().manual_seed(seed)
     return Batch(
-        latents=torch.randn(size, 4, 4, 4, generator=generator),
+        latents=torch.randn(size, channels, 4, 4, generator=generator),
         labels=torch.randint(0, 11, (size,), generator=generator),
         t=torch.rand(size, 4, generator=generator),
-        noise=torch.randn(size, 16, 4, generator=generator),
+        noise=torch.randn(size, 16, channels, generator=generator),
         keys=tuple(str(n) for n in range(size)),
         places=torch.stack([torch.zeros(size, dtype=torch.int64), torch.arange(size)], dim=1),
     )

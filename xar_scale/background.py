@@ -27,6 +27,7 @@ class Background:
         self._results: Sequence[Any] = ()
         self._polls = 0  # until the next attempt
         self._running: Future[Any] | None = None
+        self._thread: threading.Thread | None = None
         self._start()
 
     @property
@@ -71,12 +72,14 @@ class Background:
             except BaseException as error:
                 running.set_exception(error)
 
-        threading.Thread(target=work, name=self.name, daemon=True).start()
+        self._thread = threading.Thread(target=work, name=self.name, daemon=True)
+        self._thread.start()
 
     def _conclude(self) -> None:
         """Learn what the stage came to on all ranks, waiting for those that are not done."""
         running, self._running = self._running, None
-        assert running is not None
+        assert running is not None and self._thread is not None
+        self._thread.join()  # all of it: a thread that is still there when the interpreter goes takes the process down with it
         try:
             self._results = dist.gather_objects(dist.together(running.result))
         except FileError as error:

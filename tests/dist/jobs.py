@@ -17,8 +17,8 @@ from tests.conftest import digits_config, random_batch
 from tests.processes import launch
 from tests.unit.tiny_run import Run
 from xar_scale import dist
-from xar_scale.checkpoint.load import load
-from xar_scale.checkpoint.manifest import read_manifest
+from xar_scale.checkpoint.load import load, load_weights, state_vectors
+from xar_scale.checkpoint.manifest import KINDS, read_manifest
 from xar_scale.config import micro_batches
 from xar_scale.engines import Verdict
 
@@ -57,7 +57,7 @@ class Job(Run):
 
     def attempt(self) -> Verdict:
         passes = micro_batches(self.config.train, dist.world())[1]
-        mine = random_batch(self.step, BATCH).split(dist.world())[dist.rank()]
+        mine = random_batch(self.step, BATCH, self.config.model.channels).split(dist.world())[dist.rank()]
         return self.engine.attempt(self.step, mine.split(passes))
 
     def discarded(self) -> None:
@@ -87,8 +87,33 @@ class Job(Run):
     def loaded(self, path: str) -> None:
         """A checkpoint of any job."""
         checkpoint = read_manifest(Path(path))
-        load(checkpoint, self.engine, self.ema)
+        self.bytes_read = load(checkpoint, self.engine, self.ema)
         self.step = checkpoint.manifest.step
+
+    def compared(self, path: str, name: str) -> None:
+        """What was loaded with the checkpoint that it is of: of each rank, vectors that differ, bytes, optimizer's settings."""
+        checkpoint = read_manifest(Path(path))
+        whole = {f"{kind}/{key}": tensor for kind in KINDS for key, tensor in load_weights(checkpoint, kind).items()}
+        owned = [(key, start, tensor) for key, start, tensor in state_vectors(self.engine, self.ema)]
+        headers = 0
+        for file in checkpoint.manifest.files:
+            with (checkpoint.path / file).open("rb") as opened:
+                headers += 8 + int.from_bytes(opened.read(8), "little")
+        optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)  # DeepSpeed wraps it
+        of_rank = {
+            "differ": [
+                key
+                for key, start, tensor in owned
+                if not torch.equal(tensor, whole[key].view(-1)[start : start + tensor.numel()])
+            ],
+            "elements": sum(tensor.numel() for _, _, tensor in owned),
+            "bytes_read": self.bytes_read - headers,
+            "steps": sorted({int(state["step"]) for state in optimizer.state.values()}),
+            "settings": sorted(
+                {(group["weight_decay"], *group["betas"], group["eps"]) for group in optimizer.param_groups}
+            ),
+        }
+        self.came[name] = dist.gather_objects(of_rank)
 
 
 def main(folder: Path) -> None:

@@ -5,9 +5,7 @@ from pathlib import Path
 import torch
 
 from xar_scale.checkpoint.load import load_weights
-from xar_scale.checkpoint.manifest import read_manifest
-
-KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")
+from xar_scale.checkpoint.manifest import KINDS, read_manifest
 
 
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:

@@ -66,9 +66,6 @@ class Runs:
     def checkpoint(self, name: str, step: int) -> str:
         return str(self.at / name / "checkpoints" / f"step-{step:08d}")
 
-    def add_moved(self, name: str, kind: str, source: str) -> None:
-        self.add(name, kind, [["loaded", source], ["taken", HALF, "second"], ["saved"]])
-
     def run(self) -> dict[str, dict]:
         jobs, self.jobs = self.jobs, []
         return run_jobs(self.world, self.at, jobs)
@@ -95,10 +92,6 @@ def two(folder):
 def three(folder, two):
     runs = Runs(folder, 3)
     runs.add_trained(["zero1", "zero2", "zero3_offload"])  # zero3 and fsdp2 are trained on 3 in test_training.py
-    before = Runs(folder, 2)
-    runs.add_moved("zero2-to-fsdp2", "fsdp2", before.checkpoint("zero2", HALF))
-    runs.add_moved("fsdp2-of-1-to-zero3", "zero3", before.checkpoint("fsdp2-of-1", HALF))
-    runs.add_moved("fsdp2-to-zero3_offload", "zero3_offload", before.checkpoint("fsdp2", HALF))
     return runs.run()
 
 
@@ -117,10 +110,6 @@ def one(folder, two, four):
     runs.add_trained(["single", *ALONE])
     runs.add_lowered(["single"])
     runs.add_fresh(["single"])
-    runs.add_moved("zero1-to-single", "single", Runs(folder, 2).checkpoint("zero1", HALF))
-    runs.add_moved("zero3_offload-to-zero2", "zero2", Runs(folder, 2).checkpoint("zero3_offload", HALF))
-    runs.add_moved("fsdp2-of-2-to-zero3", "zero3", Runs(folder, 4).checkpoint("fsdp2-of-2", HALF))
-    runs.add_moved("zero3-of-2-to-zero1", "zero1", Runs(folder, 4).checkpoint("zero3-of-2", HALF))
     return runs.run()
 
 
