@@ -10,11 +10,11 @@ from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.interop.universal import is_universal, open_universal
 from xar_scale.checkpoint.interop.weights import open_weights, weight_files
 from xar_scale.checkpoint.interop.zero import is_zero, open_zero
-from xar_scale.checkpoint.manifest import MANIFEST, read_manifest
+from xar_scale.checkpoint.manifest import FOLDER, LATEST, MANIFEST, read_manifest
 from xar_scale.errors import DataError, UsageError
 
 SUMS = "SHA256SUMS"
-TAGS = ("latest", "latest_universal")  # files in which DeepSpeed names the folder inside that is meant
+TAGS = (LATEST, "latest_universal", f"{FOLDER}/{LATEST}")  # files that name the folder beside them that is meant
 
 
 def open_source(path: Path, trust_pickle: bool = False) -> Source:
@@ -45,12 +45,12 @@ def open_source(path: Path, trust_pickle: bool = False) -> Source:
 
 
 def _tagged(folder: Path) -> Path:
-    """The folder that DeepSpeed's ``latest`` names, where there is one."""
-    for name in TAGS:
-        if (folder / name).is_file():
-            tagged = folder / (folder / name).read_text().strip()
+    """The folder that a file ``latest`` names, of DeepSpeed or of a run of ours, where there is one."""
+    for tag in (folder / name for name in TAGS):
+        if tag.is_file():
+            tagged = tag.parent / tag.read_text().strip()
             if not tagged.is_dir():
-                raise DataError(f"{folder / name} names {tagged.name}, which is not there")
+                raise DataError(f"{tag} names {tagged.name}, which is not there")
             return tagged
     return folder
 

@@ -1,13 +1,12 @@
 """DeepSpeed's universal checkpoints: a folder a parameter, with its weight and moments in a file each."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from xar_scale.checkpoint.interop.pickled import Pickled, read_pickled
 from xar_scale.checkpoint.interop.source import Pieces, Source
-from xar_scale.checkpoint.interop.zero import read_common, settings
+from xar_scale.checkpoint.interop.zero import read_common, settings, steps_taken
 from xar_scale.errors import DataError
 
 # kind -> folder of folders, file. DeepSpeed has no averages: those lie apart from what it looks at
@@ -37,7 +36,8 @@ def open_universal(folder: Path, trust_pickle: bool) -> Source:
                 raise DataError(f"{path} holds a {type(tensor).__name__}, not a tensor")
             key = f"{kind}/{path.parent.name}"
             pieces[key], shapes[key] = [file.piece(tensor)], known.get(path.parent.name, tensor.shape)
-    lacking = {f"{kind}/{name}" for kind in ("model", *(key.partition("/")[0] for key in shapes)) for name in known} - set(shapes)
+    kinds = {"model", *(key.partition("/")[0] for key in shapes)}
+    lacking = {f"{kind}/{name}" for kind in kinds for name in known} - set(shapes)
     if lacking or not shapes:
         raise DataError(f"{folder} lacks {len(lacking)} tensors, first {min(lacking, default='of all')}")
     reader = Pieces(pieces, shapes)
@@ -61,7 +61,4 @@ def _steps(folder: Path, optimizer: Pickled, trust_pickle: bool) -> int:
     for path in sorted((folder / "zero").glob("*/step.pt")):
         file = read_pickled(path, trust_pickle)
         return int(file.number(file.value))
-    state: dict[Any, dict[str, Any]] = optimizer.value.get("optimizer_state_dict", {}).get("state", {})
-    steps = [optimizer.number(entry["step"]) for entry in state.values() if "step" in entry]
-    steps += [float(group["step"]) for group in optimizer.value["param_groups"] if "step" in group]
-    return int(max(steps, default=0))
+    return steps_taken(optimizer, optimizer.value.get("optimizer_state_dict", {}))

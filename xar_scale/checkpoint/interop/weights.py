@@ -10,7 +10,7 @@ from torch import Tensor
 from xar_scale.checkpoint.files import MAX_HEADER, SUFFIX
 from xar_scale.checkpoint.interop.official import our_names
 from xar_scale.checkpoint.interop.pickled import is_pickled, read_pickled
-from xar_scale.checkpoint.interop.source import InMemory, Piece, Pieces, Reader, Source
+from xar_scale.checkpoint.interop.source import InMemory, Piece, Pieces, Source
 from xar_scale.errors import DataError
 
 INDEX, PTH = f"model{SUFFIX}.index.json", "model.pth"
@@ -34,8 +34,8 @@ def open_weights(path: Path, trust_pickle: bool) -> Source:
     files = weight_files(path)
     if is_pickled(files[0]):
         return _open_pth(path, files[0], trust_pickle)
-    pieces = {}
-    shapes = {}
+    pieces: dict[str, Piece] = {}
+    shapes: dict[str, torch.Size] = {}
     for file in files:
         for name, (piece, shape) in _safetensors(file).items():
             if name in pieces:
@@ -51,7 +51,7 @@ def open_weights(path: Path, trust_pickle: bool) -> Source:
 def _open_pth(path: Path, file: Path, trust_pickle: bool) -> Source:
     read = read_pickled(file, trust_pickle)
     value = read.value if isinstance(read.value, dict) else {}
-    states = {"model": value}
+    states: dict[str, Any] = {"model": value}
     if "model" in value:
         states = {"model": value["model"], "ema": value.get("model_ema")}
     tensors: dict[str, Tensor] = {}
@@ -63,13 +63,10 @@ def _open_pth(path: Path, file: Path, trust_pickle: bool) -> Source:
     if not any(key.startswith("model/") for key in tensors):
         raise DataError(f"{file} holds no weights")
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    reader: Reader
     if read.whole:
-        reader = InMemory(tensors)
-    else:
-        reader = Pieces({key: [read.piece(tensor)] for key, tensor in tensors.items()}, shapes)
-    name = "torch.save's old format, which is read whole" if read.whole else "torch.save"
-    return Source(path, f".pth ({name})", shapes, reader, [file])
+        return Source(path, ".pth of torch.save's old format, which is read whole", shapes, InMemory(tensors), [file])
+    reader = Pieces({key: [read.piece(tensor)] for key, tensor in tensors.items()}, shapes)
+    return Source(path, ".pth", shapes, reader, [file])
 
 
 def _safetensors(path: Path) -> dict[str, tuple[Piece, torch.Size]]:

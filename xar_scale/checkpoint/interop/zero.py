@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -65,10 +65,7 @@ def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
         if common.get(key):
             raise DataError(f"{folder}: {key} are not read; xAR has none")
     inner = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
-    if stage == 3:
-        fragments = _stage3(ranks, common["param_shapes"])
-    else:
-        fragments = _stage12(ranks)
+    fragments = _stage3(ranks, common["param_shapes"]) if stage == 3 else _stage12(ranks)
     parameters = {name: torch.Size(shape) for group in common["param_shapes"] for name, shape in group.items()}
     pieces: dict[str, list[Piece]] = defaultdict(list)
     for rank, group, name, start, first, length in fragments:
@@ -83,8 +80,6 @@ def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
     if lacking := set(shapes) - set(pieces):
         raise DataError(f"{folder} lacks {len(lacking)} tensors, first {min(lacking)}")
     reader = Pieces(pieces, shapes)
-    steps = [rank.number(entry["step"]) for rank in ranks[:1] for entry in states[0][inner]["state"].values() if "step" in entry]
-    steps += [float(group["step"]) for group in states[0][inner]["param_groups"] if "step" in group]
     return Source(
         folder,
         f"DeepSpeed ZeRO-{stage}, {world} ranks",
@@ -92,9 +87,15 @@ def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
         reader,
         reader.files,
         step=int(common["global_steps"]),
-        taken=int(max(steps, default=0)),
+        taken=steps_taken(ranks[0], states[0][inner]),
         groups=settings(states[0][inner]["param_groups"]),
     )
+
+
+def steps_taken(file: Pickled, optimizer: dict[str, Any]) -> int:
+    """Those that an optimizer's moments have seen: it counts them a tensor, or a group."""
+    entries = [*optimizer.get("state", {}).values(), *optimizer.get("param_groups", [])]
+    return int(max((file.number(entry["step"]) for entry in entries if "step" in entry), default=0))
 
 
 def settings(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -106,20 +107,28 @@ def _kinds(pieces: dict[str, list[Piece]]) -> list[str]:
     return list(dict.fromkeys(key.partition("/")[0] for key in pieces))
 
 
-Fragment = tuple[Pickled, int, str, int, int, int]  # rank's file, group, name, start in the parameter, first in the group, length
+class _Fragment(NamedTuple):
+    """What a rank has of a parameter."""
+
+    file: Pickled
+    group: int
+    name: str
+    start: int  # in the parameter
+    first: int  # in the rank's part of the group
+    length: int
 
 
-def _stage12(ranks: list[Pickled]) -> Iterator[Fragment]:
+def _stage12(ranks: list[Pickled]) -> Iterator[_Fragment]:
     """The parameters of a group lie end to end, cut into equal stretches; each rank says what of each is in its own."""
     seen: dict[str, int] = defaultdict(int)
     for rank in ranks:
         for group, addresses in enumerate(rank.value["optimizer_state_dict"]["param_slice_mappings"]):
             for name, address in addresses.items():
-                yield rank, group, name, seen[name], address.start, address.numel
+                yield _Fragment(rank, group, name, seen[name], address.start, address.numel)
                 seen[name] += address.numel
 
 
-def _stage3(ranks: list[Pickled], groups: list[dict[str, Any]]) -> Iterator[Fragment]:
+def _stage3(ranks: list[Pickled], groups: list[dict[str, Any]]) -> Iterator[_Fragment]:
     """Every parameter is cut into equal chunks, the last padded; a rank's chunks of a sub-group lie end to end."""
     for at, rank in enumerate(ranks):
         for group, shapes in enumerate(groups):
@@ -128,5 +137,5 @@ def _stage3(ranks: list[Pickled], groups: list[dict[str, Any]]) -> Iterator[Frag
                 total = torch.Size(shape).numel()
                 chunk = -(-total // len(ranks))
                 start = min(at * chunk, total)
-                yield rank, group, name, start, first, min(chunk, total - start)
+                yield _Fragment(rank, group, name, start, first, min(chunk, total - start))
                 first += chunk
