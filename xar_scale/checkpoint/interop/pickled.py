@@ -1,6 +1,7 @@
 """Files of ``torch.save`` without their values: where in the file each tensor lies. Nothing is unpickled that could run."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,11 +87,10 @@ def read_pickled(path: Path, trust_pickle: bool = False) -> Pickled:
             with FakeTensorMode():
                 return Pickled(path, torch.load(path, map_location="cpu", weights_only=not trust_pickle), whole=False)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        said = str(error).splitlines() or [type(error).__name__]
-        named = [line for line in said if "Unsupported global: GLOBAL " in line]
-        if named:
-            _refuse(path, [named[0].partition("Unsupported global: GLOBAL ")[2].split()[0]])
-        raise DataError(f"{path} is torn, or not a file of torch.save: {said[0]}") from None
+        if match := re.search(r"GLOBAL (\S+)", str(error)):
+            _refuse(path, [match[1]])
+        said = "" if isinstance(error, UnpicklingError) else f": {str(error).partition(chr(10))[0]}"  # pages of advice
+        raise DataError(f"{path} is torn, or not a file of torch.save{said}") from None
 
 
 def _unknown_classes(path: Path) -> list[str]:

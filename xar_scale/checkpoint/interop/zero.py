@@ -57,14 +57,18 @@ def _rank_files(folder: Path) -> list[Path]:
 
 def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
     states = [rank.value["optimizer_state_dict"] for rank in ranks]
-    stage, count = int(states[0]["zero_stage"]), states[0]["partition_count"]
-    world = max(count) if isinstance(count, list) else count
-    if world != len(ranks):
-        raise DataError(f"{folder} was written by {world} ranks, and has files of {len(ranks)}")
+    stage = int(states[0]["zero_stage"])
+    inner = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
+    taken = steps_taken(ranks[0], states[0][inner])
+    for rank, state in zip(ranks, states, strict=True):
+        count = state["partition_count"]
+        if (world := max(count) if isinstance(count, list) else count) != len(ranks):
+            raise DataError(f"{rank.path} was written by one of {world} ranks, beside it are files of {len(ranks)}")
+        if (steps := steps_taken(rank, state[inner])) != taken:
+            raise DataError(f"{rank.path} is of {steps} steps, {ranks[0].path.name} of {taken}: they are not of one checkpoint")
     for key in ("frozen_param_shapes", "shared_params"):
         if common.get(key):
             raise DataError(f"{folder}: {key} are not read; xAR has none")
-    inner = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
     fragments = _stage3(ranks, common["param_shapes"]) if stage == 3 else _stage12(ranks)
     parameters = {name: torch.Size(shape) for group in common["param_shapes"] for name, shape in group.items()}
     pieces: dict[str, list[Piece]] = defaultdict(list)
@@ -82,12 +86,12 @@ def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
     reader = Pieces(pieces, shapes)
     return Source(
         folder,
-        f"DeepSpeed ZeRO-{stage}, {world} ranks",
+        f"DeepSpeed ZeRO-{stage}, {len(ranks)} ranks",
         shapes,
         reader,
         reader.files,
         step=int(common["global_steps"]),
-        taken=steps_taken(ranks[0], states[0][inner]),
+        taken=taken,
         groups=settings(states[0][inner]["param_groups"]),
     )
 

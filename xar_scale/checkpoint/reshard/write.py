@@ -14,6 +14,7 @@ from typing import BinaryIO
 import torch
 
 from xar_scale.checkpoint.files import BLOCK, FLOAT32, Fingerprint
+from xar_scale.checkpoint.interop.pickled import is_pickled
 from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.reshard.parts import Cut, Fixed, Output, Plan
 from xar_scale.errors import DataError, FileError, UsageError
@@ -26,7 +27,7 @@ Progress = Callable[[int], None]  # bytes done
 
 def verifiable(source: Source) -> list[Path]:
     """Files of which a checksum is known: a SHA-256 beside them, or the CRC-32 that torch.save's archives have inside."""
-    return [path for path in source.files if path in source.checksums or zipfile.is_zipfile(path)]
+    return [path for path in source.files if path in source.checksums or (is_pickled(path) and zipfile.is_zipfile(path))]
 
 
 def verify(source: Source, progress: Progress) -> None:
