@@ -84,6 +84,10 @@ class Job(Run):
     def saved(self) -> None:
         self.save()
 
+    def native(self, folder: str) -> None:
+        """What DeepSpeed itself saves."""
+        self.engine.engine.save_checkpoint(folder, tag="native")
+
     def loaded(self, path: str) -> None:
         """A checkpoint of any job."""
         checkpoint = read_manifest(Path(path))

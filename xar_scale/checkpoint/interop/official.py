@@ -1,6 +1,7 @@
 """Weights of others: the published xAR state dicts, by an explicit map of names."""
 
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -45,15 +46,50 @@ _BLOCK = {
     "ada_lin.1.weight": "ada.weight",
     "ada_lin.1.bias": "ada.bias",
 }
+_PUBLISHED = "class_emb.weight"  # a name by which published weights are known
 
 
 def official_names(config: ModelConfig) -> dict[str, str]:
     """Published parameter name -> ours, for every parameter of a model of these depths."""
+    return _names(config.depth_encoder, config.depth_decoder)
+
+
+def _names(depth_encoder: int, depth_decoder: int) -> dict[str, str]:
     names = dict(_TOP)
-    for part, depth in (("encoder", config.depth_encoder), ("decoder", config.depth_decoder)):
+    for part, depth in (("encoder", depth_encoder), ("decoder", depth_decoder)):
         for block in range(depth):
             names |= {f"{part}_blocks.{block}.{theirs}": f"{part}.{block}.{ours}" for theirs, ours in _BLOCK.items()}
     return names
+
+
+def our_names(given: Collection[str]) -> dict[str, str]:
+    """Ours of each name, without those of published constants; all as they are where they are not published names.
+
+    Raises DataError where they are, and some are missing or unknown.
+    """
+    if _PUBLISHED not in given:
+        return {name: name for name in given}
+    names = _names(*(_depth(given, f"{part}_blocks.") for part in ("encoder", "decoder")))
+    _check_names(names, [name for name in given if not _is_constant(name)])
+    return names
+
+
+def their_names(given: Collection[str]) -> dict[str, str]:
+    """Ours -> published. Raises DataError where these are not the names of an xAR network's parameters."""
+    names = {ours: theirs for theirs, ours in _names(*(_depth(given, f"{part}.") for part in ("encoder", "decoder"))).items()}
+    _check_names(names, given, "weights under our names")
+    return names
+
+
+def _depth(names: Collection[str], prefix: str) -> int:
+    return len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
+
+
+def _check_names(wanted: Collection[str], given: Collection[str], what: str = "published weights") -> None:
+    if missing := sorted(set(wanted) - set(given)):
+        raise DataError(f"{what} lack {len(missing)} entries, first {missing[0]}")
+    if unknown := sorted(set(given) - set(wanted)):
+        raise DataError(f"{what} hold {len(unknown)} unknown entries, first {unknown[0]}")
 
 
 def _is_constant(name: str) -> bool:
@@ -67,10 +103,7 @@ def from_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
         wanted = {name: parameter.shape for name, parameter in XAR(config).named_parameters()}
     names = official_names(config)
     given = {name: tensor for name, tensor in state.items() if not _is_constant(name)}
-    if missing := sorted(set(names) - set(given)):
-        raise DataError(f"published weights lack {len(missing)} entries, first {missing[0]}")
-    if unknown := sorted(set(given) - set(names)):
-        raise DataError(f"published weights hold {len(unknown)} unknown entries, first {unknown[0]}")
+    _check_names(names, given)
     for theirs, ours in names.items():
         if given[theirs].shape != wanted[ours]:
             raise DataError(f"published {theirs} is {tuple(given[theirs].shape)}, the model has {tuple(wanted[ours])}")
@@ -111,10 +144,9 @@ def _read_pth(path: Path) -> dict[str, Tensor]:
 
 
 def _published_config(state: dict[str, Tensor]) -> ModelConfig:
-    if "class_emb.weight" not in state:
-        raise DataError("these are not published xAR weights: class_emb.weight is missing")
-    width = state["class_emb.weight"].shape[1]
-    depth = len({name.split(".")[1] for name in state if name.startswith("encoder_blocks.")})
+    if _PUBLISHED not in state:
+        raise DataError(f"these are not published xAR weights: {_PUBLISHED} is missing")
+    width, depth = state[_PUBLISHED].shape[1], _depth(state, "encoder_blocks.")
     for name in MODELS:
         values = model_values(name)
         if values["width"] == width and values["depth_encoder"] == depth:

@@ -1,0 +1,219 @@
+"""Checkpoints of others: what is recognised, how it is named, and what is refused, by which line."""
+
+import argparse
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.unit.foreign_checkpoints import SHAPES, assert_bitwise, published, random_state, values, write_zero3
+from tests.unit.tiny_run import CONFIG, Run
+from xar_scale.checkpoint.interop import open_source
+from xar_scale.checkpoint.load import load_weights
+from xar_scale.checkpoint.manifest import KINDS, read_manifest
+from xar_scale.errors import DataError, UsageError
+
+STATE = random_state("model", "exp_avg", "exp_avg_sq")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A run of ours after two steps, and its checkpoint."""
+    run = Run(tmp_path_factory.mktemp("own"))
+    run.train(2)
+    return run.save()
+
+
+@pytest.fixture(scope="module")
+def weights(own):
+    return load_weights(read_manifest(own), "model")
+
+
+@pytest.fixture
+def zero(tmp_path):
+    write_zero3(tmp_path / "zero", STATE)
+    return tmp_path / "zero"
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("unpickled",)
+
+
+def test_ours_by_checkpoint_or_by_run(own):
+    with open_source(own) as source, open_source(own.parent.parent) as of_run:
+        assert source.path == of_run.path == own
+        assert (source.step, source.taken, source.kinds) == (2, 2, KINDS)
+        assert [group["weight_decay"] for group in source.groups] == [CONFIG.optim.weight_decay, 0.0]
+        expected = load_weights(read_manifest(own), "exp_avg_sq")
+        assert_bitwise({name: source.whole(f"exp_avg_sq/{name}") for name in expected}, expected)
+
+
+def test_any_range_of_a_vector_that_lies_on_three_ranks(zero):
+    with open_source(zero) as source:
+        assert (source.format, source.step, source.taken) == ("DeepSpeed ZeRO-3, 3 ranks", 5, 4)
+        assert source.groups == [{"lr": 0.1}]
+        for key, expected in STATE.items():
+            flat = expected.flatten()
+            for start in range(len(flat)):
+                for stop in range(start, len(flat) + 1):
+                    out = torch.empty(stop - start)
+                    source.read(key, start, out)
+                    assert torch.equal(out, flat[start:stop])
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_published_weights_have_our_names_and_no_constants(tmp_path, weights, legacy):
+    state, averages = published(weights, CONFIG.model), {name: 2 * tensor for name, tensor in weights.items()}
+    path = tmp_path / "xAR.pth"
+    whole = {"model": state, "model_ema": published(averages, CONFIG.model), "args": argparse.Namespace(lr=1), "epoch": 3}
+    torch.save(whole, path, _use_new_zipfile_serialization=not legacy)
+    expected = {f"model/{name}": tensor for name, tensor in weights.items()}
+    assert_bitwise(values(path), expected | {f"ema/{name}": tensor for name, tensor in averages.items()})
+    with open_source(path) as source:
+        assert ("read whole" in source.format) == legacy
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    assert_bitwise(values(path), expected)
+    del state["pred.bias"]
+    torch.save(state, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(DataError, match="published weights lack 1 entries, first pred.bias"):
+        open_source(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_of_any_names_in_16_or_32_bits(tmp_path, dtype):
+    state = {key.partition("/")[2]: tensor.to(dtype) for key, tensor in random_state("model").items()}
+    expected = {f"model/{name}": tensor.float() for name, tensor in state.items()}
+    save_file(state | {"count": torch.tensor([3])}, tmp_path / "a.safetensors")
+    torch.save(state | {"count": torch.tensor([3])}, tmp_path / "a.pth")
+    assert_bitwise(values(tmp_path / "a.safetensors"), expected)
+    assert_bitwise(values(tmp_path / "a.pth"), expected)
+
+
+def test_weights_that_float32_does_not_hold_are_refused(tmp_path):
+    save_file({"a": torch.zeros(2, dtype=torch.float64)}, tmp_path / "a.safetensors")
+    with pytest.raises(DataError, match="a is F64; F32, BF16, F16 are read"):
+        open_source(tmp_path / "a.safetensors")
+    torch.save({"a": torch.zeros(2, dtype=torch.float64)}, tmp_path / "a.pth")
+    with pytest.raises(DataError, match="a is torch.float64"):
+        open_source(tmp_path / "a.pth")
+    torch.save({"a": torch.zeros(2, 3).T}, tmp_path / "a.pth")
+    with pytest.raises(DataError, match=r"shape \(3, 2\) is not contiguous"):
+        open_source(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_would_have_to_be_unpickled_is_refused_by_class_and_not_run(tmp_path, monkeypatch, legacy):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": torch.ones(2), "evil": Evil()}, "a.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(DataError, match="a.pth asks for .*mkdir, which unpickling would run; --trust-pickle lets it"):
+        open_source(tmp_path / "a.pth")
+    assert not (tmp_path / "unpickled").exists()
+    with open_source(tmp_path / "a.pth", trust_pickle=True) as source:
+        assert torch.equal(source.whole("model/a"), torch.ones(2))
+    assert (tmp_path / "unpickled").exists()
+
+
+def test_a_plain_pickle_is_refused(tmp_path):
+    (tmp_path / "a.pth").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(DataError, match="a.pth"):
+        open_source(tmp_path / "a.pth")
+
+
+def test_ranks_that_are_missing_or_torn_are_named(zero):
+    second = zero / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = second.read_bytes()
+    second.write_bytes(content[: len(content) // 2])
+    with pytest.raises(DataError, match=f"{second.name} is torn"):
+        open_source(zero)
+    second.unlink()
+    with pytest.raises(DataError, match=f"lacks {second.name}"):
+        open_source(zero)
+    second.write_bytes(content)
+    (zero / "zero_pp_rank_2_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(DataError, match="was written by one of 3 ranks, beside it are files of 2"):
+        open_source(zero)
+    second.rename(zero / "zero_pp_rank_1_mp_rank_01_optim_states.pt")
+    with pytest.raises(DataError, match="model-parallel"):
+        open_source(zero)
+
+
+def test_ranks_of_several_checkpoints_or_too_short_for_the_parameters_are_refused(zero, tmp_path):
+    write_zero3(tmp_path / "other", STATE, world=2)
+    name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    content = torch.load(zero / name)
+    shutil.copy(tmp_path / "other" / name, zero / name)
+    with pytest.raises(DataError, match=f"{name} was written by one of 2 ranks, beside it are files of 3"):
+        open_source(zero)
+    content["optimizer_state_dict"]["optimizer_state_dict"]["state"][0]["step"] += 1
+    torch.save(content, zero / name)
+    with pytest.raises(DataError, match=f"{name} is of 5 steps, zero_pp_rank_0_mp_rank_00_optim_states.pt of 4"):
+        open_source(zero)
+    content["optimizer_state_dict"]["optimizer_state_dict"]["state"][0]["step"] -= 1
+    content["optimizer_state_dict"]["fp32_flat_groups"][1] = torch.zeros(11)  # of 12
+    torch.save(content, zero / name)
+    with pytest.raises(DataError, match=f"{name}: elements 11 to 12 of a tensor that has 11"):
+        open_source(zero)
+
+
+@pytest.mark.parametrize("key", ["frozen_param_shapes", "shared_params"])
+def test_what_xar_has_none_of_is_refused(tmp_path, key):
+    write_zero3(tmp_path / "zero", STATE, **{key: {"a": 1}})
+    with pytest.raises(DataError, match=f"{key} are not read; xAR has none"):
+        open_source(tmp_path / "zero")
+
+
+def test_zero_before_its_first_step_has_weights_alone(tmp_path, zero):
+    for path in zero.glob("*optim*"):
+        content = torch.load(path)
+        content["optimizer_state_dict"]["optimizer_state_dict"]["state"] = {}
+        torch.save(content, path)
+    with open_source(zero) as source:
+        assert (source.kinds, source.taken) == (("model",), 0)
+
+
+def test_a_layout_that_is_not_deepspeeds_is_refused(zero):
+    torch.save({"optimizer_state_dict": {}}, zero / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    with pytest.raises(DataError, match=r"not laid out as DeepSpeed 0.19.8 writes ZeRO checkpoints \(KeyError 'zero_stage'\)"):
+        open_source(zero)
+
+
+def test_what_is_not_there_or_of_no_format(tmp_path, own):
+    with pytest.raises(UsageError, match="no checkpoint at"):
+        open_source(tmp_path / "nothing")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DataError, match="folder is no checkpoint of a known format"):
+        open_source(tmp_path / "folder")
+    (tmp_path / "latest").write_text("global_step7")
+    with pytest.raises(DataError, match="latest names global_step7, which is not there"):
+        open_source(tmp_path)
+    (tmp_path / "a.safetensors").write_bytes(b'\x08\0\0\0\0\0\0\0{"a":')
+    with pytest.raises(DataError, match="a.safetensors is torn, or not a safetensors file"):
+        open_source(tmp_path / "a.safetensors")
+    shutil.copytree(own, tmp_path / "own")
+    shard = next((tmp_path / "own").glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    with pytest.raises(DataError, match=f"{shard.name} has .* bytes, it was written with"):
+        open_source(tmp_path / "own")
+    shard.unlink()
+    with pytest.raises(DataError, match=f"{shard.name} is missing"):
+        open_source(tmp_path / "own")
+
+
+def test_safetensors_that_are_cut_short_or_lack_what_their_index_lists(tmp_path):
+    save_file({"a": torch.zeros(100), "b": torch.zeros(3)}, tmp_path / "one.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "one.safetensors", "c": "one.safetensors"}}')
+    with pytest.raises(DataError, match="lists 1 tensors that its files lack, first c"):
+        open_source(tmp_path)
+    os.truncate(tmp_path / "one.safetensors", (tmp_path / "one.safetensors").stat().st_size - 1)
+    with pytest.raises(DataError, match="it is torn"):
+        open_source(tmp_path / "one.safetensors")
+
+
+def test_shapes_are_known_without_reading_values(tmp_path):
+    write_zero3(tmp_path / "zero", STATE)
+    with open_source(tmp_path / "zero") as source:
+        assert source.names("exp_avg") == {name: torch.Size(shape) for name, shape in SHAPES.items()}

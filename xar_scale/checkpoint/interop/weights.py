@@ -1,0 +1,101 @@
+"""Weights alone: published ``.pth`` files and safetensors, in one file or several; published names become ours."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xar_scale.checkpoint.files import MAX_HEADER, SUFFIX
+from xar_scale.checkpoint.interop.official import our_names
+from xar_scale.checkpoint.interop.pickled import is_pickled, read_pickled
+from xar_scale.checkpoint.interop.source import InMemory, Piece, Pieces, Source
+from xar_scale.errors import DataError
+
+INDEX, PTH = f"model{SUFFIX}.index.json", "model.pth"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Of a file, or of a folder of weights; none where it is not one."""
+    if path.is_file():
+        return [path] if path.suffix == SUFFIX or is_pickled(path) else []
+    if (path / INDEX).is_file():
+        try:
+            names: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
+            return [path / name for name in sorted(set(names.values()))]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{path / INDEX} is not an index of safetensors files") from None
+    return [path / name for name in (f"model{SUFFIX}", PTH) if (path / name).is_file()][:1]
+
+
+def open_weights(path: Path, trust_pickle: bool) -> Source:
+    files = weight_files(path)
+    if is_pickled(files[0]):
+        return _open_pth(path, files[0], trust_pickle)
+    pieces: dict[str, Piece] = {}
+    shapes: dict[str, torch.Size] = {}
+    for file in files:
+        for name, (piece, shape) in _safetensors(file).items():
+            if name in pieces:
+                raise DataError(f"{file} has {name}, and so has {pieces[name].path}")
+            pieces[name], shapes[name] = piece, shape
+    _check_index(path, set(shapes))
+    ours = our_names(shapes)
+    shapes = {f"model/{ours[name]}": shape for name, shape in shapes.items() if name in ours}
+    reader = Pieces({f"model/{ours[name]}": [piece] for name, piece in pieces.items() if name in ours}, shapes)
+    return Source(path, f"safetensors, {len(files)} files", shapes, reader, reader.files)
+
+
+def _open_pth(path: Path, file: Path, trust_pickle: bool) -> Source:
+    read = read_pickled(file, trust_pickle)
+    value = read.value if isinstance(read.value, dict) else {}
+    states: dict[str, Any] = {"model": value}
+    if "model" in value:
+        states = {"model": value["model"], "ema": value.get("model_ema")}
+    tensors: dict[str, Tensor] = {}
+    for kind, state in states.items():
+        if isinstance(state, dict):
+            floats = {name: t for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
+            ours = our_names({name: tensor.shape for name, tensor in floats.items()})
+            tensors |= {f"{kind}/{ours[name]}": tensor for name, tensor in floats.items() if name in ours}
+    if not any(key.startswith("model/") for key in tensors):
+        raise DataError(f"{file} holds no weights")
+    shapes = {key: tensor.shape for key, tensor in tensors.items()}
+    if read.whole:
+        return Source(path, ".pth of torch.save's old format, which is read whole", shapes, InMemory(tensors), [file])
+    reader = Pieces({key: [read.piece(tensor)] for key, tensor in tensors.items()}, shapes)
+    return Source(path, ".pth", shapes, reader, [file])
+
+
+def _safetensors(path: Path) -> dict[str, tuple[Piece, torch.Size]]:
+    """Where each tensor of numbers that are not whole lies."""
+    if not path.is_file():
+        raise DataError(f"{path} is missing")
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER:
+                raise ValueError
+            header: dict[str, Any] = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        found = {}
+        for name, entry in header.items():
+            shape, (begin, end) = torch.Size(entry["shape"]), entry["data_offsets"]
+            if dtype := DTYPES.get(entry["dtype"]):
+                if end - begin != shape.numel() * dtype.itemsize:
+                    raise ValueError
+                found[name] = Piece(0, shape.numel(), path, 8 + length + begin, dtype), shape
+            elif entry["dtype"].startswith("F"):
+                raise DataError(f"{path}: {name} is {entry['dtype']}; {', '.join(DTYPES)} are read")
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path} is torn, or not a safetensors file") from None
+
+
+def _check_index(path: Path, names: set[str]) -> None:
+    if (path / INDEX).is_file():
+        listed: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
+        if lacking := set(listed) - names:
+            raise DataError(f"{path / INDEX} lists {len(lacking)} tensors that its files lack, first {min(lacking)}")

@@ -1,0 +1,72 @@
+"""What a file will hold, known to the byte before anything is read."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from xar_scale.checkpoint.files import FLOAT32, Fingerprint
+
+
+class Cut(NamedTuple):
+    """Elements [start, stop) of a vector, in float32."""
+
+    key: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return FLOAT32 * (self.stop - self.start)
+
+
+class Fixed(NamedTuple):
+    """Bytes that depend on no value."""
+
+    content: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+
+class Late(NamedTuple):
+    """Bytes that follow from the CRC-32 of each cut before them in the file."""
+
+    size: int
+    make: Callable[[Sequence[int]], bytes]
+
+
+Part = Cut | Fixed | Late
+
+
+class Output(NamedTuple):
+    """A file, by its name in the folder that is written."""
+
+    name: str
+    parts: Sequence[Part]
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    def layout(self) -> str:
+        """The same of two outputs that are to be the same."""
+        digest = hashlib.sha256(self.name.encode())
+        for part in self.parts:
+            known = part.size if isinstance(part, Late) else part
+            digest.update(repr(known).encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A folder of files, and what is written last, from their fingerprints: name and content."""
+
+    outputs: Sequence[Output]
+    last: Callable[[Mapping[str, Fingerprint]], tuple[str, bytes]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the last."""
+        return sum(output.size for output in self.outputs)

@@ -1,0 +1,200 @@
+"""What each format is made of: which files, and what lies where in them."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from xar_scale.checkpoint.files import FLOAT32, SUFFIX, Fingerprint, file_name, header_of
+from xar_scale.checkpoint.interop.official import their_names
+from xar_scale.checkpoint.interop.open import SUMS
+from xar_scale.checkpoint.interop.source import Source
+from xar_scale.checkpoint.interop.universal import OPTIMIZER, PLACES
+from xar_scale.checkpoint.interop.weights import INDEX, PTH
+from xar_scale.checkpoint.interop.zero import MODEL
+from xar_scale.checkpoint.manifest import MANIFEST, Manifest
+from xar_scale.checkpoint.reshard.parts import Cut, Fixed, Output, Plan
+from xar_scale.checkpoint.reshard.torchzip import Whole, saved, saved_small
+from xar_scale.data.order import Position
+from xar_scale.errors import DataError, UsageError
+from xar_scale.guard import GuardState
+
+DEEPSPEED = "0.19.8"  # whose layout the universal format is
+SAFETENSORS_BYTES = 5 * 10**9  # of a file, as Hugging Face cuts them
+
+
+def plan(source: Source, target: str, weights: str | None = None, files: int = 8) -> Plan:
+    """``target``: of TARGETS. ``weights``: model or ema, for safetensors and pth. ``files``: how many, for xar-scale.
+
+    Raises UsageError where the source lacks what the target needs.
+    """
+    if weights is not None:
+        _need(source, target, weights)
+    return TARGETS[target](source, weights, files)
+
+
+def _need(source: Source, target: str, *kinds: str) -> None:
+    if missing := [kind for kind in kinds if kind not in source.kinds]:
+        raise UsageError(f"{source.path} holds {', '.join(source.kinds)}; --to {target} needs {missing[0]}")
+
+
+def _xar_scale(source: Source, _: str | None, files: int) -> Plan:
+    """Every vector is cut into equal ranges, so that as many ranks read a file each, and nearly nothing of others."""
+    names = source.names("model")
+    for kind in source.kinds:
+        if lacking := set(names) ^ set(source.names(kind)):
+            raise DataError(f"{source.path}: {min(lacking)} is not both in model and in {kind}")
+    outputs = []
+    for number in range(files):
+        cuts = [Cut(key, *(n * at // files for at in (number, number + 1))) for key, n in _sizes(source).items()]
+        cuts = [cut for cut in cuts if cut.size]
+        header = header_of({cut.key: (cut.start, cut.stop) for cut in cuts})
+        outputs.append(Output(file_name(number), [Fixed(header), *cuts]))
+
+    def last(written: Mapping[str, Fingerprint]) -> tuple[str, bytes]:
+        values = vars(source.manifest or _manifest(source, files))
+        return MANIFEST, Manifest(**(values | {"files": dict(written)})).to_json()
+
+    return Plan(outputs, last)
+
+
+def _sizes(source: Source) -> dict[str, int]:
+    return {key: shape.numel() for key, shape in source.shapes.items()}
+
+
+def _manifest(source: Source, files: int) -> Manifest:
+    """Of a state whose run is not known."""
+    step, taken = source.step or 0, source.taken or 0
+    return Manifest(
+        step=step,
+        seed=0,
+        samples_consumed=0,
+        position=Position(0, 0),
+        bad_samples=[],
+        quarantined=[],
+        guard=GuardState(skipped=step - taken),
+        dataset={},
+        world=files,
+        engine="",
+        precision="",
+        config={},
+        shapes={name: list(shape) for name, shape in source.names("model").items()},
+        kinds=source.kinds,
+    )
+
+
+def _safetensors(source: Source, weights: str | None, _: int) -> Plan:
+    """Files of whole tensors and their index, as Hugging Face's libraries read them."""
+    kind = weights or ("ema" if "ema" in source.kinds else "model")
+    groups: list[dict[str, torch.Size]] = [{}]
+    room = SAFETENSORS_BYTES
+    for name, shape in source.names(kind).items():
+        size = FLOAT32 * shape.numel()
+        if size > room and groups[-1]:
+            groups.append({})
+            room = SAFETENSORS_BYTES
+        groups[-1][name] = shape
+        room -= size
+    outputs, places = [], dict[str, str]()
+    for number, group in enumerate(groups, start=1):
+        file = f"model-{number:05d}-of-{len(groups):05d}{SUFFIX}"
+        places |= dict.fromkeys(group, file)
+        cuts = [Cut(f"{kind}/{name}", 0, shape.numel()) for name, shape in group.items()]
+        outputs.append(Output(file, [Fixed(_safetensors_header(group)), *cuts]))
+    index = {"metadata": {"total_size": sum(cut.size for output in outputs for cut in output.parts[1:])}, "weight_map": places}
+    outputs.append(Output(INDEX, [Fixed(json.dumps(index, indent=2).encode())]))
+    return Plan(outputs, _sums)
+
+
+def _safetensors_header(tensors: Mapping[str, torch.Size]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in tensors.items():
+        end = offset + FLOAT32 * shape.numel()
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _pth(source: Source, weights: str | None, _: int) -> Plan:
+    """As published: both sets of weights by name, or, where one is asked for, that alone.
+
+    The constants among the published entries (mask, rope.freqs*) are not written: the published network makes its own.
+    """
+    kinds = {"model": "model", "model_ema": "ema"}
+    states = {
+        key: {theirs: Whole(f"{kind}/{ours}", source.names(kind)[ours]) for ours, theirs in _published(source, kind).items()}
+        for key, kind in kinds.items()
+        if kind in source.kinds
+    }
+    value = states if weights is None else next(states[key] for key, kind in kinds.items() if kind == weights)
+    return Plan([saved(PTH, value)], _sums)
+
+
+def _published(source: Source, kind: str) -> dict[str, str]:
+    """Ours -> theirs, in their order."""
+    return their_names(source.names(kind))
+
+
+def _universal(source: Source, weights: str | None, files: int) -> Plan:
+    """A folder that ``engine.load_checkpoint`` of DeepSpeed takes, in every ZeRO stage, at any number of ranks."""
+    _need(source, "universal", "model", "exp_avg", "exp_avg_sq")
+    if unfit := [name for name in source.names("model") if "/" in name or name.startswith(".")]:
+        raise DataError(f"{source.path}: parameter {unfit[0]!r} cannot name a folder")
+    step, taken = source.step or 0, source.taken or 0
+    tag, names = f"global_step{step}", source.names("model")
+    outputs = []
+    for kind in source.kinds:
+        place, file = PLACES[kind]
+        for name, shape in source.names(kind).items():
+            value = {"cat_dim": 0, "param": Whole(f"{kind}/{name}", shape)}
+            outputs.append(saved(f"{tag}/{place}/{name}/{file}", value))
+    outputs += [saved_small(f"{tag}/zero/{name}/step.pt", torch.tensor(float(taken))) for name in names]
+    outputs.append(saved_small(f"{tag}/{OPTIMIZER}", _optimizer_state(source, taken, len(names))))
+    common: dict[str, Any] = {
+        "module": {},  # weights are those of zero/
+        "param_shapes": [names],
+        "lr_scheduler": None,
+        "global_steps": step,
+        "skipped_steps": step - taken,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "ds_config": {},
+        "ds_version": DEEPSPEED,
+    }
+    outputs += [saved_small(f"{tag}/{name}", common) for name in MODEL]  # of stages 1 and 2, and of 3
+    outputs.append(Output("latest_universal", [Fixed(tag.encode())]))
+    return Plan(outputs, _sums)
+
+
+def _optimizer_state(source: Source, taken: int, parameters: int) -> dict[str, Any]:
+    """For all stages. 0.19.8 gives every group of ZeRO-3 the first one's settings: there, only those that all groups share.
+
+    In stages 1 and 2 it loads as many groups as are listed here: where they are not known, as many as there can be.
+    """
+    groups = source.groups or [{}] * parameters
+    shared = {key: value for key, value in groups[0].items() if all(key in group and group[key] == value for group in groups)}
+    return {
+        "ds_version": DEEPSPEED,
+        "param_groups": [{**group, "params": []} for group in groups],
+        "optimizer_state_dict": {
+            "state": {0: {"step": torch.tensor(float(taken))}},
+            "param_groups": [{**shared, "params": []}],
+        },
+    }
+
+
+def _sums(written: Mapping[str, Fingerprint]) -> tuple[str, bytes]:
+    """As ``sha256sum -c`` reads it."""
+    return SUMS, "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(written.items())).encode()
+
+
+TARGETS: dict[str, Callable[[Source, str | None, int], Plan]] = {
+    "universal": _universal,
+    "safetensors": _safetensors,
+    "pth": _pth,
+    "xar-scale": _xar_scale,
+}

@@ -1,0 +1,221 @@
+"""Writes a plan into a hidden folder, block by block, and renames it at the end; what was cut short is gone on with."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from xar_scale.checkpoint.files import BLOCK, FLOAT32, Fingerprint
+from xar_scale.checkpoint.interop.pickled import is_pickled
+from xar_scale.checkpoint.interop.source import Source
+from xar_scale.checkpoint.reshard.parts import Cut, Fixed, Output, Plan
+from xar_scale.errors import DataError, FileError, UsageError
+from xar_scale.files import sync_folder, write_atomically
+
+SYNC = 1 << 28  # bytes between two moments to which an interrupted run comes back
+
+Progress = Callable[[int], None]  # bytes done
+
+
+def verifiable(source: Source) -> list[Path]:
+    """Files of which a checksum is known: a SHA-256 beside them, or the CRC-32 that torch.save's archives have inside."""
+    return [path for path in source.files if path in source.checksums or (is_pickled(path) and zipfile.is_zipfile(path))]
+
+
+def verify(source: Source, progress: Progress) -> None:
+    """Read them. Raises DataError naming the first that differs."""
+    for path in verifiable(source):
+        if path in source.checksums:
+            digest = hashlib.sha256()
+            with path.open("rb", buffering=0) as file:
+                while block := file.read(BLOCK):
+                    digest.update(block)
+                    progress(len(block))
+            if digest.hexdigest() != source.checksums[path]:
+                raise DataError(f"{path} is not as it was written (its SHA-256 differs)")
+        else:
+            _verify_zip(path)
+            progress(path.stat().st_size)
+
+
+def _verify_zip(path: Path) -> None:
+    """By the CRC-32 of each entry."""
+    try:
+        bad = zipfile.ZipFile(path).testzip()
+    except (zipfile.BadZipFile, EOFError) as error:
+        raise DataError(f"{path} is torn: {error}") from None
+    if bad is not None:
+        raise DataError(f"{path}: {bad} is not as it was written (its CRC-32 differs)")
+
+
+def write(source: Source, plan: Plan, destination: Path, verifying: Progress, writing: Progress) -> None:
+    """Make ``destination``, or go on with making it. Raises UsageError where it exists, FileError where the disk is full."""
+    if destination.exists():
+        raise UsageError(f"{destination} exists; nothing is written over")
+    with _Work(destination, _digest(source, plan)) as work:
+        if not work.verified:
+            verify(source, verifying)
+            work.record(verified=True)
+        left = sum(output.size for output in plan.outputs if output.name not in work.finished)
+        free = shutil.disk_usage(work.files).free + work.begun[1]
+        if left > free:
+            raise FileError(f"{destination} needs {left:,} more bytes, the disk has {free:,}: go on when there is room")
+        for output in plan.outputs:
+            if output.name not in work.finished:
+                work.write(source, output, writing)
+            else:
+                writing(output.size)
+        work.publish(*plan.last({output.name: work.finished[output.name] for output in plan.outputs}))
+
+
+def _digest(source: Source, plan: Plan) -> str:
+    """The same for a run that goes on with another: the same files, unchanged, into the same files."""
+    stats = {str(path.resolve()): (path.stat().st_size, path.stat().st_mtime_ns) for path in source.files}
+    return hashlib.sha256(json.dumps([stats, [output.layout() for output in plan.outputs]]).encode()).hexdigest()
+
+
+class _Work:
+    """The hidden folder beside the destination: files, and a journal of what of them is safely on the disk."""
+
+    def __init__(self, destination: Path, digest: str) -> None:
+        self.destination = destination
+        self.folder = destination.with_name(f".{destination.name}.partial")
+        self.files = self.folder / "files"
+        self.finished: dict[str, Fingerprint] = {}
+        self.begun = ("", 0)  # a file, and how many bytes of it
+        self.verified = False
+        self._unsynced: list[Output] = []
+        self._bytes_unsynced = 0
+        self._block = torch.empty(BLOCK // FLOAT32)
+        self._view = memoryview(self._block.numpy()).cast("B")  # type: ignore[arg-type]
+        self.files.mkdir(parents=True, exist_ok=True)
+        self._journal = (self.folder / "journal").open("a+")
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"another process is writing {destination}") from None
+        if not self._recall(digest):
+            shutil.rmtree(self.files)
+            self.files.mkdir()
+            self._journal.truncate(0)
+            self.record(digest=digest)
+
+    def __enter__(self) -> "_Work":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._journal.close()
+
+    def _recall(self, digest: str) -> bool:
+        """What an interrupted run of the same has done."""
+        self._journal.seek(0)
+        lines = [line for line in self._journal if line.endswith("\n")]  # the last may be torn
+        try:
+            entries = [json.loads(line) for line in lines]
+        except ValueError:
+            return False
+        if not entries or entries[0].get("digest") != digest:
+            return False
+        for entry in entries[1:]:
+            name = entry.get("file", "")
+            if "verified" in entry:
+                self.verified = True
+            elif "sha256" in entry:
+                self.finished[name] = Fingerprint(entry["bytes"], entry["sha256"])
+            else:
+                self.begun = (name, entry["bytes"])
+        for name in [name for name, entry in self.finished.items() if not self._has(name, entry.bytes)]:
+            del self.finished[name]
+        if self.begun[0] in self.finished or not self._has(*self.begun, at_least=True):
+            self.begun = ("", 0)
+        return True
+
+    def _has(self, name: str, size: int, at_least: bool = False) -> bool:
+        path = self.files / name
+        found = path.stat().st_size if path.is_file() else -1
+        return found >= size if at_least else found == size
+
+    def record(self, **entry: object) -> None:
+        self._journal.write(json.dumps(entry) + "\n")
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+
+    def write(self, source: Source, output: Output, progress: Progress) -> None:
+        """One file; of one that was begun, what is there is read and not made again."""
+        path = self.files / output.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = self.begun[1] if self.begun[0] == output.name else 0
+        digest, sums, at = hashlib.sha256(), list[int](), 0
+        with path.open("r+b" if done else "wb", buffering=0) as file:
+            file.truncate(done)
+            for part in output.parts:
+                if isinstance(part, Cut):
+                    sums.append(0)
+                content = None if isinstance(part, Cut) else part.content if isinstance(part, Fixed) else part.make(sums)
+                for begin in range(0, part.size, BLOCK):
+                    view = self._view[: min(BLOCK, part.size - begin)]
+                    if at + len(view) <= done:
+                        _read(file, at, view)
+                    else:
+                        if content is None:
+                            source.read(part.key, part.start + begin // FLOAT32, self._block[: len(view) // FLOAT32])  # type: ignore[union-attr]
+                        else:
+                            view[:] = content[begin : begin + len(view)]
+                        _write(file, at, view)
+                        self._wrote(file, output, at + len(view), len(view))
+                    if content is None:
+                        sums[-1] = zlib.crc32(view, sums[-1])
+                    digest.update(view)
+                    at += len(view)
+                    progress(len(view))
+        self.finished[output.name] = Fingerprint(at, digest.hexdigest())
+        self._unsynced.append(output)
+
+    def _wrote(self, file: BinaryIO, output: Output, done: int, size: int) -> None:
+        """Now and then, see to it that what is written stays."""
+        self._bytes_unsynced += size
+        if self._bytes_unsynced >= SYNC:
+            self._sync()
+            os.fsync(file.fileno())
+            self.record(file=output.name, bytes=done)
+
+    def _sync(self) -> None:
+        for output in self._unsynced:
+            descriptor = os.open(self.files / output.name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        for output in self._unsynced:
+            self.record(file=output.name, **vars(self.finished[output.name]))
+        self._unsynced, self._bytes_unsynced = [], 0
+
+    def publish(self, name: str, content: bytes) -> None:
+        """One rename makes it visible."""
+        self._sync()
+        write_atomically(self.files / name, content)
+        for folder in sorted({path.parent for path in self.files.rglob("*")}):
+            sync_folder(folder)
+        self.files.rename(self.destination)
+        sync_folder(self.destination.parent)
+        shutil.rmtree(self.folder)
+
+
+def _read(file: BinaryIO, offset: int, view: memoryview) -> None:
+    file.seek(offset)
+    while view:
+        view = view[file.readinto(view) :]  # type: ignore[attr-defined]
+
+
+def _write(file: BinaryIO, offset: int, view: memoryview) -> None:
+    file.seek(offset)
+    while view:  # a write may be cut short
+        view = view[file.write(view) :]
