@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, help="a YAML file laid over the recipe")
     train.add_argument("--run-dir", type=Path, help="folder of checkpoints, metrics and the config (default: runs/RECIPE)")
     train.add_argument("--resume", default="auto", help="auto (the newest valid checkpoint of the run), none, or a path")
+    train.add_argument("--init-from", help="a run, a checkpoint, a .pth or safetensors whose weights a new run begins with")
     train.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
     train.set_defaults(run_command=_train, overridable=True)
 
@@ -116,6 +117,8 @@ def _train(options: argparse.Namespace) -> None:
     values: dict[str, Any] = recipe(options.recipe) if options.recipe else {}
     if options.config:
         values = merge(values, read_yaml(options.config))
+    if options.init_from is not None:
+        values = merge(values, {"train": {"init_from": options.init_from}})
     config = Config.from_dict(override(values, options.overrides))
     if options.print_config:
         print(config.to_yaml(), end="")

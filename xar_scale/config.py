@@ -100,6 +100,7 @@ class TrainConfig:
     precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
     recompute: Recompute = "none"  # of activations, in the backward pass
     log_every: int = Field(default=50, gt=0)
+    init_from: str = ""  # path of what the weights begin as, of any format that is read; none: drawn
     checkpoint_every: int = Field(default=5000, gt=0)
     keep_last: int = Field(default=3, gt=0)  # checkpoints
     upload: str = ""  # URL of a folder, any that fsspec opens, to copy checkpoints to; none: they stay in the run's

@@ -2,11 +2,14 @@
 
 import time
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 from xar_scale import dist
+from xar_scale.checkpoint.initialise import Initialisation
+from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.load import check_continues, load
 from xar_scale.checkpoint.manifest import Checkpoint, Manifest, checkpoint_paths, newest_valid, verify
 from xar_scale.checkpoint.mirror import Mirror, newest_valid_of
@@ -27,7 +30,7 @@ from xar_scale.metrics import Metrics, memory_gb
 from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import training_flops
 from xar_scale.model.recompute import apply_recompute
-from xar_scale.model.xar import blank_weights, initial_weights, meta_model
+from xar_scale.model.xar import XAR, Weight, blank_weights, initial_weights, meta_model
 from xar_scale.optim import learning_rate
 from xar_scale.precision import MODES
 from xar_scale.recovery import Recovery
@@ -59,8 +62,8 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     compute = MODES[config.train.precision].compute
     kernels = dist.together(lambda: model.use_kernels(config.kernels, device, compute, training=True))  # as each node has them
     apply_recompute(model.blocks, config.train.recompute)
-    weights = initial_weights(model, config.train.seed) if checkpoint is None else blank_weights(model)
-    engine = create_engine(model, weights, config, device)
+    with _first_weights(model, config, checkpoint) as weights:
+        engine = create_engine(model, weights, config, device)
     ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     guard = GuardState()
     if checkpoint is not None:
@@ -240,6 +243,24 @@ def _look_at(shards: Shards, allowed: int) -> None:
         if lost > allowed:
             raise DataError(f"{fault.error} (bad samples: {lost}, data.max_bad_samples is {allowed})")
         dist.say(f"{fault.error}: its {samples[fault.shard]} samples will be skipped")
+
+
+@contextmanager
+def _first_weights(model: XAR, config: Config, checkpoint: Checkpoint | None) -> Iterator[Iterator[Weight]]:
+    """What the engine is built with: nothing of worth where a checkpoint is loaded next."""
+    if checkpoint is not None:
+        yield blank_weights(model)
+    elif not config.train.init_from:
+        yield initial_weights(model, config.train.seed)
+    else:
+        with dist.together(lambda: open_source(Path(config.train.init_from))) as source:
+            if source.manifest is not None:
+                dist.together(lambda: verify(source.path))
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            found = dist.together(lambda: Initialisation(source, shapes, config.model))
+            for line in found.report():
+                dist.say(line)
+            yield initial_weights(model, config.train.seed, found.value)
 
 
 def _find_checkpoint(run: Path, resume: str, mirror: Mirror | None) -> Checkpoint | None:

@@ -1,6 +1,6 @@
 """The xAR network: velocity of every noisy entity, given itself, the noisy ones before it, its time and the class."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -115,13 +115,16 @@ def meta_model(config: ModelConfig) -> XAR:
         return XAR(config)
 
 
-def initial_weights(model: XAR, seed: int) -> Iterator[Weight]:
+def initial_weights(model: XAR, seed: int, given: Callable[[str], Tensor | None] = lambda name: None) -> Iterator[Weight]:
     """The published initialisation: Xavier uniform for every Linear, biases 0, embeddings and positions normal 0.02.
 
     One parameter at a time, whole, in float32 on the CPU. Each has a generator of its own, keyed by its name: its value
-    does not depend on the order or the process that asks for it.
+    does not depend on the order or the process that asks for it. ``given``: a value by name that stands in for it, or none.
     """
     for module, key, name, shape in _parameters(model):
+        if (instead := given(name)) is not None:
+            yield Weight(module, key, instead)
+            continue
         generator, value = rng.torch_generator(seed, f"init/{name}"), torch.empty(shape, device="cpu")
         if isinstance(module, nn.Linear) and key == "weight":
             nn.init.xavier_uniform_(value, generator=generator)

@@ -1,0 +1,194 @@
+"""Weights that a new run begins with: what is taken from another, what positions become on another grid, and what is said."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import TINY, digits_config, golden_parameter
+from tests.dist.states import assert_bitwise, state
+from tests.unit.tiny_run import Run
+from xar_scale import cli
+from xar_scale.checkpoint.initialise import Initialisation, resize_positions
+from xar_scale.checkpoint.interop import from_official, official_names, open_source
+from xar_scale.checkpoint.load import load_weights
+from xar_scale.checkpoint.manifest import read_manifest
+from xar_scale.config import ModelConfig
+from xar_scale.errors import DataError
+from xar_scale.evaluate.digits import cache_digits
+from xar_scale.model.entities import EntityLayout, create_layout
+from xar_scale.model.xar import create_model, initial_weights, meta_model
+
+SMALL = ("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
+
+
+def layout(entity: str, side: int, size: int | None = None) -> EntityLayout:
+    return create_layout(dataclasses.replace(TINY, grid=(side, side), entity=entity, entity_size=size))
+
+
+def initialised(path: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """A model's weights, and the report."""
+    model = meta_model(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    with open_source(path) as source:
+        found = Initialisation(source, shapes, config)
+        for weight in initial_weights(model, 0, found.value):
+            weight.place(torch.device("cpu"))
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}, list(found.report())
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A checkpoint, whose averages are not its weights."""
+    run = Run(tmp_path / "before")
+    run.train(3)
+    return run.save()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    """A .pth of the tiny network, under published names."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(TINY).named_parameters()}
+    names = official_names(TINY)
+    path = tmp_path_factory.mktemp("published") / "tiny.pth"
+    torch.save({theirs: golden_parameter(theirs, shapes[ours]) for theirs, ours in names.items()}, path)
+    return path
+
+
+def small(*more: str) -> ModelConfig:
+    return digits_config(*SMALL, *more).model
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_the_averages_of_another_run(saved):
+    weights, report = initialised(saved, small())
+    assert_same(weights, load_weights(read_manifest(saved), "ema"))
+    assert len(report) == 1 and report[0].startswith(f"initialised from the averages of {saved} (")
+    assert report[0].endswith(f"{len(weights)} of {len(weights)} parameters, 24,884 of 24,884 elements")
+
+
+def test_published_weights(published):
+    weights, report = initialised(published, TINY)
+    assert_same(weights, from_official(torch.load(published), TINY))
+    assert len(report) == 1 and f"the weights of {published} (.pth)" in report[0]
+
+
+def test_a_folder_of_safetensors(saved, tmp_path):
+    from safetensors.torch import save_file
+
+    averages = load_weights(read_manifest(saved), "ema")
+    (tmp_path / "folder").mkdir()
+    save_file(averages, tmp_path / "folder" / "model.safetensors")
+    assert_same(initialised(tmp_path / "folder", small())[0], averages)
+
+
+def test_what_does_not_fit_begins_anew_and_is_named(saved):
+    weights, report = initialised(saved, small("model.classes=7", "model.depth_encoder=3"))
+    averages = load_weights(read_manifest(saved), "ema")
+    drawn = create_model("nano", **dataclasses.asdict(small("model.classes=7", "model.depth_encoder=3"))).state_dict()
+    for name in ("class_embed.weight", "encoder.2.attn.qkv.weight"):
+        assert torch.equal(weights[name], drawn[name])
+    assert torch.equal(weights["encoder.1.ada.weight"], averages["encoder.1.ada.weight"])
+    assert "  begins anew: class_embed.weight: (11, 16) there, (8, 16) here" in report
+    assert "  begins anew: encoder.2.attn.qkv.weight: not there" in report
+
+
+def test_what_is_left_over_is_counted(saved):
+    _, report = initialised(saved, small("model.depth_encoder=1"))
+    assert report[-1] == "  not used: 12, first encoder.1.ada.bias"
+
+
+@pytest.mark.parametrize("entity", ["patch", "subsample", "image", "scale"])
+def test_positions_follow_their_tokens_into_another_order(saved, entity):
+    weights, report = initialised(saved, small(f"model.entity={entity}"))
+    before, after = layout("cell", 4, 2), layout(entity, 4)
+    averages = load_weights(read_manifest(saved), "ema")
+    for name in ("encoder_pos", "decoder_pos"):
+        assert torch.equal(after.from_entities(weights[name]), before.from_entities(averages[name]))
+        assert f"  resized: {name}: 4 entities of 4x4 there, {after.entities} entities of 4x4 here" in report
+    assert torch.equal(weights["in_proj.weight"], averages["in_proj.weight"])
+
+
+def ramp(layout: EntityLayout) -> torch.Tensor:
+    """Positions (1, T, 2) that say where on the unit square their token's centre is."""
+    rows, columns = layout.grid
+    return ((layout.coordinates + 0.5) / torch.tensor([rows, columns]))[None]
+
+
+@pytest.mark.parametrize("kinds", [("cell", "cell"), ("cell", "subsample"), ("subsample", "patch"), ("patch", "cell")])
+@pytest.mark.parametrize("sides", [(8, 16), (16, 8)])
+def test_on_another_grid_positions_are_where_they_were_on_the_image(kinds, sides):
+    before, after = (layout(kind, side) for kind, side in zip(kinds, sides, strict=True))
+    wanted = ramp(after)
+    found = resize_positions(ramp(before), before, after)
+    inside = ((wanted > 0.25) & (wanted < 0.75)).all(dim=2)
+    torch.testing.assert_close(found[inside], wanted[inside], rtol=0, atol=1e-6)
+    assert ((found - wanted).abs() < 0.05).all()  # at the edges
+
+
+def test_of_a_pyramid_the_grids_that_both_have_keep_their_positions():
+    before, after = layout("scale", 8), layout("scale", 16)
+    positions = torch.randn(1, before.tokens, 3)
+    found = resize_positions(positions, before, after)
+    assert torch.equal(found[:, : before.tokens], positions)
+    assert found.shape == (1, after.tokens, 3)
+
+
+def test_the_published_ones_are_cells_whatever_they_become(published):
+    config = dataclasses.replace(TINY, grid=(32, 32), entity="subsample")
+    weights, report = initialised(published, config)
+    theirs = from_official(torch.load(published), TINY)["encoder_pos"]
+    expected = resize_positions(theirs, create_layout(TINY), create_layout(config))
+    assert torch.equal(weights["encoder_pos"], expected)
+    assert "  resized: encoder_pos: 4 entities of 16x16 there, 4 entities of 32x32 here" in report
+
+
+def test_nothing_that_fits_is_an_error(saved):
+    message = r"step-00000003 holds 4 of this model's 51,732 elements: it is of another \(.*: \(.*16\) there, \(.*24\) here\)"
+    with pytest.raises(DataError, match=message):
+        initialised(saved, small("model.width=24"))
+
+
+def test_the_command_line_begins_a_run_with_another_ones_averages_and_only_begins_it(tmp_path, saved, capsys):
+    cache_digits(tmp_path / "data", samples_per_shard=500)
+
+    def train(*more: str) -> int:
+        settings = [f"data.path={tmp_path / 'data'}", "data.workers=0", *SMALL, "train.checkpoint_every=1"]
+        settings += ["optim.warmup_steps=0", "optim.lr=1e-30", "optim.ema_decay=0"]
+        return cli.main(["train", "--recipe", "digits", "--run-dir", str(tmp_path / "run"), *settings, *more])
+
+    assert train("--init-from", str(saved), "train.steps=1") == 0
+    assert f"initialised from the averages of {saved}" in capsys.readouterr().out
+    averages = load_weights(read_manifest(saved), "ema")
+    first = state(tmp_path / "run", 1)
+    assert_same({name: first[f"model/{name}"] for name in averages}, averages)
+    assert f"init_from: {saved}" in (tmp_path / "run" / "config.yaml").read_text()
+    assert train("--init-from", str(tmp_path / "gone"), "train.steps=2") == 0  # goes on
+    assert "resumed from" in capsys.readouterr().out
+    assert_bitwise(
+        {key: value for key, value in state(tmp_path / "run", 2).items() if key.startswith("model")},
+        {key: value for key, value in first.items() if key.startswith("model")},
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "complaint"),
+    [
+        (lambda path: next(path.glob("*.safetensors")).write_bytes(b"x"), 65, "00001.safetensors"),
+        (lambda path: (path / "manifest.json").write_text("{"), 65, "manifest.json is torn or changed"),
+        (lambda path: path.rename(path.with_name("elsewhere")), 64, "no checkpoint at"),
+    ],
+)
+def test_what_cannot_be_read_ends_before_anything_is_written(tmp_path, saved, capsys, damage, code, complaint):
+    cache_digits(tmp_path / "data", samples_per_shard=500)
+    damage(saved)
+    settings = [f"data.path={tmp_path / 'data'}", "data.workers=0", *SMALL]
+    run = ["--run-dir", str(tmp_path / "run"), "--init-from", str(saved)]
+    assert cli.main(["train", "--recipe", "digits", *run, *settings]) == code
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
