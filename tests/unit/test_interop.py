@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tests.unit.foreign_checkpoints import SHAPES, assert_bitwise, published, random_state, values, write_zero3
 from tests.unit.tiny_run import CONFIG, Run
 from xar_scale.checkpoint.interop import open_source
+from xar_scale.checkpoint.interop.source import Piece, Pieces
 from xar_scale.checkpoint.load import load_weights
 from xar_scale.checkpoint.manifest import KINDS, read_manifest
 from xar_scale.errors import DataError, UsageError
@@ -155,7 +156,7 @@ def test_ranks_of_several_checkpoints_or_too_short_for_the_parameters_are_refuse
     content["optimizer_state_dict"]["optimizer_state_dict"]["state"][0]["step"] -= 1
     content["optimizer_state_dict"]["fp32_flat_groups"][1] = torch.zeros(11)  # of 12
     torch.save(content, zero / name)
-    with pytest.raises(DataError, match=f"{name}: elements 11 to 12 of a tensor that has 11"):
+    with pytest.raises(DataError, match=f"{name}: elements 1 to 12 of a tensor that has 11"):
         open_source(zero)
 
 
@@ -211,6 +212,24 @@ def test_safetensors_that_are_cut_short_or_lack_what_their_index_lists(tmp_path)
     os.truncate(tmp_path / "one.safetensors", (tmp_path / "one.safetensors").stat().st_size - 1)
     with pytest.raises(DataError, match="it is torn"):
         open_source(tmp_path / "one.safetensors")
+    content = (tmp_path / "one.safetensors").read_bytes()
+    (tmp_path / "one.safetensors").write_bytes(content.replace(b'"shape":[3]', b'"shape":[4]'))
+    with pytest.raises(DataError, match="one.safetensors is torn, or not a safetensors file"):
+        open_source(tmp_path / "one.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "line"),
+    [
+        ([(0, 2), (3, 4)], "a goes on at element 3, the pieces before end at 2"),
+        ([(0, 3), (2, 4)], "a goes on at element 2, the pieces before end at 3"),
+        ([(0, 3)], r"a of shape \(2, 2\) has 4 elements, its files hold 3"),
+    ],
+)
+def test_pieces_that_leave_a_gap_overlap_or_end_early(tmp_path, pieces, line):
+    (tmp_path / "file").write_bytes(bytes(16))
+    with pytest.raises(DataError, match=line):
+        Pieces({"a": [Piece(*ends, tmp_path / "file", 0) for ends in pieces]}, {"a": torch.Size([2, 2])})
 
 
 def test_shapes_are_known_without_reading_values(tmp_path):
