@@ -85,7 +85,7 @@ def test_stock_deepspeed_loads_what_is_made_for_it_and_trains_on(saved, tmp_path
     jobs = [
         {"stage": 1, "groups": 2, "universal": "of_zero3"},
         {"stage": 2, "groups": 1, "universal": "of_ours"},
-        {"stage": 3, "groups": 1, "universal": "of_ours"},
+        {"stage": 3, "groups": 2, "universal": "of_ours"},
     ]
     for job in jobs:
         job |= {"universal": str(tmp_path / job["universal"]), "own": str(own(folder, 3))}
@@ -98,4 +98,4 @@ def test_stock_deepspeed_loads_what_is_made_for_it_and_trains_on(saved, tmp_path
         assert entry["global_steps"] == STEPS and set(entry["steps"]) == {STEPS}
     assert came[0]["groups"] == [[1e-3, 0.02, [0.9, 0.96]], [1e-3, 0.0, [0.9, 0.96]]]
     # of ZeRO-3's groups it gives all the settings of one: what the groups do not share is left as the optimizer had it
-    assert came[2]["groups"][0][1] == 0.3
+    assert came[2]["groups"] == [[3e-3, 0.3, [0.9, 0.96]]] * 2

@@ -57,9 +57,7 @@ def _verify_zip(path: Path) -> None:
 
 
 def write(source: Source, plan: Plan, destination: Path, verifying: Progress, writing: Progress) -> None:
-    """Make ``destination``, or go on with making it. Raises UsageError where it exists, FileError where the disk is full."""
-    if destination.exists():
-        raise UsageError(f"{destination} exists; nothing is written over")
+    """Make ``destination``, which is not there, or go on with making it. Raises FileError where the disk is full."""
     with _Work(destination, _digest(source, plan)) as work:
         if not work.verified:
             verify(source, verifying)
@@ -155,7 +153,6 @@ class _Work:
         done = self.begun[1] if self.begun[0] == output.name else 0
         digest, sums, at = hashlib.sha256(), list[int](), 0
         with path.open("r+b" if done else "wb", buffering=0) as file:
-            file.truncate(done)
             for part in output.parts:
                 if isinstance(part, Cut):
                     sums.append(0)
