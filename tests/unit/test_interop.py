@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.unit.foreign_checkpoints import SHAPES, assert_bitwise, published, random_state, values, write_zero3
 from tests.unit.tiny_run import CONFIG, Run
@@ -118,6 +119,17 @@ def test_what_would_have_to_be_unpickled_is_refused_by_class_and_not_run(tmp_pat
     assert (tmp_path / "unpickled").exists()
 
 
+def test_tensors_that_were_on_a_gpu_are_read_without_one(tmp_path):
+    with FakeTensorMode():
+        state = {"a": torch.empty(3, device="cuda"), "b": torch.empty(2, device="cuda:1")}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(tmp_path / "a.pth")
+    assert_bitwise(values(tmp_path / "a.pth"), {"model/a": torch.zeros(3), "model/b": torch.zeros(2)})
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_plain_pickle_is_refused(tmp_path):
     (tmp_path / "a.pth").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(DataError, match="a.pth"):

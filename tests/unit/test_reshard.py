@@ -1,5 +1,6 @@
 """tools/reshard.py: what comes out is what went in, to the bit; whole or not there, resumed after a kill, in little memory."""
 
+import argparse
 import errno
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import types
 import zipfile
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from tests.processes import ROOT, environment
 from tests.unit.foreign_checkpoints import assert_bitwise, contents, published, random_state, reshard, values, write_zero3
 from tests.unit.test_store import flip_byte
 from tests.unit.tiny_run import CONFIG, Run
+from xar_scale.bench import reshard as bench
 from xar_scale.checkpoint.files import fingerprint
 from xar_scale.checkpoint.interop import Source, from_official, official_names, open_source
 from xar_scale.checkpoint.interop import source as sources
@@ -26,6 +29,7 @@ from xar_scale.checkpoint.interop.source import InMemory
 from xar_scale.checkpoint.load import load
 from xar_scale.checkpoint.manifest import KINDS, read_manifest, verify
 from xar_scale.checkpoint.reshard import plan, writer
+from xar_scale.errors import DataError
 
 TARGETS = ["universal", "safetensors", "pth", "xar-scale"]
 
@@ -215,6 +219,15 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, capsys):
     assert "parameter '../../out' cannot name a folder" in capsys.readouterr().err
 
 
+def test_pickles_are_trusted_only_when_told_to(tmp_path, capsys):
+    torch.save({"a": torch.ones(2), "options": types.SimpleNamespace()}, tmp_path / "a.pth")
+    words = [tmp_path / "a.pth", tmp_path / "new", "--to", "safetensors"]
+    assert reshard(*words) == 65
+    assert "a.pth asks for types.SimpleNamespace, which unpickling would run" in capsys.readouterr().err
+    assert reshard(*words, "--trust-pickle") == 0
+    assert torch.equal(values(tmp_path / "new")["model/a"], torch.ones(2))
+
+
 def test_nothing_is_written_over(tmp_path, own, capsys):
     (tmp_path / "new").mkdir()
     assert reshard(own, tmp_path / "new", "--to", "pth") == 64
@@ -367,3 +380,13 @@ def sparse(tmp_path_factory):
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path, sparse):
     small, large = (peak_mib(sparse / scale, tmp_path / scale) for scale in ("1", "5"))
     assert large - small < 8, (small, large)
+
+
+def test_the_benchmark_measures_time_and_memory_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "WAYS", [(bench.ZEROS, "safetensors", "a")])
+    bench.bench_reshard(argparse.Namespace(model="nano", data=tmp_path / "bench"))
+    (row,) = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "safetensors" in line]
+    assert 0 < float(row[2]) < 0.1 and float(row[3]) > 0 and int(row[4].rstrip(" |")) > 100
+    assert list((tmp_path / "bench").iterdir()) == []
+    with pytest.raises(DataError, match="ended with code 64"):
+        bench._measured("tools/reshard.py", str(tmp_path / "nothing"), str(tmp_path / "new"), "--to", "pth")

@@ -17,6 +17,7 @@ from xar_scale.errors import DataError
 from xar_scale.model.xar import meta_model
 from xar_scale.presets import model_values, recipe
 
+STDOUT = 1
 ZEROS = "xar-scale"
 # a folder, the format that it becomes, and the folder of that
 WAYS = [(ZEROS, "safetensors", "a"), (ZEROS, "pth", "b"), (ZEROS, "universal", "universal"), ("universal", "xar-scale", "c")]
@@ -59,7 +60,7 @@ def _zeros(model: str, folder: Path) -> int:
 def _measured(*words: str) -> tuple[float, int]:
     """Seconds, and the largest resident set in KiB, of a program and nothing else."""
     begun = time.perf_counter()
-    quiet = [(os.POSIX_SPAWN_OPEN, sys.stdout.fileno(), os.devnull, os.O_WRONLY, 0)]
+    quiet = [(os.POSIX_SPAWN_OPEN, STDOUT, os.devnull, os.O_WRONLY, 0)]
     child = os.posix_spawn(sys.executable, [sys.executable, *words], os.environ, file_actions=quiet)
     _, status, usage = os.wait4(child, 0)
     if code := os.waitstatus_to_exitcode(status):
