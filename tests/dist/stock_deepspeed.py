@@ -2,7 +2,7 @@
 
 ``python tests/dist/stock_deepspeed.py FOLDER`` on each rank reads FOLDER/stock.json, a list of {"stage", "groups", "universal",
 "own"}: loads the universal checkpoint, compares it with ours of the same state, and takes a step. FOLDER/stock-N.json says what
-came of number N.
+came of number N. Then it trains and saves in bf16, in FOLDER/bf16-STAGE.
 """
 
 import json
@@ -101,6 +101,24 @@ def stepped(state: dict[str, Tensor], shapes: dict[str, torch.Size], groups: lis
     return weights | moments
 
 
+def save_in_bf16(folder: Path, stage: int) -> None:
+    """What DeepSpeed saves of its own mixed precision: stage 1 has another optimizer, stage 2 another order of parameters."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": stage, "round_robin_gradients": stage == 2},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": "fp32"} if stage == 1 else {},
+    }
+    model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3), nn.Linear(3, 1))
+    engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer(list(model.parameters()), 2), config=config)
+    for _ in range(2):
+        engine.backward(engine(torch.ones(2, 7, dtype=torch.bfloat16)).float().sum())
+        engine.step()
+    engine.save_checkpoint(str(folder / f"bf16-{stage}"), tag="saved")
+
+
 def main(folder: Path) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # 0.19.8: it would be compiled, for a minute
     deepspeed.init_distributed(dist_backend="gloo")
@@ -109,6 +127,8 @@ def main(folder: Path) -> None:
         came = run(**job)
         if torch.distributed.get_rank() == 0:
             (folder / f"stock-{number}.json").write_text(json.dumps(came))
+    for stage in (1, 2, 3):
+        save_in_bf16(folder, stage)
 
 
 if __name__ == "__main__":

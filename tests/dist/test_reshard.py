@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,26 +60,31 @@ def test_what_deepspeed_saves_is_what_we_save_at_the_same_moment(saved, world, s
         assert [group["weight_decay"] for group in source.groups] == [group["weight_decay"] for group in ours.groups]
 
 
+def converted(native: Path, universal: Path, tag: str) -> Path:
+    """By DeepSpeed's own program."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
+    folders = {"input_folder": str(native / tag), "output_folder": str(universal / tag)}
+    ds_to_universal.main(argparse.Namespace(**folders, **settings, inject_missing_state=True))
+    return universal
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_deepspeeds_own_tools_read_the_same_of_it(saved, stage):
-    from deepspeed.checkpoint import ds_to_universal
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     native = saved(3) / f"native{stage}"
     state = values(native)
     weights = get_fp32_state_dict_from_zero_checkpoint(str(native), tag="native")
     assert_bitwise({f"model/{name}": t for name, t in weights.items()}, {k: t for k, t in state.items() if k.startswith("model/")})
-    universal = native.with_name(f"universal{stage}")
-    settings = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
-    settings |= {"inject_missing_state": True}
-    folders = {"input_folder": str(native / "native"), "output_folder": str(universal / "native")}
-    ds_to_universal.main(argparse.Namespace(**folders, **settings))
+    universal = converted(native, native.with_name(f"universal{stage}"), "native")
     assert_bitwise(values(universal), state)
     with open_source(universal) as source:
         assert (source.step, source.taken, len(source.groups)) == (STEPS, STEPS, 2)
 
 
-def test_stock_deepspeed_loads_what_is_made_for_it_and_trains_on(saved, tmp_path):
+def test_stock_deepspeed_loads_what_is_made_for_it_and_trains_on_and_its_bf16_is_read(saved, tmp_path):
     folder = saved(3)
     assert reshard(folder / "native3", tmp_path / "of_zero3", "--to", "universal") == 0
     assert reshard(own(folder, 3), tmp_path / "of_ours", "--to", "universal") == 0
@@ -99,3 +105,6 @@ def test_stock_deepspeed_loads_what_is_made_for_it_and_trains_on(saved, tmp_path
     assert came[0]["groups"] == [[1e-3, 0.02, [0.9, 0.96]], [1e-3, 0.0, [0.9, 0.96]]]
     # of ZeRO-3's groups it gives all the settings of one: what the groups do not share is left as the optimizer had it
     assert came[2]["groups"] == [[3e-3, 0.3, [0.9, 0.96]]] * 2
+    for stage in STAGES:
+        native = tmp_path / f"bf16-{stage}"
+        assert_bitwise(values(native), values(converted(native, tmp_path / f"universal-{stage}", "saved")))
