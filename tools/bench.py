@@ -5,6 +5,7 @@ python tools/bench.py recompute --model xar_b --batch 4
 python tools/bench.py guard --model xar_b --batch 4
 python tools/bench.py build --model xar_7b --ranks 64
 python tools/bench.py loader --data /tmp/loader
+python tools/bench.py reshard --model xar_h --data /tmp/reshard
 python tools/bench.py order --shards 100000 --samples-per-shard 1000
 """
 
@@ -16,6 +17,7 @@ from typing import get_args
 from xar_scale.bench.guard import bench_guard
 from xar_scale.bench.loader import bench_loader, bench_order
 from xar_scale.bench.model import bench_attention, bench_build, bench_recompute
+from xar_scale.bench.reshard import bench_reshard
 from xar_scale.cli import Parser, ending
 from xar_scale.config import Recompute
 from xar_scale.errors import UsageError
@@ -46,6 +48,10 @@ def main() -> int:
     order.set_defaults(command=bench_order, batch=1, grid=16, precision="fp32")
     order.add_argument("--shards", type=int, default=100_000)
     order.add_argument("--samples-per-shard", type=int, default=1000)
+    reshard = commands.add_parser("reshard", help="a checkpoint of a model's size into each other format: time and memory")
+    reshard.set_defaults(command=bench_reshard, batch=1, grid=16, precision="fp32")
+    reshard.add_argument("--model", default="xar_b")
+    reshard.add_argument("--data", type=Path, required=True, help="a folder with room for three such checkpoints")
     for command in (attention, recompute):
         command.add_argument("--entity", help=f"one of {', '.join(kinds())} (attention: default all; recompute: cell)")
     for command in (attention, recompute, guard):

@@ -13,7 +13,7 @@ from xar_scale.checkpoint.interop import official_names, open_source
 from xar_scale.config import ModelConfig
 
 SHAPES = {"one.weight": (5, 7), "two.weight": (3, 11), "one.bias": (2,)}  # on three ranks: padded, even, and an empty chunk
-GROUPS = [["one.weight"], ["two.weight", "one.bias"]]
+GROUPS = [["one.weight"], ["one.bias", "two.weight"]]
 
 
 def reshard(*words: object) -> int:

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -77,8 +76,6 @@ def read_pickled(path: Path, trust_pickle: bool = False) -> Pickled:
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP)) == ZIP
     try:
-        if is_zip and not trust_pickle:
-            _refuse(path, _unknown_classes(path))
         with torch.serialization.safe_globals(HARMLESS):
             if not is_zip:
                 return Pickled(path, torch.load(path, map_location="cpu", weights_only=not trust_pickle), whole=True)
@@ -88,16 +85,6 @@ def read_pickled(path: Path, trust_pickle: bool = False) -> Pickled:
                 return Pickled(path, torch.load(path, map_location="cpu", weights_only=not trust_pickle), whole=False)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         if match := re.search(r"GLOBAL (\S+)", str(error)):
-            _refuse(path, [match[1]])
+            raise DataError(f"{path} asks for {match[1]}, which unpickling would run; --trust-pickle lets it") from None
         said = "" if isinstance(error, UnpicklingError) else f": {str(error).partition(chr(10))[0]}"  # pages of advice
         raise DataError(f"{path} is torn, or not a file of torch.save{said}") from None
-
-
-def _unknown_classes(path: Path) -> list[str]:
-    with torch.serialization.safe_globals(HARMLESS):
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-
-
-def _refuse(path: Path, classes: Sequence[str]) -> None:
-    if classes:
-        raise DataError(f"{path} asks for {classes[0]}, which unpickling would run; --trust-pickle lets it")

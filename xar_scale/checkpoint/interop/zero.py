@@ -57,7 +57,7 @@ def _rank_files(folder: Path) -> list[Path]:
 
 def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
     states = [rank.value["optimizer_state_dict"] for rank in ranks]
-    stage = int(states[0]["zero_stage"])
+    stage = int(states[0].get("zero_stage", 1))  # the optimizer of bf16 does not say it, and is of stage 1
     inner = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
     taken = steps_taken(ranks[0], states[0][inner])
     for rank, state in zip(ranks, states, strict=True):

@@ -125,18 +125,14 @@ def _pth(source: Source, weights: str | None, _: int) -> Plan:
     The constants among the published entries (mask, rope.freqs*) are not written: the published network makes its own.
     """
     kinds = {"model": "model", "model_ema": "ema"}
-    states = {
-        key: {theirs: Whole(f"{kind}/{ours}", source.names(kind)[ours]) for ours, theirs in _published(source, kind).items()}
-        for key, kind in kinds.items()
-        if kind in source.kinds
-    }
-    value = states if weights is None else next(states[key] for key, kind in kinds.items() if kind == weights)
-    return Plan([saved(PTH, value)], _sums)
+    states = {key: _published(source, kind) for key, kind in kinds.items() if kind in source.kinds}
+    return Plan([saved(PTH, states if weights is None else _published(source, weights))], _sums)
 
 
-def _published(source: Source, kind: str) -> dict[str, str]:
-    """Ours -> theirs, in their order."""
-    return their_names(source.names(kind))
+def _published(source: Source, kind: str) -> dict[str, Whole]:
+    """A state dict, in the order of the published ones."""
+    shapes = source.names(kind)
+    return {theirs: Whole(f"{kind}/{ours}", shapes[ours]) for ours, theirs in their_names(shapes).items()}
 
 
 def _universal(source: Source, weights: str | None, files: int) -> Plan:

@@ -57,13 +57,11 @@ def _verify_zip(path: Path) -> None:
 
 
 def write(source: Source, plan: Plan, destination: Path, verifying: Progress, writing: Progress) -> None:
-    """Make ``destination``, or go on with making it. Raises UsageError where it exists, FileError where the disk is full."""
-    if destination.exists():
-        raise UsageError(f"{destination} exists; nothing is written over")
+    """Make ``destination``, which is not there, or go on with making it. Raises FileError where the disk is full."""
     with _Work(destination, _digest(source, plan)) as work:
         if not work.verified:
             verify(source, verifying)
-            work.record(verified=True)
+            work.record({"verified": True})
         left = sum(output.size for output in plan.outputs if output.name not in work.finished)
         free = shutil.disk_usage(work.files).free + work.begun[1]
         if left > free:
@@ -106,7 +104,7 @@ class _Work:
             shutil.rmtree(self.files)
             self.files.mkdir()
             self._journal.truncate(0)
-            self.record(digest=digest)
+            self.record({"digest": digest})
 
     def __enter__(self) -> "_Work":
         return self
@@ -143,8 +141,8 @@ class _Work:
         found = path.stat().st_size if path.is_file() else -1
         return found >= size if at_least else found == size
 
-    def record(self, **entry: object) -> None:
-        self._journal.write(json.dumps(entry) + "\n")
+    def record(self, *entries: dict[str, object]) -> None:
+        self._journal.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
         self._journal.flush()
         os.fsync(self._journal.fileno())
 
@@ -155,7 +153,6 @@ class _Work:
         done = self.begun[1] if self.begun[0] == output.name else 0
         digest, sums, at = hashlib.sha256(), list[int](), 0
         with path.open("r+b" if done else "wb", buffering=0) as file:
-            file.truncate(done)
             for part in output.parts:
                 if isinstance(part, Cut):
                     sums.append(0)
@@ -185,7 +182,7 @@ class _Work:
         if self._bytes_unsynced >= SYNC:
             self._sync()
             os.fsync(file.fileno())
-            self.record(file=output.name, bytes=done)
+            self.record({"file": output.name, "bytes": done})
 
     def _sync(self) -> None:
         for output in self._unsynced:
@@ -194,8 +191,7 @@ class _Work:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        for output in self._unsynced:
-            self.record(file=output.name, **vars(self.finished[output.name]))
+        self.record(*({"file": output.name, **vars(self.finished[output.name])} for output in self._unsynced))
         self._unsynced, self._bytes_unsynced = [], 0
 
     def publish(self, name: str, content: bytes) -> None:

@@ -1,0 +1,392 @@
+"""tools/reshard.py: what comes out is what went in, to the bit; whole or not there, resumed after a kill, in little memory."""
+
+import argparse
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.processes import ROOT, environment
+from tests.unit.foreign_checkpoints import assert_bitwise, contents, published, random_state, reshard, values, write_zero3
+from tests.unit.test_store import flip_byte
+from tests.unit.tiny_run import CONFIG, Run
+from xar_scale.bench import reshard as bench
+from xar_scale.checkpoint.files import fingerprint
+from xar_scale.checkpoint.interop import Source, from_official, official_names, open_source
+from xar_scale.checkpoint.interop import source as sources
+from xar_scale.checkpoint.interop.source import InMemory
+from xar_scale.checkpoint.load import load
+from xar_scale.checkpoint.manifest import KINDS, read_manifest, verify
+from xar_scale.checkpoint.reshard import plan, writer
+from xar_scale.errors import DataError
+
+TARGETS = ["universal", "safetensors", "pth", "xar-scale"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = Run(tmp_path_factory.mktemp("own"))
+    run.train(2)
+    run.save()
+    return run
+
+
+@pytest.fixture
+def own(run):
+    return run.store.newest
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory):
+    """ZeRO-3's, of 5 steps, of which its moments have seen 4."""
+    folder = tmp_path_factory.mktemp("foreign") / "zero"
+    write_zero3(folder, random_state("model", "exp_avg", "exp_avg_sq"))
+    return folder
+
+
+@pytest.fixture
+def state(own):
+    return values(own)
+
+
+def only(state, kind: str) -> dict[str, torch.Tensor]:
+    return {key.partition("/")[2]: tensor for key, tensor in state.items() if key.startswith(f"{kind}/")}
+
+
+def check_sums(folder: Path) -> None:
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True, text=True)
+    listed = {line.split(": ")[0] for line in done.stdout.splitlines()}
+    assert done.returncode == 0 and listed == set(contents(folder)) - {"SHA256SUMS"}
+
+
+@pytest.mark.parametrize("target", ["universal", "xar-scale"])
+def test_there_and_back(tmp_path, own, state, target):
+    assert reshard(own, tmp_path / "there", "--to", target) == 0
+    assert reshard(tmp_path / "there", tmp_path / "back", "--to", "xar-scale", "--files", 1) == 0
+    assert_bitwise(values(tmp_path / "back"), state)
+    again = tmp_path / "again"
+    assert reshard(tmp_path / "back", again, "--to", target) == 0
+    if target == "universal":  # the groups' settings are those of a config, which the way back has lost
+        assert_bitwise(values(again), values(tmp_path / "there"))
+    else:
+        assert contents(again) == contents(tmp_path / "there")
+
+
+@pytest.mark.parametrize("target", ["safetensors", "pth"])
+def test_weights_there_and_back(tmp_path, own, state, target):
+    assert reshard(own, tmp_path / "there", "--to", target) == 0
+    assert reshard(tmp_path / "there", tmp_path / "back", "--to", "xar-scale") == 0
+    assert reshard(tmp_path / "back", tmp_path / "again", "--to", target) == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "there")
+    expected = {f"{kind}/{name}": t for kind in ("model", "ema") for name, t in only(state, kind).items()}
+    if target == "safetensors":
+        expected = {f"model/{name}": tensor for name, tensor in only(state, "ema").items()}
+    assert_bitwise(values(tmp_path / "back"), expected)
+
+
+def test_ours_cut_again_resumes_as_before_and_its_manifest_differs_in_files_alone(tmp_path, run, own):
+    assert reshard(own, tmp_path / "cut", "--to", "xar-scale", "--files", 3) == 0
+    cut, before = verify(tmp_path / "cut"), read_manifest(own).manifest
+    assert {**vars(cut.manifest), "files": None} == {**vars(before), "files": None}
+    assert len(cut.manifest.files) == 3
+    sizes = [entry.bytes for entry in cut.manifest.files.values()]
+    assert max(sizes) < 1.05 * min(sizes)
+    other = Run(tmp_path / "other", seed=1)
+    load(cut, other.engine, other.ema)
+    assert all(torch.equal(a, b) for a, b in zip(run.state(), other.state(), strict=True))
+
+
+def test_torch_safetensors_zip_and_sha256sum_read_what_is_written(tmp_path, own, state):
+    for target in ("pth", "safetensors", "universal"):
+        assert reshard(own, tmp_path / target, "--to", target) == 0
+        check_sums(tmp_path / target)
+    saved = torch.load(tmp_path / "pth" / "model.pth", weights_only=True)
+    for kind, key in (("model", "model"), ("ema", "model_ema")):
+        assert_bitwise(from_official(saved[key], CONFIG.model), only(state, kind))
+    index = json.loads((tmp_path / "safetensors" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 4 * sum(tensor.numel() for tensor in only(state, "ema").values())
+    found = {}
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "safetensors" / file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+            found[name] = opened.get_tensor(name)
+    assert_bitwise(found, only(state, "ema"))
+    zero = tmp_path / "universal" / "global_step2" / "zero"
+    loaded = torch.load(zero / "out_proj.weight" / "exp_avg.pt", weights_only=True)["param"]
+    assert torch.equal(loaded, state["exp_avg/out_proj.weight"])
+    archives = [tmp_path / "pth" / "model.pth", *tmp_path.glob("universal/*/*/*/*.pt")]
+    assert len(archives) > 5
+    for path in archives:
+        archive, content = zipfile.ZipFile(path), path.read_bytes()
+        assert archive.testzip() is None
+        for entry in archive.infolist():  # after its content each has its checksum once more
+            end = content.index(b"PK\x07\x08", entry.header_offset + entry.file_size)
+            assert int.from_bytes(content[end + 4 : end + 8], "little") == entry.CRC, entry
+
+
+def test_one_set_of_weights_where_one_is_asked_for(tmp_path, own, state):
+    assert reshard(own, tmp_path / "pth", "--to", "pth", "--weights", "ema") == 0
+    assert_bitwise(
+        from_official(torch.load(tmp_path / "pth" / "model.pth", weights_only=True), CONFIG.model), only(state, "ema")
+    )
+    assert reshard(own, tmp_path / "safetensors", "--to", "safetensors", "--weights", "model") == 0
+    assert_bitwise(only(values(tmp_path / "safetensors"), "model"), only(state, "model"))
+
+
+def test_large_safetensors_are_cut_between_tensors(tmp_path, own, state, monkeypatch):
+    monkeypatch.setattr("xar_scale.checkpoint.reshard.targets.SAFETENSORS_BYTES", 10_000)
+    assert reshard(own, tmp_path / "cut", "--to", "safetensors", "--weights", "model") == 0
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 3
+    assert_bitwise(only(values(tmp_path / "cut"), "model"), only(state, "model"))
+
+
+def test_published_weights_become_a_checkpoint_of_ours(tmp_path, state):
+    torch.save(published(only(state, "model"), CONFIG.model), tmp_path / "xAR.pth")
+    assert reshard(tmp_path / "xAR.pth", tmp_path / "own", "--to", "xar-scale") == 0
+    manifest = verify(tmp_path / "own").manifest
+    assert (manifest.kinds, manifest.step, manifest.config, manifest.dataset) == (("model",), 0, {}, {})
+    assert_bitwise(only(values(tmp_path / "own"), "model"), only(state, "model"))
+
+
+def test_steps_that_were_gone_without_stay_known(tmp_path, zero):
+    assert reshard(zero, tmp_path / "own", "--to", "xar-scale") == 0
+    manifest = read_manifest(tmp_path / "own").manifest
+    assert (manifest.step, manifest.guard.skipped) == (5, 1)
+    assert reshard(tmp_path / "own", tmp_path / "universal", "--to", "universal") == 0
+    with open_source(tmp_path / "universal") as source:
+        assert (source.step, source.taken) == (5, 4)
+    assert_bitwise(values(tmp_path / "universal"), random_state("model", "exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, own, target, capsys):
+    before = contents(own)
+    assert reshard(own, tmp_path / "new", "--to", target, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == [] and contents(own) == before
+    assert reshard(own, tmp_path / "new", "--to", target) == 0
+    written = contents(tmp_path / "new")
+    last = written.pop("manifest.json" if target == "xar-scale" else "SHA256SUMS")
+    assert last and f"would be {target}: {len(written) + 1} files, {sum(map(len, written.values())):,} bytes" in out
+    for line in out.splitlines()[2:18]:
+        if not line.endswith("more"):
+            size, name = line.split()
+            assert len(written[name]) == int(size.replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "line"),
+    [
+        (["--to", "pth", "--files", "2"], 64, "--files is for xar-scale, not for pth"),
+        (["--to", "xar-scale", "--files", "0"], 64, "--files 0 is not at least 1"),
+        (["--to", "universal", "--weights", "ema"], 64, "--weights is for safetensors and pth, not for universal"),
+        (["--to", "safetensors", "--weights", "ema"], 64, "zero holds model, exp_avg, exp_avg_sq; --to safetensors needs ema"),
+        (["--to", "pth"], 65, "weights under our names lack 16 entries, first class_embed.weight"),
+        (["--to", "nothing"], 64, "invalid choice: 'nothing'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(tmp_path, zero, capsys, words, code, line):
+    assert reshard(zero, tmp_path / "new", *words) == code
+    said = capsys.readouterr().err
+    assert line in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_alone_do_not_make_a_universal_checkpoint(tmp_path, capsys):
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
+    assert reshard(tmp_path / "a.pth", tmp_path / "new", "--to", "universal") == 64
+    assert "a.pth holds model; --to universal needs exp_avg" in capsys.readouterr().err
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, capsys):
+    write_zero3(tmp_path / "zero", random_state("model", "exp_avg", "exp_avg_sq"))
+    for path in (tmp_path / "zero").glob("*model_states*"):
+        content = torch.load(path)
+        content["param_shapes"][0] = {"../../out": torch.Size([5, 7])}
+        torch.save(content, path)
+    assert reshard(tmp_path / "zero", tmp_path / "new", "--to", "universal") == 65
+    assert "parameter '../../out' cannot name a folder" in capsys.readouterr().err
+
+
+def test_pickles_are_trusted_only_when_told_to(tmp_path, capsys):
+    torch.save({"a": torch.ones(2), "options": types.SimpleNamespace()}, tmp_path / "a.pth")
+    words = [tmp_path / "a.pth", tmp_path / "new", "--to", "safetensors"]
+    assert reshard(*words) == 65
+    assert "a.pth asks for types.SimpleNamespace, which unpickling would run" in capsys.readouterr().err
+    assert reshard(*words, "--trust-pickle") == 0
+    assert torch.equal(values(tmp_path / "new")["model/a"], torch.ones(2))
+
+
+def test_nothing_is_written_over(tmp_path, own, capsys):
+    (tmp_path / "new").mkdir()
+    assert reshard(own, tmp_path / "new", "--to", "pth") == 64
+    assert "new exists; nothing is written over" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["xar-scale", "universal", "safetensors", "pth"])
+def test_a_source_that_has_changed_since_its_checksums_is_refused(tmp_path, own, target, capsys):
+    assert reshard(own, tmp_path / "source", "--to", target) == 0
+    places = {"xar-scale": "shard-00003-*", "universal": "*/zero/mid_proj.weight/fp32.pt"}
+    (path,) = (tmp_path / "source").glob(places.get(target, f"*.{target}"))
+    flip_byte(path)
+    assert reshard(tmp_path / "source", tmp_path / "new", "--to", "xar-scale") == 65
+    assert f"{path} is not as it was written (its SHA-256 differs)" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_pth_that_has_changed_is_found_out_by_what_its_archive_says(tmp_path, capsys):
+    torch.save({"a": torch.ones(1000)}, tmp_path / "a.pth")
+    flip_byte(tmp_path / "a.pth")
+    assert reshard(tmp_path / "a.pth", tmp_path / "new", "--to", "safetensors") == 65
+    assert "a.pth: a/data/0 is not as it was written (its CRC-32 differs)" in capsys.readouterr().err
+
+
+def test_a_disk_that_is_full_beforehand_or_meanwhile(tmp_path, own, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+        assert reshard(own, tmp_path / "new", "--to", "xar-scale") == 74
+    assert "more bytes, the disk has 1,000" in capsys.readouterr().err
+
+    write_block, count = writer._write, 0
+
+    def full(file, offset, view):
+        nonlocal count
+        count += 1
+        if count == 20:
+            raise OSError(errno.ENOSPC, "No space left on device", file.name)
+        write_block(file, offset, view)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "_write", full)
+        assert reshard(own, tmp_path / "new", "--to", "xar-scale") == 74
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert reshard(own, tmp_path / "new", "--to", "xar-scale") == 0
+    verify(tmp_path / "new")
+
+
+KILLED = """
+    import os, signal, sys
+    from tools import reshard
+    from xar_scale.checkpoint.reshard import writer
+    writer.SYNC, writer.BLOCK = {sync}, {block}
+    count, write_block = 0, writer._write
+    def killed(file, offset, view):
+        global count
+        count += 1
+        if count == {after}:
+            write_block(file, offset, view[:len(view) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write_block(file, offset, view)
+    writer._write = killed
+    sys.exit(reshard.main())
+"""
+
+
+@pytest.mark.parametrize(("target", "after"), [("pth", 150), ("universal", 150)])
+def test_killed_in_the_middle_it_goes_on_and_makes_the_same(tmp_path, own, zero, target, after, monkeypatch):
+    source, block = (zero, 64) if target == "universal" else (own, 4096)
+    program = textwrap.dedent(KILLED.format(sync=12 * block, block=block, after=after))
+    words = [source, tmp_path / "new", "--to", target]
+    done = subprocess.run([sys.executable, "-c", program, *map(str, words)], cwd=ROOT, env=environment(), timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".new.partial"]
+
+    read, asked = sources.Source.read, 0
+
+    def counted(self, key, start, out):
+        nonlocal asked
+        asked += out.numel()
+        read(self, key, start, out)
+
+    monkeypatch.setattr(sources.Source, "read", counted)
+    monkeypatch.setattr(writer, "verify", lambda *_: pytest.fail("what was verified is verified again"))
+    monkeypatch.setattr(writer, "BLOCK", block)
+    assert reshard(*words) == 0
+    monkeypatch.setattr(writer, "verify", lambda *_: None)
+    went_on, asked = asked, 0
+    assert reshard(source, tmp_path / "undisturbed", "--to", target) == 0
+    assert 0 < went_on < 0.8 * asked
+    assert contents(tmp_path / "new") == contents(tmp_path / "undisturbed")
+    assert all(zipfile.ZipFile(path).testzip() is None for path in (tmp_path / "new").rglob("*.p*t*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "undisturbed"]
+
+
+def test_what_was_interrupted_is_begun_anew_for_another_source_or_target(tmp_path, own, state):
+    program = textwrap.dedent(KILLED.format(sync=40960, block=4096, after=60))
+    words = [sys.executable, "-c", program, str(own), str(tmp_path / "new"), "--to", "xar-scale"]
+    assert subprocess.run(words, cwd=ROOT, env=environment(), timeout=60).returncode == -signal.SIGKILL
+    assert reshard(own, tmp_path / "new", "--to", "xar-scale", "--files", "2") == 0
+    assert len(verify(tmp_path / "new").manifest.files) == 2
+    assert_bitwise(values(tmp_path / "new"), state)
+
+
+def test_two_at_once_do_not_write_the_same(tmp_path, own, capsys):
+    with open_source(own) as source:
+        digest = writer._digest(source, plan(source, "pth"))
+    with writer._Work(tmp_path / "new", digest):
+        assert reshard(own, tmp_path / "new", "--to", "pth") == 64
+    assert "another process is writing" in capsys.readouterr().err
+
+
+MEASURED = """
+    import resource, sys
+    from tests.unit.foreign_checkpoints import reshard
+    for target in sys.argv[3:]:
+        assert reshard(sys.argv[1], f"{sys.argv[2]}/{target}", "--to", target) == 0
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak_mib(source: Path, destination: Path) -> float:
+    """Of a process that makes all targets."""
+    words = [sys.executable, "-c", textwrap.dedent(MEASURED), str(source), str(destination), *TARGETS]
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.splitlines()[-1]) / 1024
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """Two checkpoints of ours whose files are holes, of 16 and of 80 MiB; the network is but one tensor, under all names."""
+    folder = tmp_path_factory.mktemp("sparse")
+    names = official_names(CONFIG.model).values()
+    for scale in (1, 5):
+        shapes = {name: torch.Size((1 << 20, scale) if name == "class_embed.weight" else (2,)) for name in names}
+        made = Source(
+            folder, "zeros", {f"{kind}/{name}": shape for kind in KINDS for name, shape in shapes.items()}, InMemory({}), []
+        )
+        (folder / str(scale)).mkdir()
+        for output in (planned := plan(made, "xar-scale", files=1)).outputs:
+            path = folder / str(scale) / output.name
+            path.write_bytes(output.parts[0].content)
+            os.truncate(path, output.size)
+        path.with_name("manifest.json").write_bytes(planned.last({path.name: fingerprint(path)})[1])
+    return folder
+
+
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path, sparse):
+    small, large = (peak_mib(sparse / scale, tmp_path / scale) for scale in ("1", "5"))
+    assert large - small < 8, (small, large)
+
+
+def test_the_benchmark_measures_time_and_memory_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "WAYS", [(bench.ZEROS, "safetensors", "a")])
+    bench.bench_reshard(argparse.Namespace(model="nano", data=tmp_path / "bench"))
+    (row,) = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "safetensors" in line]
+    assert 0 < float(row[2]) < 0.1 and float(row[3]) > 0 and int(row[4].rstrip(" |")) > 100
+    assert list((tmp_path / "bench").iterdir()) == []
+    with pytest.raises(DataError, match="ended with code 64"):
+        bench._measured("tools/reshard.py", str(tmp_path / "nothing"), str(tmp_path / "new"), "--to", "pth")
