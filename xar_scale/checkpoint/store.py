@@ -18,7 +18,16 @@ import torch
 from xar_scale import dist
 from xar_scale.checkpoint.files import Fingerprint, Range, file_name, write_file
 from xar_scale.checkpoint.load import state_vectors
-from xar_scale.checkpoint.manifest import FOLDER, LATEST, MANIFEST, Manifest, checkpoint_name, checkpoint_paths, step_of
+from xar_scale.checkpoint.manifest import (
+    AVERAGES,
+    FOLDER,
+    LATEST,
+    MANIFEST,
+    Manifest,
+    checkpoint_name,
+    checkpoint_paths,
+    step_of,
+)
 from xar_scale.config import TrainConfig
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
@@ -29,22 +38,31 @@ from xar_scale.staging import Staging
 ATTEMPTS_AT_THE_END = 6  # of writing the last checkpoint, 1, 2, 4, ... seconds apart
 
 
+_Stage = tuple[Manifest, Callable[[Sequence[Any]], Any]]  # from all ranks' results of the stage before to this rank's
+
+
 @dataclass
 class _Save:
-    """One checkpoint on its way to the disk, through the stages that are left."""
+    """A state on its way to the disk, to one folder after another, through the stages that are left."""
 
-    manifest: Manifest
     begun: float
-    stages: list[Callable[[Sequence[Any]], Any]]  # from all ranks' results of the stage before to this rank's
+    stages: list[_Stage]
     results: Sequence[Any] = ()
     running: Future[Any] | None = None
     attempts: int = 0  # of this stage, that failed
     wait: int = 0  # polls until the next one
     error: str = ""
 
+    @property
+    def manifest(self) -> Manifest:
+        """Of the folder that is being written."""
+        return self.stages[0][0]
+
 
 class Store:
-    """The checkpoints of one run, in ``RUN/checkpoints``. Every rank makes the same calls, in the same order.
+    """The checkpoints of one run, in ``RUN/checkpoints``, and snapshots of averages, in ``RUN/ema``, of which none is dropped.
+
+    Every rank makes the same calls, in the same order.
 
     A failure to write is reported, and tried again, by training while it goes on and at its end a few times more; one that
     lasts until the next checkpoint is due gives way to that.
@@ -62,19 +80,23 @@ class Store:
         """Rank 0's part of beginning at step ``start``: make the folder, and put in order what an earlier run left in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.set_aside_after(start)
-        for leftover in self.folder.glob(".step-*"):
-            shutil.rmtree(leftover)
+        for folder in (FOLDER, AVERAGES):
+            for leftover in (self.run / folder).glob(".step-*"):
+                shutil.rmtree(leftover)
         if paths := checkpoint_paths(self.run):
             self._point_at(paths[-1])
 
     def set_aside_after(self, step: int) -> None:
-        """Rename checkpoints of later steps, damaged ones that resuming passed over, so that they neither count nor block."""
-        for path in checkpoint_paths(self.run):
-            if step_of(path) > step:
-                path.rename(free_name(path.with_name(f"damaged-{path.name}")))
+        """Rename what is of later steps, so that it neither counts nor blocks: checkpoints, damaged ones that resuming passed
+        over, and snapshots, which will be taken again."""
+        for folder, prefix in ((FOLDER, "damaged"), (AVERAGES, "superseded")):
+            for path in checkpoint_paths(self.run, folder):
+                if step_of(path) > step:
+                    path.rename(free_name(path.with_name(f"{prefix}-{path.name}")))
 
-    def save(self, manifest: Manifest) -> None:
-        """Begin to write the state as it is now, which ``manifest`` describes but for its files."""
+    def save(self, *manifests: Manifest) -> None:
+        """Begin to write the state as it is now, of which each manifest describes some kinds of vectors, but for its files:
+        a checkpoint, a snapshot of averages, or one after the other."""
         begun = time.perf_counter()
         if self._save is not None and not self._settle(attempts=1):
             dist.say(f"{self._name(self._save)} given up for the next one: {self._save.error}")
@@ -84,8 +106,7 @@ class Store:
         self._staging = self._staging or Staging(tensors)
         self._staging.take(tensors)
         parts = [(key, start, copy) for (key, start, _), copy in zip(vectors, self._staging.copies, strict=True)]
-        stages = [lambda _: self._write(manifest, parts), lambda written: self._publish(manifest, written)]
-        self._save = _Save(manifest, begun, stages)
+        self._save = _Save(begun, [stage for manifest in manifests for stage in self._stages(manifest, parts)])
         self._start(self._save)
         self.stalled += time.perf_counter() - begun
 
@@ -133,7 +154,7 @@ class Store:
 
         def work() -> None:
             try:
-                running.set_result(save.stages[0](save.results))
+                running.set_result(save.stages[0][1](save.results))
             except BaseException as error:
                 running.set_exception(error)
 
@@ -151,12 +172,21 @@ class Store:
             dist.say(f"{self._name(save)} is not written yet, attempt {save.attempts} failed: {error}")
             return
         save.attempts = 0
-        save.stages.pop(0)
+        name, (manifest, _) = self._name(save), save.stages.pop(0)
+        if not save.stages or save.manifest is not manifest:
+            self.newest = self._final(manifest) if _folder(manifest) == FOLDER else self.newest
+            dist.say(f"{name} is written, {time.perf_counter() - save.begun:.1f} s after its step")
         if save.stages:
             self._start(save)
-            return
-        self.newest, self._save = self.folder / checkpoint_name(save.manifest.step), None
-        dist.say(f"{self._name(save)} is written, {time.perf_counter() - save.begun:.1f} s after its step")
+        else:
+            self._save = None
+
+    def _stages(self, manifest: Manifest, parts: Sequence[tuple[str, int, torch.Tensor]]) -> list[_Stage]:
+        parts = [part for part in parts if part[0].split("/")[0] in manifest.kinds]
+        return [
+            (manifest, lambda _: self._write(manifest, parts)),
+            (manifest, lambda written: self._publish(manifest, written)),
+        ]
 
     def _write(self, manifest: Manifest, parts: Sequence[tuple[str, int, torch.Tensor]]) -> dict[str, Fingerprint]:
         """This rank's file."""
@@ -164,7 +194,7 @@ class Store:
         self._staging.wait()
         temporary = self._temporary(manifest)
         if dist.rank() == 0:
-            for given_up in self.folder.glob(".step-*.tmp"):
+            for given_up in temporary.parent.glob(".step-*.tmp"):
                 if given_up != temporary:
                     shutil.rmtree(given_up, ignore_errors=True)
         temporary.mkdir(parents=True, exist_ok=True)
@@ -180,7 +210,7 @@ class Store:
         if dist.rank() != 0:
             return
         files = {name: entry for of_rank in written for name, entry in of_rank.items()}
-        temporary, final = self._temporary(manifest), self.folder / checkpoint_name(manifest.step)
+        temporary, final = self._temporary(manifest), self._final(manifest)
         if temporary.exists() or not final.exists():  # else it was renamed before something failed
             for name, entry in files.items():
                 if (temporary / name).stat().st_size != entry.bytes:
@@ -188,9 +218,10 @@ class Store:
             write_atomically(temporary / MANIFEST, replace(manifest, files=files).to_json())
             sync_folder(temporary)
             temporary.rename(final)
-            sync_folder(self.folder)
-        self._point_at(final)
-        self._drop_older()
+            sync_folder(final.parent)
+        if _folder(manifest) == FOLDER:
+            self._point_at(final)
+            self._drop_older()
 
     def _point_at(self, path: Path) -> None:
         write_atomically(self.folder / LATEST, f"{path.name}\n".encode())
@@ -205,10 +236,18 @@ class Store:
             shutil.rmtree(hidden, ignore_errors=True)
 
     def _temporary(self, manifest: Manifest) -> Path:
-        return self.folder / f".{checkpoint_name(manifest.step)}.tmp"
+        final = self._final(manifest)
+        return final.with_name(f".{final.name}.tmp")
+
+    def _final(self, manifest: Manifest) -> Path:
+        return self.run / _folder(manifest) / checkpoint_name(manifest.step)
 
     def _name(self, save: _Save) -> str:
-        return f"checkpoint {self.folder / checkpoint_name(save.manifest.step)}"
+        return f"{'checkpoint' if _folder(save.manifest) == FOLDER else 'snapshot'} {self._final(save.manifest)}"
+
+
+def _folder(manifest: Manifest) -> str:
+    return FOLDER if "model" in manifest.kinds else AVERAGES
 
 
 def _own_vectors(engine: Engine, ema: EMA) -> list[tuple[str, int, torch.Tensor]]:
