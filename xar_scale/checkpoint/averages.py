@@ -1,5 +1,6 @@
 """An average of any length, made of a run's snapshots afterwards: a checkpoint of its own, which images are drawn from."""
 
+import math
 import resource
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,9 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xar_scale.checkpoint.contents import sizes
 from xar_scale.checkpoint.files import BLOCK, FLOAT32, VectorFiles, file_name, write_blocks
-from xar_scale.checkpoint.manifest import AVERAGES, MANIFEST, Checkpoint, checkpoint_paths, step_of, verify
+from xar_scale.checkpoint.manifest import AVERAGES, MANIFEST, Checkpoint, checkpoint_paths, read_manifest, step_of, verify
 from xar_scale.ema import POWER_KINDS
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import sync_folder, write_atomically
@@ -24,14 +24,14 @@ WIDTHS_TRIED = np.arange(0.005, WIDEST, 0.001)  # in search of those that snapsh
 
 
 def open_snapshots(run: Path, step: int | None) -> list[Checkpoint]:
-    """Those up to ``step``, which is one of theirs (none: the newest's), oldest first, every file as it was written."""
+    """Those up to ``step``, which is one of theirs (none: the newest's), oldest first; their files are not looked at."""
     paths = checkpoint_paths(run, AVERAGES)
     if not paths:
         raise UsageError(f"no snapshots of averages in {run / AVERAGES}: optim.ema_snapshots_every has training take them")
     steps = [step_of(path) for path in paths]
     if step is not None and step not in steps:
         raise UsageError(f"--step {step} is no snapshot's; there are: {', '.join(map(str, steps))}")
-    snapshots = [verify(path) for path, at in zip(paths, steps, strict=True) if step is None or at <= step]
+    snapshots = [read_manifest(path) for path, at in zip(paths, steps, strict=True) if step is None or at <= step]
     newest = snapshots[-1].manifest
     for snapshot in snapshots:
         if (snapshot.manifest.shapes, snapshot.manifest.kinds) != (newest.shapes, newest.kinds):
@@ -61,11 +61,15 @@ def fit_to(snapshots: Sequence[Checkpoint], sigma_rel: float) -> Fit:
 
 
 def write_average(snapshots: Sequence[Checkpoint], factors: Sequence[float], sigma_rel: float, out: Path) -> Checkpoint:
-    """The snapshots' averages, each by its factor, summed: a checkpoint of kind ``ema`` alone, there whole or not at all."""
+    """The snapshots' averages, each by its factor, summed: a checkpoint of kind ``ema`` alone, there whole or not at all.
+
+    Raises UsageError where something is there already, DataError where a snapshot's file is not as it was written.
+    """
     if out.exists():
         raise UsageError(f"{out} is there already")
-    names = snapshots[-1].manifest.shapes
-    elements = {key.split("/", 1)[1]: count for key, count in sizes(snapshots[-1]).items()}
+    for snapshot in snapshots:
+        verify(snapshot.path)
+    elements = {name: math.prod(shape) for name, shape in snapshots[-1].manifest.shapes.items()}
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -76,8 +80,8 @@ def write_average(snapshots: Sequence[Checkpoint], factors: Sequence[float], sig
     with ExitStack() as stack:
         opened = [stack.enter_context(VectorFiles(snapshot.path, snapshot.manifest.files)) for snapshot in snapshots]
         parts = [(files, kind) for files in opened for kind in POWER_KINDS]
-        blocks = (block for name in names for block in _sums(parts, factors, name, elements[name]))
-        written = write_blocks(path, {f"ema/{name}": (0, elements[name]) for name in names}, blocks)
+        blocks = (block for name in elements for block in _sums(parts, factors, name, elements[name]))
+        written = write_blocks(path, {f"ema/{name}": (0, count) for name, count in elements.items()}, blocks)
     manifest = replace(snapshots[-1].manifest, kinds=("ema",), sigma_rel=sigma_rel, world=1, files={path.name: written})
     write_atomically(temporary / MANIFEST, manifest.to_json())
     sync_folder(temporary)
