@@ -1,5 +1,6 @@
 """tools/inspect_checkpoint.py: what it says of whole, damaged, non-finite and differing checkpoints, and how it ends."""
 
+import json
 import os
 import re
 import subprocess
