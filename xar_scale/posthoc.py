@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 WIDEST = 12**-0.5  # the width at exponent 0, all weights alike
-CUTOFF = 1e-12  # of singular values, relative to the largest: what lies below is rounding
+CUTOFF = 1e-12  # of squared norms and singular values, relative to the largest: what lies below is rounding
 
 
 class Profile(NamedTuple):
@@ -80,7 +80,7 @@ def fit(stored: Sequence[Profile], wanted: Profile) -> Fit:
     # p_n + sum over i < n of y_i (p_i - p_n) sums to 1 whatever the y_i are
     differences = gram[:-1, :-1] - gram[:-1, -1:] - gram[-1:, :-1] + gram[-1, -1]
     toward = against[:-1] - against[-1] - gram[:-1, -1] + gram[-1, -1]
-    scale = np.diag(differences).clip(min=np.finfo(float).tiny) ** -0.5  # early profiles are tall
+    scale = np.diag(differences).clip(min=CUTOFF * gram[-1, -1]) ** -0.5  # early profiles are tall
     solved = np.linalg.pinv(differences * np.outer(scale, scale), rcond=CUTOFF, hermitian=True) @ (toward * scale) * scale
     factors = np.append(solved, 1 - solved.sum())
     square = norm - 2 * factors @ against + factors @ gram @ factors

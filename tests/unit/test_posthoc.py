@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from tests.conftest import digits_config
+from tests.processes import ROOT
 from tests.unit.test_store import flip_byte
 from tests.unit.tiny_run import Run
-from xar_scale.checkpoint.averages import LARGEST_RESIDUAL, fit_to, open_snapshots, write_average
+from xar_scale.checkpoint.averages import LARGEST_RESIDUAL, WIDTHS_TRIED, fit_to, open_snapshots, write_average
 from xar_scale.checkpoint.load import load_weights
 from xar_scale.checkpoint.manifest import verify
 from xar_scale.ema import POWER_KINDS, WIDTHS
@@ -80,6 +81,14 @@ def test_a_stored_average_is_found_again_and_factors_sum_to_one():
     assert other.factors.sum() == pytest.approx(1, abs=1e-12) and 0 < other.residual < LARGEST_RESIDUAL
     twice = fit([*stored, stored[-1]], Profile(300, 0.08))  # the same one two times over is no trouble
     assert twice.residual == pytest.approx(other.residual, rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [2, 8, 32, 128])
+def test_the_widths_in_the_docs_are_those_that_fit(count):
+    stored = [Profile(1000 * number, sigma_rel) for number in range(1, count + 1) for sigma_rel in WIDTHS]
+    fits = [width for width in WIDTHS_TRIED if fit(stored, Profile(1000 * count, width)).residual <= LARGEST_RESIDUAL]
+    row = f"| {count} | {min(fits):.3f} to {max(fits):.3f} |\n"
+    assert row in (ROOT / "docs" / "checkpoints.md").read_text(), row
 
 
 class Trained:

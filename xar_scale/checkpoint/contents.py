@@ -77,7 +77,8 @@ def changes(one: Checkpoint, other: Checkpoint) -> dict[str, tuple[Any, Any]]:
 
 def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     """All but what follows from the vectors themselves."""
-    values = vars(checkpoint.manifest) | {"guard": checkpoint.manifest.guard.to_dict()}
+    manifest = checkpoint.manifest
+    values = vars(manifest) | {"guard": manifest.guard.to_dict(), "position": manifest.position._asdict()}
     return {key: value for key, value in values.items() if key != "files"}
 
 
