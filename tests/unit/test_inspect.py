@@ -131,6 +131,7 @@ def test_wrong_paths_end_with_64(tmp_path, tool):
 def test_what_differs_is_named_with_its_size(tmp_path, tool):
     run = Run(tmp_path / "one", config=CONFIG)
     run.train(2)
+    run.ema.averages["ema"][1][0] = float("inf")  # and so in the other
     one = run.save()
     weight = next(shard.master for shard in run.engine.shards() if shard.name == "in_proj.weight")
     before = weight.clone()
@@ -138,6 +139,7 @@ def test_what_differs_is_named_with_its_size(tmp_path, tool):
     weight[3] -= 0.25
     weight[5] = 0.0
     run.ema.averages["ema"][0][2] = float("nan")
+    run.ema.averages["ema"][1][1] += 1
     run.store.run = tmp_path / "two"
     run.store.folder = tmp_path / "two" / "checkpoints"
     changed = run.manifest(step=7)
@@ -150,15 +152,16 @@ def test_what_differs_is_named_with_its_size(tmp_path, tool):
     assert code == 0
     assert lines[:3] == ["manifest: 2 entries differ", "  step: 2 -> 7", "  config.optim.lr: 0.003 -> 0.25"]
     vectors = len(run.engine.shapes)
-    assert f"model: 1 of {vectors} vectors differ" in lines and f"ema: 1 of {vectors} vectors differ" in lines
+    assert f"model: 1 of {vectors} vectors differ" in lines and f"ema: 2 of {vectors} vectors differ" in lines
     for kind in ("ema-0.05", "ema-0.10", "exp_avg", "exp_avg_sq"):
         assert f"{kind}: identical" in lines
     row = next(re.split(r"  +", line.strip()) for line in lines if line.startswith(f"  {WEIGHT} "))
     gap = (weight - before).double()
     largest, relative = gap.abs().max().item(), (gap.norm() / before.double().norm()).item()
     assert row == [WEIGHT, f"{largest:.3g}", f"{relative:.3g}", f"3 of {weight.numel()}"]
-    row = next(re.split(r"  +", line.strip()) for line in lines if line.startswith("  ema/"))
-    assert row[1:3] == ["nan", "nan"] and row[3].startswith("1 of ")
+    spoilt, infinite = (re.split(r"  +", line.strip()) for line in lines if line.startswith("  ema/"))
+    assert spoilt[1:3] == ["nan", "nan"] and spoilt[3].startswith("1 of ")
+    assert infinite[1] == "1" and infinite[3].startswith("1 of ")
     code, shown, _ = tool("diff", two, two)
     assert (code, shown.splitlines()[0]) == (0, "manifest: identical") and "differ" not in shown  # NaN is itself, too
 

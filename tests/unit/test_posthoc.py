@@ -101,7 +101,7 @@ class Trained:
             self.run.train()
             self.weights.append(torch.cat([shard.master.flatten() for shard in self.run.engine.shards()]).double())
             if step % 25 == 0:
-                self.run.store.save(self.run.manifest(kinds=tuple(POWER_KINDS)))
+                self.run.store.save(self.run.manifest(kinds=tuple(POWER_KINDS), world=3))
         self.run.store.finish()
         self.names = [shard.name for shard in self.run.engine.shards()]
 
@@ -136,7 +136,7 @@ def test_an_average_made_of_snapshots_is_near_the_one_of_all_weights(trained, tm
     true = trained.true(sigma_rel, step)
     assert (made - true).norm() < off * (trained.weights[step - 1] - true).norm()
     manifest = verify(tmp_path / "made").manifest
-    assert (manifest.kinds, manifest.step, manifest.sigma_rel) == (("ema",), step, sigma_rel)
+    assert (manifest.kinds, manifest.step, manifest.sigma_rel, manifest.world) == (("ema",), step, sigma_rel, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 

@@ -12,11 +12,12 @@ from tests.unit.guarded_run import Guarded
 from tests.unit.test_store import same
 from tests.unit.tiny_run import Run
 from xar_scale.checkpoint import store
+from xar_scale.checkpoint.files import VectorFiles
 from xar_scale.checkpoint.load import check_continues, load, load_weights
 from xar_scale.checkpoint.manifest import KINDS, checkpoint_paths, newest_valid, read_manifest, verify
 from xar_scale.cli import main
 from xar_scale.ema import EMA, POWER_KINDS
-from xar_scale.errors import ConfigError
+from xar_scale.errors import ConfigError, NonFiniteError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.guard import Action, GuardState
 from xar_scale.memory import MARGIN, rank_memory
@@ -83,6 +84,8 @@ def test_a_snapshot_and_a_checkpoint_of_one_step_are_both_written_the_snapshot_f
     assert run.store.newest == tmp_path / "checkpoints" / "step-00000003" and newest_valid(tmp_path).path == run.store.newest
     snapshot = verify(tmp_path / "ema" / "step-00000003")
     assert snapshot.manifest.kinds == ("ema-0.05", "ema-0.10")
+    with VectorFiles(snapshot.path, snapshot.manifest.files) as files:
+        assert {key.split("/")[0] for key in files.pieces} == {"ema-0.05", "ema-0.10"}
     for kind, averages in run.ema.averages.items():
         if kind != "ema":
             loaded = load_weights(snapshot, kind)
@@ -119,10 +122,11 @@ def test_snapshots_of_steps_that_are_gone_behind_are_set_aside_and_leftovers_cle
     run.store.save(run.manifest(kinds=tuple(POWER_KINDS)))
     run.store.finish()
     assert [path.name for path in checkpoint_paths(tmp_path, "ema")] == ["step-00000001", "step-00000002"]
+    assert run.store.newest is None and not (tmp_path / "checkpoints" / "latest").exists()  # a snapshot is no checkpoint
 
 
 @pytest.mark.parametrize("kind", POWER_KINDS)
-def test_the_guard_looks_at_them_and_takes_them_back(tmp_path, kind):
+def test_the_guard_looks_at_them_and_takes_them_back(tmp_path, kind, monkeypatch):
     run = Guarded(tmp_path, "guard.snapshot_every=2", ON)
     run.train(2)
     assert run.recovery.keep(2, certainly=False)
@@ -132,6 +136,11 @@ def test_the_guard_looks_at_them_and_takes_them_back(tmp_path, kind):
     assert not run.recovery.keep(3, certainly=True)
     run.recovery.roll_back()
     assert same(run.state(), before)
+    run.ema.averages[kind][7][0] = math.nan
+    with pytest.raises(NonFiniteError, match="that the run begins with are not finite"):
+        run.recovery.begin(2)
+    run.spoil(monkeypatch, 1)
+    assert run.resolve().action is Action.ROLL_BACK
 
 
 def test_their_memory_is_reckoned():
@@ -177,7 +186,9 @@ def test_training_counts_updates_and_not_steps_across_a_resume(tmp_path, words, 
             ours, theirs = load_weights(resumed, kind), load_weights(whole, kind)
             assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert sorted(os.listdir(tmp_path / "whole" / "ema")) == ["step-00000005", "step-00000010", "step-00000012"]
-    assert capsys.readouterr().err == ""
+    said, complaint = capsys.readouterr()
+    last = [line.split()[0] for line in said.splitlines() if "step-00000012 is written" in line]
+    assert (last, complaint) == (["snapshot", "checkpoint"] * 2, "")
 
 
 def test_no_run_goes_on_from_averages_alone(tmp_path, words, capsys):
