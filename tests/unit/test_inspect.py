@@ -176,6 +176,7 @@ def test_what_only_one_holds_is_named(tmp_path, tool):
     _, shown, _ = tool("diff", two, wider)
     assert f"  only in {two}: {WEIGHT}, 64 elements\n" in shown
     assert f"  only in {wider}: {WEIGHT}, 128 elements\n" in shown and "shapes.in_proj.weight: [16, 4] -> [32, 4]" in shown
+    assert f"\n  {WEIGHT} " not in shown  # sizes that differ are not compared
     flip = next(two.glob("*.safetensors"))
     os.truncate(flip, 5000)
     code, _, complaint = tool("diff", one, two)

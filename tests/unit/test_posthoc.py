@@ -1,5 +1,8 @@
 """Averages of any length made of a few snapshots: the mathematics, and against the weights of every step."""
 
+import os
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -181,6 +184,16 @@ def test_snapshots_that_do_not_fit_or_are_damaged_are_refused(tmp_path):
     with pytest.raises(UsageError, match="mine is there already"):
         write_average(snapshots, [1.0, 0.0], 0.05, tmp_path / "ema" / "mine")
     assert not (tmp_path / "made").exists()
+
+
+def test_more_files_than_a_process_usually_may_open(trained, tmp_path):
+    snapshots = open_snapshots(trained.folder, None)
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 6, most))  # and there are 8
+    try:
+        write_average(snapshots, fit_to(snapshots, 0.07).factors.tolist(), 0.07, tmp_path / "made")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
 
 
 def test_an_average_cut_short_leaves_nothing_and_is_in_nobody_s_way(trained, tmp_path, monkeypatch):
