@@ -83,6 +83,7 @@ class OptimConfig:
     weight_decay: float = Field(default=0.02, ge=0)
     clip: float = Field(default=1.0, gt=0)
     ema_decay: Share = 0.9999
+    ema_snapshots_every: int | None = Field(default=None, gt=0)  # steps, of averages that any other is made of; none: never
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -1,20 +1,43 @@
-"""Exponential moving average of the weights, each rank of its own shard: no communication, no gather."""
+"""Moving averages of the weights, each rank of its own shard: no communication, no gather."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from xar_scale.posthoc import exponent, share_of_new
+
+WIDTHS = (0.05, 0.10)  # sigma_rel of the averages that any other is made of afterwards (EDM2, section 3.2)
+
 
 class EMA:
-    """Averages ``weights``, which it only reads; element i of ``averages`` belongs to element i of ``weights``."""
+    """Averages ``weights``, which it only reads: an exponential average, and a power-function average of each width.
 
-    def __init__(self, weights: Sequence[Tensor], decay: float) -> None:
+    ``averages`` has them by kind, ``ema`` first; element i of each belongs to element i of ``weights``.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], decay: float, widths: Sequence[float] = ()) -> None:
         self.weights = [weight.detach() for weight in weights]
-        self.averages = [weight.clone() for weight in self.weights]
         self.decay = decay
+        self.exponents = {kind_of(width): exponent(width) for width in widths}
+        self.averages = {kind: [weight.clone() for weight in self.weights] for kind in ("ema", *self.exponents)}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Of all kinds."""
+        return [average for averages in self.averages.values() for average in averages]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """averages <- decay * averages + (1 - decay) * weights."""
-        torch._foreach_lerp_(self.averages, self.weights, 1 - self.decay)
+    def update(self, number: int) -> None:
+        """averages <- averages + share * (weights - averages): 1 - decay, or what update ``number``, from 1, takes over."""
+        for kind, averages in self.averages.items():
+            share = share_of_new(number, self.exponents[kind]) if kind in self.exponents else 1 - self.decay
+            torch._foreach_lerp_(averages, self.weights, share)
+
+
+def kind_of(width: float) -> str:
+    """The kind of a power-function average."""
+    return f"ema-{width:.2f}"
+
+
+POWER_KINDS = {kind_of(width): width for width in WIDTHS}

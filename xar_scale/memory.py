@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from xar_scale import dist
 from xar_scale.config import Config, micro_batches, shard_ranks
+from xar_scale.ema import WIDTHS
 from xar_scale.flow import velocity_loss
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import blank_weights, meta_model
@@ -117,7 +118,9 @@ def rank_memory(config: Config, mode: str, samples: int, world: int, device: tor
     at_once = whole - sum(blocks) + 2 * max(blocks)
     live = {"single": 0, "fsdp2": at_once, "deepspeed": max(at_once, min(whole, ZERO3_LIVE))}[train.engine]
     unreduced = 0 if train.engine == "single" else at_once
-    state = (ZERO3_STATE if train.engine == "deepspeed" else STATE) * whole / shard_ranks(train, world)
+    each = ZERO3_STATE if train.engine == "deepspeed" else STATE
+    each += 4 * len(WIDTHS) if config.optim.ema_snapshots_every else 0
+    state = each * whole / shard_ranks(train, world)
     gathered = live * precision.gather.itemsize + unreduced * precision.reduce.itemsize
     return MARGIN * (state + gathered + pass_memory(config, mode, samples, device).peak)
 

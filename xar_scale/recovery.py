@@ -105,7 +105,7 @@ class Recovery:
         if not verdict.bad or not self.config.guard.enabled:
             return Event(step, verdict.bad, verdict.loss, verdict.grad_norm)
         bad = verdict.bad
-        if not bad & Bad.WEIGHTS and self.engine.ranks_with_bad_state(self.ema.averages):
+        if not bad & Bad.WEIGHTS and self.engine.ranks_with_bad_state(self.ema.tensors):
             bad |= Bad.MOMENTS
         self.suspects = self._suspects(batches, bad)
         return Event(step, bad, verdict.loss, verdict.grad_norm, len(self.suspects))
@@ -126,7 +126,7 @@ class Recovery:
         """Before the first step. Raises NonFiniteError where the run would begin with a state that is not finite."""
         if not self.config.guard.enabled:
             return
-        if ranks := self.engine.ranks_with_bad_state(self.ema.averages):
+        if ranks := self.engine.ranks_with_bad_state(self.ema.tensors):
             where = f"on rank {', '.join(map(str, ranks))}"
             raise NonFiniteError(f"weights, moments or averages that the run begins with are not finite, {where}: use another")
         if self.config.guard.snapshots:
@@ -137,7 +137,7 @@ class Recovery:
         is looked at only if the state will ``certainly`` be kept, in a checkpoint."""
         due = self.snapshots.due(done)
         looked_at = self.config.guard.enabled and (due or certainly)
-        if looked_at and (ranks := self.engine.ranks_with_bad_state(self.ema.averages)):
+        if looked_at and (ranks := self.engine.ranks_with_bad_state(self.ema.tensors)):
             self.state, decision = self.guard.decide(self.state, Event(done - 1, Bad.MOMENTS, 0.0, 0.0))
             traced = f"rank {', '.join(map(str, ranks))}"
             dist.say(f"guard: after step {done - 1}: {decision.action.value}, {decision.reason}; traced to {traced}")

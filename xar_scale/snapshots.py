@@ -52,4 +52,4 @@ class Snapshots:
 
 
 def _state(engine: Engine, ema: EMA) -> list[Tensor]:
-    return [tensor for shard in engine.shards() for tensor in shard[4:]] + ema.averages
+    return [tensor for shard in engine.shards() for tensor in shard[4:]] + ema.tensors

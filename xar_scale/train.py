@@ -10,7 +10,7 @@ from pathlib import Path
 from xar_scale import dist
 from xar_scale.checkpoint.initialise import Initialisation
 from xar_scale.checkpoint.interop import open_source
-from xar_scale.checkpoint.load import check_continues, load
+from xar_scale.checkpoint.load import check_continues, load, state_kinds
 from xar_scale.checkpoint.manifest import Checkpoint, Manifest, checkpoint_paths, newest_valid, verify
 from xar_scale.checkpoint.mirror import Mirror, newest_valid_of
 from xar_scale.checkpoint.store import Store
@@ -20,7 +20,7 @@ from xar_scale.data.feed import Feed
 from xar_scale.data.loader import LatentDataset
 from xar_scale.data.sources import Shards, open_shards
 from xar_scale.diagnosis import Activations
-from xar_scale.ema import EMA
+from xar_scale.ema import EMA, POWER_KINDS, WIDTHS
 from xar_scale.engines import Engine, Verdict, create_engine
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import write_atomically
@@ -64,7 +64,8 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     apply_recompute(model.blocks, config.train.recompute)
     with _first_weights(model, config, checkpoint) as weights:
         engine = create_engine(model, weights, config, device)
-    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
+    widths = WIDTHS if config.optim.ema_snapshots_every else ()
+    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay, widths)
     guard = GuardState()
     if checkpoint is not None:
         count = load(checkpoint, engine, ema)
@@ -138,13 +139,13 @@ class Training:
         rate = learning_rate(self.config.optim, step, self.config.train.steps)
         if action is Action.STEP:
             self.engine.step(rate, resolved)
-            self.ema.update()
+            self.ema.update(done - self.recovery.state.skipped)
 
-        saved = last or done % self.config.train.checkpoint_every == 0
-        if not self.recovery.keep(done, certainly=saved):
+        saved = self._due(done)
+        if not self.recovery.keep(done, certainly=bool(saved)):
             return self._go_back()
         if saved:
-            self.store.save(self._manifest(done))
+            self.store.save(*(replace(self._manifest(done), kinds=kinds) for kinds in saved))
         if activations is not None:
             # of the attempt that was taken, where that was the first
             largest = dist.largest(max(activations.largest.values())) if resolved is verdict else None
@@ -152,6 +153,14 @@ class Training:
         if self.metrics is not None:
             self.metrics.advance(done)
         return done
+
+    def _due(self, done: int) -> list[tuple[str, ...]]:
+        """The kinds of vectors of each folder that is written after ``done`` steps. A snapshot comes before a checkpoint: no
+        run goes on from one that lacks a snapshot of the steps before."""
+        checkpoints, snapshots = self.config.train.checkpoint_every, self.config.optim.ema_snapshots_every
+        folders = ((snapshots, tuple(POWER_KINDS)), (checkpoints, state_kinds(self.ema)))
+        last = done == self.config.train.steps
+        return [kinds for every, kinds in folders if every and (last or done % every == 0)]
 
     def _manifest(self, done: int) -> Manifest:
         consumed, info = done * self.config.train.global_batch, self.dataset.shards.info

@@ -75,8 +75,8 @@ class Job(Run):
         for _ in range(steps):
             verdicts.append(self.attempt())
             self.engine.step(1e-3, verdicts[-1])
-            self.ema.update()
             self.step += 1
+            self.ema.update(self.step)
         digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in self.state())).hexdigest()
         curve = {"loss": [verdict.loss for verdict in verdicts], "grad_norm": [verdict.grad_norm for verdict in verdicts]}
         self.came[name] = {**curve, "digests": dist.gather_objects(digest)}

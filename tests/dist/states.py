@@ -5,12 +5,14 @@ from pathlib import Path
 import torch
 
 from xar_scale.checkpoint.load import load_weights
-from xar_scale.checkpoint.manifest import KINDS, read_manifest
+from xar_scale.checkpoint.manifest import FOLDER, read_manifest
 
 
-def state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    checkpoint = read_manifest(run / "checkpoints" / f"step-{step:08d}")
-    return {f"{kind}/{name}": tensor for kind in KINDS for name, tensor in load_weights(checkpoint, kind).items()}
+def state(run: Path, step: int, folder: str = FOLDER) -> dict[str, torch.Tensor]:
+    """All vectors of a checkpoint; or of a snapshot of averages, in another ``folder``."""
+    checkpoint = read_manifest(run / folder / f"step-{step:08d}")
+    kinds = checkpoint.manifest.kinds
+    return {f"{kind}/{name}": tensor for kind in kinds for name, tensor in load_weights(checkpoint, kind).items()}
 
 
 def assert_bitwise(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -26,9 +28,10 @@ def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     """
     assert one.keys() == other.keys()
     for name in one:
-        tolerance = 1e-3 if name.startswith(("model/", "ema/")) and name.endswith("attn.qkv.bias") else 1e-5
+        tolerance = 1e-3 if name.startswith(("model", "ema")) and name.endswith("attn.qkv.bias") else 1e-5
         error = ((one[name] - other[name]).norm() / other[name].norm().clamp(min=1e-12)).item()
         assert error < tolerance, f"{name}: {error}"
-    for kind in KINDS:
-        whole, reference = (torch.cat([t.flatten() for name, t in of.items() if name.startswith(kind)]) for of in (one, other))
+    for kind in {name.split("/")[0] for name in one}:
+        vectors = (torch.cat([t.flatten() for name, t in of.items() if name.startswith(f"{kind}/")]) for of in (one, other))
+        whole, reference = vectors
         assert (whole - reference).norm() < 1e-5 * reference.norm(), kind

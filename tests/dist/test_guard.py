@@ -28,6 +28,7 @@ SETTINGS = [
     "train.keep_last=9",
     "train.ds_config=tests/dist/zero3.json",
     "optim.warmup_steps=5",
+    "optim.ema_snapshots_every=8",  # so that the power-function averages are taken back too
     "guard.snapshot_every=3",
     "guard.hold_steps=3",
 ]

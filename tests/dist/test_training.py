@@ -24,6 +24,7 @@ SETTINGS = [
     "train.log_every=1",
     "train.checkpoint_every=10",
     "optim.warmup_steps=5",
+    "optim.ema_snapshots_every=7",  # so that the power-function averages are held to all of the below
     "train.ds_config=tests/dist/zero3.json",
 ]
 
@@ -89,6 +90,10 @@ def test_every_engine_gives_the_same_losses_and_norms_on_2_and_3_ranks(single, z
 def test_weights_moments_and_ema_are_the_same_with_every_engine_on_any_number_of_ranks(single, zero2, zero3, fsdp2, fsdp3):
     for run in (zero2, zero3, fsdp2, fsdp3):
         assert_near(state(run, STEPS), state(single, STEPS))
+        for step in (7, 14, STEPS):
+            assert_near(state(run, step, "ema"), state(single, step, "ema"))
+    kinds = {name.split("/")[0] for name in state(single, STEPS)}
+    assert kinds == {"model", "ema", "ema-0.05", "ema-0.10", "exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.timeout(300)
@@ -128,6 +133,7 @@ def test_10_and_10_steps_are_20_bitwise_on_as_many_ranks(folder, zero2, fsdp2, e
     run = zero2 if engine == "deepspeed" else fsdp2
     resumed = train(folder, f"{run.name}-resumed", 2, engine, "--resume", str(run / "checkpoints" / "step-00000010"))
     assert_bitwise(state(resumed, STEPS), state(run, STEPS))
+    assert_bitwise(state(resumed, 14, "ema"), state(run, 14, "ema"))
     assert torch.equal(curve(resumed), curve(run)[10:])
 
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "xar_scale"
 # From the bottom up: a room imports from those below it, never beside or above.
 LAYERS = [
     ["errors", "version", "files"],
-    ["rng", "config"],
+    ["rng", "config", "posthoc"],
     ["presets"],
     ["model"],
     ["dist"],

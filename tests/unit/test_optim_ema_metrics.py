@@ -80,19 +80,19 @@ def test_the_average_is_the_naive_loop_and_leaves_the_weights():
     weights = [normal(n, 5, dtype=torch.float32).requires_grad_() for n in range(3)]
     ema = EMA(weights, decay=0.9)
     expected = [weight.tolist() for weight in weights]
-    assert [average.tolist() for average in ema.averages] == expected
+    assert [average.tolist() for average in ema.tensors] == expected
     for step in range(4):
         with torch.no_grad():
             for weight in weights:
                 weight += step - 1.5
         kept = [weight.detach().clone() for weight in weights]
-        ema.update()
+        ema.update(step + 1)
         assert all(torch.equal(weight, copy) for weight, copy in zip(weights, kept, strict=True))
         expected = [
             [0.9 * old + 0.1 * new for old, new in zip(average, weight.tolist(), strict=True)]
             for average, weight in zip(expected, kept, strict=True)
         ]
-    for average, values in zip(ema.averages, expected, strict=True):
+    for average, values in zip(ema.tensors, expected, strict=True):
         torch.testing.assert_close(average, torch.tensor(values), atol=1e-6, rtol=1e-6)
         assert not average.requires_grad
 
@@ -101,8 +101,8 @@ def test_averages_follow_weights_that_are_changed_in_place():
     weight = torch.zeros(2)
     ema = EMA([weight], decay=0.5)
     weight.fill_(8)
-    ema.update()
-    assert ema.averages[0].tolist() == [4, 4] and weight.tolist() == [8, 8]
+    ema.update(1)
+    assert ema.tensors[0].tolist() == [4, 4] and weight.tolist() == [8, 8]
 
 
 def test_every_precision_of_the_config_is_defined():

@@ -172,11 +172,11 @@ def test_steps_gone_without_are_not_counted_as_taken_whatever_is_gone_back_to(tm
 
 def test_a_run_does_not_begin_with_what_is_not_finite(tmp_path):
     run = Guarded(tmp_path)
-    run.ema.averages[3][0] = NAN
+    run.ema.tensors[3][0] = NAN
     with pytest.raises(NonFiniteError, match="that the run begins with are not finite, on rank 0"):
         run.recovery.begin(0)
     off = Guarded(tmp_path, "guard.enabled=false")
-    off.ema.averages[3][0] = NAN
+    off.ema.tensors[3][0] = NAN
     off.recovery.begin(0)
     assert off.recovery.keep(100, certainly=True) and not off.recovery.snapshots.ring
 
@@ -184,7 +184,7 @@ def test_a_run_does_not_begin_with_what_is_not_finite(tmp_path):
 def test_averages_are_looked_at_where_a_step_fails(tmp_path, monkeypatch):
     run = Guarded(tmp_path)
     run.recovery.begin(0)
-    run.ema.averages[3][0] = NAN
+    run.ema.tensors[3][0] = NAN
     run.spoil(monkeypatch, 1)
     assert run.resolve().action is Action.ROLL_BACK
 
@@ -211,7 +211,7 @@ def test_what_is_not_finite_is_neither_snapshotted_nor_saved(tmp_path, which):
     run = Guarded(tmp_path, "guard.snapshot_every=2")
     run.train(2)
     shard = list(run.engine.shards())[7]
-    (run.ema.averages[7] if which == "average" else getattr(shard, which))[0] = float("inf")
+    (run.ema.tensors[7] if which == "average" else getattr(shard, which))[0] = float("inf")
     assert run.recovery.keep(1, certainly=False)  # neither is due
     assert not run.recovery.keep(2, certainly=False)
     assert not run.recovery.keep(1, certainly=True)

@@ -66,7 +66,7 @@ def test_averages_and_weights_load_whole(tmp_path):
     run = Run(tmp_path)
     run.train(2)
     checkpoint = verify(run.save())
-    for which, tensors in (("model", [s.master for s in run.engine.shards()]), ("ema", run.ema.averages)):
+    for which, tensors in (("model", [s.master for s in run.engine.shards()]), ("ema", run.ema.averages["ema"])):
         loaded = load_weights(checkpoint, which)
         for shard, tensor in zip(run.engine.shards(), tensors, strict=True):
             assert torch.equal(loaded[shard.name], tensor.view(shard.shape))

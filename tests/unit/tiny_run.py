@@ -9,6 +9,7 @@ import torch
 
 from tests.conftest import digits_config, random_batch
 from xar_scale import dist
+from xar_scale.checkpoint.load import state_kinds
 from xar_scale.checkpoint.manifest import Manifest
 from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.checkpoint.store import Store
@@ -16,7 +17,7 @@ from xar_scale.config import Config
 from xar_scale.data.loader import Batch
 from xar_scale.data.order import Position
 from xar_scale.data.shards import DatasetInfo, ShardInfo
-from xar_scale.ema import EMA
+from xar_scale.ema import EMA, WIDTHS
 from xar_scale.engines import create_engine
 from xar_scale.guard import GuardState
 from xar_scale.model.xar import initial_weights, meta_model
@@ -50,7 +51,8 @@ class Run:
         self.config, self.info = config, info
         model = meta_model(config.model)
         self.engine = create_engine(model, initial_weights(model, seed), config, torch.device("cpu"))
-        self.ema = EMA([shard.master for shard in self.engine.shards()], 0.9)
+        widths = WIDTHS if config.optim.ema_snapshots_every else ()
+        self.ema = EMA([shard.master for shard in self.engine.shards()], 0.9, widths)
         settings = replace(config.train, keep_last=keep_last, keep_every=keep_every)
         self.store, self.step = Store(folder, self.engine, self.ema, settings, mirror), 0
 
@@ -58,8 +60,8 @@ class Run:
         for _ in range(steps):
             verdict = self.engine.agree(self.engine.forward_backward(batch(self.step)))
             self.engine.step(1e-2, verdict)
-            self.ema.update()
             self.step += 1
+            self.ema.update(self.step)
 
     def save(self) -> Path:
         """A checkpoint, and wait for it."""
@@ -90,9 +92,10 @@ class Run:
             "precision": self.engine.mode,
             "config": self.config.to_dict(),
             "shapes": {name: list(shape) for name, shape in self.engine.shapes.items()},
+            "kinds": state_kinds(self.ema),
         }
         return Manifest(**(values | changes))
 
     def state(self) -> list[torch.Tensor]:
         shards = [tensor.clone() for s in self.engine.shards() for tensor in (s.master, s.exp_avg, s.exp_avg_sq)]
-        return shards + [average.clone() for average in self.ema.averages]
+        return shards + [average.clone() for average in self.ema.tensors]

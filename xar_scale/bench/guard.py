@@ -36,7 +36,7 @@ def bench_guard(options: argparse.Namespace) -> None:
     def step() -> None:
         _, verdict = recovery.resolve(0, [batch], recovery.attempt(0, [batch]))
         engine.step(1e-4, verdict)
-        ema.update()
+        ema.update(1)
 
     verdict = recovery.attempt(0, [batch])
     whole = median_ms(step, device)
@@ -45,7 +45,7 @@ def bench_guard(options: argparse.Namespace) -> None:
         "weights looked at": median_ms(lambda: finite_if_all_are(masters), device),
         "inputs looked at": median_ms(batch.inputs_sum, device),
         "decision": median_ms(lambda: recovery.resolve(0, [batch], verdict), device),
-        f"all of the state looked at, every {every} steps": median_ms(lambda: engine.ranks_with_bad_state(ema.averages), device)
+        f"all of the state looked at, every {every} steps": median_ms(lambda: engine.ranks_with_bad_state(ema.tensors), device)
         / every,
         f"a snapshot, every {every} steps": median_ms(lambda: recovery.snapshots.take(0, recovery.state), device) / every,
     }

@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -68,10 +69,15 @@ def header_of(cuts: Mapping[str, tuple[int, int]]) -> bytes:
 
 def write_file(path: Path, ranges: Sequence[Range]) -> Fingerprint:
     """Write and flush to disk. The fingerprint is of what was meant to be written, not of what the disk made of it."""
-    digest = hashlib.sha256()
     cuts = {part.key: (part.start, part.start + part.values.numel()) for part in ranges}
+    return write_blocks(path, cuts, (part.values for part in ranges))
+
+
+def write_blocks(path: Path, cuts: Mapping[str, tuple[int, int]], values: Iterable[Tensor]) -> Fingerprint:
+    """The same of ``values`` that come one after another, in blocks of any size, as ``header_of`` has it."""
+    digest = hashlib.sha256()
     with path.open("wb", buffering=0) as file:
-        for view in (memoryview(header_of(cuts)), *(_bytes_of(part.values) for part in ranges)):
+        for view in chain([memoryview(header_of(cuts))], map(_bytes_of, values)):
             for begin in range(0, len(view), BLOCK):
                 block = view[begin : begin + BLOCK]
                 digest.update(block)
@@ -167,6 +173,14 @@ class VectorFiles:
                 target, start = target[size:], end
         if start < stop:
             raise DataError(f"{self.folder} has no element {start} of {key}")
+
+    def blocks(self, key: str, elements: int) -> Iterator[Tensor]:
+        """All of a vector, a block at a time, each in the memory of the one before."""
+        buffer = torch.empty(min(elements, BLOCK // FLOAT32))
+        for start in range(0, elements, BLOCK // FLOAT32):
+            out = buffer[: elements - start]
+            self.read(key, start, out)
+            yield out
 
     def whole(self, key: str, shape: Sequence[int]) -> Tensor:
         """All of a vector, as a tensor of ``shape``."""

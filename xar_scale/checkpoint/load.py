@@ -8,7 +8,7 @@ from xar_scale.checkpoint.files import VectorFiles
 from xar_scale.checkpoint.manifest import KINDS, Checkpoint
 from xar_scale.config import Config
 from xar_scale.data.shards import DatasetInfo
-from xar_scale.ema import EMA
+from xar_scale.ema import EMA, POWER_KINDS
 from xar_scale.engines import Engine
 from xar_scale.errors import ConfigError, DataError
 
@@ -30,13 +30,18 @@ def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -
         )
     if manifest.step > config.train.steps:
         raise ConfigError(f"train.steps is {config.train.steps}, checkpoint {checkpoint.path} has taken {manifest.step}")
+    if config.optim.ema_snapshots_every and (missing := sorted(set(POWER_KINDS) - set(manifest.kinds))):
+        raise ConfigError(
+            f"optim.ema_snapshots_every is {config.optim.ema_snapshots_every}, checkpoint {checkpoint.path} was made without "
+            f"and holds no {missing[0]}: such averages begin with a run"
+        )
 
 
 def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
     """Fill weights, moments and averages. Every rank calls this, and reads what it owns: returns how many bytes it read."""
 
     def read() -> int:
-        with open_vectors(checkpoint) as files:
+        with open_vectors(checkpoint, *state_kinds(ema)) as files:
             for key, start, tensor in state_vectors(engine, ema):
                 if tensor.device.type == "cpu":
                     files.read(key, start, tensor)
@@ -65,11 +70,17 @@ def open_vectors(checkpoint: Checkpoint, *kinds: str) -> VectorFiles:
     return VectorFiles(checkpoint.path, checkpoint.manifest.files)
 
 
+def state_kinds(ema: EMA) -> tuple[str, ...]:
+    """Of the vectors that a checkpoint of the run holds: ``KINDS``, and further averages after the first."""
+    return "model", *ema.averages, "exp_avg", "exp_avg_sq"
+
+
 def state_vectors(engine: Engine, ema: EMA) -> list[tuple[str, int, Tensor]]:
     """What this rank owns of everything that a checkpoint holds: key, first element, and a view of those from it on."""
     vectors = []
-    for shard, average in zip(engine.shards(), ema.averages, strict=True):
-        for kind, tensor in zip(KINDS, (shard.master, average, shard.exp_avg, shard.exp_avg_sq), strict=True):
+    for shard, averages in zip(engine.shards(), zip(*ema.averages.values(), strict=True), strict=True):
+        tensors = (shard.master, *averages, shard.exp_avg, shard.exp_avg_sq)
+        for kind, tensor in zip(state_kinds(ema), tensors, strict=True):
             if tensor.numel():
                 vectors.append((f"{kind}/{shard.name}", shard.start, tensor))
     return vectors

@@ -15,6 +15,7 @@ from xar_scale.guard import GuardState
 
 FORMAT = 4
 FOLDER, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
+AVERAGES = "ema"  # the folder of snapshots of the averages, which are no checkpoints: no run goes on from them
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")  # of the vectors that training goes on from
 
 
@@ -36,6 +37,7 @@ class Manifest:
     config: dict[str, Any]
     shapes: dict[str, list[int]]
     kinds: tuple[str, ...] = KINDS
+    sigma_rel: float | None = None  # of an average that was made afterwards (xar_scale.posthoc)
     files: dict[str, Fingerprint] = field(default_factory=dict)
     format: int = FORMAT
 
@@ -48,6 +50,11 @@ class Manifest:
     def bytes(self) -> int:
         """Of all files."""
         return sum(entry.bytes for entry in self.files.values())
+
+    @property
+    def updates(self) -> int:
+        """Of the weights: steps that were taken, and not gone without."""
+        return self.step - self.guard.skipped
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,9 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def checkpoint_paths(run: Path) -> list[Path]:
-    """The run's checkpoints by name, oldest first, whole or damaged."""
-    paths = [path for path in (run / FOLDER).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
+def checkpoint_paths(run: Path, folder: str = FOLDER) -> list[Path]:
+    """The run's checkpoints by name (or snapshots, in another ``folder``), oldest first, whole or damaged."""
+    paths = [path for path in (run / folder).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
     return sorted(paths, key=step_of)
 
 

@@ -16,7 +16,16 @@ from xar_scale import dist
 from xar_scale.background import Background, Stage
 from xar_scale.checkpoint.files import Fingerprint, Range, file_name, write_file
 from xar_scale.checkpoint.load import state_vectors
-from xar_scale.checkpoint.manifest import FOLDER, LATEST, MANIFEST, Manifest, checkpoint_name, checkpoint_paths, step_of
+from xar_scale.checkpoint.manifest import (
+    AVERAGES,
+    FOLDER,
+    LATEST,
+    MANIFEST,
+    Manifest,
+    checkpoint_name,
+    checkpoint_paths,
+    step_of,
+)
 from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.config import TrainConfig
 from xar_scale.ema import EMA
@@ -29,7 +38,9 @@ ATTEMPTS_AT_THE_END = 6  # of writing the last checkpoint, 1, 2, 4, ... seconds 
 
 
 class Store:
-    """The checkpoints of one run, in ``RUN/checkpoints``. Every rank makes the same calls, in the same order.
+    """The checkpoints of one run, in ``RUN/checkpoints``, and snapshots of averages, in ``RUN/ema``, of which none is dropped.
+
+    Every rank makes the same calls, in the same order.
 
     A failure to write is reported, and tried again, by training while it goes on and at its end a few times more; one that
     lasts until the next checkpoint is due gives way to that.
@@ -52,19 +63,23 @@ class Store:
         """Rank 0's part of beginning at step ``start``: make the folder, and put in order what an earlier run left in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.set_aside_after(start)
-        for leftover in self.folder.glob(".step-*"):
-            shutil.rmtree(leftover)
+        for folder in (FOLDER, AVERAGES):
+            for leftover in (self.run / folder).glob(".step-*"):
+                shutil.rmtree(leftover)
         if paths := checkpoint_paths(self.run):
             self._point_at(paths[-1])
 
     def set_aside_after(self, step: int) -> None:
-        """Rename checkpoints of later steps, damaged ones that resuming passed over, so that they neither count nor block."""
-        for path in checkpoint_paths(self.run):
-            if step_of(path) > step:
-                path.rename(free_name(path.with_name(f"damaged-{path.name}")))
+        """Rename what is of later steps, so that it neither counts nor blocks: checkpoints, damaged ones that resuming passed
+        over, and snapshots, which will be taken again."""
+        for folder, prefix in ((FOLDER, "damaged"), (AVERAGES, "superseded")):
+            for path in checkpoint_paths(self.run, folder):
+                if step_of(path) > step:
+                    path.rename(free_name(path.with_name(f"{prefix}-{path.name}")))
 
-    def save(self, manifest: Manifest) -> None:
-        """Begin to write the state as it is now, which ``manifest`` describes but for its files."""
+    def save(self, *manifests: Manifest) -> None:
+        """Begin to write the state as it is now, of which each manifest describes some kinds of vectors, but for its files:
+        a snapshot of averages, a checkpoint, or one after the other."""
         begun = time.perf_counter()
         if self._writing is not None and not self._written(attempts=1):
             dist.say(f"{self._writing.name}: given up for the next one")
@@ -73,10 +88,14 @@ class Store:
         self._staging = self._staging or Staging(tensors)
         self._staging.take(tensors)
         parts = [Range(key, start, copy) for (key, start, _), copy in zip(vectors, self._staging.copies, strict=True)]
-        stages: list[Stage] = [lambda _: self._write(manifest, parts), lambda files: self._publish(manifest, files)]
-        self._begun = self.folder / checkpoint_name(manifest.step)
+        stages = [stage for manifest in manifests for stage in self._stages(manifest, parts)]
+        self._begun = self._final(manifests[-1])
         self._writing = Background(f"checkpoint {self._begun}", stages, self.engine.device)
         self.stalled += time.perf_counter() - begun
+
+    def _stages(self, manifest: Manifest, parts: Sequence[Range]) -> list[Stage]:
+        parts = [part for part in parts if part.key.split("/")[0] in manifest.kinds]
+        return [lambda _: self._write(manifest, parts), lambda files: self._publish(manifest, files)]
 
     def poll(self) -> None:
         """Between steps: let what is under way go on. Costs nothing when nothing is."""
@@ -112,7 +131,8 @@ class Store:
         if not self._writing.settle(attempts):
             return False
         self._writing = None
-        self.newest = self._to_upload = self._begun
+        if self._begun is not None and self._begun.parent == self.folder:
+            self.newest = self._to_upload = self._begun
         return True
 
     def _upload_next(self) -> None:
@@ -138,7 +158,7 @@ class Store:
         self._staging.wait()
         temporary = self._temporary(manifest)
         if dist.rank() == 0:
-            for given_up in self.folder.glob(".step-*.tmp"):
+            for given_up in temporary.parent.glob(".step-*.tmp"):
                 if given_up != temporary:
                     shutil.rmtree(given_up, ignore_errors=True)
         temporary.mkdir(parents=True, exist_ok=True)
@@ -151,7 +171,7 @@ class Store:
 
     def _publish(self, manifest: Manifest, written: Sequence[dict[str, Fingerprint]]) -> None:
         """Rank 0: one rename makes it visible; only then does anything older go."""
-        temporary, final = self._temporary(manifest), self.folder / checkpoint_name(manifest.step)
+        temporary, final = self._temporary(manifest), self._final(manifest)
         if dist.rank() != 0:
             return
         files = {name: entry for of_rank in written for name, entry in of_rank.items()}
@@ -162,9 +182,10 @@ class Store:
             write_atomically(temporary / MANIFEST, replace(manifest, files=files).to_json())
             sync_folder(temporary)
             temporary.rename(final)
-            sync_folder(self.folder)
-        self._point_at(final)
-        self._drop_older()
+            sync_folder(final.parent)
+        if final.parent == self.folder:
+            self._point_at(final)
+            self._drop_older()
 
     def _point_at(self, path: Path) -> None:
         write_atomically(self.folder / LATEST, f"{path.name}\n".encode())
@@ -191,7 +212,11 @@ class Store:
                 mirror.remove(step)
 
     def _temporary(self, manifest: Manifest) -> Path:
-        return self.folder / f".{checkpoint_name(manifest.step)}.tmp"
+        final = self._final(manifest)
+        return final.with_name(f".{final.name}.tmp")
+
+    def _final(self, manifest: Manifest) -> Path:
+        return self.run / (FOLDER if "model" in manifest.kinds else AVERAGES) / checkpoint_name(manifest.step)
 
 
 def _own_vectors(engine: Engine, ema: EMA) -> list[tuple[str, int, torch.Tensor]]:

@@ -1,0 +1,203 @@
+"""Power-function averages in training: in checkpoints, snapshots, roll backs and the look for what is not finite."""
+
+import math
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.conftest import digits_config
+from tests.unit.guarded_run import Guarded
+from tests.unit.test_store import same
+from tests.unit.tiny_run import Run
+from xar_scale.checkpoint import store
+from xar_scale.checkpoint.files import VectorFiles
+from xar_scale.checkpoint.load import check_continues, load, load_weights
+from xar_scale.checkpoint.manifest import KINDS, checkpoint_paths, newest_valid, read_manifest, verify
+from xar_scale.cli import main
+from xar_scale.ema import EMA, POWER_KINDS
+from xar_scale.errors import ConfigError, NonFiniteError
+from xar_scale.evaluate.digits import cache_digits
+from xar_scale.guard import Action, GuardState
+from xar_scale.memory import MARGIN, rank_memory
+from xar_scale.model.xar import meta_model
+from xar_scale.recovery import Recovery, Resolved
+
+ON = "optim.ema_snapshots_every=2"
+CONFIG = digits_config("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8", ON)
+
+
+def test_the_first_update_takes_the_weights_and_later_ones_less_and_less():
+    weight = torch.zeros(1)
+    ema = EMA([weight], 0.9, [0.1])
+    assert list(ema.averages) == ["ema", "ema-0.10"]
+    seen = []
+    for number in range(1, 4):
+        weight.fill_(1.0 if number == 1 else 0.0)
+        ema.update(number)
+        seen.append(ema.averages["ema-0.10"][0].item())
+    power = 7.94  # gamma + 1
+    assert seen == pytest.approx([1, 0.5**power, (1 / 3) ** power], rel=2e-2)
+
+
+def test_checkpoints_have_them_and_training_goes_on_bitwise(tmp_path):
+    run, other = Run(tmp_path, config=CONFIG), Run(tmp_path, seed=1, config=CONFIG)
+    run.train(3)
+    checkpoint = verify(run.save())
+    assert checkpoint.manifest.kinds == ("model", "ema", "ema-0.05", "ema-0.10", "exp_avg", "exp_avg_sq")
+    load(checkpoint, other.engine, other.ema)
+    other.step = 3
+    run.train(3)
+    other.train(3)
+    assert len(run.state()) == 6 * len(run.engine.shapes) and same(run.state(), other.state())
+
+
+def test_without_the_option_nothing_is_more_than_before(tmp_path):
+    run = Run(tmp_path)
+    run.train()
+    checkpoint = verify(run.save())
+    assert checkpoint.manifest.kinds == KINDS and list(run.ema.averages) == ["ema"]
+    with pytest.raises(ConfigError, match="ema_snapshots_every is 2, checkpoint .* holds no ema-0.05: such averages begin"):
+        check_continues(checkpoint, CONFIG, run.info)
+
+
+def test_with_the_option_turned_off_a_run_goes_on(tmp_path):
+    run = Run(tmp_path, config=CONFIG)
+    run.train(2)
+    checkpoint, off = verify(run.save()), Run(tmp_path)
+    check_continues(checkpoint, off.config, off.info)
+    load(checkpoint, off.engine, off.ema)
+    assert same(off.ema.tensors, run.ema.averages["ema"])
+
+
+def test_a_snapshot_and_a_checkpoint_of_one_step_are_both_written_the_snapshot_first(tmp_path, capsys):
+    run = Run(tmp_path, config=CONFIG, keep_last=1)
+    for _ in range(3):
+        run.train()
+        run.store.save(run.manifest(kinds=tuple(POWER_KINDS)), run.manifest())
+        run.store.finish()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["snapshot", "checkpoint"] * 3
+    assert sorted(os.listdir(tmp_path / "ema")) == ["step-00000001", "step-00000002", "step-00000003"]  # none is dropped
+    assert [path.name for path in checkpoint_paths(tmp_path)] == ["step-00000003"]
+    assert run.store.newest == tmp_path / "checkpoints" / "step-00000003" and newest_valid(tmp_path).path == run.store.newest
+    snapshot = verify(tmp_path / "ema" / "step-00000003")
+    assert snapshot.manifest.kinds == ("ema-0.05", "ema-0.10")
+    with VectorFiles(snapshot.path, snapshot.manifest.files) as files:
+        assert {key.split("/")[0] for key in files.pieces} == {"ema-0.05", "ema-0.10"}
+    for kind, averages in run.ema.averages.items():
+        if kind != "ema":
+            loaded = load_weights(snapshot, kind)
+            for shard, average in zip(run.engine.shards(), averages, strict=True):
+                assert torch.equal(loaded[shard.name], average.view(shard.shape))
+
+
+def test_a_snapshot_that_fails_is_tried_again_and_the_checkpoint_follows(tmp_path, monkeypatch):
+    run, exact, failures = Run(tmp_path, config=CONFIG), store.write_file, [OSError(28, "No space left on device")] * 2
+    monkeypatch.setattr(store.time, "sleep", lambda _: None)
+
+    def write(*arguments):
+        if failures:
+            raise failures.pop()
+        return exact(*arguments)
+
+    monkeypatch.setattr(store, "write_file", write)
+    run.train()
+    run.store.save(run.manifest(kinds=tuple(POWER_KINDS)), run.manifest())
+    run.store.finish()
+    verify(tmp_path / "ema" / "step-00000001")
+    verify(tmp_path / "checkpoints" / "step-00000001")
+
+
+def test_snapshots_of_steps_that_are_gone_behind_are_set_aside_and_leftovers_cleared(tmp_path):
+    run = Run(tmp_path, config=CONFIG)
+    for _ in range(2):
+        run.train()
+        run.store.save(run.manifest(kinds=tuple(POWER_KINDS)))
+        run.store.finish()
+    (tmp_path / "ema" / ".step-00000003.tmp").mkdir()
+    run.store.open(1)
+    assert sorted(os.listdir(tmp_path / "ema")) == ["step-00000001", "superseded-step-00000002"]
+    run.store.save(run.manifest(kinds=tuple(POWER_KINDS)))
+    run.store.finish()
+    assert [path.name for path in checkpoint_paths(tmp_path, "ema")] == ["step-00000001", "step-00000002"]
+    assert run.store.newest is None and not (tmp_path / "checkpoints" / "latest").exists()  # a snapshot is no checkpoint
+
+
+@pytest.mark.parametrize("kind", POWER_KINDS)
+def test_the_guard_looks_at_them_and_takes_them_back(tmp_path, kind, monkeypatch):
+    run = Guarded(tmp_path, "guard.snapshot_every=2", ON)
+    run.train(2)
+    assert run.recovery.keep(2, certainly=False)
+    before = run.state()
+    run.train()
+    run.ema.averages[kind][7][0] = math.nan
+    assert not run.recovery.keep(3, certainly=True)
+    run.recovery.roll_back()
+    assert same(run.state(), before)
+    run.ema.averages[kind][7][0] = math.nan
+    with pytest.raises(NonFiniteError, match="that the run begins with are not finite"):
+        run.recovery.begin(2)
+    run.spoil(monkeypatch, 1)
+    assert run.resolve().action is Action.ROLL_BACK
+
+
+def test_their_memory_is_reckoned():
+    off = replace(CONFIG, optim=replace(CONFIG.optim, ema_snapshots_every=None))
+    device = torch.device("cpu")
+    more = rank_memory(CONFIG, "fp32", 8, 1, device) - rank_memory(off, "fp32", 8, 1, device)
+    weights = sum(parameter.numel() for parameter in meta_model(CONFIG.model).parameters())
+    assert more == pytest.approx(MARGIN * 2 * 4 * weights)
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Of a training of 12 steps on one process, a checkpoint every 4 and a snapshot every 5."""
+    cache_digits(tmp_path / "data", 1000)
+    small = ["train.engine=single", "train.steps=12", "optim.warmup_steps=1", "train.global_batch=8", "data.workers=0"]
+    small += ["model.width=16", "model.heads=2", "train.checkpoint_every=4", "train.keep_last=9", "optim.ema_snapshots_every=5"]
+    return ["train", "--recipe", "digits", f"data.path={tmp_path / 'data'}", *small, "--run-dir"]
+
+
+def test_training_counts_updates_and_not_steps_across_a_resume(tmp_path, words, monkeypatch, capsys):
+    """A step that is gone without is no update; 8 and 4 steps are 12, bitwise."""
+    resolve, update, numbers = Recovery.resolve, EMA.update, []
+
+    def skip_the_third(self, step, batches, verdict):
+        if step != 2:
+            return resolve(self, step, batches, verdict)
+        self.engine.discard()
+        self.state = replace(self.state, skipped=self.state.skipped + 1)
+        return Resolved(Action.SKIP, verdict)
+
+    monkeypatch.setattr(Recovery, "resolve", skip_the_third)
+    monkeypatch.setattr(EMA, "update", lambda self, number: (numbers.append(number), update(self, number)))
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    assert numbers == list(range(1, 12))
+    numbers.clear()
+    middle = tmp_path / "whole" / "checkpoints" / "step-00000008"
+    assert main([*words, str(tmp_path / "resumed"), "--resume", str(middle)]) == 0
+    assert numbers == [8, 9, 10, 11]
+    for folder in ("checkpoints/step-00000012", "ema/step-00000010", "ema/step-00000012"):
+        whole, resumed = (verify(tmp_path / run / folder) for run in ("whole", "resumed"))
+        assert whole.manifest.updates == int(folder[-2:]) - 1 and "ema-0.05" in whole.manifest.kinds
+        for kind in whole.manifest.kinds:
+            ours, theirs = load_weights(resumed, kind), load_weights(whole, kind)
+            assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    assert sorted(os.listdir(tmp_path / "whole" / "ema")) == ["step-00000005", "step-00000010", "step-00000012"]
+    said, complaint = capsys.readouterr()
+    last = [line.split()[0] for line in said.splitlines() if "step-00000012 is written" in line]
+    assert (last, complaint) == (["snapshot", "checkpoint"] * 2, "")
+
+
+def test_no_run_goes_on_from_averages_alone(tmp_path, words, capsys):
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    capsys.readouterr()
+    snapshot = tmp_path / "whole" / "ema" / "step-00000010"
+    for more in ([], ["optim.ema_snapshots_every=null"]):
+        assert main([*words, str(tmp_path / "resumed"), *more, "--resume", str(snapshot)]) == 65
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"checkpoint {snapshot} holds ema-0.05, ema-0.10, and no" in error
+    assert not (tmp_path / "resumed").exists()
+    assert read_manifest(snapshot).manifest.guard == GuardState()

@@ -1,0 +1,198 @@
+"""Look into checkpoints: what one holds, where two differ, and an average of any length made of a run's snapshots.
+
+python tools/inspect_checkpoint.py show runs/demo
+python tools/inspect_checkpoint.py diff runs/demo/checkpoints/step-00000350 runs/demo/checkpoints/step-00000700
+python tools/inspect_checkpoint.py ema runs/demo --std 0.07 --out runs/demo-0.07
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from xar_scale.checkpoint.averages import fit_to, open_snapshots, write_average
+from xar_scale.checkpoint.contents import changes, differences, not_finite, sizes
+from xar_scale.checkpoint.manifest import AVERAGES, FOLDER, Manifest, checkpoint_paths, read_manifest, verify
+from xar_scale.cli import Parser, ending
+from xar_scale.dist import file_error
+from xar_scale.doctor import table
+from xar_scale.errors import DataError, UsageError
+from xar_scale.presets import MODELS
+
+LISTED = 8  # files, vectors or samples that are named; of more, how many
+GOOD = ("as written", "finite")
+TITLES = ("folder", "step", "epoch", "model", "precision", "engine", "ranks", "GB", "files", "values")
+
+
+def main() -> int:
+    parser = Parser(prog="inspect_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    show = commands.add_parser("show", help="what is in it, whether its files are as written and its values finite")
+    show.add_argument("path", type=Path, help="a checkpoint's folder, or a run's: all of its checkpoints and snapshots")
+    show.set_defaults(run_command=lambda options: show_path(options.path))
+    diff = commands.add_parser("diff", help="the vectors and entries of the manifest that differ; ends with 0 either way")
+    diff.add_argument("one", type=Path)
+    diff.add_argument("other", type=Path)
+    diff.set_defaults(run_command=lambda options: show_differences(options.one, options.other))
+    ema = commands.add_parser("ema", help="an average of any length, made of a run's snapshots (optim.ema_snapshots_every)")
+    ema.add_argument("run", type=Path)
+    ema.add_argument("--std", type=float, required=True, help="its width: standard deviation relative to the run's length")
+    ema.add_argument("--step", type=int, help="of the snapshot that it ends at (default: the newest)")
+    ema.add_argument("--out", type=Path, required=True, help="the folder that is made: a checkpoint, for `xar-scale sample`")
+    ema.set_defaults(run_command=lambda options: make_average(options.run, options.std, options.step, options.out))
+
+    def run() -> None:
+        options = parser.parse_args()
+        options.run_command(options)
+
+    return ending("inspect_checkpoint", run)
+
+
+def show_path(path: Path) -> None:
+    """Raises DataError, after all is shown, where something is damaged or not finite."""
+    paths = [found for folder in (FOLDER, AVERAGES) for found in checkpoint_paths(path, folder)]
+    if not paths and (path / FOLDER).is_dir():
+        raise UsageError(f"no checkpoint in {path}")
+    findings = show_run(path, paths) if paths else [show_checkpoint(path)]
+    if wrong := sum(finding != GOOD for finding in findings):
+        raise DataError(f"{path}: {wrong} of {len(findings)} damaged or not finite")
+
+
+def show_checkpoint(path: Path) -> tuple[str, str]:
+    finding = look(path)
+    facts: list[tuple[str, str]] = []
+    with suppress(DataError):  # which the finding tells
+        facts = describe(read_manifest(path).manifest)
+    print(table(("what", "found"), [("folder", str(path)), *facts, *zip(("files", "values"), finding, strict=True)]))
+    return finding
+
+
+def show_run(run: Path, paths: Sequence[Path]) -> list[tuple[str, str]]:
+    findings = [look(path) for path in paths]
+    rows, complaints = [], []
+    for path, finding in zip(paths, findings, strict=True):
+        name = str(path.relative_to(run))
+        summary = ("-",) * (len(TITLES) - 3)
+        with suppress(DataError):
+            summary = summarize(read_manifest(path).manifest)
+        rows.append((name, *summary, *(words.split(":")[0] for words in finding)))
+        complaints += [f"{name}: {words}" for words in finding if words not in GOOD]
+    print("\n".join([table(TITLES, rows), *complaints]))
+    return findings
+
+
+def look(path: Path) -> tuple[str, str]:
+    """What is to be said of its files and of its values; ``GOOD`` where nothing is wrong. Reads everything."""
+    files, values = GOOD
+    try:
+        verify(path)
+    except DataError as error:
+        files = f"DAMAGED: {error}"
+    try:
+        checkpoint = read_manifest(path)
+        if found := not_finite(checkpoint):
+            elements = sizes(checkpoint)
+            named = listed([f"{key} ({count:,} of {elements[key]:,})" for key, count in found.items()])
+            values = f"NOT FINITE: {sum(found.values()):,} elements in {len(found)} vectors: {named}"
+    except (DataError, OSError) as error:
+        values = f"unreadable: {file_error(error) if isinstance(error, OSError) else error}"
+    return files, values
+
+
+def summarize(manifest: Manifest) -> tuple[str, ...]:
+    lowered = " (lowered)" if manifest.guard.lowered else ""
+    return (
+        str(manifest.step),
+        str(manifest.position.epoch),
+        model_name(manifest),
+        f"{manifest.precision}{lowered}",
+        manifest.engine,
+        str(manifest.world),
+        gigabytes(manifest.bytes),
+    )
+
+
+def describe(manifest: Manifest) -> list[tuple[str, str]]:
+    """(what, as it is), for a person."""
+    guard, position, config = manifest.guard, manifest.position, manifest.config
+    parameters = sum(math.prod(shape) for shape in manifest.shapes.values())
+    until = "for good" if guard.held_until is None else f"until step {guard.held_until}"
+    counts = ("holds", "discarded", "skipped", "transients", "quarantined", "rollbacks")
+    counted = ", ".join(f"{name} {getattr(guard, name)}" for name in counts)
+    files = listed([f"{name} ({gigabytes(entry.bytes)} GB)" for name, entry in manifest.files.items()])
+    made = [("average", f"sigma_rel {manifest.sigma_rel:g}, made of snapshots")] if manifest.sigma_rel is not None else []
+    return [
+        *made,
+        ("step", f"{manifest.step:,} of {config['train']['steps']:,}"),
+        ("model", f"{model_name(manifest)}, {parameters:,} parameters, entity {config['model']['entity']}"),
+        ("kinds", ", ".join(manifest.kinds)),
+        ("written", f"by {manifest.world} ranks, engine {manifest.engine}, {gigabytes(manifest.bytes)} GB: {files}"),
+        ("precision", f"{manifest.precision}, the run's {config['train']['precision']}"),
+        ("guard", f"{f'lowered {until}' if guard.lowered else 'not lowered'}; {counted}"),
+        ("data", f"epoch {position.epoch}, {position.consumed:,} samples of it; {manifest.samples_consumed:,} of the run"),
+        ("bad samples", places(manifest.bad_samples)),
+        ("quarantined", places(manifest.quarantined)),
+    ]
+
+
+def model_name(manifest: Manifest) -> str:
+    """The preset of these sizes."""
+    model = manifest.config["model"]
+    return next((name for name, values in MODELS.items() if values.items() <= model.items()), f"width {model['width']}")
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g}"
+
+
+def places(samples: Sequence[tuple[str, int]]) -> str:
+    return f"{len(samples):,}: {listed([f'{position} of {shard}' for shard, position in samples])}" if samples else "none"
+
+
+def listed(words: Sequence[str]) -> str:
+    return ", ".join(words[:LISTED]) + (f" and {len(words) - LISTED:,} more" if len(words) > LISTED else "")
+
+
+def show_differences(one: Path, other: Path) -> None:
+    old, new = read_manifest(one), read_manifest(other)
+    changed = changes(old, new)
+    print(f"manifest: {len(changed)} entries differ" if changed else "manifest: identical")
+    for key, (before, after) in changed.items():
+        print(f"  {key}: {before} -> {after}")
+    ours, theirs = sizes(old), sizes(new)
+    found = list(differences(old, new))
+    for kind in dict.fromkeys((*old.manifest.kinds, *new.manifest.kinds)):
+        vectors = [difference for difference in found if difference.key.startswith(f"{kind}/")]
+        unlike = [difference for difference in vectors if difference.differing]
+        alone = [
+            f"  only in {where}: {key}, {elements:,} elements"
+            for mine, others, where in ((ours, theirs, one), (theirs, ours, other))
+            for key, elements in mine.items()
+            if key.startswith(f"{kind}/") and others.get(key) != elements
+        ]
+        if vectors:
+            print(f"{kind}: {f'{len(unlike)} of {len(vectors)} vectors differ' if unlike else 'identical'}")
+        if unlike:
+            titles = ("  vector", "largest difference", "relative norm", "elements")
+            rows = [
+                (f"  {d.key}", f"{d.largest:.3g}", f"{d.relative:.3g}", f"{d.differing:,} of {d.elements:,}") for d in unlike
+            ]
+            print(table(titles, rows))
+        for line in alone:
+            print(line)
+
+
+def make_average(run: Path, sigma_rel: float, step: int | None, out: Path) -> None:
+    snapshots = open_snapshots(run, step)
+    fit = fit_to(snapshots, sigma_rel)
+    made = write_average(snapshots, fit.factors.tolist(), sigma_rel, out)
+    print(
+        f"{out}: average of sigma_rel {sigma_rel:g} at step {made.manifest.step}, of {len(snapshots)} snapshots; "
+        f"its profile is off by {fit.residual:.2%}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""An average of any length, made of a run's snapshots afterwards: a checkpoint of its own, which images are drawn from."""
+
+import math
+import resource
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xar_scale.checkpoint.files import BLOCK, FLOAT32, VectorFiles, file_name, write_blocks
+from xar_scale.checkpoint.manifest import AVERAGES, MANIFEST, Checkpoint, checkpoint_paths, read_manifest, step_of, verify
+from xar_scale.ema import POWER_KINDS
+from xar_scale.errors import DataError, UsageError
+from xar_scale.files import sync_folder, write_atomically
+from xar_scale.posthoc import WIDEST, Fit, Profile, fit
+
+LARGEST_RESIDUAL = 0.05  # of a fit that is used
+WIDTHS_TRIED = np.arange(0.005, WIDEST, 0.001)  # in search of those that snapshots do have
+
+
+def open_snapshots(run: Path, step: int | None) -> list[Checkpoint]:
+    """Those up to ``step``, which is one of theirs (none: the newest's), oldest first; their files are not looked at."""
+    paths = checkpoint_paths(run, AVERAGES)
+    if not paths:
+        raise UsageError(f"no snapshots of averages in {run / AVERAGES}: optim.ema_snapshots_every has training take them")
+    steps = [step_of(path) for path in paths]
+    if step is not None and step not in steps:
+        raise UsageError(f"--step {step} is no snapshot's; there are: {', '.join(map(str, steps))}")
+    snapshots = [read_manifest(path) for path, at in zip(paths, steps, strict=True) if step is None or at <= step]
+    newest = snapshots[-1].manifest
+    for snapshot in snapshots:
+        if (snapshot.manifest.shapes, snapshot.manifest.kinds) != (newest.shapes, newest.kinds):
+            raise DataError(f"snapshot {snapshot.path} is of another model than {snapshots[-1].path}")
+    return snapshots
+
+
+def fit_to(snapshots: Sequence[Checkpoint], sigma_rel: float) -> Fit:
+    """The factors of each snapshot's averages, kind by kind, that make one of ``sigma_rel`` at the time of the last.
+
+    Raises UsageError, with the nearest width that can be made, where the fit is off by more than ``LARGEST_RESIDUAL``.
+    """
+    if not 0 < sigma_rel < WIDEST:
+        raise UsageError(f"--std {sigma_rel:g} is no width: they lie between 0 and {WIDEST:.4f}, all weights alike")
+    updates = snapshots[-1].manifest.updates
+    stored = [Profile(snapshot.manifest.updates, width) for snapshot in snapshots for width in POWER_KINDS.values()]
+    found = fit(stored, Profile(updates, sigma_rel))
+    if found.residual > LARGEST_RESIDUAL:
+        able = [width for width in WIDTHS_TRIED if fit(stored, Profile(updates, float(width))).residual <= LARGEST_RESIDUAL]
+        nearest = min(able, key=lambda width: abs(width - sigma_rel))
+        raise UsageError(
+            f"--std {sigma_rel:g} cannot be made of {len(snapshots)} snapshots, of updates {snapshots[0].manifest.updates} to "
+            f"{updates}: the nearest profile is off by {found.residual:.0%}, {LARGEST_RESIDUAL:.0%} is allowed; the nearest "
+            f"--std that can be is {nearest:.3f}, others need more snapshots"
+        )
+    return found
+
+
+def write_average(snapshots: Sequence[Checkpoint], factors: Sequence[float], sigma_rel: float, out: Path) -> Checkpoint:
+    """The snapshots' averages, each by its factor, summed: a checkpoint of kind ``ema`` alone, there whole or not at all.
+
+    Raises UsageError where something is there already, DataError where a snapshot's file is not as it was written.
+    """
+    if out.exists():
+        raise UsageError(f"{out} is there already")
+    for snapshot in snapshots:
+        verify(snapshot.path)
+    elements = {name: math.prod(shape) for name, shape in snapshots[-1].manifest.shapes.items()}
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    path = temporary / file_name(0)
+    # A file a rank and snapshot is open: of long runs on many ranks, more than the 1024 that a process usually may have
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with ExitStack() as stack:
+        opened = [stack.enter_context(VectorFiles(snapshot.path, snapshot.manifest.files)) for snapshot in snapshots]
+        parts = [(files, kind) for files in opened for kind in POWER_KINDS]
+        blocks = (block for name in elements for block in _sums(parts, factors, name, elements[name]))
+        written = write_blocks(path, {f"ema/{name}": (0, count) for name, count in elements.items()}, blocks)
+    manifest = replace(snapshots[-1].manifest, kinds=("ema",), sigma_rel=sigma_rel, world=1, files={path.name: written})
+    write_atomically(temporary / MANIFEST, manifest.to_json())
+    sync_folder(temporary)
+    temporary.rename(out)
+    sync_folder(out.parent)
+    return Checkpoint(out, manifest)
+
+
+def _sums(parts: Sequence[tuple[VectorFiles, str]], factors: Sequence[float], name: str, elements: int) -> Iterator[Tensor]:
+    """One vector of the average, a block at a time, summed in float64."""
+    for start in range(0, elements, BLOCK // FLOAT32):
+        block = torch.empty(min(elements - start, BLOCK // FLOAT32))
+        total = torch.zeros(len(block), dtype=torch.float64)
+        for (files, kind), factor in zip(parts, factors, strict=True):
+            files.read(f"{kind}/{name}", start, block)
+            total.add_(block, alpha=float(factor))
+        yield block.copy_(total)

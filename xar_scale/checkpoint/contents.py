@@ -1,0 +1,89 @@
+"""What lies in checkpoints, read a block at a time: what is not finite, and where two differ."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from xar_scale.checkpoint.files import VectorFiles
+from xar_scale.checkpoint.manifest import Checkpoint
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of one vector in two checkpoints. ``relative``: the norm of the difference, over that of the first one's vector."""
+
+    key: str
+    differing: int  # elements that are not bitwise the same
+    elements: int
+    largest: float  # absolute difference; NaN where either holds one
+    relative: float
+
+
+def sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Elements of each vector, by key."""
+    manifest = checkpoint.manifest
+    return {f"{kind}/{name}": math.prod(shape) for kind in manifest.kinds for name, shape in manifest.shapes.items()}
+
+
+def not_finite(checkpoint: Checkpoint) -> dict[str, int]:
+    """How many elements are not, of each vector that has some. Raises DataError where a file is not what it says."""
+    found: dict[str, int] = {}
+    with VectorFiles(checkpoint.path, checkpoint.manifest.files) as files:
+        for key, elements in sizes(checkpoint).items():
+            count = sum(block.numel() - int(block.isfinite().sum()) for block in files.blocks(key, elements))
+            found |= {key: count} if count else {}
+    return found
+
+
+def differences(one: Checkpoint, other: Checkpoint) -> Iterator[Difference]:
+    """Of every vector that both hold in the same size. Raises DataError where a file is not what it says."""
+    theirs = sizes(other)
+    with (
+        VectorFiles(one.path, one.manifest.files) as files,
+        VectorFiles(other.path, other.manifest.files) as other_files,
+    ):
+        for key, elements in sizes(one).items():
+            if theirs.get(key) == elements:
+                yield _difference(key, elements, files, other_files)
+
+
+def _difference(key: str, elements: int, files: VectorFiles, other_files: VectorFiles) -> Difference:
+    differing, largest, square, norm = 0, 0.0, 0.0, 0.0
+    for a, b in zip(files.blocks(key, elements), other_files.blocks(key, elements), strict=True):
+        norm += _square(a)
+        same = a.view(torch.int32) == b.view(torch.int32)
+        if not same.all():
+            gap = a.sub_(b).masked_fill_(same, 0)  # also where both are infinite
+            differing += same.numel() - int(same.sum())
+            largest = max((largest, gap.abs().max().item()), key=lambda value: (math.isnan(value), value))
+            square += _square(gap)
+    relative = 0.0 if square == 0 else math.sqrt(square / norm) if norm else math.inf
+    return Difference(key, differing, elements, largest, relative)
+
+
+def _square(block: torch.Tensor) -> float:
+    """Its squared norm, summed in float64."""
+    return torch.linalg.vector_norm(block, dtype=torch.float64).item() ** 2
+
+
+def changes(one: Checkpoint, other: Checkpoint) -> dict[str, tuple[Any, Any]]:
+    """What the manifests say otherwise, by key (a config's with dots), old and new; None where there is no such key."""
+    old, new = (_flat(_described(checkpoint)) for checkpoint in (one, other))
+    return {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All but what follows from the vectors themselves."""
+    manifest = checkpoint.manifest
+    values = vars(manifest) | {"guard": manifest.guard.to_dict(), "position": manifest.position._asdict()}
+    return {key: value for key, value in values.items() if key != "files"}
+
+
+def _flat(values: dict[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return flat
