@@ -72,13 +72,16 @@ def test_with_the_option_turned_off_a_run_goes_on(tmp_path):
 
 
 def test_a_snapshot_and_a_checkpoint_of_one_step_are_both_written_the_snapshot_first(tmp_path, capsys):
+    written = []
     run = Run(tmp_path, config=CONFIG, keep_last=1)
     for _ in range(3):
         run.train()
         run.store.save(run.manifest(kinds=tuple(POWER_KINDS)), run.manifest())
         run.store.finish()
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["snapshot", "checkpoint"] * 3
+        paths = [tmp_path / folder / f"step-{run.step:08d}" / "manifest.json" for folder in ("ema", "checkpoints")]
+        written.append([path.stat().st_mtime_ns for path in paths])
+        assert "snapshot {} and checkpoint {}: done".format(*(path.parent for path in paths)) in capsys.readouterr().out
+    assert all(snapshot < checkpoint for snapshot, checkpoint in written)
     assert sorted(os.listdir(tmp_path / "ema")) == ["step-00000001", "step-00000002", "step-00000003"]  # none is dropped
     assert [path.name for path in checkpoint_paths(tmp_path)] == ["step-00000003"]
     assert run.store.newest == tmp_path / "checkpoints" / "step-00000003" and newest_valid(tmp_path).path == run.store.newest
@@ -187,8 +190,8 @@ def test_training_counts_updates_and_not_steps_across_a_resume(tmp_path, words, 
             assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
     assert sorted(os.listdir(tmp_path / "whole" / "ema")) == ["step-00000005", "step-00000010", "step-00000012"]
     said, complaint = capsys.readouterr()
-    last = [line.split()[0] for line in said.splitlines() if "step-00000012 is written" in line]
-    assert (last, complaint) == (["snapshot", "checkpoint"] * 2, "")
+    assert len([line for line in said.splitlines() if line.startswith("snapshot") and "step-00000012: done" in line]) == 2
+    assert complaint == ""
 
 
 def test_no_run_goes_on_from_averages_alone(tmp_path, words, capsys):

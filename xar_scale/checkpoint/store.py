@@ -90,7 +90,8 @@ class Store:
         parts = [Range(key, start, copy) for (key, start, _), copy in zip(vectors, self._staging.copies, strict=True)]
         stages = [stage for manifest in manifests for stage in self._stages(manifest, parts)]
         self._begun = self._final(manifests[-1])
-        self._writing = Background(f"checkpoint {self._begun}", stages, self.engine.device)
+        name = " and ".join(f"{_kind(manifest)} {self._final(manifest)}" for manifest in manifests)
+        self._writing = Background(name, stages, self.engine.device)
         self.stalled += time.perf_counter() - begun
 
     def _stages(self, manifest: Manifest, parts: Sequence[Range]) -> list[Stage]:
@@ -216,7 +217,11 @@ class Store:
         return final.with_name(f".{final.name}.tmp")
 
     def _final(self, manifest: Manifest) -> Path:
-        return self.run / (FOLDER if "model" in manifest.kinds else AVERAGES) / checkpoint_name(manifest.step)
+        return self.run / (FOLDER if _kind(manifest) == "checkpoint" else AVERAGES) / checkpoint_name(manifest.step)
+
+
+def _kind(manifest: Manifest) -> str:
+    return "checkpoint" if "model" in manifest.kinds else "snapshot"
 
 
 def _own_vectors(engine: Engine, ema: EMA) -> list[tuple[str, int, torch.Tensor]]:
