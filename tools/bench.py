@@ -6,6 +6,7 @@ python tools/bench.py guard --model xar_b --batch 4
 python tools/bench.py build --model xar_7b --ranks 64
 python tools/bench.py loader --data /tmp/loader
 python tools/bench.py reshard --model xar_h --data /tmp/reshard
+torchrun --nproc-per-node 2 tools/bench.py checkpoint --model xar_b --data /tmp/checkpoint
 python tools/bench.py order --shards 100000 --samples-per-shard 1000
 """
 
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from xar_scale.bench.checkpoint import bench_checkpoint
 from xar_scale.bench.guard import bench_guard
 from xar_scale.bench.loader import bench_loader, bench_order
 from xar_scale.bench.model import bench_attention, bench_build, bench_recompute
@@ -44,6 +46,10 @@ def main() -> int:
     loader.set_defaults(command=bench_loader, batch=1, grid=16, precision="fp32")
     loader.add_argument("--data", type=Path, required=True, help="a folder for the latents, made there once")
     loader.add_argument("--samples", type=int, default=8192)
+    checkpoint = commands.add_parser("checkpoint", help="saving and loading a run's state: ours, and DeepSpeed's universal way")
+    checkpoint.set_defaults(command=bench_checkpoint, batch=1, grid=16, precision="fp32")
+    checkpoint.add_argument("--data", type=Path, required=True, help="a folder to make, and remove")
+    checkpoint.add_argument("--model", default="xar_b")
     order = commands.add_parser("order", help="memory and time to begin, and to find samples, at cluster scale")
     order.set_defaults(command=bench_order, batch=1, grid=16, precision="fp32")
     order.add_argument("--shards", type=int, default=100_000)

@@ -1,0 +1,127 @@
+"""What keeping a run's state takes: here, and by DeepSpeed's own checkpoints, of the same model in the same processes."""
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xar_scale import dist
+from xar_scale.checkpoint.load import load
+from xar_scale.checkpoint.manifest import Manifest, read_manifest
+from xar_scale.checkpoint.store import Store
+from xar_scale.config import Config, merge
+from xar_scale.data.order import Position
+from xar_scale.ema import EMA
+from xar_scale.engines import Engine, create_engine
+from xar_scale.errors import ConfigError
+from xar_scale.guard import GuardState
+from xar_scale.model.xar import initial_weights, meta_model
+from xar_scale.presets import model_values, recipe
+
+REPEATS = 3
+
+
+def bench_checkpoint(options: argparse.Namespace) -> None:
+    """Under a launcher, on each rank. Medians; the slowest rank's seconds, all ranks' bytes."""
+    device = dist.local_device()
+    dist.init(device)
+    if options.data.exists():
+        raise ConfigError(f"{options.data} exists; --data is a folder to make and remove")
+    model = {**model_values(options.model), "grid": [options.grid] * 2, "channels": 16, "classes": 1000}
+    train = {"engine": "deepspeed", "precision": options.precision, "global_batch": dist.world()}
+    config = Config.from_dict(merge(recipe("digits"), {"model": model, "train": train, "data": {"lanes": 1}}))
+    network = meta_model(config.model)
+    engine = create_engine(network, initial_weights(network, 0), config, device)
+    ema = EMA([shard.master for shard in engine.shards()], 0.9999)
+    dist.on_rank_0(lambda: options.data.mkdir(parents=True))
+    try:
+        rows = {"ours": _ours(engine, ema, config, options.data), "DeepSpeed, universal": _theirs(engine, options.data)}
+    finally:
+        dist.on_rank_0(lambda: shutil.rmtree(options.data, ignore_errors=True))
+    dist.say(f"\n{options.model}, ZeRO-3 on {dist.world()} x {device.type}, medians of {REPEATS}\n")
+    dist.say("| | training waits, s | saved after, s | converted, s | loaded, s | read by all ranks, GB | on disk, GB |")
+    dist.say("| --- | --- | --- | --- | --- | --- | --- |")
+    for name, (wait, saved, converted, loaded, read, size) in rows.items():
+        dist.say(
+            f"| {name} | {wait:.2f} | {saved:.2f} | {converted:.2f} | {loaded:.2f} | {read / 1e9:.2f} | {size / 1e9:.2f} |"
+        )
+
+
+def _ours(engine: Engine, ema: EMA, config: Config, folder: Path) -> tuple[float, ...]:
+    store = Store(folder / "ours", engine, ema, config.train)
+    dist.on_rank_0(lambda: store.open(0))
+    waits, saves = [], []
+    for step in range(1, REPEATS + 2):  # the first takes the memory that the others use again
+        before = store.stalled
+        saves.append(_slowest(lambda step=step: (store.save(_manifest(step, engine, config)), store.finish())))  # type: ignore[misc]
+        waits.append(dist.largest(store.stalled - before))
+    assert store.newest is not None
+    checkpoint = read_manifest(store.newest)
+    loads, read = _loads(lambda: load(checkpoint, engine, ema))
+    return statistics.median(waits[1:]), statistics.median(saves[1:]), 0.0, loads, read, checkpoint.manifest.bytes
+
+
+def _theirs(engine: Any, folder: Path) -> tuple[float, ...]:
+    """Its save blocks; another number of ranks takes the conversion, once."""
+    own, universal = folder / "zero", folder / "universal"
+    saves = []
+    for step in range(REPEATS):
+        saves.append(_slowest(lambda step=step: engine.engine.save_checkpoint(str(own), tag=f"step{step}")))  # type: ignore[misc]
+        if step:
+            dist.on_rank_0(lambda step=step: shutil.rmtree(own / f"step{step - 1}"))  # type: ignore[misc]
+    source, target = own / f"step{REPEATS - 1}", universal / "step"
+
+    def convert() -> None:
+        if dist.rank() == 0:
+            words = ["--input_folder", str(source), "--output_folder", str(target)]
+            subprocess.run(
+                [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words], check=True, capture_output=True
+            )
+
+    converted = _slowest(convert)
+    engine.engine._config.load_universal_checkpoint = True  # 0.19.8
+    loads, read = _loads(lambda: engine.engine.load_checkpoint(str(universal), tag="step"))
+    size = sum(path.stat().st_size for path in universal.rglob("*") if path.is_file())
+    return statistics.median(saves), statistics.median(saves), converted, loads, read, size
+
+
+def _loads(work: Callable[[], Any]) -> tuple[float, int]:
+    """Seconds, and bytes that all ranks asked the system for."""
+    before = _bytes_read()
+    seconds = statistics.median(_slowest(work) for _ in range(REPEATS))
+    return seconds, sum(dist.gather_objects((_bytes_read() - before) // REPEATS))
+
+
+def _bytes_read() -> int:
+    fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(fields["rchar"])
+
+
+def _slowest(work: Callable[[], Any]) -> float:
+    dist.gather_objects(None)  # all begin together
+    begun = time.perf_counter()
+    work()
+    return dist.largest(time.perf_counter() - begun)
+
+
+def _manifest(step: int, engine: Engine, config: Config) -> Manifest:
+    return Manifest(
+        step=step,
+        seed=0,
+        samples_consumed=0,
+        position=Position(0, 0),
+        bad_samples=[],
+        quarantined=[],
+        guard=GuardState(),
+        dataset={},
+        world=dist.world(),
+        engine=config.train.engine,
+        precision=engine.mode,
+        config=config.to_dict(),
+        shapes={name: list(shape) for name, shape in engine.shapes.items()},
+    )
