@@ -46,10 +46,8 @@ def bench_checkpoint(options: argparse.Namespace) -> None:
     dist.say(f"\n{options.model}, ZeRO-3 on {dist.world()} x {device.type}, medians of {REPEATS}\n")
     dist.say("| | training waits, s | saved after, s | converted, s | loaded, s | read by all ranks, GB | on disk, GB |")
     dist.say("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, (wait, saved, converted, loaded, read, size) in rows.items():
-        dist.say(
-            f"| {name} | {wait:.2f} | {saved:.2f} | {converted:.2f} | {loaded:.2f} | {read / 1e9:.2f} | {size / 1e9:.2f} |"
-        )
+    for name, (*seconds, read, size) in rows.items():
+        dist.say(f"| {name} | {' | '.join(f'{value:.2f}' for value in seconds)} | {read / 1e9:.2f} | {size / 1e9:.2f} |")
 
 
 def _ours(engine: Engine, ema: EMA, config: Config, folder: Path) -> tuple[float, ...]:
@@ -58,12 +56,18 @@ def _ours(engine: Engine, ema: EMA, config: Config, folder: Path) -> tuple[float
     waits, saves = [], []
     for step in range(1, REPEATS + 2):  # the first takes the memory that the others use again
         before = store.stalled
-        saves.append(_slowest(lambda step=step: (store.save(_manifest(step, engine, config)), store.finish())))  # type: ignore[misc]
+        manifest = _manifest(step, engine, config)
+        saves.append(_slowest(lambda manifest=manifest: _saved(store, manifest)))  # type: ignore[misc]
         waits.append(dist.largest(store.stalled - before))
     assert store.newest is not None
     checkpoint = read_manifest(store.newest)
     loads, read = _loads(lambda: load(checkpoint, engine, ema))
     return statistics.median(waits[1:]), statistics.median(saves[1:]), 0.0, loads, read, checkpoint.manifest.bytes
+
+
+def _saved(store: Store, manifest: Manifest) -> None:
+    store.save(manifest)
+    store.finish()
 
 
 def _theirs(engine: Any, folder: Path) -> tuple[float, ...]:
@@ -78,10 +82,9 @@ def _theirs(engine: Any, folder: Path) -> tuple[float, ...]:
 
     def convert() -> None:
         if dist.rank() == 0:
-            words = ["--input_folder", str(source), "--output_folder", str(target)]
-            subprocess.run(
-                [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words], check=True, capture_output=True
-            )
+            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+            command += ["--input_folder", str(source), "--output_folder", str(target)]
+            subprocess.run(command, check=True, capture_output=True)
 
     converted = _slowest(convert)
     engine.engine._config.load_universal_checkpoint = True  # 0.19.8
