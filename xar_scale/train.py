@@ -128,7 +128,11 @@ class Training:
             verdict = self.recovery.attempt(step, batches, len(news))
         self.store.poll()
         if verdict.faults:
-            _account_for(news, self.bad)
+            try:
+                _account_for(news, self.bad)
+            except DataError:  # on every rank alike: what is being written is not lost
+                self.store.newest_on_disk()
+                raise
         action, resolved = self.recovery.resolve(step, batches, verdict)
         if action is Action.QUARANTINE:
             self.dataset.quarantine(self.recovery.suspects)

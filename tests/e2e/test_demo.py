@@ -16,7 +16,7 @@ from tests.processes import LIMIT_S, ROOT, environment
 from xar_scale.guard import GuardState
 
 METRICS = {"step", "loss", "lr", "grad_norm", "images_per_s", "tflops_per_s", "step_s", "data_wait_s", "memory_gb", "epoch"}
-METRICS |= {"bad_samples", "largest_activation"} | set(GuardState().counts)
+METRICS |= {"bad_samples", "largest_activation", "checkpoint_stall_s"} | set(GuardState().counts)
 
 
 def command(*words: str, limit_s: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
