@@ -11,6 +11,7 @@ import torch
 from xar_scale import dist
 from xar_scale.errors import FileError
 
+TURN_S = 0.05  # between looks at whether all ranks are done
 Stage = Callable[[Sequence[Any]], Any]  # from all ranks' results of the stage before to this one's
 
 
@@ -47,19 +48,29 @@ class Background:
             self._polls -= 1
             if self._polls <= 0:
                 self._start()
-        elif not dist.all_reduce_sum(torch.tensor(int(not self._running.done()), device=self.device)):
+        elif not self._under_way():
             self._conclude()
 
     def settle(self, attempts: int) -> bool:
-        """Wait until all is done; False where a stage fails for the ``attempts``-th time, 1, 2, 4, ... seconds apart."""
+        """Wait until all is done; False where a stage has failed ``attempts`` times from now on, 1, 2, 4, ... seconds apart."""
+        before = self.attempts - self.failing  # what already failed counts as the first
         while not self.done:
             if self._running is None:
-                if self.attempts >= attempts:
+                if (failed := self.attempts - before) >= attempts:
                     return False
-                time.sleep(2.0 ** (self.attempts - 1))
+                time.sleep(2.0 ** (failed - 1))
                 self._start()
+            while self._under_way():  # in turns: one long wait in a collective would be taken for a hang
+                assert self._thread is not None
+                self._thread.join(TURN_S)
             self._conclude()
+            before = min(before, self.attempts)  # a stage that is done leaves no failures to the next
         return True
+
+    def _under_way(self) -> bool:
+        """Whether some rank's thread is still at work."""
+        assert self._running is not None
+        return bool(dist.all_reduce_sum(torch.tensor(int(not self._running.done()), device=self.device)))
 
     def _start(self) -> None:
         """This rank's part of the stage, in a thread that does not keep the process from ending."""
@@ -76,7 +87,7 @@ class Background:
         self._thread.start()
 
     def _conclude(self) -> None:
-        """Learn what the stage came to on all ranks, waiting for those that are not done."""
+        """Learn what the stage came to on all ranks, which are done with it."""
         running, self._running = self._running, None
         assert running is not None and self._thread is not None
         self._thread.join()  # all of it: a thread that is still there when the interpreter goes takes the process down with it

@@ -51,7 +51,7 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     dataset = dist.together(lambda: _open_data(config))
     if len({*dist.gather_objects(dataset.shards.info.fingerprint)}) > 1:
         raise DataError(f"{config.data.path} is not the same data set on all ranks")
-    mirror = Mirror(config.train.upload) if config.train.upload else None
+    mirror = dist.together(lambda: Mirror(config.train.upload)) if config.train.upload else None
     checkpoint = _find_checkpoint(run, resume, mirror)
     if checkpoint is not None:
         dist.together(lambda: check_continues(checkpoint, config, dataset.shards.info))
@@ -195,7 +195,7 @@ class Training:
 
     def _go_back(self) -> int:
         step = self.recovery.roll_back()
-        dist.on_rank_0(lambda: self.store.set_aside_after(step))  # damaged ones, which are written anew
+        self.store.go_back(step)
         self._seek(step)
         if self.metrics is not None:
             self.metrics.go_back(step)

@@ -157,7 +157,7 @@ def test_one_that_is_being_copied_is_not_dropped_and_the_newest_comes_next(store
         run.train()
         run.store.save(run.manifest())
         poll_until(run, lambda step=step: run.store.newest and run.store.newest.name.endswith(str(step)))
-    assert [path.name for path in checkpoint_paths(tmp_path)] == ["step-00000001", "step-00000004"]
+    assert [path.name for path in checkpoint_paths(tmp_path)] == [f"step-{step:08d}" for step in (1, 3, 4)]
     gate.set()
     run.store.finish()
     assert objects(store, bucket) == copied([4])  # 2 and 3 were never copied, 1 was dropped as too old
@@ -179,3 +179,55 @@ def test_any_url_that_fsspec_opens_will_do_and_no_other(tmp_path):
     assert run.store.newest.name == "step-00000001"
     with pytest.raises(ConfigError, match=r"train.upload nosuch://x/y cannot be opened: .*nosuch"):
         Mirror("nosuch://x/y")
+
+
+def test_a_run_that_has_gone_back_keeps_its_new_copies_and_drops_those_of_the_course_it_left(store, bucket, tmp_path):
+    run = trained(tmp_path, bucket, 4, keep_last=2)
+    assert Mirror(bucket).steps() == [3, 4]
+    run.store.go_back(1)
+    run.step = 2
+    run.save()
+    assert objects(store, bucket) == copied([2])
+
+
+def test_at_the_end_the_newest_is_copied_though_one_before_it_could_not_be(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(background.time, "sleep", lambda seconds: None)
+    exact, refused = Mirror.upload, "step-00000001"
+
+    def upload(self, folder, names):
+        if folder.name == refused:
+            raise FileError("refused")
+        exact(self, folder, names)
+
+    monkeypatch.setattr(Mirror, "upload", upload)
+    run = Run(tmp_path, mirror=Mirror(bucket))
+    run.train()
+    run.store.save(run.manifest())
+    poll_until(run, lambda: run.store._uploading is not None and run.store._uploading.attempts > 2)
+    run.train()
+    run.save()
+    assert Mirror(bucket).steps() == [2]
+
+
+def test_however_often_a_copy_failed_before_the_end_gives_it_six_attempts(bucket, tmp_path, monkeypatch):
+    pauses: list[float] = []
+    run, refused = Run(tmp_path, mirror=Mirror(bucket)), [True]
+    exact = Mirror.upload
+
+    def upload(self, folder, names):
+        if refused[0]:
+            raise FileError("refused")
+        exact(self, folder, names)
+
+    monkeypatch.setattr(Mirror, "upload", upload)
+    run.train()
+    run.store.save(run.manifest())
+    poll_until(run, lambda: run.store._uploading is not None and run.store._uploading.attempts > 6)
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        refused[0] = len(pauses) < 3
+
+    monkeypatch.setattr(background.time, "sleep", pause)
+    run.store.finish()
+    assert pauses == [1, 2, 4] and Mirror(bucket).steps() == [1]

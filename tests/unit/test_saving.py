@@ -242,3 +242,34 @@ def test_leftovers_of_a_run_that_was_cut_short_are_cleared_away(tmp_path):
     run.store.open(1)
     assert sorted(os.listdir(folder)) == ["latest", "step-00000001"]
     assert (folder / "latest").read_text() == "step-00000001\n"
+
+
+def test_what_a_run_goes_back_from_is_not_written_after_all(tmp_path, monkeypatch, capsys):
+    run = Run(tmp_path)
+    run.train()
+    run.save()
+    left = failing(monkeypatch, 100)
+    begin(run)
+    poll_until(run, lambda: "attempt 1 failed" in capsys.readouterr().out)
+    run.store.newest_on_disk()
+    run.store.go_back(1)
+    left[0] = 0
+    for _ in range(20):
+        run.store.poll()
+    run.store.finish()
+    assert names(run) == ["step-00000001"]
+    run.step = 1
+    run.train()
+    run.save()
+    assert names(run) == ["step-00000001", "step-00000002"]
+
+
+def test_going_back_takes_the_pointer_along(tmp_path):
+    run = Run(tmp_path)
+    for _ in range(2):
+        run.train()
+        run.save()
+    run.store.go_back(1)
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000001\n"
+    run.store.go_back(0)
+    assert not (tmp_path / "checkpoints" / "latest").exists()

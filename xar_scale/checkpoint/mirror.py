@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ from xar_scale.checkpoint.manifest import (
     read_manifest,
     verify,
 )
-from xar_scale.errors import ConfigError, DataError, FileError
+from xar_scale.errors import ConfigError, DataError, FileError, XarScaleError
 from xar_scale.files import free_name, sync_folder
 
 T = TypeVar("T")
@@ -94,7 +95,8 @@ def newest_valid_of(run: Path, mirror: Mirror) -> Checkpoint | None:
     Every rank calls this. Raises DataError where there are some and none is valid. A mirror that does not answer is reported,
     and raises FileError where the run's folder has none.
     """
-    local, damaged = None, None
+    local: Checkpoint | None = None
+    damaged: XarScaleError | None = None
     try:
         local = newest_valid(run)
     except DataError as error:
@@ -111,7 +113,7 @@ def newest_valid_of(run: Path, mirror: Mirror) -> Checkpoint | None:
             break
         try:
             return _fetch(mirror, step, run)
-        except DataError as error:
+        except (DataError, FileError) as error:
             dist.say(f"{error}; trying the checkpoint before it")
             damaged = error
     if local is None and damaged is not None:
@@ -139,6 +141,6 @@ def _fetch(mirror: Mirror, step: int, run: Path) -> Checkpoint:
     dist.say(f"fetching {final.name} from {mirror.url}")
     names = dist.on_rank_0(begin)
     dist.together(lambda: mirror.download(step, dist.mine(names), temporary))
-    dist.together(lambda: verify(temporary))
+    checkpoint = dist.together(lambda: verify(temporary))
     dist.on_rank_0(publish)
-    return read_manifest(final)
+    return replace(checkpoint, path=final)

@@ -4,6 +4,7 @@ Each rank copies what it owns to the host's memory, which is all that training w
 threads have come to, all ranks learn together between two steps (``poll``), and go on to the next stage or try again together.
 """
 
+import contextlib
 import shutil
 import time
 from collections.abc import Sequence
@@ -62,12 +63,10 @@ class Store:
     def open(self, start: int) -> None:
         """Rank 0's part of beginning at step ``start``: make the folder, and put in order what an earlier run left in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.set_aside_after(start)
+        self._set_in_order(start)
         for folder in (FOLDER, AVERAGES):
             for leftover in (self.run / folder).glob(".step-*"):
                 shutil.rmtree(leftover)
-        if paths := checkpoint_paths(self.run):
-            self._point_at(paths[-1])
 
     def set_aside_after(self, step: int) -> None:
         """Rename what is of later steps, so that it neither counts nor blocks: checkpoints, damaged ones that resuming passed
@@ -106,18 +105,42 @@ class Store:
                 self._written()
         if self._uploading is not None:
             self._uploading.poll()
+            if self._uploading.done:
+                self._uploaded = None
         self._upload_next()
 
     def finish(self) -> None:
         """Wait until what is under way is done. Raises FileError when that cannot be."""
-        work = self._writing
-        if work is not None and not self._written(ATTEMPTS_AT_THE_END):
-            raise FileError(f"{work.name}: given up after {work.attempts} attempts: {work.error}")
-        for _ in range(2):  # what is under way, and the newest one
-            work = self._uploading
-            if work is not None and not work.settle(ATTEMPTS_AT_THE_END):
-                raise FileError(f"{work.name}: given up after {work.attempts} attempts: {work.error}")
+        failure = None
+        if (work := self._writing) is not None and not self._written(ATTEMPTS_AT_THE_END):
+            failure = work
+        while True:  # what is under way, and the newest one
             self._upload_next()
+            if (work := self._uploading) is None or work.settle(ATTEMPTS_AT_THE_END):
+                self._uploading = self._uploaded = None
+            elif self._to_upload is None:
+                failure = failure or work
+            if self._to_upload is None:
+                break
+        if failure is not None:
+            raise FileError(f"{failure.name}: given up after {failure.attempts} attempts: {failure.error}")
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from ``step``: what is of later steps is not written or copied any more, and does not count."""
+        if self._begun is not None and step_of(self._begun) > step:
+            self._writing = None  # it was waited for, and failed
+        if self._to_upload is not None and step_of(self._to_upload) > step:
+            self._to_upload = None
+        dist.on_rank_0(lambda: self._set_in_order(step))
+
+    def _set_in_order(self, step: int) -> None:
+        self.set_aside_after(step)
+        paths = checkpoint_paths(self.run)
+        with contextlib.suppress(OSError):  # a pointer for people and tools: a full disk is no reason to stop
+            if paths:
+                self._point_at(paths[-1])
+            else:
+                (self.folder / LATEST).unlink(missing_ok=True)
 
     def newest_on_disk(self) -> Path | None:
         """Of this run or one before it, as rank 0 sees it, after waiting for what is being written."""
@@ -133,7 +156,8 @@ class Store:
             return False
         self._writing = None
         if self._begun is not None and self._begun.parent == self.folder:
-            self.newest = self._to_upload = self._begun
+            self.newest = self._begun
+            self._to_upload = self._begun if self.mirror is not None else None
         return True
 
     def _upload_next(self) -> None:
@@ -144,13 +168,13 @@ class Store:
             if not self._uploading.failing:
                 return
             dist.say(f"{self._uploading.name}: given up for the next one")
-        mirror, path, self._to_upload = self.mirror, self._to_upload, None
+        mirror, path = self.mirror, self._to_upload
+        self._uploaded, self._to_upload = path, None  # in this order: what either names is not dropped
         stages: list[Stage] = [
             lambda _: mirror.remove(step_of(path)) if dist.rank() == 0 else None,  # what an earlier attempt left
             lambda _: mirror.upload(path, [file_name(dist.rank())]),
             lambda _: self._complete_upload(mirror, path),
         ]
-        self._uploaded = path
         self._uploading = Background(f"copy of checkpoint {path} to {mirror.url}", stages, self.engine.device)
 
     def _write(self, manifest: Manifest, parts: Sequence[Range]) -> dict[str, Fingerprint]:
@@ -195,7 +219,7 @@ class Store:
         """Hidden first: one that is half deleted is not a checkpoint."""
         for step in self._too_old([step_of(path) for path in checkpoint_paths(self.run)]):
             path = self.folder / checkpoint_name(step)
-            if path != self._uploaded:
+            if path not in (self._to_upload, self._uploaded):
                 path.rename(path.with_name(f".{path.name}.old"))
         for hidden in self.folder.glob(".step-*.old"):
             shutil.rmtree(hidden, ignore_errors=True)
@@ -209,7 +233,9 @@ class Store:
         """Rank 0: the manifest makes it complete; only then does anything older go."""
         if dist.rank() == 0:
             mirror.upload(final, [MANIFEST])
-            for step in self._too_old(mirror.steps()):
+            steps = mirror.steps()
+            later = [step for step in steps if step > step_of(final)]  # of a course that the run has gone back from
+            for step in [*later, *self._too_old(steps[: len(steps) - len(later)])]:
                 mirror.remove(step)
 
     def _temporary(self, manifest: Manifest) -> Path:
