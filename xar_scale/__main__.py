@@ -1,5 +1,6 @@
 """``python -m xar_scale``: what launchers start."""
 
+import atexit
 import os
 import sys
 
@@ -8,10 +9,9 @@ from torch.distributed import is_initialized
 from xar_scale.cli import main
 
 code = main()
-if code and is_initialized():
-    # The process group is not left where something failed, and an interpreter that is taken down around its threads may
-    # abort: then the exit code would be SIGABRT's
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-sys.exit(code)
+if not (code and is_initialized()):  # the process group is not left where something failed
+    atexit._run_exitfuncs()
+# An interpreter that is taken down around the threads of PyTorch may abort: then the exit code would be SIGABRT's
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
