@@ -13,8 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from xar_scale.checkpoint.averages import fit_to, open_snapshots, write_average
-from xar_scale.checkpoint.contents import changes, differences, not_finite, sizes
+from xar_scale.checkpoint.contents import changes, differences, not_finite
 from xar_scale.checkpoint.manifest import AVERAGES, FOLDER, Manifest, checkpoint_paths, read_manifest, verify
+from xar_scale.checkpoint.vectors import sizes
 from xar_scale.cli import Parser, ending
 from xar_scale.dist import file_error
 from xar_scale.doctor import table

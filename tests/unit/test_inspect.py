@@ -177,10 +177,13 @@ def test_what_only_one_holds_is_named(tmp_path, tool):
     assert f"  only in {two}: {WEIGHT}, 64 elements\n" in shown
     assert f"  only in {wider}: {WEIGHT}, 128 elements\n" in shown and "shapes.in_proj.weight: [16, 4] -> [32, 4]" in shown
     assert f"\n  {WEIGHT} " not in shown  # sizes that differ are not compared
-    flip = next(two.glob("*.safetensors"))
-    os.truncate(flip, 5000)
+    torn = next(two.glob("*.safetensors"))
+    os.truncate(torn, size := torn.stat().st_size - 4)
     code, _, complaint = tool("diff", one, two)
-    assert code == 65 and f"{flip} ends too early" in complaint
+    assert code == 65 and f"{torn} has {size} bytes" in complaint and "it is torn" in complaint
+    os.truncate(torn, 500)  # not even its header is there
+    code, _, complaint = tool("diff", one, two)
+    assert code == 65 and f"{torn} is not a file of flat float32 vectors" in complaint
 
 
 def test_an_average_is_made_shown_and_sampled_and_not_gone_on_from(tmp_path, tool, capsys):

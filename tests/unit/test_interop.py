@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.unit.foreign_checkpoints import SHAPES, assert_bitwise, published, random_state, values, write_zero3
 from tests.unit.tiny_run import CONFIG, Run
 from xar_scale.checkpoint.interop import open_source
-from xar_scale.checkpoint.interop.source import Piece, Pieces
 from xar_scale.checkpoint.load import load_weights
 from xar_scale.checkpoint.manifest import KINDS, read_manifest
+from xar_scale.checkpoint.pieces import Piece, Pieces
 from xar_scale.errors import DataError, UsageError
 
 STATE = random_state("model", "exp_avg", "exp_avg_sq")

@@ -12,9 +12,9 @@ from tests.unit.guarded_run import Guarded
 from tests.unit.test_store import same
 from tests.unit.tiny_run import Run
 from xar_scale.checkpoint import store
-from xar_scale.checkpoint.files import VectorFiles
 from xar_scale.checkpoint.load import check_continues, load, load_weights
 from xar_scale.checkpoint.manifest import KINDS, checkpoint_paths, newest_valid, read_manifest, verify
+from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.cli import main
 from xar_scale.ema import EMA, POWER_KINDS
 from xar_scale.errors import ConfigError, NonFiniteError
@@ -87,7 +87,7 @@ def test_a_snapshot_and_a_checkpoint_of_one_step_are_both_written_the_snapshot_f
     assert run.store.newest == tmp_path / "checkpoints" / "step-00000003" and newest_valid(tmp_path).path == run.store.newest
     snapshot = verify(tmp_path / "ema" / "step-00000003")
     assert snapshot.manifest.kinds == ("ema-0.05", "ema-0.10")
-    with VectorFiles(snapshot.path, snapshot.manifest.files) as files:
+    with open_vectors(snapshot) as files:
         assert {key.split("/")[0] for key in files.pieces} == {"ema-0.05", "ema-0.10"}
     for kind, averages in run.ema.averages.items():
         if kind != "ema":

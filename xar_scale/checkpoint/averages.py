@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xar_scale.checkpoint.files import BLOCK, FLOAT32, VectorFiles, file_name, write_blocks
+from xar_scale.checkpoint.files import BLOCK, FLOAT32, file_name, write_blocks
 from xar_scale.checkpoint.manifest import AVERAGES, MANIFEST, Checkpoint, checkpoint_paths, read_manifest, step_of, verify
+from xar_scale.checkpoint.pieces import Pieces
+from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.ema import POWER_KINDS
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import sync_folder, write_atomically
@@ -78,7 +80,7 @@ def write_average(snapshots: Sequence[Checkpoint], factors: Sequence[float], sig
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with ExitStack() as stack:
-        opened = [stack.enter_context(VectorFiles(snapshot.path, snapshot.manifest.files)) for snapshot in snapshots]
+        opened = [stack.enter_context(open_vectors(snapshot)) for snapshot in snapshots]
         parts = [(files, kind) for files in opened for kind in POWER_KINDS]
         blocks = (block for name in elements for block in _sums(parts, factors, name, elements[name]))
         written = write_blocks(path, {f"ema/{name}": (0, count) for name, count in elements.items()}, blocks)
@@ -90,7 +92,7 @@ def write_average(snapshots: Sequence[Checkpoint], factors: Sequence[float], sig
     return Checkpoint(out, manifest)
 
 
-def _sums(parts: Sequence[tuple[VectorFiles, str]], factors: Sequence[float], name: str, elements: int) -> Iterator[Tensor]:
+def _sums(parts: Sequence[tuple[Pieces, str]], factors: Sequence[float], name: str, elements: int) -> Iterator[Tensor]:
     """One vector of the average, a block at a time, summed in float64."""
     for start in range(0, elements, BLOCK // FLOAT32):
         block = torch.empty(min(elements - start, BLOCK // FLOAT32))

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from xar_scale.checkpoint.files import VectorFiles
 from xar_scale.checkpoint.manifest import Checkpoint
+from xar_scale.checkpoint.pieces import Pieces
+from xar_scale.checkpoint.vectors import open_vectors, sizes
 
 
 @dataclass(frozen=True)
@@ -22,16 +23,10 @@ class Difference:
     relative: float
 
 
-def sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Elements of each vector, by key."""
-    manifest = checkpoint.manifest
-    return {f"{kind}/{name}": math.prod(shape) for kind in manifest.kinds for name, shape in manifest.shapes.items()}
-
-
 def not_finite(checkpoint: Checkpoint) -> dict[str, int]:
     """How many elements are not, of each vector that has some. Raises DataError where a file is not what it says."""
     found: dict[str, int] = {}
-    with VectorFiles(checkpoint.path, checkpoint.manifest.files) as files:
+    with open_vectors(checkpoint) as files:
         for key, elements in sizes(checkpoint).items():
             count = sum(block.numel() - int(block.isfinite().sum()) for block in files.blocks(key, elements))
             found |= {key: count} if count else {}
@@ -41,16 +36,13 @@ def not_finite(checkpoint: Checkpoint) -> dict[str, int]:
 def differences(one: Checkpoint, other: Checkpoint) -> Iterator[Difference]:
     """Of every vector that both hold in the same size. Raises DataError where a file is not what it says."""
     theirs = sizes(other)
-    with (
-        VectorFiles(one.path, one.manifest.files) as files,
-        VectorFiles(other.path, other.manifest.files) as other_files,
-    ):
+    with open_vectors(one) as files, open_vectors(other) as other_files:
         for key, elements in sizes(one).items():
             if theirs.get(key) == elements:
                 yield _difference(key, elements, files, other_files)
 
 
-def _difference(key: str, elements: int, files: VectorFiles, other_files: VectorFiles) -> Difference:
+def _difference(key: str, elements: int, files: Pieces, other_files: Pieces) -> Difference:
     differing, largest, square, norm = 0, 0.0, 0.0, 0.0
     for a, b in zip(files.blocks(key, elements), other_files.blocks(key, elements), strict=True):
         norm += _square(a)

@@ -1,4 +1,4 @@
-"""Flat float32 vectors in safetensors files, cut anywhere: written while they are hashed, read a range at a time.
+"""Flat float32 vectors in safetensors files, cut anywhere: written while they are hashed.
 
 A file holds ranges of vectors, as PyTorch's DCP writes them with safetensors storage: a one-dimensional entry a vector, and
 under ``DCP_SHARDING_INFO`` where in the vector it begins. So DCP's own reader reads these files too (torch 2.11 to 2.15).
@@ -7,23 +7,16 @@ under ``DCP_SHARDING_INFO`` where in the vector it begins. So DCP's own reader r
 import hashlib
 import json
 import os
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
-from typing_extensions import Self
-
-from xar_scale.errors import DataError
 
 SUFFIX = ".safetensors"
 BLOCK = 1 << 23  # bytes hashed or written at once
-MAX_HEADER = 1 << 28  # bytes; beyond it the length is no length
 FLOAT32 = 4  # bytes
 
 
@@ -88,113 +81,17 @@ def write_blocks(path: Path, cuts: Mapping[str, tuple[int, int]], values: Iterab
     return Fingerprint(size, digest.hexdigest())
 
 
-def fingerprint(path: Path) -> Fingerprint:
-    """Of a file as it is now."""
+def fingerprint(path: Path, progress: Callable[[int], object] = lambda count: None) -> Fingerprint:
+    """Of a file as it is now. ``progress`` is told of each block's bytes."""
     with path.open("rb", buffering=0) as file:
         digest, size = hashlib.sha256(), 0
         while block := file.read(BLOCK):
             digest.update(block)
             size += len(block)
+            progress(len(block))
     return Fingerprint(size, digest.hexdigest())
 
 
 def _bytes_of(vector: Tensor) -> memoryview:
     """Its memory."""
     return memoryview(vector.numpy()).cast("B")  # type: ignore[arg-type]
-
-
-class _Piece(NamedTuple):
-    start: int  # elements of the vector
-    stop: int
-    file: int  # descriptor
-    offset: int  # bytes
-
-
-class VectorFiles:
-    """The vectors in files ``names`` of ``folder``; a context manager, which has the files open.
-
-    ``bytes_read`` counts all that was read, headers too. Raises DataError, naming the file, where one cannot be what it says.
-    """
-
-    def __init__(self, folder: Path, names: Iterable[str]) -> None:
-        self.folder, self.bytes_read = folder, 0
-        self.pieces: dict[str, list[_Piece]] = {}
-        self._open: dict[int, str] = {}
-        try:
-            for name in names:
-                self._add(name)
-        except BaseException:
-            self.close()
-            raise
-        for pieces in self.pieces.values():
-            pieces.sort()
-
-    def _add(self, name: str) -> None:
-        descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)
-        self._open[descriptor] = name
-        try:
-            length = int.from_bytes(self._pread(descriptor, 0, 8), "little")
-            if length > MAX_HEADER:
-                raise ValueError
-            header = json.loads(self._pread(descriptor, 8, length))
-            starts = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
-            for key, entry in header.items():
-                (start,), (elements,) = starts[key]["saved_offsets"], entry["shape"]
-                begin, end = entry["data_offsets"]
-                if entry["dtype"] != "F32" or end - begin != FLOAT32 * elements:
-                    raise ValueError
-                self.pieces.setdefault(key, []).append(_Piece(start, start + elements, descriptor, 8 + length + begin))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{self.folder / name} is not a file of flat float32 vectors") from None
-
-    def _pread(self, descriptor: int, offset: int, size: int) -> bytes:
-        buffer = bytearray(size)
-        self._fill(descriptor, offset, memoryview(buffer))
-        return bytes(buffer)
-
-    def _fill(self, descriptor: int, offset: int, view: memoryview) -> None:
-        while view:
-            got = os.preadv(descriptor, [view[:BLOCK]], offset)
-            if got == 0:
-                raise DataError(f"{self.folder / self._open[descriptor]} ends too early")
-            view, offset = view[got:], offset + got
-            self.bytes_read += got
-
-    def read(self, key: str, start: int, out: Tensor) -> None:
-        """Fill ``out`` (1-D, float32, contiguous, on the CPU) with the elements from ``start`` on, reading no others."""
-        pieces, stop = self.pieces.get(key, []), start + out.numel()
-        target = _bytes_of(out)
-        at = max(bisect_right(pieces, start, key=lambda piece: piece.start) - 1, 0)
-        while start < stop and at < len(pieces) and pieces[at].start <= start:
-            piece, at = pieces[at], at + 1
-            if (end := min(stop, piece.stop)) > start:
-                size = FLOAT32 * (end - start)
-                self._fill(piece.file, piece.offset + FLOAT32 * (start - piece.start), target[:size])
-                target, start = target[size:], end
-        if start < stop:
-            raise DataError(f"{self.folder} has no element {start} of {key}")
-
-    def blocks(self, key: str, elements: int) -> Iterator[Tensor]:
-        """All of a vector, a block at a time, each in the memory of the one before."""
-        buffer = torch.empty(min(elements, BLOCK // FLOAT32))
-        for start in range(0, elements, BLOCK // FLOAT32):
-            out = buffer[: elements - start]
-            self.read(key, start, out)
-            yield out
-
-    def whole(self, key: str, shape: Sequence[int]) -> Tensor:
-        """All of a vector, as a tensor of ``shape``."""
-        tensor = torch.empty(tuple(shape))
-        self.read(key, 0, tensor.view(-1))
-        return tensor
-
-    def close(self) -> None:
-        for descriptor in self._open:
-            os.close(descriptor)
-        self._open.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()

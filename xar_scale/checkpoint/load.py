@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from xar_scale import dist
-from xar_scale.checkpoint.files import VectorFiles
-from xar_scale.checkpoint.manifest import KINDS, Checkpoint
+from xar_scale.checkpoint.manifest import Checkpoint
+from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.config import Config
 from xar_scale.data.shards import DatasetInfo
 from xar_scale.ema import EMA, POWER_KINDS
 from xar_scale.engines import Engine
-from xar_scale.errors import ConfigError, DataError
+from xar_scale.errors import ConfigError
 
 
 def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -> None:
@@ -52,7 +52,7 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
             return files.bytes_read
 
     count = dist.together(read)
-    engine.shards_written(checkpoint.manifest.step - checkpoint.manifest.guard.skipped)
+    engine.shards_written(checkpoint.manifest.updates)
     return count
 
 
@@ -61,13 +61,6 @@ def load_weights(checkpoint: Checkpoint, which: str = "ema") -> dict[str, Tensor
     with open_vectors(checkpoint, which) as files:
         shapes = checkpoint.manifest.shapes
         return {name: files.whole(f"{which}/{name}", shape) for name, shape in shapes.items()}
-
-
-def open_vectors(checkpoint: Checkpoint, *kinds: str) -> VectorFiles:
-    """Raises DataError where the checkpoint does not hold all of ``kinds`` (none: what training goes on from)."""
-    if missing := set(kinds or KINDS) - set(checkpoint.manifest.kinds):
-        raise DataError(f"checkpoint {checkpoint.path} holds {', '.join(checkpoint.manifest.kinds)}, and no {min(missing)}")
-    return VectorFiles(checkpoint.path, checkpoint.manifest.files)
 
 
 def state_kinds(ema: EMA) -> tuple[str, ...]:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from xar_scale.checkpoint.files import VectorFiles
 from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.interop.universal import is_universal, open_universal
 from xar_scale.checkpoint.interop.weights import open_weights, weight_files
 from xar_scale.checkpoint.interop.zero import is_zero, open_zero
 from xar_scale.checkpoint.manifest import FOLDER, LATEST, MANIFEST, read_manifest
+from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.errors import DataError, UsageError
 
 SUMS = "SHA256SUMS"
@@ -56,23 +56,23 @@ def _tagged(folder: Path) -> Path:
 
 
 def _open_own(path: Path) -> Source:
-    manifest = read_manifest(path).manifest
+    checkpoint = read_manifest(path)
+    manifest = checkpoint.manifest
     if missing := [name for name in manifest.files if not (path / name).is_file()]:
         raise DataError(f"checkpoint {path}: {missing[0]} is missing")
     for name, entry in manifest.files.items():
         if (size := (path / name).stat().st_size) != entry.bytes:
             raise DataError(f"checkpoint {path}: {name} has {size} bytes, it was written with {entry.bytes}")
     shapes = {f"{kind}/{name}": torch.Size(shape) for kind in manifest.kinds for name, shape in manifest.shapes.items()}
-    reader = VectorFiles(path, manifest.files)
     return Source(
         path,
         f"xar-scale, {len(manifest.files)} files",
         shapes,
-        reader,
+        open_vectors(checkpoint),
         [path / name for name in manifest.files],
         checksums={path / name: entry.sha256 for name, entry in manifest.files.items()},
         step=manifest.step,
-        taken=manifest.step - manifest.guard.skipped,
+        taken=manifest.updates,
         groups=_groups(manifest.config.get("optim")),
         manifest=manifest,
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xar_scale.checkpoint.interop.source import Piece
+from xar_scale.checkpoint.pieces import Piece
 from xar_scale.errors import DataError, UsageError
 
 ZIP = b"PK\x03\x04"

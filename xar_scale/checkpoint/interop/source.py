@@ -1,33 +1,16 @@
 """What every format is read as: flat float32 vectors by name, a range at a time, wherever in whichever files they lie."""
 
-import os
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from xar_scale.checkpoint.files import BLOCK
 from xar_scale.checkpoint.manifest import KINDS, Manifest
-from xar_scale.errors import DataError
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # which float32 holds exactly
-OPEN_FILES = 64  # at once
-
-
-class Piece(NamedTuple):
-    """Elements [start, stop) of a vector, as they lie in a file."""
-
-    start: int
-    stop: int
-    path: Path
-    offset: int  # bytes
-    dtype: torch.dtype = torch.float32
 
 
 class Reader(Protocol):
@@ -81,68 +64,6 @@ class Source:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.reader.close()
-
-
-class Pieces:
-    """Reads vectors that lie in pieces. Raises DataError where they are not whole, or a file is too short for them."""
-
-    def __init__(self, pieces: Mapping[str, Sequence[Piece]], shapes: Mapping[str, torch.Size]) -> None:
-        self.pieces = {key: sorted(piece for piece in given if piece.stop > piece.start) for key, given in pieces.items()}
-        self._open: dict[Path, int] = {}
-        self.files = sorted({piece.path for given in self.pieces.values() for piece in given})
-        sizes = {path: path.stat().st_size for path in self.files}
-        for key, given in self.pieces.items():
-            at = 0
-            for piece in given:
-                if piece.start != at:
-                    raise DataError(f"{piece.path}: {key} goes on at element {piece.start}, the pieces before end at {at}")
-                if piece.dtype not in DTYPES:
-                    raise DataError(f"{piece.path}: {key} is {piece.dtype}; float32, bfloat16 and float16 are read")
-                end = piece.offset + piece.dtype.itemsize * (piece.stop - piece.start)
-                if end > sizes[piece.path]:
-                    raise DataError(f"{piece.path} has {sizes[piece.path]} bytes, {key} ends at {end}: it is torn")
-                at = piece.stop
-            if at != shapes[key].numel():
-                raise DataError(f"{key} of shape {tuple(shapes[key])} has {shapes[key].numel()} elements, its files hold {at}")
-
-    def read(self, key: str, start: int, out: Tensor) -> None:
-        pieces, stop = self.pieces[key], start + out.numel()
-        for piece in pieces[max(bisect_right(pieces, start, key=lambda piece: piece.start) - 1, 0) :]:
-            if start >= stop:
-                return
-            end = min(stop, piece.stop)
-            self._fill(piece, start, out[: end - start])
-            out, start = out[end - start :], end
-
-    def _fill(self, piece: Piece, start: int, out: Tensor) -> None:
-        """Part of a piece, through a block of its own type where that is not float32."""
-        size = piece.dtype.itemsize
-        for begin in range(0, out.numel(), BLOCK // size):
-            target = out[begin : begin + BLOCK // size]
-            block = target if piece.dtype is torch.float32 else torch.empty(target.shape, dtype=piece.dtype)
-            self._pread(piece.path, piece.offset + size * (start + begin - piece.start), block)
-            if block is not target:
-                target.copy_(block)
-
-    def _pread(self, path: Path, offset: int, block: Tensor) -> None:
-        view = memoryview(block.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        while view:
-            got = os.preadv(self._descriptor(path), [view], offset)
-            if got == 0:
-                raise DataError(f"{path} ends too early")
-            view, offset = view[got:], offset + got
-
-    def _descriptor(self, path: Path) -> int:
-        if path not in self._open:
-            if len(self._open) == OPEN_FILES:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._open[path]
-
-    def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
 
 
 class InMemory:

@@ -5,8 +5,9 @@ from pathlib import Path
 import torch
 
 from xar_scale.checkpoint.interop.pickled import Pickled, read_pickled
-from xar_scale.checkpoint.interop.source import Pieces, Source
+from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.interop.zero import read_common, settings, steps_taken
+from xar_scale.checkpoint.pieces import Pieces
 from xar_scale.errors import DataError
 
 # kind -> folder of folders, file. DeepSpeed has no averages: those lie apart from what it looks at

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xar_scale.checkpoint.files import MAX_HEADER, SUFFIX
+from xar_scale.checkpoint.files import SUFFIX
 from xar_scale.checkpoint.interop.official import our_names
 from xar_scale.checkpoint.interop.pickled import is_pickled, read_pickled
-from xar_scale.checkpoint.interop.source import InMemory, Piece, Pieces, Source
+from xar_scale.checkpoint.interop.source import InMemory, Source
+from xar_scale.checkpoint.pieces import DTYPES, Piece, Pieces, read_header
 from xar_scale.errors import DataError
 
 INDEX, PTH = f"model{SUFFIX}.index.json", "model.pth"
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -74,11 +74,7 @@ def _safetensors(path: Path) -> dict[str, tuple[Piece, torch.Size]]:
     if not path.is_file():
         raise DataError(f"{path} is missing")
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > MAX_HEADER:
-                raise ValueError
-            header: dict[str, Any] = json.loads(file.read(length))
+        header, offset = read_header(path)
         header.pop("__metadata__", None)
         found = {}
         for name, entry in header.items():
@@ -86,7 +82,7 @@ def _safetensors(path: Path) -> dict[str, tuple[Piece, torch.Size]]:
             if dtype := DTYPES.get(entry["dtype"]):
                 if end - begin != shape.numel() * dtype.itemsize:
                     raise ValueError
-                found[name] = Piece(0, shape.numel(), path, 8 + length + begin, dtype), shape
+                found[name] = Piece(0, shape.numel(), path, offset + begin, dtype), shape
             elif entry["dtype"].startswith("F"):
                 raise DataError(f"{path}: {name} is {entry['dtype']}; {', '.join(DTYPES)} are read")
         return found

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from xar_scale.checkpoint.interop.pickled import Pickled, read_pickled
-from xar_scale.checkpoint.interop.source import Piece, Pieces, Source
+from xar_scale.checkpoint.interop.source import Source
+from xar_scale.checkpoint.pieces import Piece, Pieces
 from xar_scale.errors import DataError
 
 OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")

@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import torch
 
-from xar_scale.checkpoint.files import BLOCK, FLOAT32, Fingerprint
+from xar_scale.checkpoint.files import BLOCK, FLOAT32, Fingerprint, fingerprint
 from xar_scale.checkpoint.interop.pickled import is_pickled
 from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.reshard.parts import Cut, Fixed, Output, Plan
@@ -34,12 +34,7 @@ def verify(source: Source, progress: Progress) -> None:
     """Read them. Raises DataError naming the first that differs."""
     for path in verifiable(source):
         if path in source.checksums:
-            digest = hashlib.sha256()
-            with path.open("rb", buffering=0) as file:
-                while block := file.read(BLOCK):
-                    digest.update(block)
-                    progress(len(block))
-            if digest.hexdigest() != source.checksums[path]:
+            if fingerprint(path, progress).sha256 != source.checksums[path]:
                 raise DataError(f"{path} is not as it was written (its SHA-256 differs)")
         else:
             _verify_zip(path)
