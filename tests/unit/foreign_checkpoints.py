@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tools.reshard import main
 from xar_scale.checkpoint.interop import official_names, open_source
+from xar_scale.checkpoint.interop.official import our_names
 from xar_scale.config import ModelConfig
 
 SHAPES = {"one.weight": (5, 7), "two.weight": (3, 11), "one.bias": (2,)}  # on three ranks: padded, even, and an empty chunk
@@ -70,6 +71,12 @@ def _chunk(tensor: Tensor, rank: int, world: int) -> Tensor:
     size = -(-tensor.numel() // world)
     padded = torch.cat([tensor.flatten(), torch.full((size * world - tensor.numel(),), torch.nan)])
     return padded[rank * size : (rank + 1) * size]
+
+
+def named_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A published state dict under our names."""
+    ours = our_names(state)
+    return {ours[name]: tensor for name, tensor in state.items() if name in ours}
 
 
 def published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -8,10 +8,11 @@ import torch
 
 from tests.conftest import TINY, digits_config, golden_parameter
 from tests.dist.states import assert_bitwise, state
+from tests.unit.foreign_checkpoints import named_ours
 from tests.unit.tiny_run import Run
 from xar_scale import cli
 from xar_scale.checkpoint.initialise import Initialisation, resize_positions
-from xar_scale.checkpoint.interop import from_official, official_names, open_source
+from xar_scale.checkpoint.interop import official_names, open_source
 from xar_scale.checkpoint.load import load_weights
 from xar_scale.checkpoint.manifest import read_manifest
 from xar_scale.config import ModelConfig
@@ -74,7 +75,7 @@ def test_the_averages_of_another_run(saved):
 
 def test_published_weights(published):
     weights, report = initialised(published, TINY)
-    assert_same(weights, from_official(torch.load(published), TINY))
+    assert_same(weights, named_ours(torch.load(published)))
     assert len(report) == 1 and f"the weights of {published} (.pth)" in report[0]
 
 
@@ -142,7 +143,7 @@ def test_of_a_pyramid_the_grids_that_both_have_keep_their_positions():
 def test_the_published_ones_are_cells_whatever_they_become(published):
     config = dataclasses.replace(TINY, grid=(32, 32), entity="subsample")
     weights, report = initialised(published, config)
-    theirs = from_official(torch.load(published), TINY)["encoder_pos"]
+    theirs = named_ours(torch.load(published))["encoder_pos"]
     expected = resize_positions(theirs, create_layout(TINY), create_layout(config))
     assert torch.equal(weights["encoder_pos"], expected)
     assert "  resized: encoder_pos: 4 entities of 16x16 there, 4 entities of 32x32 here" in report

@@ -1,15 +1,18 @@
 """The published reference's numbers, to the tolerance the project promises."""
 
+import argparse
 import json
+import os
 
 import pytest
 import torch
 
 from tests.conftest import GOLDEN, TINY, draw, golden, kl16_shapes
 from tests.unit.conftest import with_backend
-from xar_scale.checkpoint.interop import from_official, official_names
+from tests.unit.foreign_checkpoints import assert_bitwise, named_ours, published
+from xar_scale.checkpoint.interop import load_official, official_names
 from xar_scale.config import ModelConfig
-from xar_scale.errors import DataError
+from xar_scale.errors import DataError, UsageError
 from xar_scale.flow import velocity_loss
 from xar_scale.model.xar import XAR, create_model
 from xar_scale.presets import model_values
@@ -80,7 +83,7 @@ def test_published_names_shapes_and_counts(preset):
         model = XAR(config)
         state = {name: torch.empty(shape) for name, shape in published.items()}
     assert sum(parameter.numel() for parameter in model.parameters()) == count
-    ours = from_official(state, config)
+    ours = named_ours(state)
     assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == {
         name: tuple(parameter.shape) for name, parameter in model.named_parameters()
     }
@@ -90,16 +93,58 @@ def test_published_names_shapes_and_counts(preset):
     assert all(name == "mask" or ".rope.freqs" in name for name in left_out)
 
 
-def test_published_weights_that_do_not_fit_are_refused_by_name():
-    model = create_model("nano")
-    state = {theirs: model.state_dict()[ours] for theirs, ours in official_names(model.config).items()}
-    assert set(from_official(state, model.config)) == set(model.state_dict())
+@pytest.fixture(scope="module")
+def nano() -> dict[str, dict[str, torch.Tensor]]:
+    """Two sets of weights under published names, beside what the published code saves with them."""
+    models = {key: create_model("nano", seed=seed) for seed, key in enumerate(("model", "model_ema"))}
+    states = {key: published(dict(model.state_dict()), model.config) for key, model in models.items()}
+    return states | {"epoch": 3, "args": argparse.Namespace(lr=1e-4)}
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_published_weights_become_a_model_the_averages_if_there_are_some(tmp_path, nano, legacy):
+    torch.save(nano, path := tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=not legacy)
+    torch.save(nano["model"], alone := tmp_path / "weights.pth")
+    cases = [
+        (str(path), True, "model_ema"),
+        (path, False, "model"),
+        (nano, True, "model_ema"),
+        (nano, False, "model"),
+        (nano["model"], True, "model"),
+        (alone, True, "model"),
+        ({**nano, "model_ema": None}, True, "model"),
+    ]
+    for source, ema, chosen in cases:
+        model = load_official(source, ema=ema)
+        assert model.config == create_model("nano").config and model.training
+        assert_bitwise(dict(model.state_dict()), named_ours(nano[chosen]))
+        assert all(isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_published_weights_that_do_not_fit_are_refused_by_name(tmp_path, nano):
+    state = nano["model"]
     with pytest.raises(DataError, match="lack 1 entries, first pred.bias"):
-        from_official({name: tensor for name, tensor in state.items() if name != "pred.bias"}, model.config)
+        load_official({name: tensor for name, tensor in state.items() if name != "pred.bias"})
     with pytest.raises(DataError, match="1 unknown entries, first extra"):
-        from_official(state | {"extra": torch.zeros(1)}, model.config)
-    with pytest.raises(DataError, match=r"pred.bias is \(3,\), the model has \(16,\)"):
-        from_official(state | {"pred.bias": torch.zeros(3)}, model.config)
+        load_official(state | {"extra": torch.zeros(1)})
+    with pytest.raises(DataError, match=r"the state dict: out_proj.bias is \(3,\), the model's is \(16,\)"):
+        load_official(state | {"pred.bias": torch.zeros(3)})
+    with pytest.raises(DataError, match="of no preset: its width is 8, it has 2 encoder blocks"):
+        load_official(state | {"class_emb.weight": torch.zeros(1001, 8)})
+    with pytest.raises(DataError, match="the state dict is of no preset: its width is None"):
+        load_official({"weight": torch.zeros(3)})
+    unknown = named_ours(state) | {"extra": torch.zeros(1)}
+    with pytest.raises(DataError, match=r"the state dict: extra is \(1,\), the model's is not there"):
+        load_official(unknown)
+    for nothing in ({}, {"model": 3}):
+        with pytest.raises(DataError, match="the state dict holds no weights"):
+            load_official(nothing)
+    torch.save({"model": state}, path := tmp_path / "torn.pth")
+    os.truncate(path, 5000)
+    with pytest.raises(DataError, match=r"torn.pth is torn"):
+        load_official(path)
+    with pytest.raises(UsageError, match="no checkpoint at"):
+        load_official(tmp_path / "nowhere.pth")
 
 
 @pytest.mark.parametrize("steps", [1, 2])

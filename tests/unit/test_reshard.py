@@ -18,12 +18,21 @@ import torch
 from safetensors import safe_open
 
 from tests.processes import ROOT, environment
-from tests.unit.foreign_checkpoints import assert_bitwise, contents, published, random_state, reshard, values, write_zero3
+from tests.unit.foreign_checkpoints import (
+    assert_bitwise,
+    contents,
+    named_ours,
+    published,
+    random_state,
+    reshard,
+    values,
+    write_zero3,
+)
 from tests.unit.test_store import flip_byte
 from tests.unit.tiny_run import CONFIG, Run
 from xar_scale.bench import reshard as bench
 from xar_scale.checkpoint.files import fingerprint
-from xar_scale.checkpoint.interop import Source, from_official, official_names, open_source
+from xar_scale.checkpoint.interop import Source, official_names, open_source
 from xar_scale.checkpoint.interop import source as sources
 from xar_scale.checkpoint.interop.source import InMemory
 from xar_scale.checkpoint.load import load
@@ -113,7 +122,7 @@ def test_torch_safetensors_zip_and_sha256sum_read_what_is_written(tmp_path, own,
         check_sums(tmp_path / target)
     saved = torch.load(tmp_path / "pth" / "model.pth", weights_only=True)
     for kind, key in (("model", "model"), ("ema", "model_ema")):
-        assert_bitwise(from_official(saved[key], CONFIG.model), only(state, kind))
+        assert_bitwise(named_ours(saved[key]), only(state, kind))
     index = json.loads((tmp_path / "safetensors" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4 * sum(tensor.numel() for tensor in only(state, "ema").values())
     found = {}
@@ -137,9 +146,7 @@ def test_torch_safetensors_zip_and_sha256sum_read_what_is_written(tmp_path, own,
 
 def test_one_set_of_weights_where_one_is_asked_for(tmp_path, own, state):
     assert reshard(own, tmp_path / "pth", "--to", "pth", "--weights", "ema") == 0
-    assert_bitwise(
-        from_official(torch.load(tmp_path / "pth" / "model.pth", weights_only=True), CONFIG.model), only(state, "ema")
-    )
+    assert_bitwise(named_ours(torch.load(tmp_path / "pth" / "model.pth", weights_only=True)), only(state, "ema"))
     assert reshard(own, tmp_path / "safetensors", "--to", "safetensors", "--weights", "model") == 0
     assert_bitwise(only(values(tmp_path / "safetensors"), "model"), only(state, "model"))
 

@@ -1,17 +1,9 @@
-"""Weights of others: the published xAR state dicts, by an explicit map of names."""
+"""Names of the published xAR state dicts, by an explicit map."""
 
-import zipfile
 from collections.abc import Collection
-from pathlib import Path
-from pickle import UnpicklingError
-
-import torch
-from torch import Tensor
 
 from xar_scale.config import ModelConfig
-from xar_scale.errors import DataError, UsageError
-from xar_scale.model.xar import XAR
-from xar_scale.presets import MODELS, model_values
+from xar_scale.errors import DataError
 
 # published -> ours; the block entries stand for every block
 _TOP = {
@@ -95,60 +87,3 @@ def _check_names(wanted: Collection[str], given: Collection[str], what: str = "p
 def _is_constant(name: str) -> bool:
     """Published buffers that follow from the sizes."""
     return name == "mask" or ".rope.freqs" in name
-
-
-def from_official(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """A published state dict under our names. Raises DataError that names what is missing, unknown or misshapen."""
-    with torch.device("meta"):
-        wanted = {name: parameter.shape for name, parameter in XAR(config).named_parameters()}
-    names = official_names(config)
-    given = {name: tensor for name, tensor in state.items() if not _is_constant(name)}
-    _check_names(names, given)
-    for theirs, ours in names.items():
-        if given[theirs].shape != wanted[ours]:
-            raise DataError(f"published {theirs} is {tuple(given[theirs].shape)}, the model has {tuple(wanted[ours])}")
-    return {ours: given[theirs] for theirs, ours in names.items()}
-
-
-def load_official(source: str | Path | dict[str, Tensor], ema: bool = True) -> XAR:
-    """A model with published weights, from a ``.pth`` file or a state dict; the preset is known by its shapes.
-
-    A training checkpoint holds two sets of weights: ``ema`` chooses. Files are read without unpickling objects.
-    """
-    state = source if isinstance(source, dict) else _read_pth(Path(source))
-    if "model" in state:
-        chosen = state["model_ema"] if ema and state.get("model_ema") is not None else state["model"]
-        if not isinstance(chosen, dict):
-            raise DataError("no state dict under 'model'")
-        state = chosen
-    config = _published_config(state)
-    model = XAR(config)
-    model.load_state_dict(from_official(state, config), strict=True)
-    return model
-
-
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise UsageError(f"no weights at {path}")
-    try:
-        # The training arguments beside the weights are an argparse.Namespace: plain data, named so that nothing else is let in.
-        import argparse
-
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (UnpicklingError, RuntimeError, EOFError) as error:
-        raise DataError(f"{path} cannot be read as plain weights: {str(error).splitlines()[0]}") from None
-    if not isinstance(state, dict):
-        raise DataError(f"{path} holds a {type(state).__name__}, not a state dict")
-    return state
-
-
-def _published_config(state: dict[str, Tensor]) -> ModelConfig:
-    if _PUBLISHED not in state:
-        raise DataError(f"these are not published xAR weights: {_PUBLISHED} is missing")
-    width, depth = state[_PUBLISHED].shape[1], _depth(state, "encoder_blocks.")
-    for name in MODELS:
-        values = model_values(name)
-        if values["width"] == width and values["depth_encoder"] == depth:
-            return ModelConfig(**values)
-    raise DataError(f"published weights of width {width} and {depth} encoder blocks match no preset")

@@ -1,6 +1,7 @@
 """Files of ``torch.save`` without their values: where in the file each tensor lies. Nothing is unpickled that could run."""
 
 import argparse
+import errno
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,9 @@ def read_pickled(path: Path, trust_pickle: bool = False) -> Pickled:
 
             with FakeTensorMode():
                 return Pickled(path, torch.load(path, map_location="cpu", weights_only=not trust_pickle), whole=False)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a seek to before a torn archive's beginning
+            raise
         if match := re.search(r"GLOBAL (\S+)", str(error)):
             raise DataError(f"{path} asks for {match[1]}, which unpickling would run; --trust-pickle lets it") from None
         said = "" if isinstance(error, UnpicklingError) else f": {str(error).partition(chr(10))[0]}"  # pages of advice

@@ -50,23 +50,30 @@ def open_weights(path: Path, trust_pickle: bool) -> Source:
 
 def _open_pth(path: Path, file: Path, trust_pickle: bool) -> Source:
     read = read_pickled(file, trust_pickle)
-    value = read.value if isinstance(read.value, dict) else {}
-    states: dict[str, Any] = {"model": value}
-    if "model" in value:
-        states = {"model": value["model"], "ema": value.get("model_ema")}
-    tensors: dict[str, Tensor] = {}
-    for kind, state in states.items():
-        if isinstance(state, dict):
-            floats = {name: t for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
-            ours = our_names({name: tensor.shape for name, tensor in floats.items()})
-            tensors |= {f"{kind}/{ours[name]}": tensor for name, tensor in floats.items() if name in ours}
-    if not any(key.startswith("model/") for key in tensors):
-        raise DataError(f"{file} holds no weights")
+    tensors = named_states(file, read.value)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     if read.whole:
         return Source(path, ".pth of torch.save's old format, which is read whole", shapes, InMemory(tensors), [file])
     reader = Pieces({key: [read.piece(tensor)] for key, tensor in tensors.items()}, shapes)
     return Source(path, ".pth", shapes, reader, [file])
+
+
+def named_states(path: Path, value: Any) -> dict[str, Tensor]:
+    """What a state dict holds, or a dict of two, ``model`` and ``model_ema``: tensors by ``KIND/NAME``, under our names.
+
+    Raises DataError, naming ``path``, where it holds none.
+    """
+    value = value if isinstance(value, dict) else {}
+    states = {"model": value["model"], "ema": value.get("model_ema")} if "model" in value else {"model": value}
+    tensors: dict[str, Tensor] = {}
+    for kind, state in states.items():
+        if isinstance(state, dict):
+            floats = {name: t for name, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
+            ours = our_names(floats)
+            tensors |= {f"{kind}/{ours[name]}": tensor for name, tensor in floats.items() if name in ours}
+    if not any(key.startswith("model/") for key in tensors):
+        raise DataError(f"{path} holds no weights")
+    return tensors
 
 
 def _safetensors(path: Path) -> dict[str, tuple[Piece, torch.Size]]:

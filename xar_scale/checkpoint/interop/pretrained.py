@@ -1,0 +1,52 @@
+"""Published weights as a model."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xar_scale.checkpoint.interop.open import open_source
+from xar_scale.checkpoint.interop.source import InMemory, Source
+from xar_scale.checkpoint.interop.weights import named_states
+from xar_scale.config import ModelConfig
+from xar_scale.errors import DataError
+from xar_scale.model.xar import XAR, meta_model
+from xar_scale.presets import MODELS, model_values
+
+
+def load_official(source: str | Path | dict[str, Any], ema: bool = True) -> XAR:
+    """A model of a preset, known by its sizes, with the weights of a ``.pth`` file (or whatever else ``open_source`` reads), or
+    of a state dict. What holds two sets of weights is asked for its averages, unless not ``ema``.
+
+    Raises UsageError where there is no file, DataError where it is torn, is no such weights, or fits no preset.
+    """
+    with _of_state(source) if isinstance(source, dict) else open_source(Path(source)) as opened:
+        kind = "ema" if ema and "ema" in opened.kinds else "model"
+        shapes = opened.names(kind)
+        model = meta_model(_config_of(opened.path, shapes))
+        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+        for name in [*wanted, *shapes]:
+            if (there := shapes.get(name)) != (ours := wanted.get(name)):
+                raise DataError(f"{opened.path}: {name} is {_in_words(there)}, the model's is {_in_words(ours)}")
+        model.load_state_dict({name: opened.whole(f"{kind}/{name}") for name in shapes}, assign=True)
+    return model
+
+
+def _of_state(state: dict[str, Any]) -> Source:
+    path = Path("the state dict")
+    tensors = named_states(path, state)
+    return Source(path, "in memory", {key: tensor.shape for key, tensor in tensors.items()}, InMemory(tensors), [])
+
+
+def _in_words(shape: torch.Size | None) -> str:
+    return "not there" if shape is None else str(tuple(shape))
+
+
+def _config_of(path: Path, shapes: dict[str, torch.Size]) -> ModelConfig:
+    width = shapes["class_embed.weight"][-1] if "class_embed.weight" in shapes else None
+    depth = len({name.split(".")[1] for name in shapes if name.startswith("encoder.")})
+    for name in MODELS:
+        values = model_values(name)
+        if (values["width"], values["depth_encoder"]) == (width, depth):
+            return ModelConfig(**values)
+    raise DataError(f"{path} is of no preset: its width is {width}, it has {depth} encoder blocks")
