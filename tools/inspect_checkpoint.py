@@ -123,6 +123,13 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
     counts = ("holds", "discarded", "skipped", "transients", "quarantined", "rollbacks")
     counted = ", ".join(f"{name} {getattr(guard, name)}" for name in counts)
     files = listed([f"{name} ({gigabytes(entry.bytes)} GB)" for name, entry in manifest.files.items()])
+    if not config:
+        return [
+            ("step", f"{manifest.step:,}; of a run that is not known: it was made of another format"),
+            ("model", f"{parameters:,} parameters"),
+            ("kinds", ", ".join(manifest.kinds)),
+            ("written", f"{gigabytes(manifest.bytes)} GB: {files}"),
+        ]
     made = [("average", f"sigma_rel {manifest.sigma_rel:g}, made of snapshots")] if manifest.sigma_rel is not None else []
     return [
         *made,
@@ -140,7 +147,8 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
 
 def model_name(manifest: Manifest) -> str:
     """The preset of these sizes."""
-    model = manifest.config["model"]
+    if (model := manifest.config.get("model")) is None:
+        return "not known"
     return next((name for name, values in MODELS.items() if values.items() <= model.items()), f"width {model['width']}")
 
 

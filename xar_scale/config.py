@@ -104,8 +104,8 @@ class TrainConfig:
     init_from: str = ""  # path of what the weights begin as, of any format that is read; none: drawn
     checkpoint_every: int = Field(default=5000, gt=0)
     keep_last: int = Field(default=3, gt=0)  # checkpoints
-    upload: str = ""  # URL of a folder, any that fsspec opens, to copy checkpoints to; none: they stay in the run's
     keep_every: int | None = Field(default=None, gt=0)  # and for good those of steps that this divides
+    upload: str = ""  # URL of a folder, any that fsspec opens, to copy checkpoints to; none: they stay in the run's
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

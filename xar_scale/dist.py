@@ -85,7 +85,8 @@ def mine(items: Sequence[T]) -> Sequence[T]:
 def together(work: Callable[[], T]) -> T:
     """Do ``work`` on every rank; if it fails on any, every rank raises, with the lowest such rank's message.
 
-    So no rank goes on alone into a collective that the others never enter. An OSError becomes a FileError.
+    So no rank goes on alone into a collective that the others never enter. An OSError becomes a FileError. A defect on any rank
+    counts before all other errors: nobody handles one of these and goes on while that rank leaves.
     """
     result: T | None = None
     unexpected: Exception | None = None
@@ -102,10 +103,12 @@ def together(work: Callable[[], T]) -> T:
     errors = gather_objects(error)
     if unexpected is not None:
         raise unexpected  # a defect: with its traceback
-    for at, raised in enumerate(errors):
-        if raised is not None:
-            raised.rank = at if torch_dist.is_initialized() else None
-            raise raised
+    if failed := [(type(raised) is not XarScaleError, at) for at, raised in enumerate(errors) if raised is not None]:
+        at = min(failed)[1]
+        raised = errors[at]
+        assert raised is not None
+        raised.rank = at if torch_dist.is_initialized() else None
+        raise raised
     return result  # type: ignore[return-value]
 
 

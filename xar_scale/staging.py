@@ -27,7 +27,8 @@ class Staging:
     def wait(self) -> None:
         """Until the copies are there; for whoever reads them on the host."""
         if self._copied is not None:
-            self._copied.synchronize()
+            with torch.cuda.device(self._copied.device):  # another thread would otherwise begin to use the first GPU
+                self._copied.synchronize()
 
 
 def _host_memory(tensor: Tensor) -> Tensor:

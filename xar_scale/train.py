@@ -75,7 +75,8 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
         dataset.quarantine(dataset.places_of(checkpoint.manifest.quarantined))
         where = f"at step {start}, epoch {checkpoint.manifest.position.epoch}"
         dist.say(f"resumed from {checkpoint.path} {where}; rank 0 read {count:,} of {checkpoint.manifest.bytes:,} bytes")
-    store = Store(run, engine, ema, config.train, mirror)  # only now is the run's folder touched: nothing is left to refuse
+    store = dist.together(lambda: Store(run, engine, ema, config.train, mirror))
+    # only now is the run's folder touched: nothing is left to refuse
     metrics = dist.together(lambda: _open_run(config, run, store, start) if dist.rank() == 0 else None)
     dist.say(
         f"{sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "

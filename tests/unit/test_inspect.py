@@ -14,6 +14,7 @@ import torch
 
 from tests.conftest import digits_config
 from tests.processes import ROOT
+from tests.unit.foreign_checkpoints import reshard
 from tests.unit.test_store import edit, flip_byte
 from tests.unit.tiny_run import Run
 from tools import inspect_checkpoint
@@ -118,6 +119,22 @@ def test_a_run_is_a_table_and_damage_ends_with_65_after_all_is_shown(tmp_path, t
     assert (code, complaint) == (65, f"inspect_checkpoint: {tmp_path}: 4 of 6 damaged or not finite\n")
     code, shown, complaint = tool("show", paths[1])  # one alone is shown as far as it can be
     assert code == 65 and "torn or changed" in shown and complaint.endswith("1 of 1 damaged or not finite\n")
+
+
+def test_what_was_made_of_another_format_is_shown_without_its_run(tmp_path, tool):
+    Run(tmp_path / "run", config=CONFIG).save()
+    assert reshard(tmp_path / "run", tmp_path / "universal", "--to", "universal") == 0
+    made = tmp_path / "made"
+    assert reshard(tmp_path / "universal", made, "--to", "xar-scale", "--files", "1") == 0
+    code, shown, complaint = tool("show", made)
+    assert (code, complaint) == (0, "")
+    found = facts(shown)
+    assert found["step"] == "0; of a run that is not known: it was made of another format"
+    assert found["model"] == "24,884 parameters" and found["values"] == "finite" and "engine" not in found["written"]
+    (tmp_path / "imported" / "checkpoints").mkdir(parents=True)
+    made.rename(tmp_path / "imported" / "checkpoints" / "step-00000000")
+    code, shown, _ = tool("show", tmp_path / "imported")
+    assert code == 0 and re.split("  +", shown.splitlines()[1])[3] == "not known"
 
 
 def test_wrong_paths_end_with_64(tmp_path, tool):

@@ -132,6 +132,27 @@ def test_a_copy_that_fails_is_tried_again_while_training_goes_on(store, bucket, 
     assert objects(store, bucket) == copied([1])
 
 
+def test_what_an_upload_that_was_given_up_leaves_goes_when_the_next_is_there(store, bucket, tmp_path, monkeypatch):
+    system = fsspec.url_to_fs(bucket)[0]
+    exact = system.put_file
+
+    def put_file(path, *arguments):
+        if "step-00000002/manifest" in str(path):
+            raise ConnectionError("cut")
+        return exact(path, *arguments)
+
+    monkeypatch.setattr(system, "put_file", put_file)
+    run = Run(tmp_path, mirror=Mirror(bucket), keep_last=3)
+    for step in (1, 2, 3):
+        run.train()
+        run.store.save(run.manifest())
+        poll_until(run, lambda: run.store._writing is None and (run.store._uploading.done or run.store._uploading.failing))
+        begun = [f"step-00000002/{FILES[1]}"] if step == 2 else []
+        assert objects(store, bucket) == copied([1]) + begun + copied([3] if step == 3 else [])
+    run.store.finish()
+    assert objects(store, bucket) == copied([1, 3])
+
+
 def test_the_end_of_a_run_waits_for_the_copy_and_says_when_there_is_none(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(background.time, "sleep", lambda seconds: None)
     run = Run(tmp_path, mirror=Mirror(f"{bucket.rsplit('/', 2)[0]}-that-is-not-there/run"))

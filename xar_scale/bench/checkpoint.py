@@ -12,14 +12,12 @@ from typing import Any
 
 from xar_scale import dist
 from xar_scale.checkpoint.load import load
-from xar_scale.checkpoint.manifest import Manifest, read_manifest
+from xar_scale.checkpoint.manifest import Manifest, bare_manifest, read_manifest
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config, merge
-from xar_scale.data.order import Position
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine, create_engine
 from xar_scale.errors import ConfigError
-from xar_scale.guard import GuardState
 from xar_scale.model.xar import initial_weights, meta_model
 from xar_scale.presets import model_values, recipe
 
@@ -56,7 +54,9 @@ def _ours(engine: Engine, ema: EMA, config: Config, folder: Path) -> tuple[float
     waits, saves = [], []
     for step in range(1, REPEATS + 2):  # the first takes the memory that the others use again
         before = store.stalled
-        manifest = _manifest(step, engine, config)
+        manifest = bare_manifest(
+            step=step, world=dist.world(), shapes={key: list(shape) for key, shape in engine.shapes.items()}
+        )
         saves.append(_slowest(lambda manifest=manifest: _saved(store, manifest)))  # type: ignore[misc]
         waits.append(dist.largest(store.stalled - before))
     assert store.newest is not None
@@ -110,21 +110,3 @@ def _slowest(work: Callable[[], Any]) -> float:
     begun = time.perf_counter()
     work()
     return dist.largest(time.perf_counter() - begun)
-
-
-def _manifest(step: int, engine: Engine, config: Config) -> Manifest:
-    return Manifest(
-        step=step,
-        seed=0,
-        samples_consumed=0,
-        position=Position(0, 0),
-        bad_samples=[],
-        quarantined=[],
-        guard=GuardState(),
-        dataset={},
-        world=dist.world(),
-        engine=config.train.engine,
-        precision=engine.mode,
-        config=config.to_dict(),
-        shapes={name: list(shape) for name, shape in engine.shapes.items()},
-    )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,7 @@ def resize_positions(positions_1TD: Tensor, before: EntityLayout, after: EntityL
 
     A grid of the pyramid that both have keeps its own; others are interpolated (bicubic) from the finest one.
     """
-    starts = torch.tensor([0, *(rows * columns for rows, columns in before.grids)]).cumsum(0).tolist()
+    starts = accumulate((math.prod(grid) for grid in before.grids), initial=0)
     raster = positions_1TD[:, torch.argsort(before.order)].transpose(1, 2)  # (1, D, T), grid after grid
     levels = {grid: raster[:, :, start : start + math.prod(grid)] for grid, start in zip(before.grids, starts, strict=False)}
     finest = levels[before.grid].unflatten(2, before.grid)

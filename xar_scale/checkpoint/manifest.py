@@ -57,6 +57,19 @@ class Manifest:
         return self.step - self.guard.skipped
 
 
+def bare_manifest(**known: Any) -> Manifest:
+    """Of a state whose run is not known, but for what is given: the step and the shapes at the least."""
+    unknown: dict[str, Any] = {
+        "seed": 0,
+        "samples_consumed": 0,
+        "position": Position(0, 0),
+        "bad_samples": [],
+        "quarantined": [],
+    }
+    unknown |= {"guard": GuardState(), "dataset": {}, "world": 1, "engine": "", "precision": "", "config": {}}
+    return Manifest(**(unknown | known))
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint on disk whose manifest could be read."""

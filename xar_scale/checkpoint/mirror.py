@@ -35,13 +35,14 @@ class Mirror:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"train.upload {url} cannot be opened: {error}") from None
 
-    def steps(self) -> list[int]:
-        """Of the checkpoints that are complete, oldest first."""
+    def steps(self, files: str = MANIFEST) -> list[int]:
+        """Of the checkpoints that are complete, oldest first; or of all that have such ``files``."""
 
         def found(system: fsspec.AbstractFileSystem, root: str) -> list[int]:
             system.invalidate_cache()
-            manifests = system.glob(f"{root}/step-*/{MANIFEST}")
-            return sorted(int(path.rsplit("/", 2)[-2].removeprefix("step-")) for path in manifests)
+            return sorted(
+                {int(path.rsplit("/", 2)[-2].removeprefix("step-")) for path in system.glob(f"{root}/step-*/{files}")}
+            )
 
         return self._do("listed", "", found)
 

@@ -48,12 +48,15 @@ class Store:
     """
 
     def __init__(self, run: Path, engine: Engine, ema: EMA, settings: TrainConfig, mirror: Mirror | None = None) -> None:
-        """``mirror``: what each checkpoint is copied to, once it is written."""
+        """``mirror``: what each checkpoint is copied to, once it is written.
+
+        All the host's memory that saving takes is taken here.
+        """
         self.run, self.folder = run, run / FOLDER
         self.engine, self.ema, self.settings, self.mirror = engine, ema, settings, mirror
         self.newest: Path | None = None  # written by this run
         self.stalled = 0.0  # seconds that training has waited, since whoever counts them set this to 0
-        self._staging: Staging | None = None
+        self._staging = Staging([tensor for _, _, tensor in _own_vectors(engine, ema)])
         self._writing: Background | None = None
         self._begun: Path | None = None  # what that is about
         self._uploading: Background | None = None
@@ -83,9 +86,7 @@ class Store:
         if self._writing is not None and not self._written(attempts=1):
             dist.say(f"{self._writing.name}: given up for the next one")
         vectors = _own_vectors(self.engine, self.ema)
-        tensors = [tensor for _, _, tensor in vectors]
-        self._staging = self._staging or Staging(tensors)
-        self._staging.take(tensors)
+        self._staging.take([tensor for _, _, tensor in vectors])
         parts = [Range(key, start, copy) for (key, start, _), copy in zip(vectors, self._staging.copies, strict=True)]
         stages = [stage for manifest in manifests for stage in self._stages(manifest, parts)]
         self._begun = self._final(manifests[-1])
@@ -179,7 +180,6 @@ class Store:
 
     def _write(self, manifest: Manifest, parts: Sequence[Range]) -> dict[str, Fingerprint]:
         """This rank's file."""
-        assert self._staging is not None
         self._staging.wait()
         temporary = self._temporary(manifest)
         if dist.rank() == 0:
@@ -203,7 +203,7 @@ class Store:
         if temporary.exists() or not final.exists():  # else it was renamed before something failed
             for name, entry in files.items():
                 if (temporary / name).stat().st_size != entry.bytes:
-                    raise OSError(f"{temporary / name} is not of the size that was written")
+                    raise OSError(f"rank 0 sees {temporary / name} not as it was written: the folder must be one for all ranks")
             write_atomically(temporary / MANIFEST, replace(manifest, files=files).to_json())
             sync_folder(temporary)
             temporary.rename(final)
@@ -233,9 +233,10 @@ class Store:
         """Rank 0: the manifest makes it complete; only then does anything older go."""
         if dist.rank() == 0:
             mirror.upload(final, [MANIFEST])
-            steps = mirror.steps()
-            later = [step for step in steps if step > step_of(final)]  # of a course that the run has gone back from
-            for step in [*later, *self._too_old(steps[: len(steps) - len(later)])]:
+            complete = mirror.steps()
+            given_up = set(mirror.steps(files="*")) - set(complete)
+            later = [step for step in complete if step > step_of(final)]  # of a course that the run has gone back from
+            for step in sorted({*given_up, *later, *self._too_old(complete[: len(complete) - len(later)])}):
                 mirror.remove(step)
 
     def _temporary(self, manifest: Manifest) -> Path:

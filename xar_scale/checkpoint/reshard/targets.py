@@ -13,10 +13,9 @@ from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.interop.universal import OPTIMIZER, PLACES
 from xar_scale.checkpoint.interop.weights import INDEX, PTH
 from xar_scale.checkpoint.interop.zero import MODEL
-from xar_scale.checkpoint.manifest import MANIFEST, Manifest
+from xar_scale.checkpoint.manifest import MANIFEST, Manifest, bare_manifest
 from xar_scale.checkpoint.reshard.parts import Cut, Fixed, Output, Plan
 from xar_scale.checkpoint.reshard.torchzip import Whole, saved, saved_small
-from xar_scale.data.order import Position
 from xar_scale.errors import DataError, UsageError
 from xar_scale.guard import GuardState
 
@@ -64,24 +63,9 @@ def _sizes(source: Source) -> dict[str, int]:
 
 
 def _manifest(source: Source, files: int) -> Manifest:
-    """Of a state whose run is not known."""
     step, taken = source.step or 0, source.taken or 0
-    return Manifest(
-        step=step,
-        seed=0,
-        samples_consumed=0,
-        position=Position(0, 0),
-        bad_samples=[],
-        quarantined=[],
-        guard=GuardState(skipped=step - taken),
-        dataset={},
-        world=files,
-        engine="",
-        precision="",
-        config={},
-        shapes={name: list(shape) for name, shape in source.names("model").items()},
-        kinds=source.kinds,
-    )
+    shapes = {name: list(shape) for name, shape in source.names("model").items()}
+    return bare_manifest(step=step, guard=GuardState(skipped=step - taken), world=files, shapes=shapes, kinds=source.kinds)
 
 
 def _safetensors(source: Source, weights: str | None, _: int) -> Plan:
