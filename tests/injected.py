@@ -4,19 +4,24 @@ The product has no switch for faults: they are planted from outside, around the 
 """
 
 import contextlib
+import errno
 import json
 import math
+import os
 import runpy
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from xar_scale import dist
+from xar_scale.checkpoint import store
+from xar_scale.checkpoint.files import Fingerprint, Range
 from xar_scale.data.feed import Feed
 from xar_scale.data.loader import Batch
 from xar_scale.engines.base import Engine, Verdict
@@ -31,7 +36,7 @@ class Fault:
 
     loss, gradient, activation (the latter only while compute is bf16), latent (of the step's third sample; but for ``once``
     wherever it comes from then on), weight, moment: a NaN or ``value``. overflow: weights scaled so that fp16 overflows, on all
-    ranks, and scaled back after.
+    ranks, and scaled back after. disk, defect: what writes a checkpoint meets a full disk, or a mistake.
     """
 
     kind: str
@@ -65,15 +70,17 @@ class Planter:
         self.keys = dict[Fault, str]()  # of the sample whose latent is spoilt
         self.taken_from = 0  # steps
         self.scaled = False
-        self.attempt, self.take = Engine.attempt, Feed.take
+        self.step = 0
+        self.attempt, self.take, self.write = Engine.attempt, Feed.take, store.write_file
 
     def __call__(self, engine: Engine, step: int, batches: Sequence[Batch], faults: int = 0) -> Verdict:
         self.attempts[step] += 1
+        self.step = step
         with contextlib.ExitStack() as planted:
             for fault in self.faults:
                 if fault.kind == "overflow":
                     self.overflow(fault, engine, step)
-                elif fault.kind != "latent" and fault.active(step, self.attempts[step]):
+                elif fault.kind not in ("latent", "disk", "defect") and fault.active(step, self.attempts[step]):
                     if fault.kind in ("weight", "moment"):
                         self.state(fault, engine, step)
                     elif dist.rank() == fault.rank:
@@ -126,6 +133,12 @@ class Planter:
                 batch = replace(batch, latents=latents)
         return batch
 
+    def written(self, path: Path, parts: Sequence[Range]) -> Fingerprint:
+        for fault in self.faults:
+            if fault.kind in ("disk", "defect") and dist.rank() == fault.rank and fault.active(self.step, 1):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if fault.kind == "disk" else RuntimeError("planted")
+        return self.write(path, parts)
+
     def state(self, fault: Fault, engine: Engine, step: int) -> None:
         """One number of this rank's; every rank calls this, since engines may refresh together what they keep of weights."""
         for shard in engine.shards():
@@ -148,6 +161,7 @@ def main() -> None:
     planter = Planter([Fault(**values) for values in json.loads(sys.argv[1])])
     Engine.attempt = lambda engine, *arguments: planter(engine, *arguments)  # type: ignore[method-assign]
     Feed.take = lambda feed: planter.taken(feed)  # type: ignore[method-assign]
+    store.write_file = planter.written
     sys.argv = ["xar-scale", *sys.argv[2:]]
     runpy.run_module("xar_scale", run_name="__main__")
 

@@ -1,9 +1,14 @@
 """What a run says while it runs: TensorBoard, one JSON line a logging step, a progress bar or plain lines. Rank 0 only."""
 
+import contextlib
+import errno
 import json
 import math
+import os
 import resource
+import socket
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,19 +16,31 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 from typing_extensions import Self
 
+from xar_scale.dist import file_error
 from xar_scale.files import write_atomically
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
 
 class Metrics:
-    """A context manager. ``start`` is the step a resumed run goes on from: what was logged after it is dropped."""
+    """A context manager. ``start`` is the step a resumed run goes on from: what was logged after it is dropped.
+
+    A disk that takes no more while the run goes on makes what is logged late: it is said once, kept, and written with what
+    comes next.
+    """
 
     def __init__(self, run: Path, start: int, steps: int) -> None:
         self.run, self.steps = run, steps
-        self._open(start)
+        self._written = start  # the last step on disk
+        self._waiting: list[tuple[int, dict[str, Any]]] = []
+        self._files: tuple[_File, _Events] | None = None
+        self._failing = False
+        self._open()
         console = Console(file=sys.stdout)
         self.progress = Progress(
             TextColumn("step"),
@@ -38,20 +55,46 @@ class Metrics:
         )
         self.task = self.progress.add_task("train", total=steps, completed=start, summary="")
 
-    def _open(self, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import: rank 0 of a training run alone needs it
+    def _open(self) -> tuple["_File", "_Events"]:
+        if self._files is None:
+            path = self.run / METRICS_FILE
+            kept = [line for line in _lines(path) if _step(line) <= self._written]
+            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+            self._files = _File(path), _Events(self.run / TENSORBOARD_FOLDER, self._written)
+        return self._files
 
-        path = self.run / METRICS_FILE
-        kept = [line for line in _lines(path) if _step(line) <= start]
-        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-        self.file = path.open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(self.run / TENSORBOARD_FOLDER), purge_step=start + 1)
+    def _close(self) -> None:
+        files, self._files = self._files, None
+        for file in files or ():
+            file.close()
+
+    def _write(self) -> None:
+        """All that waits, or as much of it as can be."""
+        try:
+            while self._waiting:
+                lines, events = self._open()
+                step, values = self._waiting[0]
+                events.add(step, {f"train/{name}": value for name, value in values.items() if not isinstance(value, str)})
+                lines.write(json.dumps({"step": step, **values}).encode() + b"\n")
+                self._written = step
+                self._waiting.pop(0)
+        except OSError as error:
+            self._close()  # and opened anew, behind the last step that is there whole
+            if not self._failing:
+                print(f"metrics cannot be written, they are kept for later: {file_error(error)}", flush=True)
+            self._failing = True
+            return
+        if self._failing:
+            print("metrics are written again", flush=True)
+        self._failing = False
 
     def go_back(self, step: int) -> None:
         """The run goes on from ``step``: drop what was logged after it."""
-        self.tensorboard.close()
-        self.file.close()
-        self._open(step)
+        self._close()
+        self._written = min(self._written, step)
+        self._waiting = [entry for entry in self._waiting if entry[0] <= step]
+        with contextlib.suppress(OSError):  # it will be met again
+            self._open()
         self.advance(step)
 
     def __enter__(self) -> Self:
@@ -60,8 +103,10 @@ class Metrics:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
-        self.tensorboard.close()
-        self.file.close()
+        self._write()
+        self._close()
+        if self._waiting:
+            print(f"metrics of the last {len(self._waiting)} logged steps are lost", flush=True)
 
     def advance(self, step: int) -> None:
         """``step`` steps are done."""
@@ -69,11 +114,8 @@ class Metrics:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Record ``values`` after ``step`` steps, and say the ones that matter."""
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, str):
-                continue
-            self.tensorboard.add_scalar(f"train/{name}", value, step)
+        self._waiting.append((step, values))
+        self._write()
         summary = f"loss {values['loss']:.4f}  {values['images_per_s']:.0f} images/s"
         self.progress.update(self.task, summary=summary)
         if self.progress.disable:
@@ -83,6 +125,51 @@ class Metrics:
                 f"data wait {values['data_wait_s']:.3f} s/step  ETA {left:.0f} s",
                 flush=True,
             )
+
+
+class _File:
+    """Something to append to, at once: what is not taken whole is an OSError."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("ab", buffering=0)
+
+    def write(self, content: bytes) -> None:
+        if self.file.write(content) != len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _Events:
+    """One of TensorBoard's event files. PyTorch's writer of them has a thread, whose errors nobody can handle.
+
+    ``start``: what files before it hold of later steps does not count any more.
+    """
+
+    def __init__(self, folder: Path, start: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}"  # they are read in this order
+        self.file = _File(path)
+        self.records = RecordWriter(self.file)
+        try:
+            self._write(Event(file_version="brain.Event:2"))
+            self._write(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+        except OSError:
+            self.close()
+            path.unlink()
+            raise
+
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
+        self._write(Event(step=step, summary=summary))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self.records.write(event.SerializeToString())
+
+    def close(self) -> None:
+        self.file.close()
 
 
 def memory_gb(device: torch.device) -> float:

@@ -161,11 +161,14 @@ class Training:
 
     def _due(self, done: int) -> list[tuple[str, ...]]:
         """The kinds of vectors of each folder that is written after ``done`` steps. A snapshot comes before a checkpoint: no
-        run goes on from one that lacks a snapshot of the steps before."""
+        run goes on from one that lacks a snapshot of the steps before. Where that takes the place of a checkpoint that could
+        not be written, there is one with it."""
         checkpoints, snapshots = self.config.train.checkpoint_every, self.config.optim.ema_snapshots_every
-        folders = ((snapshots, tuple(POWER_KINDS)), (checkpoints, state_kinds(self.ema)))
         last = done == self.config.train.steps
-        return [kinds for every, kinds in folders if every and (last or done % every == 0)]
+        snapshot, checkpoint = (every is not None and (last or done % every == 0) for every in (snapshots, checkpoints))
+        if snapshot and not checkpoint:
+            checkpoint = not self.store.caught_up()
+        return [kinds for due, kinds in ((snapshot, tuple(POWER_KINDS)), (checkpoint, state_kinds(self.ema))) if due]
 
     def _manifest(self, done: int) -> Manifest:
         consumed, info = done * self.config.train.global_batch, self.dataset.shards.info

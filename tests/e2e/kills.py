@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import tensorboard  # noqa: F401  # once, not in each child
 
 from tests.conftest import digits_config
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, step_of

@@ -1,9 +1,11 @@
 """Parameter groups, the learning rate, the moving average, precision modes, and what a run says."""
 
+import contextlib
 import json
 import math
 import threading
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -201,6 +203,51 @@ def test_tensorboard_forgets_what_a_resumed_run_logs_again(tmp_path):
     log(tmp_path, 20, 40)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [10, 20, 30, 40]
+
+
+def fill(disk) -> Path:
+    """All that is left of it."""
+    with contextlib.suppress(OSError), (disk / "others").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    return disk / "others"
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_what_a_full_disk_does_not_take_is_written_later(small_disk, capsys, back):
+    disk = small_disk("200k")
+    with Metrics(disk, 0, 500) as metrics:
+        metrics.log(10, values(10))
+        others = fill(disk)
+        for step in range(20, 410, 10):  # more than what is left of a block of the file
+            metrics.log(step, values(step))
+        assert len(lines(disk)) < 40
+        if back:
+            metrics.go_back(380)
+        others.unlink()
+        if back:
+            metrics.log(390, values(390))
+        metrics.log(500, values(500))
+    steps = [*range(10, 400 if back else 410, 10), 500]
+    assert [line["step"] for line in lines(disk)] == steps and lines(disk)[4] == {"step": 50, **values(50)}
+    found = EventAccumulator(str(disk / "tensorboard")).Reload().Scalars("train/loss")
+    assert [event.step for event in found] == steps
+    out = capsys.readouterr().out
+    assert (
+        out.count("metrics cannot be written, they are kept for later: ") == 1 and out.count("metrics are written again") == 1
+    )
+    assert "lost" not in out
+
+
+def test_what_can_never_be_written_is_counted(small_disk, capsys):
+    disk = small_disk("200k")
+    with Metrics(disk, 0, 300) as metrics:
+        metrics.log(10, values(10))
+        fill(disk)
+        for step in range(20, 310, 10):
+            metrics.log(step, values(step))
+    kept = len(lines(disk))
+    assert 0 < kept < 30 and f"metrics of the last {30 - kept} logged steps are lost" in capsys.readouterr().out
 
 
 def test_no_thread_outlives_the_run(tmp_path):

@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import subprocess
 import threading
 import time
 
@@ -195,25 +194,18 @@ def test_a_file_that_cannot_be_finished_leaves_its_room_to_others(tmp_path, monk
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a file system of its own to fill, and so root")
-def test_a_disk_that_is_really_full(tmp_path, capsys):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
-    try:
-        run = Run(disk)
-        run.train()
-        first = run.save()  # 0.44 MB of it
-        (disk / "others").write_bytes(bytes(500_000))
-        begin(run)
-        poll_until(run, lambda: "00001.safetensors: No space left on device" in capsys.readouterr().out)
-        assert newest_valid(disk).path == first
-        (disk / "others").unlink()
-        poll_until(run, lambda: run.store.newest != first)
-        assert verify(run.store.newest).manifest.step == 2
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_a_disk_that_is_really_full(small_disk, capsys):
+    disk = small_disk("1200k")
+    run = Run(disk)
+    run.train()
+    first = run.save()  # 0.44 MB of it
+    (disk / "others").write_bytes(bytes(500_000))
+    begin(run)
+    poll_until(run, lambda: "00001.safetensors: No space left on device" in capsys.readouterr().out)
+    assert newest_valid(disk).path == first
+    (disk / "others").unlink()
+    poll_until(run, lambda: run.store.newest != first)
+    assert verify(run.store.newest).manifest.step == 2
 
 
 def test_a_file_that_is_not_to_be_seen_as_it_was_written_is_no_checkpoint(tmp_path, monkeypatch, capsys):

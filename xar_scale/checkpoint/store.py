@@ -82,9 +82,10 @@ class Store:
     def save(self, *manifests: Manifest) -> None:
         """Begin to write the state as it is now, of which each manifest describes some kinds of vectors, but for its files:
         a snapshot of averages, a checkpoint, or one after the other."""
-        begun = time.perf_counter()
-        if self._writing is not None and not self._written(attempts=1):
+        if not self.caught_up():
+            assert self._writing is not None
             dist.say(f"{self._writing.name}: given up for the next one")
+        begun = time.perf_counter()
         vectors = _own_vectors(self.engine, self.ema)
         self._staging.take([tensor for _, _, tensor in vectors])
         parts = [Range(key, start, copy) for (key, start, _), copy in zip(vectors, self._staging.copies, strict=True)]
@@ -97,6 +98,13 @@ class Store:
     def _stages(self, manifest: Manifest, parts: Sequence[Range]) -> list[Stage]:
         parts = [part for part in parts if part.key.split("/")[0] in manifest.kinds]
         return [lambda _: self._write(manifest, parts), lambda files: self._publish(manifest, files)]
+
+    def caught_up(self) -> bool:
+        """Whether all that was to be saved is written, after waiting for what is being."""
+        begun = time.perf_counter()
+        written = self._writing is None or self._written(attempts=1)
+        self.stalled += time.perf_counter() - begun
+        return written
 
     def poll(self) -> None:
         """Between steps: let what is under way go on. Costs nothing when nothing is."""
