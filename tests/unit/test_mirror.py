@@ -1,6 +1,7 @@
 """A copy of a run's checkpoints in an object store: complete or not there, kept as the run keeps its own, and gone on from."""
 
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -164,8 +165,6 @@ def test_the_end_of_a_run_waits_for_the_copy_and_says_when_there_is_none(bucket,
 
 
 def test_one_that_is_being_copied_is_not_dropped_and_the_newest_comes_next(store, bucket, tmp_path, monkeypatch):
-    import threading
-
     gate, exact = threading.Event(), Mirror.upload
 
     def gated(*arguments):
@@ -184,12 +183,35 @@ def test_one_that_is_being_copied_is_not_dropped_and_the_newest_comes_next(store
     assert objects(store, bucket) == copied([4])  # 2 and 3 were never copied, 1 was dropped as too old
 
 
+def test_what_is_gone_back_from_is_not_copied_after_all(store, bucket, tmp_path, monkeypatch):
+    gate, exact = threading.Event(), Mirror.upload
+
+    def gated(*arguments):
+        assert gate.wait(20)
+        exact(*arguments)
+
+    monkeypatch.setattr(Mirror, "upload", gated)
+    run = Run(tmp_path, mirror=Mirror(bucket))
+    for step in (1, 2):
+        run.train()
+        run.store.save(run.manifest())
+        poll_until(run, lambda step=step: run.store.newest and run.store.newest.name.endswith(str(step)))
+    run.store.go_back(1)
+    gate.set()
+    run.store.finish()
+    assert objects(store, bucket) == copied([1])
+
+
 def test_a_step_that_is_taken_again_replaces_its_copy(store, bucket, tmp_path):
     run = trained(tmp_path, bucket, 2)
+    name, _, prefix = bucket.removeprefix("s3://").partition("/")
+    of_more_ranks = f"{prefix}/checkpoints/step-00000002/shard-00002-model-00001-of-00001.safetensors"
+    boto3.client("s3", endpoint_url=store.url).put_object(Bucket=name, Key=of_more_ranks, Body=b"old")
     run.store.set_aside_after(1)
     run.train()
     run.step = 2
     run.save()
+    assert objects(store, bucket) == copied([1, 2])
     fetched = newest_valid_of(tmp_path / "new", Mirror(bucket))
     assert fetched.manifest.files == newest_valid(tmp_path).manifest.files
 

@@ -185,6 +185,46 @@ def test_the_last_one_is_tried_some_times_and_then_the_run_ends_with_what_the_di
     assert newest_valid(tmp_path).path == first
 
 
+def failing_in_turn(monkeypatch, name: str, times: int) -> None:
+    """A function of the store's fails with what the disk says, the next ``times``."""
+    exact, left = getattr(store, name), [times]
+
+    def fails(*arguments):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return exact(*arguments)
+
+    monkeypatch.setattr(store, name, fails)
+
+
+def test_each_stage_has_as_many_attempts(tmp_path, monkeypatch, no_pauses):
+    run = Run(tmp_path)
+    failing(monkeypatch, 5)
+    failing_in_turn(monkeypatch, "sync_folder", 5)
+    begin(run)
+    run.store.finish()
+    assert names(run) == ["step-00000001"] and no_pauses == 2 * [1, 2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_what_is_visible_already_is_not_made_again_when_what_follows_fails(tmp_path, monkeypatch, no_pauses, times):
+    run, pointed = Run(tmp_path), store.write_atomically
+    left = [times]
+
+    def write_atomically(path, content):
+        if path.name == "latest" and left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        pointed(path, content)
+
+    monkeypatch.setattr(store, "write_atomically", write_atomically)
+    begin(run)
+    run.store.finish()
+    assert left == [0] and newest_valid(tmp_path).path == run.store.newest
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000001\n"
+
+
 def test_a_file_that_cannot_be_finished_leaves_its_room_to_others(tmp_path, monkeypatch):
     run = Run(tmp_path)
     failing(monkeypatch, 1)
