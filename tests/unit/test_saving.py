@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.unit.tiny_run import Run
+from xar_scale import background
 from xar_scale.checkpoint import store
 from xar_scale.checkpoint.load import load
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, verify
@@ -205,6 +206,19 @@ def test_each_stage_has_as_many_attempts(tmp_path, monkeypatch, no_pauses):
     begin(run)
     run.store.finish()
     assert names(run) == ["step-00000001"] and no_pauses == 2 * [1, 2, 4, 8, 16]
+
+
+def test_failures_of_one_stage_give_the_next_no_more_attempts(tmp_path, monkeypatch, capsys):
+    run = Run(tmp_path)
+    failing(monkeypatch, 4)
+    failing_in_turn(monkeypatch, "sync_folder", 100)
+    begin(run)
+    poll_until(run, lambda: "attempt 3 failed" in capsys.readouterr().out)
+    pauses: list[float] = []
+    monkeypatch.setattr(background.time, "sleep", pauses.append)
+    with pytest.raises(FileError, match="given up after 6 attempts"):
+        run.store.finish()
+    assert pauses == [1, 2, 1, 2, 4, 8, 16]
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
