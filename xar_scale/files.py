@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, also after a crash."""
 
+import contextlib
 import itertools
 import os
 from pathlib import Path
@@ -8,11 +9,16 @@ from pathlib import Path
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Either the old file or the whole new one is there at any moment, also after a crash."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # the room that it takes may be what others lack
+        raise
 
 
 def sync_folder(path: Path) -> None:

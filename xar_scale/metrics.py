@@ -22,7 +22,6 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from typing_extensions import Self
 
 from xar_scale.dist import file_error
-from xar_scale.files import write_atomically
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
@@ -58,21 +57,20 @@ class Metrics:
     def _open(self) -> tuple["_File", "_Events"]:
         if self._files is None:
             path = self.run / METRICS_FILE
-            kept = [line for line in _lines(path) if _step(line) <= self._written]
-            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-            self._files = _File(path), _Events(self.run / TENSORBOARD_FOLDER, self._written)
+            self._files = _File(path, _end_of(path, self._written)), _Events(self.run / TENSORBOARD_FOLDER, self._written)
         return self._files
 
     def _close(self) -> None:
         files, self._files = self._files, None
         for file in files or ():
-            file.close()
+            with contextlib.suppress(OSError):  # what it could not write is written again
+                file.close()
 
     def _write(self) -> None:
         """All that waits, or as much of it as can be."""
         try:
+            lines, events = self._open()
             while self._waiting:
-                lines, events = self._open()
                 step, values = self._waiting[0]
                 events.add(step, {f"train/{name}": value for name, value in values.items() if not isinstance(value, str)})
                 lines.write(json.dumps({"step": step, **values}).encode() + b"\n")
@@ -130,8 +128,10 @@ class Metrics:
 class _File:
     """Something to append to, at once: what is not taken whole is an OSError."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, size: int) -> None:
+        """``size``: of what is there, how many bytes stay."""
         self.file = path.open("ab", buffering=0)
+        self.file.truncate(size)
 
     def write(self, content: bytes) -> None:
         if self.file.write(content) != len(content):
@@ -150,14 +150,14 @@ class _Events:
     def __init__(self, folder: Path, start: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}"  # they are read in this order
-        self.file = _File(path)
+        self.file = _File(path, 0)
         self.records = RecordWriter(self.file)
         try:
             self._write(Event(file_version="brain.Event:2"))
             self._write(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
         except OSError:
-            self.close()
-            path.unlink()
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
@@ -179,7 +179,7 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     """The step of a log line; beyond every step where it cannot be read, so that it is dropped."""
     try:
         return float(json.loads(line)["step"])
@@ -187,9 +187,13 @@ def _step(line: str) -> float:
         return math.inf
 
 
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a log; one cut by a crash is left out."""
+def _end_of(path: Path, step: int) -> int:
+    """Of a log's whole lines up to ``step``, in bytes. One that a crash or a full disk cut is left out."""
     if not path.exists():
-        return []
-    text = path.read_text()
-    return [line for line in text[: text.rfind("\n") + 1].splitlines() if line]
+        return 0
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n") or _step(line) > step:
+            break
+        end += len(line)
+    return end

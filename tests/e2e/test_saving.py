@@ -58,7 +58,9 @@ def test_a_rank_that_cannot_write_makes_all_ranks_try_again(folder, undisturbed)
 
 
 def test_a_defect_on_one_rank_ends_all_also_where_another_would_try_again(folder, undisturbed):
-    ended = faulty(folder, "two", {"kind": "defect", "step": 29}, {"kind": "disk", "step": 29, "rank": 0})
+    ended = faulty(
+        folder, "two", {"kind": "defect", "step": 29, "until": 32}, {"kind": "disk", "step": 29, "until": 32, "rank": 0}
+    )
     assert ended.codes == [1, 1], ended.text
     assert "it will be tried again" not in ended.text and "Traceback" not in ended.outputs[0]
     assert "RuntimeError: planted" in ended.outputs[1]
@@ -71,11 +73,12 @@ def test_ranks_that_are_killed_while_they_save_go_on_and_no_snapshot_is_missing(
     for number in range(KILLS):
         ranks = start(2, ["-m", "xar_scale", *words(folder, run, *TWO)], logs)
 
-        def saving(ranks=ranks, step=10 * number) -> None:
+        snapshot, checkpoint = (step // every * every + every for step, every in ((10 * number, 4), (10 * number, 10)))
+        folders = [run / "ema" / f".step-{snapshot:08d}.tmp", run / "checkpoints" / f".step-{checkpoint:08d}.tmp"]
+
+        def saving(ranks=ranks, folders=folders[number % 2 :]) -> None:
             begun = time.monotonic()
-            while not any(
-                (run / kind / f".step-{step + add:08d}.tmp").exists() for kind, add in (("ema", 4), ("checkpoints", 10))
-            ):
+            while not any(folder.exists() for folder in folders):
                 assert time.monotonic() - begun < 100 and ranks[0].poll() is None
                 time.sleep(0.0002)
             time.sleep(random.uniform(0, 0.01))

@@ -114,7 +114,10 @@ def test_weights_that_float32_does_not_hold_are_refused(tmp_path):
 def test_what_would_have_to_be_unpickled_is_refused_by_class_and_not_run(tmp_path, monkeypatch, legacy):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.ones(2), "evil": Evil()}, "a.pth", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(DataError, match="a.pth asks for .*mkdir, which unpickling would run; --trust-pickle lets it"):
+    with pytest.raises(
+        DataError,
+        match=r"a.pth asks for .*mkdir, which unpickling would run; --trust-pickle \(in Python, trust_pickle\) lets it",
+    ):
         open_source(tmp_path / "a.pth")
     assert not (tmp_path / "unpickled").exists()
     with open_source(tmp_path / "a.pth", trust_pickle=True) as source:

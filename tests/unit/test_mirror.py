@@ -154,6 +154,20 @@ def test_what_an_upload_that_was_given_up_leaves_goes_when_the_next_is_there(sto
     assert objects(store, bucket) == copied([1, 3])
 
 
+def test_what_is_there_already_is_not_lost_by_what_a_store_lists(store, bucket, tmp_path, monkeypatch):
+    name, _, prefix = bucket.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=store.url)
+    client.put_object(Bucket=name, Key=f"{prefix}/checkpoints/step-00000001-best/notes.txt", Body=b"mine")
+    exact = Mirror.steps
+
+    def late(self, **files):  # a listing that has not heard of the newest manifest
+        return exact(self, **files) if files else exact(self)[:-1]
+
+    monkeypatch.setattr(Mirror, "steps", late)
+    trained(tmp_path, bucket, 2, keep_last=2)
+    assert objects(store, bucket) == sorted(["step-00000001-best/notes.txt", *copied([1, 2])])
+
+
 def test_the_end_of_a_run_waits_for_the_copy_and_says_when_there_is_none(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(background.time, "sleep", lambda seconds: None)
     run = Run(tmp_path, mirror=Mirror(f"{bucket.rsplit('/', 2)[0]}-that-is-not-there/run"))

@@ -1,8 +1,10 @@
 """Parameter groups, the learning rate, the moving average, precision modes, and what a run says."""
 
 import contextlib
+import errno
 import json
 import math
+import os
 import threading
 import typing
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.unit.conftest import nano_model, normal, shapes_of
+from xar_scale import metrics as metrics_module
 from xar_scale.config import OptimConfig, TrainConfig
 from xar_scale.ema import EMA
 from xar_scale.metrics import Metrics, memory_gb
@@ -237,6 +240,44 @@ def test_what_a_full_disk_does_not_take_is_written_later(small_disk, capsys, bac
         out.count("metrics cannot be written, they are kept for later: ") == 1 and out.count("metrics are written again") == 1
     )
     assert "lost" not in out
+
+
+def test_what_is_left_of_a_disk_is_enough_for_what_waits(small_disk):
+    disk = small_disk("400k")
+    with Metrics(disk, 0, 30000) as metrics:
+        for step in range(10, 4010, 10):  # 65 KB of log
+            metrics.log(step, values(step))
+        others = fill(disk)
+        for step in range(4010, 4200, 10):
+            metrics.log(step, values(step))
+        os.truncate(others, others.stat().st_size - 24576)
+        metrics.log(4200, values(4200))
+        assert [line["step"] for line in lines(disk)] == list(range(10, 4210, 10))
+    assert sorted(path.name for path in disk.iterdir()) == ["metrics.jsonl", "others", "tensorboard"]
+
+
+@pytest.mark.parametrize("method", ["write", "close"])
+def test_no_error_of_a_file_ends_the_run(tmp_path, monkeypatch, capsys, method):
+    exact, failing = getattr(metrics_module._File, method), [False]
+
+    def fails(self, *arguments):
+        if failing[0]:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+        return exact(self, *arguments)
+
+    with Metrics(tmp_path, 0, 40) as metrics:
+        metrics.log(10, values(10))
+        monkeypatch.setattr(metrics_module._File, method, fails)
+        failing[0] = True
+        metrics.log(20, values(20))
+        metrics.go_back(10)
+        metrics.log(20, values(20))
+        failing[0] = False
+        metrics.go_back(10)
+        failing[0] = True
+    said = capsys.readouterr().out
+    assert [line["step"] for line in lines(tmp_path)] == [10] and "lost" not in said
+    assert said.count("metrics cannot be written") == said.count("metrics are written again") == (method == "write")
 
 
 def test_what_can_never_be_written_is_counted(small_disk, capsys):

@@ -7,10 +7,13 @@ import os
 import pytest
 import torch
 
-from tests.conftest import GOLDEN, TINY, draw, golden, kl16_shapes
+from tests.conftest import GOLDEN, TINY, digits_config, draw, golden, kl16_shapes
 from tests.unit.conftest import with_backend
 from tests.unit.foreign_checkpoints import assert_bitwise, named_ours, published
+from tests.unit.tiny_run import Run
 from xar_scale.checkpoint.interop import load_official, official_names
+from xar_scale.checkpoint.load import load_weights
+from xar_scale.checkpoint.manifest import newest_valid
 from xar_scale.config import ModelConfig
 from xar_scale.errors import DataError, UsageError
 from xar_scale.flow import velocity_loss
@@ -121,6 +124,20 @@ def test_published_weights_become_a_model_the_averages_if_there_are_some(tmp_pat
         assert all(isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad for parameter in model.parameters())
 
 
+def test_a_run_of_ours_says_itself_what_network_it_is_of(tmp_path):
+    config = digits_config("train.engine=single", "model.entity=subsample", "model.heads=8")
+    run = Run(tmp_path, config=config)
+    run.train()
+    run.save()
+    model = load_official(tmp_path)
+    assert model.config == config.model
+    assert_bitwise(dict(model.state_dict()), load_weights(newest_valid(tmp_path), "ema"))
+    run.store.save(run.manifest(kinds=("ema",)))
+    run.store.finish()
+    with pytest.raises(UsageError, match="holds ema, and no model"):
+        load_official(tmp_path / "ema" / "step-00000001", ema=False)
+
+
 def test_published_weights_that_do_not_fit_are_refused_by_name(tmp_path, nano):
     state = nano["model"]
     with pytest.raises(DataError, match="lack 1 entries, first pred.bias"):
@@ -136,6 +153,8 @@ def test_published_weights_that_do_not_fit_are_refused_by_name(tmp_path, nano):
     unknown = named_ours(state) | {"extra": torch.zeros(1)}
     with pytest.raises(DataError, match=r"the state dict: extra is \(1,\), the model's is not there"):
         load_official(unknown)
+    with pytest.raises(DataError, match="the state dict is of no preset: its width is None"):
+        load_official({"class_embed.weight": torch.zeros(())})
     for nothing in ({}, {"model": 3}):
         with pytest.raises(DataError, match="the state dict holds no weights"):
             load_official(nothing)

@@ -113,6 +113,25 @@ def test_a_snapshot_that_fails_is_tried_again_and_the_checkpoint_follows(tmp_pat
     verify(tmp_path / "checkpoints" / "step-00000001")
 
 
+def test_only_a_checkpoint_that_could_not_be_written_is_lacking(tmp_path, monkeypatch):
+    run, failing, exact = Run(tmp_path, config=CONFIG), [True], store.write_file
+
+    def write(*arguments):
+        if failing[0]:
+            raise OSError(28, "No space left on device")
+        return exact(*arguments)
+
+    monkeypatch.setattr(store, "write_file", write)
+    snapshot = tuple(POWER_KINDS)
+    for manifests, lacking in (([snapshot], False), ([run.manifest().kinds], True), ([snapshot, run.manifest().kinds], True)):
+        run.train()
+        run.store.save(*(run.manifest(kinds=kinds) for kinds in manifests))
+        assert run.store.lacks_checkpoint() is lacking
+    failing[0] = False
+    run.store.finish()
+    assert not run.store.lacks_checkpoint()
+
+
 def test_snapshots_of_steps_that_are_gone_behind_are_set_aside_and_leftovers_cleared(tmp_path):
     run = Run(tmp_path, config=CONFIG)
     for _ in range(2):

@@ -15,6 +15,7 @@ from xar_scale.checkpoint import files, store
 from xar_scale.checkpoint.load import check_continues, load, load_weights, state_vectors
 from xar_scale.checkpoint.manifest import FORMAT, newest_valid, read_manifest, verify
 from xar_scale.checkpoint.store import Store
+from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.data.order import Position
 from xar_scale.data.shards import ShardInfo
 from xar_scale.errors import ConfigError, DataError, UsageError
@@ -73,6 +74,17 @@ def test_averages_and_weights_load_whole(tmp_path):
     assert not torch.equal(
         load_weights(checkpoint, "model")["in_proj.weight"], load_weights(checkpoint, "ema")["in_proj.weight"]
     )
+
+
+def test_another_model_is_not_filled_with_what_happens_to_fit(tmp_path):
+    saved = verify(Run(tmp_path).save())
+    wider = Run(tmp_path / "wide", config=digits_config("train.engine=single", "model.width=32", "model.heads=2"))
+    with pytest.raises(DataError, match=r"encoder_pos is \[1, 16, 16\], the model's is \[1, 16, 32\]"):
+        load(saved, wider.engine, wider.ema)
+    with open_vectors(saved) as opened:
+        for key, start in (("model/in_norm.weight", 10), ("model/nothing", 0)):
+            with pytest.raises(DataError, match=f"{key} has no element {start + 6} in these files: it ends at"):
+                opened.read(key, start, torch.empty(7))
 
 
 def test_keeps_the_last_and_names_the_newest(tmp_path):

@@ -52,7 +52,7 @@ def _ours(engine: Engine, ema: EMA, config: Config, folder: Path) -> tuple[float
     store = Store(folder / "ours", engine, ema, config.train)
     dist.on_rank_0(lambda: store.open(0))
     waits, saves = [], []
-    for step in range(1, REPEATS + 2):  # the first takes the memory that the others use again
+    for step in range(1, REPEATS + 2):  # the first is a warm-up
         before = store.stalled
         manifest = bare_manifest(
             step=step, world=dist.world(), shapes={key: list(shape) for key, shape in engine.shapes.items()}

@@ -76,7 +76,7 @@ def write_average(snapshots: Sequence[Checkpoint], factors: Sequence[float], sig
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     path = temporary / file_name(0)
-    # A file a rank and snapshot is open: of long runs on many ranks, more than the 1024 that a process usually may have
+    # A file a rank and snapshot may be open, more than the 1024 that a process usually may have
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with ExitStack() as stack:

@@ -10,7 +10,7 @@ from xar_scale.config import Config
 from xar_scale.data.shards import DatasetInfo
 from xar_scale.ema import EMA, POWER_KINDS
 from xar_scale.engines import Engine
-from xar_scale.errors import ConfigError
+from xar_scale.errors import ConfigError, DataError
 
 
 def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -> None:
@@ -41,6 +41,9 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
     """Fill weights, moments and averages. Every rank calls this, and reads what it owns: returns how many bytes it read."""
 
     def read() -> int:
+        for name, shape in engine.shapes.items():
+            if (there := checkpoint.manifest.shapes.get(name)) != list(shape):
+                raise DataError(f"checkpoint {checkpoint.path}: {name} is {there}, the model's is {list(shape)}")
         with open_vectors(checkpoint, *state_kinds(ema)) as files:
             for key, start, tensor in state_vectors(engine, ema):
                 if tensor.device.type == "cpu":

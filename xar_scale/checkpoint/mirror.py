@@ -1,5 +1,6 @@
 """A copy of a run's checkpoints behind a URL: complete once its manifest is there, which is written last and goes first."""
 
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -40,9 +41,8 @@ class Mirror:
 
         def found(system: fsspec.AbstractFileSystem, root: str) -> list[int]:
             system.invalidate_cache()
-            return sorted(
-                {int(path.rsplit("/", 2)[-2].removeprefix("step-")) for path in system.glob(f"{root}/step-*/{files}")}
-            )
+            matches = (re.search(r"/step-(\d{8,})/[^/]+$", path) for path in system.glob(f"{root}/step-*/{files}"))
+            return sorted({int(match[1]) for match in matches if match})
 
         return self._do("listed", "", found)
 

@@ -17,7 +17,7 @@ from xar_scale.errors import DataError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # which float32 holds exactly
 MAX_HEADER = 1 << 28  # bytes; beyond it the length is no length
-OPEN_FILES = 64  # at once
+OPEN_FILES = 512  # at once; a process may usually have 1024
 
 
 class Piece(NamedTuple):
@@ -57,7 +57,10 @@ class Pieces:
                 raise DataError(f"{key} of shape {tuple(shapes[key])} has {shapes[key].numel()} elements, its files hold {at}")
 
     def read(self, key: str, start: int, out: Tensor) -> None:
-        pieces, stop = self.pieces[key], start + out.numel()
+        """Fill ``out`` (1-D, float32, contiguous, on the CPU) with the elements from ``start`` on, reading no others."""
+        pieces, stop = self.pieces.get(key, ()), start + out.numel()
+        if not pieces or pieces[-1].stop < stop:
+            raise DataError(f"{key} has no element {stop - 1} in these files: it ends at {pieces[-1].stop if pieces else 0}")
         for piece in pieces[max(bisect_right(pieces, start, key=lambda piece: piece.start) - 1, 0) :]:
             if start >= stop:
                 return

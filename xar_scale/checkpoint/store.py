@@ -82,8 +82,8 @@ class Store:
     def save(self, *manifests: Manifest) -> None:
         """Begin to write the state as it is now, of which each manifest describes some kinds of vectors, but for its files:
         a snapshot of averages, a checkpoint, or one after the other."""
-        if not self.caught_up():
-            assert self._writing is not None
+        self.lacks_checkpoint()
+        if self._writing is not None:
             dist.say(f"{self._writing.name}: given up for the next one")
         begun = time.perf_counter()
         vectors = _own_vectors(self.engine, self.ema)
@@ -99,12 +99,12 @@ class Store:
         parts = [part for part in parts if part.key.split("/")[0] in manifest.kinds]
         return [lambda _: self._write(manifest, parts), lambda files: self._publish(manifest, files)]
 
-    def caught_up(self) -> bool:
-        """Whether all that was to be saved is written, after waiting for what is being."""
+    def lacks_checkpoint(self) -> bool:
+        """Whether there is one that could not be written, after waiting for what is being."""
         begun = time.perf_counter()
         written = self._writing is None or self._written(attempts=1)
         self.stalled += time.perf_counter() - begun
-        return written
+        return not written and self._begun is not None and self._begun.parent == self.folder
 
     def poll(self) -> None:
         """Between steps: let what is under way go on. Costs nothing when nothing is."""
@@ -210,7 +210,7 @@ class Store:
         files = {name: entry for of_rank in written for name, entry in of_rank.items()}
         if temporary.exists() or not final.exists():  # else it was renamed before something failed
             for name, entry in files.items():
-                if (temporary / name).stat().st_size != entry.bytes:
+                if not (temporary / name).is_file() or (temporary / name).stat().st_size != entry.bytes:
                     raise OSError(f"rank 0 sees {temporary / name} not as it was written: the folder must be one for all ranks")
             write_atomically(temporary / MANIFEST, replace(manifest, files=files).to_json())
             sync_folder(temporary)
@@ -242,7 +242,7 @@ class Store:
         if dist.rank() == 0:
             mirror.upload(final, [MANIFEST])
             complete = mirror.steps()
-            given_up = set(mirror.steps(files="*")) - set(complete)
+            given_up = set(mirror.steps(files="*")) - {*complete, step_of(final)}
             later = [step for step in complete if step > step_of(final)]  # of a course that the run has gone back from
             for step in sorted({*given_up, *later, *self._too_old(complete[: len(complete) - len(later)])}):
                 mirror.remove(step)

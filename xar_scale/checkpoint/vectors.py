@@ -1,7 +1,6 @@
 """The vectors of a checkpoint of ours, wherever in its files each range of them lies."""
 
 import json
-import math
 from collections import defaultdict
 
 import torch
@@ -11,10 +10,15 @@ from xar_scale.checkpoint.pieces import FLOAT32, Piece, Pieces, read_header
 from xar_scale.errors import DataError
 
 
+def shapes_of(checkpoint: Checkpoint) -> dict[str, torch.Size]:
+    """Of what each vector is, by key."""
+    manifest = checkpoint.manifest
+    return {f"{kind}/{name}": torch.Size(shape) for kind in manifest.kinds for name, shape in manifest.shapes.items()}
+
+
 def sizes(checkpoint: Checkpoint) -> dict[str, int]:
     """Elements of each vector, by key."""
-    manifest = checkpoint.manifest
-    return {f"{kind}/{name}": math.prod(shape) for kind in manifest.kinds for name, shape in manifest.shapes.items()}
+    return {key: shape.numel() for key, shape in shapes_of(checkpoint).items()}
 
 
 def open_vectors(checkpoint: Checkpoint, *kinds: str) -> Pieces:
@@ -36,7 +40,7 @@ def open_vectors(checkpoint: Checkpoint, *kinds: str) -> Pieces:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"{path} is not a file of flat float32 vectors") from None
         headers += offset
-    shapes = {key: torch.Size([elements]) for key, elements in sizes(checkpoint).items()}
+    shapes = shapes_of(checkpoint)
     if lacking := set(shapes) - set(pieces):
         raise DataError(f"the files of {checkpoint.path} lack {len(lacking)} vectors, first {min(lacking)}")
     opened = Pieces({key: pieces[key] for key in shapes}, shapes)

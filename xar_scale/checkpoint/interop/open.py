@@ -3,14 +3,12 @@
 import re
 from pathlib import Path
 
-import torch
-
 from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.interop.universal import is_universal, open_universal
 from xar_scale.checkpoint.interop.weights import open_weights, weight_files
 from xar_scale.checkpoint.interop.zero import is_zero, open_zero
 from xar_scale.checkpoint.manifest import FOLDER, LATEST, MANIFEST, read_manifest
-from xar_scale.checkpoint.vectors import open_vectors
+from xar_scale.checkpoint.vectors import open_vectors, shapes_of
 from xar_scale.errors import DataError, UsageError
 
 SUMS = "SHA256SUMS"
@@ -63,11 +61,10 @@ def _open_own(path: Path) -> Source:
     for name, entry in manifest.files.items():
         if (size := (path / name).stat().st_size) != entry.bytes:
             raise DataError(f"checkpoint {path}: {name} has {size} bytes, it was written with {entry.bytes}")
-    shapes = {f"{kind}/{name}": torch.Size(shape) for kind in manifest.kinds for name, shape in manifest.shapes.items()}
     return Source(
         path,
         f"xar-scale, {len(manifest.files)} files",
-        shapes,
+        shapes_of(checkpoint),
         open_vectors(checkpoint),
         [path / name for name in manifest.files],
         checksums={path / name: entry.sha256 for name, entry in manifest.files.items()},

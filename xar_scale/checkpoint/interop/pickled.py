@@ -88,6 +88,9 @@ def read_pickled(path: Path, trust_pickle: bool = False) -> Pickled:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a seek to before a torn archive's beginning
             raise
         if match := re.search(r"GLOBAL (\S+)", str(error)):
-            raise DataError(f"{path} asks for {match[1]}, which unpickling would run; --trust-pickle lets it") from None
-        said = "" if isinstance(error, UnpicklingError) else f": {str(error).partition(chr(10))[0]}"  # pages of advice
+            raise DataError(
+                f"{path} asks for {match[1]}, which unpickling would run; --trust-pickle (in Python, trust_pickle) lets it"
+            ) from None
+        said = "" if isinstance(error, UnpicklingError) else str(error).partition("\n")[0]  # else pages of advice
+        said = said and f": {said}"
         raise DataError(f"{path} is torn, or not a file of torch.save{said}") from None

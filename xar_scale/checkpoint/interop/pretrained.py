@@ -8,22 +8,25 @@ import torch
 from xar_scale.checkpoint.interop.open import open_source
 from xar_scale.checkpoint.interop.source import InMemory, Source
 from xar_scale.checkpoint.interop.weights import named_states
-from xar_scale.config import ModelConfig
-from xar_scale.errors import DataError
+from xar_scale.config import ModelConfig, validated
+from xar_scale.errors import DataError, UsageError
 from xar_scale.model.xar import XAR, meta_model
 from xar_scale.presets import MODELS, model_values
 
 
-def load_official(source: str | Path | dict[str, Any], ema: bool = True) -> XAR:
-    """A model of a preset, known by its sizes, with the weights of a ``.pth`` file (or whatever else ``open_source`` reads), or
-    of a state dict. What holds two sets of weights is asked for its averages, unless not ``ema``.
+def load_official(source: str | Path | dict[str, Any], ema: bool = True, trust_pickle: bool = False) -> XAR:
+    """A model with the weights of a ``.pth`` file (or whatever else ``open_source`` reads), or of a state dict. What holds two
+    sets of weights is asked for its averages, unless not ``ema``. Weights that come without a config are those of the preset of
+    their sizes.
 
     Raises UsageError where there is no file, DataError where it is torn, is no such weights, or fits no preset.
     """
-    with _of_state(source) if isinstance(source, dict) else open_source(Path(source)) as opened:
+    with _of_state(source) if isinstance(source, dict) else open_source(Path(source), trust_pickle) as opened:
         kind = "ema" if ema and "ema" in opened.kinds else "model"
+        if kind not in opened.kinds:
+            raise UsageError(f"{opened.path} holds {', '.join(opened.kinds)}, and no {kind}")
         shapes = opened.names(kind)
-        model = meta_model(_config_of(opened.path, shapes))
+        model = meta_model(_own_config(opened) or _preset_of(opened.path, shapes))
         wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
         for name in [*wanted, *shapes]:
             if (there := shapes.get(name)) != (ours := wanted.get(name)):
@@ -42,8 +45,15 @@ def _in_words(shape: torch.Size | None) -> str:
     return "not there" if shape is None else str(tuple(shape))
 
 
-def _config_of(path: Path, shapes: dict[str, torch.Size]) -> ModelConfig:
-    width = shapes["class_embed.weight"][-1] if "class_embed.weight" in shapes else None
+def _own_config(source: Source) -> ModelConfig | None:
+    """Of a checkpoint of a run of ours."""
+    config = source.manifest.config if source.manifest is not None else {}
+    return validated(ModelConfig, config["model"], DataError, f"{source.path}: ") if config else None
+
+
+def _preset_of(path: Path, shapes: dict[str, torch.Size]) -> ModelConfig:
+    embedding = shapes.get("class_embed.weight", ())
+    width = embedding[1] if len(embedding) == 2 else None
     depth = len({name.split(".")[1] for name in shapes if name.startswith("encoder.")})
     for name in MODELS:
         values = model_values(name)
