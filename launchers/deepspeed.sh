@@ -1,22 +1,38 @@
 #!/usr/bin/env bash
-# xar-scale under DeepSpeed's launcher, on this machine: launchers/deepspeed.sh train --recipe digits
-#   PROCESSES             ranks; default: the GPUs here (the largest power of two), or 2 CPU processes without one
+# xar-scale under DeepSpeed's launcher: launchers/deepspeed.sh train --recipe digits
+#   PROCESSES             ranks on this machine; default: its GPUs (the largest power of two), or 2 CPU processes without one
 #   CUDA_VISIBLE_DEVICES  the GPUs to use, by number; default: all
-#   MASTER_PORT           default: a free one
+#   HOSTFILE              for several machines: a line a machine (launchers/hostfile.example); reached by pdsh and ssh without a password
+#   NODE_RANK             with HOSTFILE, where nothing may be reached by ssh: this machine's line, from 0; the command is started on each
+#   MASTER_ADDR           with NODE_RANK: the first machine's address
+#   MASTER_PORT           default: a free one, with HOSTFILE 29500
+#   RESTARTS              starts in a row, without a newer checkpoint, after a rank was killed or the like; default: 0
+#   PAUSE                 seconds before one, for what is left on other machines to end; default: 10
 set -euo pipefail
+# shellcheck source=launchers/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-gpus="${CUDA_VISIBLE_DEVICES-$( (nvidia-smi --list-gpus 2>/dev/null || true) | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd, -)}"
+gpus=$(gpus_here)
 count=$(tr ',' '\n' <<<"$gpus" | grep -c . || true)
-if [ "$count" -eq 0 ]; then
-    export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-    ranks=(--num_gpus "${PROCESSES:-2}")
+if [ "$count" -eq 0 ]; then export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
+if [ -n "${HOSTFILE-}" ]; then
+    ranks=(--hostfile "$HOSTFILE")
+    port=29500
+    if [ -n "${NODE_RANK-}" ]; then ranks+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"); fi
 else
-    default=1
-    while [ $((default * 2)) -le "$count" ]; do default=$((default * 2)); done
-    ranks=(--include "localhost:$(cut -d, -f "1-${PROCESSES:-$default}" <<<"$gpus")")
+    port=$(free_port)
+    if [ "$count" -eq 0 ]; then
+        ranks=(--num_gpus "${PROCESSES:-2}")
+    else
+        default=1
+        while [ $((default * 2)) -le "$count" ]; do default=$((default * 2)); done
+        ranks=(--include "localhost:$(cut -d, -f "1-${PROCESSES:-$default}" <<<"$gpus")")
+        unset CUDA_VISIBLE_DEVICES # said by --include
+    fi
 fi
-port="${MASTER_PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')}"
+MASTER_PORT="${MASTER_PORT:-$port}" RESTARTS="${RESTARTS:-0}" PAUSE="${PAUSE:-10}"
+RUN=$(run_folder "$@")
 
-echo "launching ${ranks[*]}, GPUs: ${gpus:-none}, master port $port"
-unset CUDA_VISIBLE_DEVICES # said by --include
-exec deepspeed --quiet "${ranks[@]}" --master_port "$port" --no_local_rank --module xar_scale "$@"
+echo "deepspeed: ${ranks[*]} MASTER_PORT=$MASTER_PORT RESTARTS=$RESTARTS PAUSE=$PAUSE, GPUs: ${gpus:-none}"
+network_settings
+launch deepspeed --quiet "${ranks[@]}" --master_port "$MASTER_PORT" --no_local_rank --module xar_scale "$@"

@@ -73,7 +73,7 @@ class Planter:
         self.step = 0
         self.attempt, self.take, self.write = Engine.attempt, Feed.take, store.write_file
 
-    def __call__(self, engine: Engine, step: int, batches: Sequence[Batch], faults: int = 0) -> Verdict:
+    def __call__(self, engine: Engine, step: int, batches: Sequence[Batch], *more: Any) -> Verdict:
         self.attempts[step] += 1
         self.step = step
         with contextlib.ExitStack() as planted:
@@ -85,7 +85,7 @@ class Planter:
                         self.state(fault, engine, step)
                     elif dist.rank() == fault.rank:
                         planted.enter_context(getattr(self, fault.kind)(fault, engine))
-            return self.attempt(engine, step, batches, faults)
+            return self.attempt(engine, step, batches, *more)
 
     @contextlib.contextmanager
     def loss(self, fault: Fault, engine: Engine) -> Iterator[None]:

@@ -3,15 +3,17 @@
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from xar_scale.config import Config, merge, override, read_yaml
-from xar_scale.errors import OK, DataError, UsageError, XarScaleError
+from xar_scale.errors import OK, DataError, ProcessError, UsageError, XarScaleError
 from xar_scale.files import write_atomically
 from xar_scale.presets import RECIPES, recipe
+from xar_scale.stopping import Stops
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +30,7 @@ def ending(program: str, run: Callable[[], None]) -> int:
     """The exit code of ``run``, its error on standard error as one line. Of several ranks the one that met it speaks, or 0."""
     from xar_scale import dist
 
+    dist.adopt_launcher()
     try:
         run()
     except (XarScaleError, OSError) as caught:
@@ -37,6 +40,11 @@ def ending(program: str, run: Callable[[], None]) -> int:
         if dist.rank() == (error.rank or 0):
             print(f"{program}: {error}", file=sys.stderr, flush=True)
         return error.exit_code  # without leaving the process group: other ranks may be waiting in it for the launcher
+    except RuntimeError as error:
+        if not dist.is_lost_rank(error):
+            raise
+        print(f"{program}: rank {dist.rank()} has lost another rank: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return ProcessError.exit_code
     dist.close()
     return OK
 
@@ -65,7 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="xar-scale",
         description="Train, sample and check xAR and larger next-X image models.",
-        epilog="exit codes: 0 done, 64 usage, 65 bad data, 70 non-finite, 71 a process died, 74 files, 78 config",
+        epilog="exit codes: 0 done, 64 usage, 65 bad data, 70 non-finite, 71 a process died, 74 files, "
+        "75 preempted, 76 stopped as asked, 78 config",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment says it too
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -80,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--run-dir", type=Path, help="folder of checkpoints, metrics and the config (default: runs/RECIPE)")
     train.add_argument("--resume", default="auto", help="auto (the newest valid checkpoint of the run), none, or a path")
     train.add_argument("--init-from", help="a run, a checkpoint, a .pth or safetensors whose weights a new run begins with")
+    train.add_argument("--stop-after", metavar="TIME", help="30s, 90m, 3h50m, 2d: end then, with a checkpoint")
     train.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
     train.set_defaults(run_command=_train, overridable=True)
 
@@ -125,9 +135,20 @@ def _train(options: argparse.Namespace) -> None:
         return
     if options.run_dir is None and options.recipe is None:
         raise UsageError("train needs --run-dir when there is no --recipe to name it after")
+    run_dir = options.run_dir or Path("runs") / options.recipe
+    stops = Stops(run_dir, None if options.stop_after is None else _seconds(options.stop_after))
+    stops.listen()  # what is imported next takes seconds
     from xar_scale.train import train
 
-    train(config, options.run_dir or Path("runs") / options.recipe, options.resume)
+    train(config, run_dir, options.resume, stops)
+
+
+def _seconds(duration: str) -> float:
+    """Of 30s, 90m, 3h50m, 2d."""
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    if not re.fullmatch(r"(\d+[dhms])+", duration):
+        raise UsageError(f"--stop-after {duration} is no time such as 30s, 90m, 3h50m or 2d")
+    return float(sum(int(count) * units[unit] for count, unit in re.findall(r"(\d+)([dhms])", duration)))
 
 
 def _sample(options: argparse.Namespace) -> None:

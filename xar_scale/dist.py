@@ -9,9 +9,17 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 
+from xar_scale import slurm
 from xar_scale.errors import FileError, XarScaleError
 
 T = TypeVar("T")
+
+
+def adopt_launcher() -> None:
+    """Take ranks from SLURM where no launcher has set them: srun itself has its own names for them."""
+    if "RANK" not in os.environ:
+        for name, value in slurm.rank_variables(os.environ).items():
+            os.environ.setdefault(name, value)
 
 
 def init(device: torch.device) -> None:
@@ -46,7 +54,8 @@ def local_world() -> int:
 def local_device() -> torch.device:
     """This rank's device: its GPU where there is one, else the CPU."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        # SLURM may show each task one GPU alone
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.device_count() > 1 else 0)
     return torch.device("cpu")
 
 
@@ -115,6 +124,12 @@ def together(work: Callable[[], T]) -> T:
 def on_rank_0(work: Callable[[], T]) -> T:
     """What ``work`` returns on rank 0, on every rank; its error likewise."""
     return gather_objects(together(lambda: work() if rank() == 0 else None))[0]  # type: ignore[return-value]
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether it is what a collective raises when another rank is gone. gloo's errors have no class of their own."""
+    said = str(error)
+    return isinstance(error, torch_dist.DistError) or ("gloo" in said and ("peer" in said or "Broken pipe" in said))
 
 
 def file_error(error: OSError) -> FileError:

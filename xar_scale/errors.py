@@ -32,7 +32,7 @@ class NonFiniteError(XarScaleError):
 
 
 class ProcessError(XarScaleError):
-    """A helper process died: killed, or out of memory."""
+    """A process died: killed, or out of memory. A data worker, or another rank, whose own message says why."""
 
     exit_code = 71
 
@@ -41,6 +41,18 @@ class FileError(XarScaleError):
     """A file or folder cannot be read or written: permissions, a full disk, something else in its place."""
 
     exit_code = 74
+
+
+class PreemptedError(XarScaleError):
+    """A signal said that the machine will be taken away; a checkpoint is written, and the job may be queued again."""
+
+    exit_code = 75
+
+
+class StoppedError(XarScaleError):
+    """Somebody asked the run to stop before its end; a checkpoint is written, and the same command goes on from it."""
+
+    exit_code = 76
 
 
 class ConfigError(XarScaleError):

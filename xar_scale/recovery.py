@@ -55,7 +55,7 @@ class Recovery:
         self.snapshots = Snapshots(engine, ema, config.guard)
         self.suspects: list[Place] = []  # whom the last decision was about
 
-    def attempt(self, step: int, batches: Sequence[Batch], faults: int = 0) -> Verdict:
+    def attempt(self, step: int, batches: Sequence[Batch], faults: int = 0, stop: bool = False) -> Verdict:
         """In the precision and with the loss scale that the guard's state asks for."""
         mode = self._mode()
         splits = self.splits if self.state.lowered else 1
@@ -63,7 +63,7 @@ class Recovery:
             dist.say(f"guard: step {step}: computing in {mode}" + (f", a pass in {splits} parts" if splits > 1 else ""))
             self.engine.set_precision(mode, splits)
         self.engine.loss_scale = self.state.scale if self.engine.precision.scaled else 1.0
-        return self.engine.attempt(step, batches, faults)
+        return self.engine.attempt(step, batches, faults, stop)
 
     def resolve(self, step: int, batches: Sequence[Batch], verdict: Verdict) -> Resolved:
         """Attempt the step again for as long as the guard asks for it. Raises NonFiniteError beyond its last rung."""

@@ -22,7 +22,7 @@ from xar_scale.data.sources import Shards, open_shards
 from xar_scale.diagnosis import Activations
 from xar_scale.ema import EMA, POWER_KINDS, WIDTHS
 from xar_scale.engines import Engine, Verdict, create_engine
-from xar_scale.errors import DataError, UsageError
+from xar_scale.errors import DataError, UsageError, XarScaleError
 from xar_scale.files import write_atomically
 from xar_scale.guard import Action, GuardState
 from xar_scale.memory import fallback_splits
@@ -34,16 +34,19 @@ from xar_scale.model.xar import XAR, Weight, blank_weights, initial_weights, met
 from xar_scale.optim import learning_rate
 from xar_scale.precision import MODES
 from xar_scale.recovery import Recovery
+from xar_scale.stopping import Stops
 
 CONFIG_FILE = "config.yaml"
 
 
-def train(config: Config, run: Path, resume: str = "auto") -> None:
+def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None = None) -> None:
     """Train to ``train.steps``, keeping checkpoints, metrics and the config in ``run``.
 
     ``resume``: "auto" goes on from the newest valid checkpoint of ``run`` if there is one; "none" demands that there is
-    none; else the path of a checkpoint to start from. Every rank calls this.
+    none; else the path of a checkpoint to start from. Every rank calls this. Raises PreemptedError or StoppedError, after a
+    last checkpoint, where ``stops`` of any rank asks for it.
     """
+    stops = stops or Stops(run)
     device = dist.local_device()
     if config.train.engine != "single":
         dist.init(device)
@@ -86,7 +89,7 @@ def train(config: Config, run: Path, resume: str = "auto") -> None:
     with metrics or nullcontext():
         shards = [shard.name for shard in dataset.shards.info.shards]
         recovery = Recovery(config, engine, ema, shards, store, guard, splits)
-        training = Training(config, engine, ema, dataset, bad, recovery, store, metrics)
+        training = Training(config, engine, ema, dataset, bad, recovery, store, stops, metrics)
         training.run(start)
     dist.say(f"done: {config.train.steps} steps; checkpoint {store.newest or (checkpoint and checkpoint.path)}")
 
@@ -103,20 +106,25 @@ class Training:
         bad: BadSamples,
         recovery: Recovery,
         store: Store,
+        stops: Stops,
         metrics: Metrics | None,
     ) -> None:
         self.config, self.engine, self.ema, self.dataset, self.bad = config, engine, ema, dataset, bad
-        self.recovery, self.store, self.metrics = recovery, store, metrics
+        self.recovery, self.store, self.stops, self.metrics = recovery, store, stops, metrics
+        self.ending: XarScaleError | None = None  # before the last step
         self.feed = Feed(dataset, config.train, engine.device)
 
     def run(self, start: int) -> None:
-        """Steps ``start`` to ``train.steps``."""
+        """Steps ``start`` to ``train.steps``. Raises PreemptedError or StoppedError where it ends before."""
         self._seek(start)
         self.recovery.begin(start)
         step = start
-        while step < self.config.train.steps:
+        while step < self.config.train.steps and self.ending is None:
             step = self._advance(step)
         self.store.finish()
+        self.stops.obeyed()
+        if self.ending is not None:
+            raise self.ending
 
     def _advance(self, step: int) -> int:
         """Take step ``step``, or find out why not. Returns the one that comes next."""
@@ -126,7 +134,7 @@ class Training:
         batches = self.feed.take()
         news = self.bad.news(fault for batch in batches for fault in batch.faults)
         with Activations(self.engine.model) if logged else nullcontext() as activations:
-            verdict = self.recovery.attempt(step, batches, len(news))
+            verdict = self.recovery.attempt(step, batches, len(news), self.stops.asked())
         self.store.poll()
         if verdict.faults:
             try:
@@ -146,7 +154,7 @@ class Training:
             self.engine.step(rate, resolved)
             self.ema.update(done - self.recovery.state.skipped)
 
-        saved = self._due(done)
+        saved = self._due(done, stop=verdict.stop)
         if not self.recovery.keep(done, certainly=bool(saved)):
             return self._go_back()
         if saved:
@@ -157,17 +165,18 @@ class Training:
             self._log(done, resolved, rate, largest)
         if self.metrics is not None:
             self.metrics.advance(done)
+        if verdict.stop and not last:
+            self.ending = self.stops.reason(f"stopped after step {done} of {self.config.train.steps}")
         return done
 
-    def _due(self, done: int) -> list[tuple[str, ...]]:
-        """The kinds of vectors of each folder that is written after ``done`` steps. A snapshot comes before a checkpoint: no
-        run goes on from one that lacks a snapshot of the steps before. Where that takes the place of a checkpoint that could
-        not be written, there is one with it."""
+    def _due(self, done: int, *, stop: bool) -> list[tuple[str, ...]]:
+        """The kinds of vectors of each folder that is written after ``done`` steps. A snapshot comes before a checkpoint, so
+        that no run goes on from one and lacks the snapshot of the same step. Where it takes the place of a checkpoint that
+        could not be written, there is one with it."""
         checkpoints, snapshots = self.config.train.checkpoint_every, self.config.optim.ema_snapshots_every
         last = done == self.config.train.steps
         snapshot, checkpoint = (every is not None and (last or done % every == 0) for every in (snapshots, checkpoints))
-        if snapshot and not checkpoint:
-            checkpoint = not self.store.caught_up()
+        checkpoint |= stop or (snapshot and self.store.lacks_checkpoint())
         return [kinds for due, kinds in ((snapshot, tuple(POWER_KINDS)), (checkpoint, state_kinds(self.ema))) if due]
 
     def _manifest(self, done: int) -> Manifest:

@@ -12,14 +12,14 @@ PACKAGE = ROOT / "xar_scale"
 
 # From the bottom up: a room imports from those below it, never beside or above.
 LAYERS = [
-    ["errors", "version", "files"],
+    ["errors", "version", "files", "slurm"],
     ["rng", "config", "posthoc"],
     ["presets"],
     ["model"],
     ["dist"],
     ["flow", "sampler", "tokenizers"],
     ["data"],
-    ["optim", "ema", "precision", "staging", "background"],
+    ["optim", "ema", "precision", "staging", "background", "stopping"],
     ["guard", "diagnosis", "memory"],
     ["engines"],
     ["checkpoint", "snapshots", "reports"],

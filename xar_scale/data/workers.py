@@ -91,7 +91,12 @@ def _no_signal_of_death() -> Iterator[None]:
 
 
 def _die_with(parent: int, worker: int) -> None:
-    """A process that is killed must not leave workers behind: they would wait for it with their memory."""
+    """A process that is killed must not leave workers behind: they would wait for it with their memory.
+
+    Until then signals are its affair: SLURM and terminals send them to all processes alike, and its last steps need data.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was killed before that

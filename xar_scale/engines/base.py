@@ -40,6 +40,7 @@ class Verdict:
     grad_norm: float
     bad: Bad  # what is not finite
     faults: int  # samples that some rank could not read, and the run has not met yet
+    stop: bool  # some rank was asked to
 
 
 class Engine(ABC):
@@ -71,8 +72,9 @@ class Engine(ABC):
         self.model.use_kernels(self.config.kernels, self.device, self.precision.compute, training=True)
         self._apply_precision()
 
-    def attempt(self, step: int, batches: Sequence[Batch], faults: int = 0) -> Verdict:
-        """All passes of a step, and what the ranks make of it. ``faults``: samples that this rank could not read.
+    def attempt(self, step: int, batches: Sequence[Batch], faults: int = 0, stop: bool = False) -> Verdict:
+        """All passes of a step, and what the ranks make of it. ``faults``: samples that this rank could not read. ``stop``:
+        whether it was asked to.
 
         The one moment of a step at which the host waits for the device is here.
         """
@@ -81,7 +83,7 @@ class Engine(ABC):
         for batch in batches:
             loss += self.forward_backward(batch) / self.passes
             inputs += batch.inputs_sum()
-        return self.agree(loss, inputs, faults)
+        return self.agree(loss, inputs, faults, stop)
 
     def _seed(self, step: int) -> None:
         """Seed whatever draws on the device (dropout) from (seed, step, rank)."""
@@ -104,21 +106,22 @@ class Engine(ABC):
             total += loss.detach()
         return total
 
-    def agree(self, loss: Tensor, inputs: Tensor | None = None, faults: int = 0) -> Verdict:
-        """After the last pass: this rank's mean loss over passes, a number that is finite where all of its inputs are, and its
-        faults, put together with all others'. One reduction, and one wait for the device.
+    def agree(self, loss: Tensor, inputs: Tensor | None = None, faults: int = 0, stop: bool = False) -> Verdict:
+        """After the last pass: this rank's mean loss over passes, a number that is finite where all of its inputs are, its
+        faults and whether it was asked to stop, put together with all others'. One reduction, and one wait for the device.
         """
         # what is offloaded is summed up where it is
         squares = torch.stack([gradient.float().square().sum() for gradient in self.gradients()]).sum().to(self.device)
         weights = finite_if_all_are(self._masters).to(self.device)
         inputs = torch.zeros_like(loss) if inputs is None else inputs
         self._bad = ~torch.isfinite(torch.stack([loss, squares, weights, inputs]))
-        parts = torch.stack([loss / dist.world(), squares / self.copies, torch.full_like(loss, faults)])
+        counts = torch.tensor([faults, stop], dtype=loss.dtype).to(self.device, non_blocking=True)
+        parts = torch.cat([torch.stack([loss / dist.world(), squares / self.copies]), counts])
         sums = dist.all_reduce_sum(torch.cat([parts, self._bad.float()])).tolist()
-        found = _flags(sums[3:])
+        found = _flags(sums[4:])
         if not math.isfinite(sums[1]):
             found |= Bad.GRADIENT  # the sum over ranks may be too large where no rank's own is
-        return Verdict(sums[0], math.sqrt(max(sums[1], 0.0)) / self.loss_scale, found, round(sums[2]))
+        return Verdict(sums[0], math.sqrt(max(sums[1], 0.0)) / self.loss_scale, found, round(sums[2]), sums[3] > 0)
 
     @property
     def local_bad(self) -> Bad:

@@ -1,0 +1,89 @@
+# shellcheck shell=bash
+# Sourced by the launchers: what they share. Commands run from the checkout, where ds_configs/ is.
+
+# Rank 0's ranks find each other and exchange data over these. What is set stays; each is printed at the start.
+network_settings() {
+    export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"                                          # INFO: which interfaces and plugins NCCL takes
+    export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"      # flight recorder: the last collectives, dumped at a time-out
+    export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"             # to /tmp/nccl_trace_rank_N, or TORCH_NCCL_DEBUG_INFO_TEMP_FILE
+    export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC="${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-600}" # after which a stuck NCCL thread ends its process
+    local name
+    # interfaces: NCCL and gloo each take the first one that is up, on some clusters the wrong one; NCCL_IB_HCA names InfiniBand adapters
+    for name in NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_IB_HCA NCCL_DEBUG TORCH_NCCL_TRACE_BUFFER_SIZE \
+        TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC; do
+        echo "  $name=${!name-}"
+    done
+}
+
+# The GPUs of this machine by number, with commas; of them, those that CUDA_VISIBLE_DEVICES allows
+gpus_here() {
+    echo "${CUDA_VISIBLE_DEVICES-$( (nvidia-smi --list-gpus 2>/dev/null || true) | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd, -)}"
+}
+
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
+
+# The run's folder, of the arguments of `xar-scale train`
+run_folder() {
+    local recipe=''
+    while [ $# -gt 0 ]; do
+        case $1 in
+        --run-dir) echo "${2-}" && return ;;
+        --run-dir=*) echo "${1#*=}" && return ;;
+        --recipe) recipe=${2-} ;;
+        --recipe=*) recipe=${1#*=} ;;
+        esac
+        shift
+    done
+    echo "runs/$recipe"
+}
+
+# What the ranks ended with. torchrun says 1 whatever it was, srun the largest of them: they write it down as well.
+exit_code() { # of the launcher
+    if [ -s "$XAR_SCALE_EXIT_FILE" ]; then cat "$XAR_SCALE_EXIT_FILE"; else echo "$1"; fi
+    rm -f "$XAR_SCALE_EXIT_FILE"
+}
+
+# Whether to start again after CODE: not where the next start would end alike, or somebody asked for the end; and at most
+# RESTARTS times in a row without a newer checkpoint.
+stuck=0 stuck_at=
+start_again() { # RUN CODE
+    case $2 in 0 | 64 | 65 | 70 | 76 | 78 | 130) return 1 ;; esac
+    local newest
+    newest=$(cat "$1/checkpoints/latest" 2>/dev/null || echo none)
+    [ "$newest" = "$stuck_at" ] || stuck=0
+    stuck_at=$newest stuck=$((stuck + 1))
+    if [ "$stuck" -gt "$RESTARTS" ]; then
+        echo "exit code $2; not started again: $((stuck - 1)) restarts since checkpoint $newest"
+        return 1
+    fi
+    echo "exit code $2; start again, number $stuck since checkpoint $newest (RESTARTS=$RESTARTS)"
+}
+
+descendants() {
+    local child
+    for child in $(pgrep -P "$1"); do echo "$child" && descendants "$child"; done
+}
+
+# Run a launcher, again and again as start_again has it, and end with the run's code. Signals that would end this shell go to the
+# launcher, which ends its ranks with them: they write a checkpoint first. USR2 ends a launcher: it goes to the ranks alone.
+launch() {
+    local code launcher=''
+    XAR_SCALE_EXIT_FILE=$(mktemp)
+    export XAR_SCALE_EXIT_FILE
+    trap 'kill -TERM "$launcher" 2>/dev/null || true' INT TERM
+    # shellcheck disable=SC2046
+    trap 'kill -USR2 $(descendants "$launcher") 2>/dev/null || true' USR2
+    while true; do
+        (trap '' USR2 && exec "$@") &
+        launcher=$!
+        while true; do # a trap ends a wait
+            wait "$launcher" && code=0 || code=$?
+            kill -0 "$launcher" 2>/dev/null || break
+        done
+        code=$(exit_code "$code")
+        start_again "$RUN" "$code" || exit "$code"
+        sleep "$PAUSE"
+    done
+}

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# xar-scale under torchrun, the same command on every node: launchers/torchrun.sh train --recipe digits
+#   NODES          default: 1
+#   MASTER_ADDR    a node that all reach, where they meet; default: this one
+#   MASTER_PORT    default: a free one, on several nodes 29500
+#   JOB            a name for what meets there, the same on all nodes; default: xar
+#   PROCESSES      ranks on this node; default: its GPUs, or 2 CPU processes without one
+#   RESTARTS       starts in a row, without a newer checkpoint, after a rank was killed or the like; default: 0
+#   PAUSE          seconds before one, for what is left on other nodes to end; default: 10
+set -euo pipefail
+# shellcheck source=launchers/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+gpus=$(gpus_here)
+count=$(tr ',' '\n' <<<"$gpus" | grep -c . || true)
+if [ "$count" -eq 0 ]; then export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
+[ "$count" -gt 0 ] || count=2
+NODES="${NODES:-1}" PROCESSES="${PROCESSES:-$count}" JOB="${JOB:-xar}" RESTARTS="${RESTARTS:-0}" PAUSE="${PAUSE:-10}"
+if [ "$NODES" -eq 1 ]; then port=$(free_port); else port=29500; fi
+MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT="${MASTER_PORT:-$port}"
+RUN=$(run_folder "$@")
+
+echo "torchrun: NODES=$NODES PROCESSES=$PROCESSES MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT JOB=$JOB RESTARTS=$RESTARTS PAUSE=$PAUSE, GPUs: ${gpus:-none}"
+network_settings
+launch torchrun --nnodes "$NODES" --nproc-per-node "$PROCESSES" --rdzv-backend c10d --rdzv-id "$JOB" \
+    --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT" -m xar_scale "$@"

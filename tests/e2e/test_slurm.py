@@ -1,0 +1,189 @@
+"""Under a real SLURM: two nodes, warnings, jobs queued again, killed ranks, another number of nodes; each goes on exactly."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.processes import ROOT, launch
+from tests.slurm import missing, slurm
+from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, step_of
+from xar_scale.evaluate.digits import cache_digits
+
+pytestmark = [pytest.mark.timeout(400), pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+STEPS = 400
+SETTINGS = ["model.width=32", "model.heads=2", "train.global_batch=24", "train.log_every=1", "optim.warmup_steps=5"]
+SETTINGS += [f"train.steps={STEPS}", "train.engine=fsdp2", "train.checkpoint_every=1000", "data.workers=1"]
+SCRIPT = ROOT / "launchers" / "slurm.sbatch"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    cache_digits(folder / "data", samples_per_shard=500)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    with slurm(tmp_path_factory.mktemp("slurm") / "s") as running:
+        yield running
+
+
+def words(folder: Path, run: Path, *more: str) -> list[str]:
+    return ["train", "--recipe", "digits", "--run-dir", str(run), f"data.path={folder / 'data'}", *SETTINGS, *more]
+
+
+def curve(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))  # none is missing, none twice
+    return {line["step"]: line["loss"] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    ended = launch(2, ["-m", "xar_scale", *words(folder, folder / "undisturbed")], folder / "logs")
+    assert ended.codes == [0, 0], ended.text
+    return curve(folder / "undisturbed")
+
+
+class Job:
+    """One of launchers/slurm.sbatch, and what it has said."""
+
+    def __init__(self, here, folder: Path, name: str, *more: str, nodes: int = 2, **environment: str) -> None:
+        self.here, self.run, self.out = here, folder / name, folder / f"{name}.out"
+        options = [f"--nodes={nodes}", "--ntasks-per-node=1", f"--output={self.out}"]
+        command = [*options, SCRIPT, *words(folder, self.run, *more)]
+        self.number = here.submit(ROOT, *command, MASTER_ADDR="127.0.0.1", **environment)
+
+    @property
+    def said(self) -> str:
+        return self.out.read_text() if self.out.exists() else ""
+
+    def until(self, what, limit_s: float = 90) -> None:
+        self.here.until(what, limit_s, lambda: self.said)
+
+    def of_start(self, start: int) -> str:
+        """What was said since the ``start``-th, until the next."""
+        return self.said.partition(f", start {start}, ")[2].partition(", start ")[0]
+
+    def steps(self, count: int) -> None:
+        """Wait for as many of the newest start."""
+        start = self.restarts() + 1
+        self.until(lambda: self.of_start(start).count("\nstep ") >= count)
+
+    def restarts(self) -> int:
+        return int(self.here.state(self.number)["Restarts"])
+
+    def ended(self, start: int) -> int:
+        """The run's code at the end of its ``start``-th start."""
+        self.until(lambda: "ended with" in self.of_start(start))
+        return int(re.findall(r"ended with (\d+)", self.of_start(start))[0])
+
+    def rank(self, number: int) -> int:
+        """Its process."""
+        for line in subprocess.run(
+            ["pgrep", "-f", f"xar_scale train.*{self.run}"], capture_output=True, text=True
+        ).stdout.split():
+            environ = Path(f"/proc/{line}/environ").read_bytes().split(b"\0")
+            parent = int(Path(f"/proc/{line}/stat").read_text().rsplit(")", 1)[1].split()[1])
+            mine = f"SLURM_PROCID={number}".encode() in environ and b"SLURM_STEP_NUM_TASKS=2" in environ
+            if mine and b"python" in Path(f"/proc/{line}/cmdline").read_bytes() and not _is_rank(parent, self.run):
+                return int(line)
+        raise AssertionError(self.said)
+
+
+def _is_rank(pid: int, run: Path) -> bool:
+    line = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return "python" in line[0] and str(run) in line
+
+
+def newest(run: Path) -> int:
+    return step_of(checkpoint_paths(run)[-1])
+
+
+def test_a_job_that_is_warned_requeued_killed_and_given_fewer_nodes_is_the_undisturbed_run(here, folder, undisturbed):
+    job = Job(here, folder, "one")
+
+    # the warning that its time is over
+    job.steps(20)
+    here.run("scancel", "--batch", "--signal=USR2", job.number)
+    assert job.ended(1) == 75
+    step = newest(job.run)
+    assert f"xar-scale: stopped after step {step} of {STEPS} (SIGUSR2 to rank 0)" in job.said
+    here.until(lambda: here.state(job.number)["JobState"] == "PENDING")
+    assert here.state(job.number)["Restarts"] == "1"
+    here.now(job.number)
+
+    # queued again from outside
+    job.steps(20)
+    assert f"resumed from {job.run}/checkpoints/step-{step:08d} at step {step}" in job.said
+    here.run("scontrol", "requeue", job.number)
+    job.until(lambda: "(SIGTERM to rank" in job.said)
+    here.now(job.number)
+
+    # a rank that is killed
+    job.steps(20)
+    step = newest(job.run)
+    assert f"resumed from {job.run}/checkpoints/step-{step:08d} at step {step}" in job.said
+    begun = time.monotonic()
+    os.kill(job.rank(1), signal.SIGKILL)
+    code = job.ended(3)
+    assert "rank 0 has lost another rank" in job.said and "Traceback" not in job.said
+    assert code in (71, 137) and time.monotonic() - begun < 15
+    assert f"exit code {code}; start again, number 1 since checkpoint step-{step:08d} (RESTARTS=3)" in job.said
+    here.until(lambda: here.state(job.number)["JobState"] == "PENDING")
+
+    # somebody has only one node
+    here.run("scancel", job.number)
+    other = Job(here, folder, "one", nodes=1)
+    other.until(lambda: "ended with 0" in other.said)
+    here.until(lambda: here.state(other.number)["JobState"] == "COMPLETED")
+    found = curve(job.run)
+    assert len(found) == STEPS and newest_valid(job.run).manifest.world == 1
+    assert {at: found[at] for at in range(1, step + 1)} == {at: undisturbed[at] for at in range(1, step + 1)}
+    torch.testing.assert_close(torch.tensor([*found.values()]), torch.tensor([*undisturbed.values()]), rtol=1e-4, atol=0)
+    assert not (job.run / "restarts").exists() and not list(ROOT.glob(".exit-*"))
+
+
+def test_one_launcher_a_node_does_the_same(here, folder, undisturbed):
+    job = Job(here, folder, "two", LAUNCH="torchrun", PROCESSES="1")
+    job.steps(20)
+    here.run("scancel", "--batch", "--signal=USR2", job.number)
+    assert job.ended(1) == 75
+    here.now(job.number)
+    job.steps(20)
+    os.kill(_ranks_of_torchrun(job)[1], signal.SIGKILL)
+    assert job.ended(2) not in (0, 75)
+    here.now(job.number)
+    assert job.ended(3) == 0
+    assert curve(job.run) == undisturbed
+
+
+def _ranks_of_torchrun(job: Job) -> dict[int, int]:
+    found = {}
+    for line in subprocess.run(["pgrep", "-f", f"xar_scale train.*{job.run}"], capture_output=True, text=True).stdout.split():
+        environ = dict(word.split("=", 1) for word in Path(f"/proc/{line}/environ").read_text().split("\0") if "=" in word)
+        parent = int(Path(f"/proc/{line}/stat").read_text().rsplit(")", 1)[1].split()[1])
+        if "RANK" in environ and "torchrun" in Path(f"/proc/{parent}/cmdline").read_text():
+            found[int(environ["RANK"])] = int(line)
+    return found
+
+
+def test_what_would_end_alike_is_not_queued_again_and_what_is_cancelled_is_written_first(here, folder):
+    job = Job(here, folder, "three", "train.global_batch=7")
+    assert job.ended(1) == 78
+    here.until(lambda: here.state(job.number)["JobState"] == "FAILED")
+    assert here.state(job.number)["ExitCode"] == "78:0" and job.restarts() == 0
+    job = Job(here, folder, "four")
+    job.steps(5)
+    here.run("scancel", job.number)
+    here.until(lambda: here.state(job.number)["JobState"] == "CANCELLED")
+    job.until(lambda: "(SIGTERM to rank" in job.said)
+    assert newest(job.run) > 0 and newest_valid(job.run).manifest.step == newest(job.run)

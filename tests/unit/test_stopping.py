@@ -1,0 +1,160 @@
+"""Signals, the clock and a file become wishes to stop; srun's variables become torch's."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from xar_scale import cli, dist, slurm, stopping
+from xar_scale.errors import PreemptedError, StoppedError, UsageError
+from xar_scale.stopping import Stops
+
+
+@pytest.fixture
+def stops(tmp_path):
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+    yield Stops(tmp_path)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGUSR2, PreemptedError), (signal.SIGTERM, StoppedError), (signal.SIGINT, StoppedError)]
+)
+def test_a_signal_is_a_wish(stops, number, kind):
+    stops.listen()
+    assert not stops.asked()
+    os.kill(os.getpid(), number)
+    assert stops.asked()
+    error = stops.reason("stopped after step 3 of 9")
+    assert type(error) is kind and error.exit_code == (75 if kind is PreemptedError else 76)
+    name = signal.Signals(number).name
+    assert str(error) == f"stopped after step 3 of 9 ({name} to rank 0): a checkpoint is written, the same command goes on"
+
+
+def test_a_wish_to_be_queued_again_counts_before_others(stops):
+    stops.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGUSR2)
+    assert type(stops.reason("")) is PreemptedError
+
+
+def test_the_file_is_seen_and_taken_away_and_looked_for_once_a_second(stops, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    assert not stops.asked()
+    stops.file.touch()
+    now[0] += 0.9
+    assert not stops.asked()
+    now[0] += 0.2
+    assert stops.asked()
+    assert "STOP is there" in str(stops.reason(""))
+    stops.obeyed()
+    assert not stops.file.exists()
+    assert stops.asked()  # what was asked remains so
+
+
+def test_the_clock_is_rank_0s(stops, monkeypatch, tmp_path):
+    late = Stops(tmp_path, after=0.05)
+    assert not late.asked()
+    time.sleep(0.06)
+    assert late.asked() and "--stop-after 0.05 s" in str(late.reason(""))
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    assert not late.asked()
+
+
+def test_a_second_ctrl_c_ends_it_at_once_but_not_the_same_one_passed_on(tmp_path):
+    program = """
+import os, signal, sys, time
+from pathlib import Path
+from xar_scale import stopping
+stopping.AGAIN_S = 0.3
+stops = stopping.Stops(Path("."))
+stops.listen()
+os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGINT)
+print("heard", flush=True)
+time.sleep(0.4)
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(9)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "heard\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"), [("30s", 30), ("90m", 5400), ("3h50m", 13800), ("2d", 172800), ("1d2h3m4s", 93784)]
+)
+def test_durations(said, seconds):
+    assert cli._seconds(said) == seconds
+
+
+@pytest.mark.parametrize("said", ["", "5", "h", "5 m", "-5m", "5m3"])
+def test_what_is_no_duration(said):
+    with pytest.raises(UsageError, match="is no time such as"):
+        cli._seconds(said)
+
+
+TASK = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+    "SLURM_STEP_NODELIST": "gpu-a[007-009,011]",
+}
+
+
+def test_a_task_of_sruns_is_a_rank():
+    assert slurm.rank_variables(TASK) == {
+        "RANK": "5",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "7",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "gpu-a007",
+        "MASTER_PORT": "16713",
+    }
+
+
+def test_a_batch_script_and_a_shell_are_none():
+    assert slurm.rank_variables({name: TASK[name] for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID")}) == {}
+    assert slurm.rank_variables({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n0", "n0"),
+        ("n[0-1]", "n0"),
+        ("login1,n[0-1]", "login1"),
+        ("gpu-a[001-004,007],login1", "gpu-a001"),
+        ("rack[1-2]n[03,05]", "rack1n03"),
+        ("n[5,7-9].site.org", "n5.site.org"),
+    ],
+)
+def test_the_first_of_many_nodes(nodes, first):
+    assert slurm.first_host(nodes) == first
+
+
+def test_tasks_of_each_node():
+    assert slurm.tasks_per_node("2(x3),1") == [2, 2, 2, 1] and slurm.tasks_per_node("4") == [4]
+
+
+def test_what_a_launcher_has_set_stays(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in TASK.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    environ = dict(os.environ)
+    monkeypatch.setattr(os, "environ", environ)
+    dist.adopt_launcher()
+    assert environ["MASTER_ADDR"] == "10.0.0.1" and environ["RANK"] == "5" and environ["MASTER_PORT"] == "16713"
+    environ["RANK"], environ["SLURM_PROCID"] = "3", "6"
+    dist.adopt_launcher()
+    assert environ["RANK"] == "3"

@@ -1,0 +1,63 @@
+"""What asks a run to stop before its end: signals, a time limit, a file. One rank hears it, all leave at the same step."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+from xar_scale import dist
+from xar_scale.errors import PreemptedError, StoppedError, XarScaleError
+
+STOP_FILE = "STOP"
+LOOK_S = 1.0  # between looks at the file
+AGAIN_S = 2.0  # after which a second Ctrl-C is one, and not the same that a launcher passes on
+
+
+class Stops:
+    """Wishes of this rank. ``after``: seconds from now, for the run to stop in; none: no limit."""
+
+    def __init__(self, run: Path, after: float | None = None) -> None:
+        self.file = run / STOP_FILE
+        self.after, self.begun = after, time.monotonic()
+        self.heard: dict[str, float] = {}  # signals by name, and when
+        self._looked = -LOOK_S
+        self._found = False
+
+    def listen(self) -> None:
+        """From here on SIGUSR2, SIGTERM and SIGINT are wishes, but for a second SIGINT. In the main thread."""
+        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if number == signal.SIGINT and now - self.heard.get(name, now) > AGAIN_S:
+            os._exit(128 + number)
+        self.heard.setdefault(name, now)
+
+    def asked(self) -> bool:
+        """Whether this rank has been. Rank 0 looks at the clock and, once in a while, for the file."""
+        if dist.rank() == 0 and time.monotonic() - self._looked >= LOOK_S:
+            self._looked, self._found = time.monotonic(), self._found or self.file.exists()
+        return bool(self.heard) or self._found or self._late()
+
+    def _late(self) -> bool:
+        return dist.rank() == 0 and self.after is not None and time.monotonic() - self.begun >= self.after
+
+    def reason(self, when: str) -> XarScaleError:
+        """Why all ranks leave: PreemptedError where one of them was sent SIGUSR2, else StoppedError. Every rank calls this."""
+        wishes = list(self.heard)
+        if dist.rank() == 0:
+            wishes += [f"{self.file} is there"] if self._found else []
+            wishes += [f"--stop-after {self.after:g} s are over"] if self._late() else []
+        found = [(rank, wish) for rank, of_rank in enumerate(dist.gather_objects(wishes)) for wish in of_rank]
+        preempted = [(rank, wish) for rank, wish in found if wish == "SIGUSR2"]
+        rank, wish = (preempted or found)[0]
+        said = f"{wish} to rank {rank}" if wish.startswith("SIG") else wish
+        kind = PreemptedError if preempted else StoppedError
+        return kind(f"{when} ({said}): a checkpoint is written, the same command goes on")
+
+    def obeyed(self) -> None:
+        """The file would stop the next start too."""
+        if dist.rank() == 0:
+            self.file.unlink(missing_ok=True)
