@@ -67,12 +67,14 @@ descendants() {
 }
 
 # Run a launcher, again and again as start_again has it, and end with the run's code. Signals that would end this shell go to the
-# launcher, which ends its ranks with them: they write a checkpoint first. USR2 ends a launcher: it goes to the ranks alone.
+# launcher and to all that it has started: DeepSpeed's leaves them running by itself. The ranks write a checkpoint and leave; they
+# are waited for. USR2 ends a launcher: it goes to the ranks alone.
 launch() {
-    local code launcher=''
+    local code launcher='' started=() process
     XAR_SCALE_EXIT_FILE=$(mktemp)
     export XAR_SCALE_EXIT_FILE
-    trap 'kill -TERM "$launcher" 2>/dev/null || true' INT TERM
+    # shellcheck disable=SC2207
+    trap 'started=($(descendants $$)); kill -TERM "${started[@]}" 2>/dev/null || true' INT TERM
     # shellcheck disable=SC2046
     trap 'kill -USR2 $(descendants "$launcher") 2>/dev/null || true' USR2
     while true; do
@@ -81,6 +83,9 @@ launch() {
         while true; do # a trap ends a wait
             wait "$launcher" && code=0 || code=$?
             kill -0 "$launcher" 2>/dev/null || break
+        done
+        for process in "${started[@]}"; do
+            while kill -0 "$process" 2>/dev/null; do sleep 0.1; done
         done
         code=$(exit_code "$code")
         start_again "$RUN" "$code" || exit "$code"

@@ -10,6 +10,7 @@ import math
 import os
 import runpy
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ class Fault:
     loss, gradient, activation (the latter only while compute is bf16), latent (of the step's third sample; but for ``once``
     wherever it comes from then on), weight, moment: a NaN or ``value``. overflow: weights scaled so that fp16 overflows, on all
     ranks, and scaled back after. disk, defect: what writes a checkpoint meets a full disk, or a mistake.
+    sleep: before the pass, for ``value`` seconds. slow: each Linear layer computes ``value`` seconds longer.
     """
 
     kind: str
@@ -115,6 +117,19 @@ class Planter:
         hook = engine.model.blocks[2].register_forward_hook(spoil, prepend=True)
         yield
         hook.remove()
+
+    @contextlib.contextmanager
+    def sleep(self, fault: Fault, engine: Engine) -> Iterator[None]:
+        time.sleep(fault.value)
+        yield
+
+    @contextlib.contextmanager
+    def slow(self, fault: Fault, engine: Engine) -> Iterator[None]:
+        layers = [module for module in engine.model.modules() if isinstance(module, nn.Linear)]
+        hooks = [layer.register_forward_hook(lambda *_: time.sleep(fault.value), prepend=True) for layer in layers]
+        yield
+        for hook in hooks:
+            hook.remove()
 
     def taken(self, feed: Feed) -> list[Batch]:
         batches, self.taken_from = self.take(feed), self.taken_from + 1

@@ -2,8 +2,10 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -32,6 +34,8 @@ def init(device: torch.device) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # of torch 2.15 and 2.11: the last collectives
+        os.environ.setdefault(name, "2000")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -135,6 +139,19 @@ def is_lost_rank(error: RuntimeError) -> bool:
 def file_error(error: OSError) -> FileError:
     """One line for what the system said."""
     return FileError(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once. An interpreter that is taken down around the threads of PyTorch may abort, and then the exit
+    code would be SIGABRT's; and where another rank is gone it may wait for good.
+
+    The code is also written where the scripts in launchers/ look for it: torchrun ends with 1 for all, srun with the largest.
+    """
+    if (note := os.environ.get("XAR_SCALE_EXIT_FILE")) and code != 1:
+        Path(note).write_text(str(code))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def close() -> None:

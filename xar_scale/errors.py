@@ -25,6 +25,12 @@ class DataError(XarScaleError):
     exit_code = 65
 
 
+class HangError(XarScaleError):
+    """A step took many times as long as steps do: the job is ended, so that it can be started again."""
+
+    exit_code = 69
+
+
 class NonFiniteError(XarScaleError):
     """A loss or gradient is NaN or infinite; the weights on disk are those before it."""
 

@@ -72,7 +72,7 @@ class Metrics:
             lines, events = self._open()
             while self._waiting:
                 step, values = self._waiting[0]
-                events.add(step, {f"train/{name}": value for name, value in values.items() if not isinstance(value, str)})
+                events.add(step, {f"train/{name}": value for name, value in values.items() if isinstance(value, int | float)})
                 lines.write(json.dumps({"step": step, **values}).encode() + b"\n")
                 self._written = step
                 self._waiting.pop(0)

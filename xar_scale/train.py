@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from xar_scale import dist
 from xar_scale.checkpoint.initialise import Initialisation
@@ -35,6 +36,8 @@ from xar_scale.optim import learning_rate
 from xar_scale.precision import MODES
 from xar_scale.recovery import Recovery
 from xar_scale.stopping import Stops
+from xar_scale.stragglers import ForwardTime, Stragglers
+from xar_scale.watchdog import Watchdog
 
 CONFIG_FILE = "config.yaml"
 
@@ -86,12 +89,19 @@ def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None =
         f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}; {kernels}"
     )
     splits = fallback_splits(config, device)
-    with metrics or nullcontext():
+    with metrics or nullcontext(), Watchdog(run, config.train) as watchdog:
         shards = [shard.name for shard in dataset.shards.info.shards]
         recovery = Recovery(config, engine, ema, shards, store, guard, splits)
-        training = Training(config, engine, ema, dataset, bad, recovery, store, stops, metrics)
+        training = Training(config, engine, ema, dataset, bad, recovery, store, stops, watchdog, metrics)
         training.run(start)
     dist.say(f"done: {config.train.steps} steps; checkpoint {store.newest or (checkpoint and checkpoint.path)}")
+
+
+class Looks(NamedTuple):
+    """At one attempt at a step."""
+
+    activations: Activations
+    forward: ForwardTime
 
 
 class Training:
@@ -107,10 +117,12 @@ class Training:
         recovery: Recovery,
         store: Store,
         stops: Stops,
+        watchdog: Watchdog,
         metrics: Metrics | None,
     ) -> None:
         self.config, self.engine, self.ema, self.dataset, self.bad = config, engine, ema, dataset, bad
         self.recovery, self.store, self.stops, self.metrics = recovery, store, stops, metrics
+        self.watchdog, self.stragglers = watchdog, Stragglers()
         self.ending: XarScaleError | None = None  # before the last step
         self.feed = Feed(dataset, config.train, engine.device)
 
@@ -120,7 +132,9 @@ class Training:
         self.recovery.begin(start)
         step = start
         while step < self.config.train.steps and self.ending is None:
+            self.watchdog.begin(step)
             step = self._advance(step)
+        self.watchdog.rest()
         self.store.finish()
         self.stops.obeyed()
         if self.ending is not None:
@@ -133,15 +147,18 @@ class Training:
         logged = last or done % self.config.train.log_every == 0
         batches = self.feed.take()
         news = self.bad.news(fault for batch in batches for fault in batch.faults)
-        with Activations(self.engine.model) if logged else nullcontext() as activations:
+        with self._looks(logged) as looks:
             verdict = self.recovery.attempt(step, batches, len(news), self.stops.asked())
         self.store.poll()
         if verdict.faults:
             try:
                 _account_for(news, self.bad)
             except DataError:  # on every rank alike: what is being written is not lost
+                self.watchdog.rest()
                 self.store.newest_on_disk()
                 raise
+        if verdict.bad:
+            self.watchdog.rest()  # further attempts, and a report
         action, resolved = self.recovery.resolve(step, batches, verdict)
         if action is Action.QUARANTINE:
             self.dataset.quarantine(self.recovery.suspects)
@@ -159,10 +176,8 @@ class Training:
             return self._go_back()
         if saved:
             self.store.save(*(replace(self._manifest(done), kinds=kinds) for kinds in saved))
-        if activations is not None:
-            # of the attempt that was taken, where that was the first
-            largest = dist.largest(max(activations.largest.values())) if resolved is verdict else None
-            self._log(done, resolved, rate, largest)
+        if looks is not None:
+            self._log(done, resolved, rate, looks if resolved is verdict else None)
         if self.metrics is not None:
             self.metrics.advance(done)
         if verdict.stop and not last:
@@ -176,6 +191,8 @@ class Training:
         checkpoints, snapshots = self.config.train.checkpoint_every, self.config.optim.ema_snapshots_every
         last = done == self.config.train.steps
         snapshot, checkpoint = (every is not None and (last or done % every == 0) for every in (snapshots, checkpoints))
+        if snapshot or checkpoint or stop:
+            self.watchdog.rest()  # a disk takes the time it takes
         checkpoint |= stop or (snapshot and self.store.lacks_checkpoint())
         return [kinds for due, kinds in ((snapshot, tuple(POWER_KINDS)), (checkpoint, state_kinds(self.ema))) if due]
 
@@ -207,6 +224,7 @@ class Training:
         self.since, self.logged, self.feed.waited = time.perf_counter(), step, 0.0
 
     def _go_back(self) -> int:
+        self.watchdog.rest()
         step = self.recovery.roll_back()
         self.store.go_back(step)
         self._seek(step)
@@ -214,7 +232,18 @@ class Training:
             self.metrics.go_back(step)
         return step
 
-    def _log(self, done: int, verdict: Verdict, rate: float, largest_activation: float | None) -> None:
+    @contextmanager
+    def _looks(self, logged: bool) -> Iterator[Looks | None]:
+        """What is looked at in an attempt at a step that will be logged."""
+        if not logged:
+            yield None
+            return
+        model = self.engine.model
+        with Activations(model) as activations, ForwardTime(model, self.engine.device) as forward:
+            yield Looks(activations, forward)
+
+    def _log(self, done: int, verdict: Verdict, rate: float, looks: Looks | None) -> None:
+        """``looks``: at the attempt that was taken, where that was the first."""
         settings, steps, state = self.config.train, done - self.logged, self.recovery.state
         seconds = (time.perf_counter() - self.since) / steps
         values = {
@@ -232,8 +261,9 @@ class Training:
             "checkpoint_stall_s": self.store.stalled,
             **state.counts,
         }
-        if largest_activation is not None:
-            values["largest_activation"] = largest_activation
+        if looks is not None:
+            values["largest_activation"] = dist.largest(max(looks.activations.largest.values()))
+            values["forward_s"] = self.stragglers.compare(looks.forward.seconds)
         if self.metrics is not None:
             self.metrics.log(done, values)
         self.since, self.logged, self.feed.waited, self.store.stalled = time.perf_counter(), done, 0.0, 0.0

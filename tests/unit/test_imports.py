@@ -19,7 +19,7 @@ LAYERS = [
     ["dist"],
     ["flow", "sampler", "tokenizers"],
     ["data"],
-    ["optim", "ema", "precision", "staging", "background", "stopping"],
+    ["optim", "ema", "precision", "staging", "background", "stopping", "stragglers", "watchdog", "surroundings"],
     ["guard", "diagnosis", "memory"],
     ["engines"],
     ["checkpoint", "snapshots", "reports"],

@@ -1,0 +1,74 @@
+"""Ranks that hang, stop or are slow, of several: named, with what they are at, and the job ends by itself."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import Ended, finish, start
+from xar_scale.evaluate.digits import cache_digits
+
+pytestmark = pytest.mark.timeout(200)
+SETTINGS = ["model.width=16", "model.heads=2", "train.global_batch=24", "optim.warmup_steps=5", "train.log_every=1"]
+SETTINGS += ["train.hang_after=5", "train.hang_seconds=3", "train.ds_config=tests/dist/zero3.json"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hangs")
+    cache_digits(folder / "data", samples_per_shard=500)
+    return folder
+
+
+def run(folder: Path, name: str, engine: str, fault: dict, *more: str, steps: int = 4000, meanwhile=None, world: int = 2) -> Ended:
+    own = [f"data.path={folder / 'data'}", f"train.engine={engine}", f"train.steps={steps}", "--run-dir", str(folder / name)]
+    words = ["-m", "tests.injected", json.dumps([fault] if fault else []), "train", "--recipe", "digits"]
+    logs = folder / "logs" / name
+    ranks = start(world, [*words, *own, *SETTINGS, *more], logs)
+    return finish(ranks, logs, meanwhile and (lambda: meanwhile(ranks)))
+
+
+@pytest.mark.parametrize(("engine", "world"), [("fsdp2", 2), ("deepspeed", 3)])
+def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_stack(folder, engine, world):
+    begun = time.monotonic()
+    ended = run(folder, engine, engine, {"kind": "sleep", "step": 12, "value": 1000.0}, world=world)
+    assert ended.codes == [69] * world, ended.text
+    assert time.monotonic() - begun < 90
+    lines = ended.outputs[0].splitlines()
+    first = next(at for at, line in enumerate(lines) if line.startswith("hang: step 12 takes "))
+    assert lines[first + 1].startswith("rank 1 (") and "has not begun gloo:" in lines[first + 1], lines[first + 1]
+    assert "it is in sleep (" in lines[first + 1] and "called by" in lines[first + 1] and "_advance" in lines[first + 1]
+    assert lines[first + 2].startswith("rank 0 (") and "hang:" not in "".join(ended.outputs[1:])
+    for rank in range(world):
+        report = folder / engine / "hangs" / f"step-00000012-rank-{rank}.txt"
+        assert "tests/injected.py" in report.read_text() and '"groups"' in report.read_text()
+    assert "in sleep" in (folder / engine / "hangs" / "step-00000012-rank-1.txt").read_text()
+
+
+def test_a_rank_that_is_stopped_is_named_and_the_others_end(folder):
+    def stop(ranks) -> None:
+        metrics, begun = folder / "stopped" / "metrics.jsonl", time.monotonic()
+        while not metrics.exists() or metrics.read_text().count("\n") < 8:
+            assert time.monotonic() - begun < 60
+            time.sleep(0.05)
+        os.kill(ranks[1].pid, signal.SIGSTOP)
+        assert ranks[0].wait(timeout=60) == 69
+        os.kill(ranks[1].pid, signal.SIGKILL)
+
+    ended = run(folder, "stopped", "fsdp2", {}, meanwhile=stop)
+    assert "rank 1 does not answer: its process is stopped or its node gone" in ended.outputs[0], ended.text
+    beat = json.loads((folder / "stopped" / "heartbeat.json").read_text())
+    assert beat["step"] >= 8
+
+
+def test_a_rank_that_is_slow_is_named_and_the_run_goes_on(folder):
+    fault = {"kind": "slow", "step": 2, "until": 100, "value": 0.02}
+    ended = run(folder, "slow", "fsdp2", fault, "train.hang_seconds=60", steps=10)
+    assert ended.codes == [0, 0], ended.text
+    assert ended.text.count(") is slow: its layers compute ") == 1 and "rank 1 (" in ended.text
+    lines = [json.loads(line) for line in (folder / "slow" / "metrics.jsonl").read_text().splitlines()]
+    assert all(len(line["forward_s"]) == 2 for line in lines)
+    assert all(line["forward_s"][1] > line["forward_s"][0] + 0.2 for line in lines[3:])

@@ -1,0 +1,141 @@
+"""Hangs and stragglers on one process: when a step has taken too long, whom the others wait for, and how it is measured."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from tests.conftest import digits_config
+from tests.processes import environment
+from xar_scale import dist, stragglers, watchdog
+from xar_scale.stragglers import ForwardTime, Stragglers
+from xar_scale.watchdog import Seen, Watchdog, verdict
+
+SETTINGS = digits_config("train.engine=single", "train.hang_after=4", "train.hang_seconds=0.5").train
+
+
+def seen(rank: int, begun: dict[str, int], where: str = "wait (x.py:1)") -> Seen:
+    last = {group: f"all_reduce number {count} of group {group}" for group, count in begun.items()}
+    return Seen(rank, f"host{rank}", 100 + rank, 7, where, begun, last)
+
+
+def test_who_has_begun_fewer_collectives_is_whom_the_others_wait_for():
+    ranks = {0: seen(0, {"all": 9}), 1: seen(1, {"all": 8}, "sleep (loader.py:3)"), 2: seen(2, {"all": 9})}
+    assert list(verdict(ranks, 3)) == [
+        "rank 1 (host1, process 101) has not begun all_reduce number 9 of group all, in which others wait: it is in "
+        "sleep (loader.py:3)",
+        "rank 0 (host0, process 100) is in wait (x.py:1)",
+        "rank 2 (host2, process 102) is in wait (x.py:1)",
+    ]
+
+
+def test_groups_of_which_a_rank_is_no_part_do_not_count():
+    ranks = {0: seen(0, {"all": 9, "left": 5}), 1: seen(1, {"all": 9, "left": 4}), 2: seen(2, {"all": 9, "right": 2})}
+    lines = list(verdict(ranks, 3))
+    assert lines[0].startswith("rank 1 (host1, process 101) has not begun all_reduce number 5 of group left")
+    assert len([line for line in lines if "has not begun" in line]) == 1
+
+
+def test_a_rank_that_does_not_answer_is_named_and_so_is_a_hang_of_all():
+    assert next(verdict({0: seen(0, {"all": 9})}, 2)) == "rank 1 does not answer: its process is stopped or its node gone"
+    both = {rank: seen(rank, {"all": 9}) for rank in range(2)}
+    assert next(verdict(both, 2)) == "all ranks have begun the same collectives: the network, or a device, does not get on"
+
+
+def test_the_limit_is_many_medians_and_there_is_none_before_there_is_a_median(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    dog = Watchdog(tmp_path, SETTINGS)
+    for step, seconds in enumerate([9, 1, 1, 1, 1]):
+        dog.begin(step)
+        assert dog.limit is None
+        now[0] += seconds
+    dog.rest()
+    now[0] += 1000  # a disk
+    dog.begin(5)
+    assert dog.limit is None  # the last of them was not a step alone
+    now[0] += 1
+    dog.begin(6)
+    assert dog.limit == 4
+    dog.seconds.extend([0.01] * 100)
+    assert dog.limit == 0.5
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from tests.unit.test_watchdog import SETTINGS
+from xar_scale import watchdog
+watchdog.LOOK_S = 0.05
+with watchdog.Watchdog(Path("."), SETTINGS) as dog:
+    for step in range(8):
+        dog.begin(step)
+        time.sleep(0.02)
+    dog.rest()
+    time.sleep(0.8)
+    print("rested", flush=True)
+    dog.begin(8)
+    def stuck():
+        time.sleep(30)
+    stuck()
+"""
+
+
+def test_a_process_that_hangs_ends_with_69_and_its_stacks_and_one_that_rests_does_not(tmp_path):
+    note = tmp_path / "note"
+    begun = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment() | {"XAR_SCALE_EXIT_FILE": str(note)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (69, "rested\n"), done.stderr
+    assert time.monotonic() - begun < 25 and note.read_text() == "69"
+    assert (
+        done.stderr.startswith("hang: step 8 takes 1 s, the median step 0.0 s\n") and "is in stuck (<string>:16)" in done.stderr
+    )
+    report = (tmp_path / "hangs" / "step-00000008-rank-0.txt").read_text()
+    assert "in stuck" in report and "Thread 0x" in report
+    beat = json.loads((tmp_path / "heartbeat.json").read_text())
+    assert beat["step"] in range(9) and abs(beat["time"] - time.time()) < 60 and set(beat) == {"step", "time", "host", "pid"}
+
+
+def test_the_time_of_layers_is_theirs_alone():
+    class Layer(nn.Linear):
+        def forward(self, x):
+            time.sleep(0.05)
+            return super().forward(x)
+
+    network = nn.Sequential(Layer(3, 3), nn.ReLU(), Layer(3, 3))
+    network[1].register_forward_hook(lambda *_: time.sleep(0.2))  # what engines wait for
+    with ForwardTime(network, torch.device("cpu")) as measured:
+        network(torch.ones(1, 3))
+    assert 0.1 <= measured.seconds < 0.2
+    network(torch.ones(1, 3))
+    assert measured.seconds < 0.2  # its hooks are gone
+
+
+@pytest.mark.parametrize("often", [2, 3])
+def test_a_rank_is_named_once_when_it_is_slow_several_times_in_a_row(monkeypatch, capsys, often):
+    times = [1.0, 1.1, 1.0, 2.0]
+    monkeypatch.setattr(stragglers, "OFTEN", often)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [(value, f"host{rank}") for rank, value in enumerate(times)])
+    compared = Stragglers()
+    for _ in range(often + 2):
+        assert compared.compare(1.0) == times
+    assert capsys.readouterr().out == "rank 3 (host3) is slow: its layers compute 2.0 times as long as the median rank's\n"
+    times[3] = 1.2
+    compared.compare(1.0)
+    times[3] = 2.0
+    for _ in range(often - 1):
+        compared.compare(1.0)
+    assert capsys.readouterr().out == ""
+    compared.compare(1.0)
+    assert "rank 3" in capsys.readouterr().out
