@@ -14,7 +14,7 @@ from pathlib import Path
 
 from xar_scale.checkpoint.averages import fit_to, open_snapshots, write_average
 from xar_scale.checkpoint.contents import changes, differences, not_finite
-from xar_scale.checkpoint.manifest import AVERAGES, FOLDER, Manifest, checkpoint_paths, read_manifest, verify
+from xar_scale.checkpoint.manifest import AVERAGES, FOLDER, MANIFEST, Manifest, checkpoint_paths, read_manifest, verify
 from xar_scale.checkpoint.vectors import sizes
 from xar_scale.cli import Parser, ending
 from xar_scale.dist import file_error
@@ -34,8 +34,8 @@ def main() -> int:
     show.add_argument("path", type=Path, help="a checkpoint's folder, or a run's: all of its checkpoints and snapshots")
     show.set_defaults(run_command=lambda options: show_path(options.path))
     diff = commands.add_parser("diff", help="the vectors and entries of the manifest that differ; ends with 0 either way")
-    diff.add_argument("one", type=Path)
-    diff.add_argument("other", type=Path)
+    diff.add_argument("one", type=Path, help="a checkpoint's folder, or a run's: its newest")
+    diff.add_argument("other", type=Path, help="likewise")
     diff.set_defaults(run_command=lambda options: show_differences(options.one, options.other))
     ema = commands.add_parser("ema", help="an average of any length, made of a run's snapshots (optim.ema_snapshots_every)")
     ema.add_argument("run", type=Path)
@@ -54,8 +54,8 @@ def main() -> int:
 def show_path(path: Path) -> None:
     """Raises DataError, after all is shown, where something is damaged or not finite."""
     paths = [found for folder in (FOLDER, AVERAGES) for found in checkpoint_paths(path, folder)]
-    if not paths and (path / FOLDER).is_dir():
-        raise UsageError(f"no checkpoint in {path}")
+    if not paths and not (path / MANIFEST).is_file():
+        raise UsageError(f"no checkpoint of ours in {path}")
     findings = show_run(path, paths) if paths else [show_checkpoint(path)]
     if wrong := sum(finding != GOOD for finding in findings):
         raise DataError(f"{path}: {wrong} of {len(findings)} damaged or not finite")
@@ -165,7 +165,7 @@ def listed(words: Sequence[str]) -> str:
 
 
 def show_differences(one: Path, other: Path) -> None:
-    old, new = read_manifest(one), read_manifest(other)
+    old, new = (read_manifest(checkpoint_paths(path)[-1] if checkpoint_paths(path) else path) for path in (one, other))
     changed = changes(old, new)
     print(f"manifest: {len(changed)} entries differ" if changed else "manifest: identical")
     for key, (before, after) in changed.items():

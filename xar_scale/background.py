@@ -96,7 +96,7 @@ class Background:
         except FileError as error:
             self.attempts, self.error = self.attempts + 1, str(error)
             self._polls = 2**self.attempts
-            dist.say(f"{self.name}: attempt {self.attempts} failed, it will be tried again: {error}")
+            dist.say(f"{self.name}: attempt {self.attempts} failed: {error}")
             return
         self.attempts = 0
         self.stages.pop(0)

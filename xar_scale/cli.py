@@ -51,10 +51,11 @@ def ending(program: str, run: Callable[[], None]) -> int:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options in any order with ``section.key=value`` overrides among them, which argparse has no word for."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
-    options.overrides = [word for word in rest if options.overridable and "=" in word and not word.startswith("-")]
-    if unknown := [word for word in rest if word not in options.overrides]:
+    parser, words = _parser(), list(sys.argv[1:] if arguments is None else arguments)
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    options, unknown = parser.parse_known_args([word for word in words if word not in overrides])
+    options.overrides = overrides if options.overridable else []
+    if unknown := [*unknown, *overrides[len(options.overrides) :]]:
         parser.error(f"unknown argument {unknown[0]}")
     return options
 

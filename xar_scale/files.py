@@ -1,8 +1,10 @@
 """Files that are there whole or not at all, also after a crash."""
 
 import contextlib
+import fcntl
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -15,10 +17,26 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()  # the room that it takes may be what others lack
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the system names no file where it is full
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Hold the system's lock of a file, which ends with the process. Without waiting it may be False, and another's."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    mine = False
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            mine = True
+        yield mine
+    finally:
+        if mine:  # closing would not do where a process forked meanwhile, and has the descriptor too
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
 
 
 def sync_folder(path: Path) -> None:

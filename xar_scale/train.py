@@ -3,43 +3,37 @@
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from xar_scale import dist
-from xar_scale.checkpoint.initialise import Initialisation
-from xar_scale.checkpoint.interop import open_source
+from xar_scale.beginning import find_checkpoint, first_weights, lock, open_data, open_run
 from xar_scale.checkpoint.load import check_continues, load, state_kinds
-from xar_scale.checkpoint.manifest import Checkpoint, Manifest, checkpoint_paths, newest_valid, verify
-from xar_scale.checkpoint.mirror import Mirror, newest_valid_of
+from xar_scale.checkpoint.manifest import Manifest
+from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config, micro_batches
 from xar_scale.data.faults import BadSamples, Fault
 from xar_scale.data.feed import Feed
 from xar_scale.data.loader import LatentDataset
-from xar_scale.data.sources import Shards, open_shards
 from xar_scale.diagnosis import Activations
 from xar_scale.ema import EMA, POWER_KINDS, WIDTHS
 from xar_scale.engines import Engine, Verdict, create_engine
-from xar_scale.errors import DataError, UsageError, XarScaleError
-from xar_scale.files import write_atomically
+from xar_scale.errors import DataError, XarScaleError
 from xar_scale.guard import Action, GuardState
 from xar_scale.memory import fallback_splits
 from xar_scale.metrics import Metrics, memory_gb
-from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import training_flops
 from xar_scale.model.recompute import apply_recompute
-from xar_scale.model.xar import XAR, Weight, blank_weights, initial_weights, meta_model
+from xar_scale.model.xar import meta_model
 from xar_scale.optim import learning_rate
 from xar_scale.precision import MODES
 from xar_scale.recovery import Recovery
 from xar_scale.stopping import Stops
 from xar_scale.stragglers import ForwardTime, Stragglers
 from xar_scale.watchdog import Watchdog
-
-CONFIG_FILE = "config.yaml"
 
 
 def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None = None) -> None:
@@ -54,11 +48,11 @@ def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None =
     if config.train.engine != "single":
         dist.init(device)
     micro_batches(config.train, dist.world())  # refused before anything is built or written
-    dataset = dist.together(lambda: _open_data(config))
+    dataset = dist.together(lambda: open_data(config))
     if len({*dist.gather_objects(dataset.shards.info.fingerprint)}) > 1:
         raise DataError(f"{config.data.path} is not the same data set on all ranks")
     mirror = dist.together(lambda: Mirror(config.train.upload)) if config.train.upload else None
-    checkpoint = _find_checkpoint(run, resume, mirror)
+    checkpoint = find_checkpoint(run, resume, mirror)
     if checkpoint is not None:
         dist.together(lambda: check_continues(checkpoint, config, dataset.shards.info))
     start = 0 if checkpoint is None else checkpoint.manifest.step
@@ -68,7 +62,7 @@ def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None =
     compute = MODES[config.train.precision].compute
     kernels = dist.together(lambda: model.use_kernels(config.kernels, device, compute, training=True))  # as each node has them
     apply_recompute(model.blocks, config.train.recompute)
-    with _first_weights(model, config, checkpoint) as weights:
+    with first_weights(model, config, checkpoint) as weights:
         engine = create_engine(model, weights, config, device)
     widths = WIDTHS if config.optim.ema_snapshots_every else ()
     ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay, widths)
@@ -80,16 +74,21 @@ def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None =
             guard = replace(guard, lowered=False, held_until=None)  # of a precision that is no longer the run's
         dataset.quarantine(dataset.places_of(checkpoint.manifest.quarantined))
         where = f"at step {start}, epoch {checkpoint.manifest.position.epoch}"
+        if config.train.init_from:
+            dist.say(f"{config.train.init_from} is not begun with: the run is under way")
         dist.say(f"resumed from {checkpoint.path} {where}; rank 0 read {count:,} of {checkpoint.manifest.bytes:,} bytes")
     store = dist.together(lambda: Store(run, engine, ema, config.train, mirror))
     # only now is the run's folder touched: nothing is left to refuse
-    metrics = dist.together(lambda: _open_run(config, run, store, start) if dist.rank() == 0 else None)
-    dist.say(
-        f"{sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
-        f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}; {kernels}"
-    )
-    splits = fallback_splits(config, device)
-    with metrics or nullcontext(), Watchdog(run, config.train) as watchdog:
+    with ExitStack() as stack:
+        dist.together(lambda: lock(run, stack) if dist.rank() == 0 else None)
+        metrics = dist.together(lambda: open_run(config, run, store, start) if dist.rank() == 0 else None)
+        dist.say(
+            f"{run}: {sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
+            f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}; {kernels}"
+        )
+        splits = fallback_splits(config, device)
+        stack.enter_context(metrics or nullcontext())
+        watchdog = stack.enter_context(Watchdog(run, config.train))
         shards = [shard.name for shard in dataset.shards.info.shards]
         recovery = Recovery(config, engine, ema, shards, store, guard, splits)
         training = Training(config, engine, ema, dataset, bad, recovery, store, stops, watchdog, metrics)
@@ -274,56 +273,3 @@ def _account_for(news: list[Fault], bad: BadSamples) -> None:
     everywhere = [fault for of_rank in dist.gather_objects(news) for fault in of_rank]
     for what, count in Counter(str(fault.error) for fault in bad.add(everywhere)).items():
         dist.say(f"bad samples skipped, {count}: {what} ({len(bad.known)} so far, of data.max_bad_samples {bad.allowed})")
-
-
-def _open_run(config: Config, run: Path, store: Store, start: int) -> Metrics:
-    """Rank 0's part of beginning: all that can fail for want of a writable folder fails here, before anything is trained."""
-    store.open(start)
-    write_atomically(run / CONFIG_FILE, config.to_yaml().encode())
-    return Metrics(run, start, config.train.steps)
-
-
-def _open_data(config: Config) -> LatentDataset:
-    shards = open_shards(config)
-    if dist.rank() == 0:  # one rank looks at all shards; the others check what they open
-        _look_at(shards, config.data.max_bad_samples)
-    return LatentDataset(shards, config, create_layout(config.model))
-
-
-def _look_at(shards: Shards, allowed: int) -> None:
-    """Raises DataError where shards that are missing or cut hold more samples than the run may do without."""
-    samples = {shard.name: shard.samples for shard in shards.info.shards}
-    lost = 0
-    for fault in shards.faults():
-        lost += samples[fault.shard]
-        if lost > allowed:
-            raise DataError(f"{fault.error} (bad samples: {lost}, data.max_bad_samples is {allowed})")
-        dist.say(f"{fault.error}: its {samples[fault.shard]} samples will be skipped")
-
-
-@contextmanager
-def _first_weights(model: XAR, config: Config, checkpoint: Checkpoint | None) -> Iterator[Iterator[Weight]]:
-    """What the engine is built with: nothing of worth where a checkpoint is loaded next."""
-    if checkpoint is not None:
-        yield blank_weights(model)
-    elif not config.train.init_from:
-        yield initial_weights(model, config.train.seed)
-    else:
-        with dist.together(lambda: open_source(Path(config.train.init_from))) as source:
-            if source.manifest is not None:
-                dist.together(lambda: verify(source.path))
-            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-            found = dist.together(lambda: Initialisation(source, shapes, config.model))
-            for line in found.report():
-                dist.say(line)
-            yield initial_weights(model, config.train.seed, found.value)
-
-
-def _find_checkpoint(run: Path, resume: str, mirror: Mirror | None) -> Checkpoint | None:
-    if resume == "auto":
-        return newest_valid_of(run, mirror) if mirror else newest_valid(run)
-    if dist.on_rank_0(lambda: bool(checkpoint_paths(run) or (mirror and mirror.steps()))):
-        advice = "use --resume auto to go on, or another --run-dir" if resume == "none" else "a new --run-dir is needed"
-        where = f"{run} or its copy {mirror.url}" if mirror else run
-        raise UsageError(f"{where} holds checkpoints already, --resume is {resume}: {advice}")
-    return None if resume == "none" else dist.together(lambda: verify(Path(resume)))

@@ -25,6 +25,7 @@ LAYERS = [
     ["checkpoint", "snapshots", "reports"],
     ["recovery"],
     ["metrics"],
+    ["beginning"],
     ["train", "evaluate", "bench", "replay", "doctor"],
     ["cli"],
     ["__main__", "tools"],

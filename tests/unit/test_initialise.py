@@ -109,9 +109,10 @@ def test_positions_follow_their_tokens_into_another_order(saved, entity):
     weights, report = initialised(saved, small(f"model.entity={entity}"))
     before, after = layout("cell", 4, 2), layout(entity, 4)
     averages = load_weights(read_manifest(saved), "ema")
+    done = "resized" if entity == "scale" else "reordered"
     for name in ("encoder_pos", "decoder_pos"):
         assert torch.equal(after.from_entities(weights[name]), before.from_entities(averages[name]))
-        assert f"  resized: {name}: 4 entities of 4x4 there, {after.entities} entities of 4x4 here" in report
+        assert f"  {done}: {name}: 4 entities on 4x4 there, {after.entities} entities on 4x4 here" in report
     assert torch.equal(weights["in_proj.weight"], averages["in_proj.weight"])
 
 
@@ -146,7 +147,7 @@ def test_the_published_ones_are_cells_whatever_they_become(published):
     theirs = named_ours(torch.load(published))["encoder_pos"]
     expected = resize_positions(theirs, create_layout(TINY), create_layout(config))
     assert torch.equal(weights["encoder_pos"], expected)
-    assert "  resized: encoder_pos: 4 entities of 16x16 there, 4 entities of 32x32 here" in report
+    assert "  resized: encoder_pos: 4 entities on 16x16 there, 4 entities on 32x32 here" in report
 
 
 def test_nothing_that_fits_is_an_error(saved):

@@ -140,7 +140,7 @@ def test_what_was_made_of_another_format_is_shown_without_its_run(tmp_path, tool
 def test_wrong_paths_end_with_64(tmp_path, tool):
     assert tool("show", tmp_path / "nowhere")[0] == 64
     (tmp_path / "checkpoints").mkdir()
-    assert tool("show", tmp_path) == (64, "", f"inspect_checkpoint: no checkpoint in {tmp_path}\n")
+    assert tool("show", tmp_path) == (64, "", f"inspect_checkpoint: no checkpoint of ours in {tmp_path}\n")
     assert tool("diff", tmp_path / "nowhere", tmp_path)[0] == 64
     assert tool("show")[0] == 64
 

@@ -78,7 +78,8 @@ class Initialisation:
             f"parameters, {self._elements(fits):,} of {self._elements(self.shapes):,} elements"
         )
         for name, before in self.resized.items():
-            yield f"  resized: {name}: {_described(before)} there, {_described(self.layout)} here"
+            done = "reordered" if before.grids == self.layout.grids else "resized"
+            yield f"  {done}: {name}: {_described(before)} there, {_described(self.layout)} here"
         for name in self.shapes:
             if name not in fits:
                 yield f"  begins anew: {self._missing(name)}"
@@ -107,4 +108,4 @@ def _same(one: EntityLayout, other: EntityLayout) -> bool:
 
 
 def _described(layout: EntityLayout) -> str:
-    return f"{layout.entities} entities of {layout.grid[0]}x{layout.grid[1]}"
+    return f"{layout.entities} entities on {layout.grid[0]}x{layout.grid[1]}"

@@ -16,6 +16,10 @@ from xar_scale.errors import ConfigError, DataError
 def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -> None:
     """Raises ConfigError when ``config`` cannot continue the checkpoint exactly, with both values."""
     manifest, old, new = checkpoint.manifest, checkpoint.manifest.config, config.to_dict()
+    if not old:
+        raise ConfigError(
+            f"checkpoint {checkpoint.path} was made of another format and knows no run: begin one, with --init-from"
+        )
     keys = [f"model.{key}" for key in new["model"]]
     keys += ["train.seed", "train.global_batch", "train.label_drop", "data.lanes", "data.window", "data.flip"]
     for key in keys:

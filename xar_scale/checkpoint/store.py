@@ -67,6 +67,8 @@ class Store:
         """Rank 0's part of beginning at step ``start``: make the folder, and put in order what an earlier run left in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._set_in_order(start)
+        with contextlib.suppress(OSError):
+            self._drop_older()  # the run goes on from the newest, which is valid; the next save may need the room
         for folder in (FOLDER, AVERAGES):
             for leftover in (self.run / folder).glob(".step-*"):
                 shutil.rmtree(leftover)

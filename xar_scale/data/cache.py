@@ -1,7 +1,6 @@
 """The cache of a node: whole files of a bounded size together, shared by any number of processes through files and locks."""
 
 import contextlib
-import fcntl
 import os
 import re
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from xar_scale.errors import FileError
+from xar_scale.files import locked
 
 FOLDER, LOCKS, ROOM = "xar_scale-cache", "locks", "room"
 PART, DAMAGED = ".part", ".damaged"  # behind a key: a file that is being downloaded; a mark that the whole file is damaged
@@ -149,17 +149,8 @@ class NodeCache:
         """Hold the lock that ``key`` falls to; without waiting it may be False, and another's."""
         path = self.folder / LOCKS / _bucket(key)
         path.parent.mkdir(parents=True, exist_ok=True)  # a cleaner of temporary files may have been at it
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        mine = False
-        try:
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                mine = True
+        with locked(path, wait=wait) as mine:
             yield mine
-        finally:
-            if mine:  # closing would not do where a process forked meanwhile, and has the descriptor too
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
-            os.close(descriptor)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

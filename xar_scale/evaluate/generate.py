@@ -18,11 +18,14 @@ from xar_scale.tokenizers import create_tokenizer
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint's folder, or a run's: its newest valid checkpoint. Raises UsageError when there is none."""
-    if not (path / FOLDER).is_dir():
-        return verify(path)
-    if (checkpoint := newest_valid(path)) is None:
+    """A checkpoint's folder, or a run's: its newest valid one. Raises UsageError when there is none that knows its run."""
+    checkpoint = newest_valid(path) if (path / FOLDER).is_dir() else verify(path)
+    if checkpoint is None:
         raise UsageError(f"no checkpoint in {path}")
+    if not checkpoint.manifest.config:
+        raise UsageError(
+            f"{checkpoint.path} was made of another format, and knows neither its model's config nor its tokenizer"
+        )
     return checkpoint
 
 

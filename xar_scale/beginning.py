@@ -1,0 +1,99 @@
+"""What a run begins with: its folder, its data, its checkpoint or first weights. All that can be refused is refused here."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from xar_scale import dist
+from xar_scale.checkpoint.initialise import Initialisation
+from xar_scale.checkpoint.interop import open_source
+from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid, verify
+from xar_scale.checkpoint.mirror import Mirror, newest_valid_of
+from xar_scale.checkpoint.reshard.writer import verify as verify_source
+from xar_scale.checkpoint.store import Store
+from xar_scale.config import Config
+from xar_scale.data.loader import LatentDataset
+from xar_scale.data.sources import Shards, open_shards
+from xar_scale.errors import DataError, UsageError
+from xar_scale.files import locked, write_atomically
+from xar_scale.metrics import Metrics
+from xar_scale.model.entities import create_layout
+from xar_scale.model.xar import XAR, Weight, blank_weights, initial_weights
+
+CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
+LOCK_WAIT_S = 100
+
+
+def lock(run: Path, stack: ExitStack) -> None:
+    """Rank 0: until ``stack`` is left no other process trains in ``run``. One that was killed may take a while to let go.
+
+    Raises UsageError where one does not.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    for second in range(LOCK_WAIT_S):
+        try:
+            if stack.enter_context(locked(run / LOCK_FILE)):
+                return
+        except OSError as error:
+            dist.say(f"{run} cannot be locked, so that another job in it would go unnoticed: {error.strerror}")
+            return
+        if second == 0:
+            dist.say(f"{run}: another process trains here; waiting for it to end")
+        time.sleep(1)
+    raise UsageError(f"{run}: another process still trains here; end it, or use another --run-dir")
+
+
+def open_run(config: Config, run: Path, store: Store, start: int) -> Metrics:
+    """Rank 0's part of beginning: all that can fail for want of a writable folder fails here, before anything is trained."""
+    store.open(start)
+    write_atomically(run / CONFIG_FILE, config.to_yaml().encode())
+    return Metrics(run, start, config.train.steps)
+
+
+def open_data(config: Config) -> LatentDataset:
+    shards = open_shards(config)
+    if dist.rank() == 0:  # one rank looks at all shards; the others check what they open
+        _look_at(shards, config.data.max_bad_samples)
+    return LatentDataset(shards, config, create_layout(config.model))
+
+
+def _look_at(shards: Shards, allowed: int) -> None:
+    """Raises DataError where shards that are missing or cut hold more samples than the run may do without."""
+    samples = {shard.name: shard.samples for shard in shards.info.shards}
+    lost = 0
+    for fault in shards.faults():
+        lost += samples[fault.shard]
+        if lost > allowed:
+            raise DataError(f"{fault.error} (bad samples: {lost}, data.max_bad_samples is {allowed})")
+        dist.say(f"{fault.error}: its {samples[fault.shard]} samples will be skipped")
+
+
+@contextmanager
+def first_weights(model: XAR, config: Config, checkpoint: Checkpoint | None) -> Iterator[Iterator[Weight]]:
+    """What the engine is built with: nothing of worth where a checkpoint is loaded next."""
+    if checkpoint is not None:
+        yield blank_weights(model)
+    elif not config.train.init_from:
+        yield initial_weights(model, config.train.seed)
+    else:
+        with dist.together(lambda: open_source(Path(config.train.init_from))) as source:
+            if source.manifest is not None:
+                dist.together(lambda: verify(source.path))
+            else:
+                dist.together(lambda: verify_source(source, lambda count: None) if dist.rank() == 0 else None)
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            found = dist.together(lambda: Initialisation(source, shapes, config.model))
+            for line in found.report():
+                dist.say(line)
+            yield initial_weights(model, config.train.seed, found.value)
+
+
+def find_checkpoint(run: Path, resume: str, mirror: Mirror | None) -> Checkpoint | None:
+    if resume == "auto":
+        return newest_valid_of(run, mirror) if mirror else newest_valid(run)
+    if dist.on_rank_0(lambda: bool(checkpoint_paths(run) or (mirror and mirror.steps()))):
+        advice = "use --resume auto to go on, or another --run-dir" if resume == "none" else "a new --run-dir is needed"
+        where = f"{run} or its copy {mirror.url}" if mirror else run
+        raise UsageError(f"{where} holds checkpoints already, --resume is {resume}: {advice}")
+    return None if resume == "none" else dist.together(lambda: verify(Path(resume)))
