@@ -4,13 +4,13 @@
 # Rank 0's ranks find each other and exchange data over these. What is set stays; each is printed at the start.
 network_settings() {
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"                                          # INFO: which interfaces and plugins NCCL takes
-    export TORCH_NCCL_TRACE_BUFFER_SIZE="${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}"      # flight recorder: the last collectives, dumped at a time-out
-    export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"             # to /tmp/nccl_trace_rank_N, or TORCH_NCCL_DEBUG_INFO_TEMP_FILE
+    export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"                        # flight recorder: how many of the last collectives
+    export TORCH_FR_DUMP_ON_TIMEOUT="${TORCH_FR_DUMP_ON_TIMEOUT:-1}"                   # written when one times out
     export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC="${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-600}" # after which a stuck NCCL thread ends its process
     local name
     # interfaces: NCCL and gloo each take the first one that is up, on some clusters the wrong one; NCCL_IB_HCA names InfiniBand adapters
-    for name in NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_IB_HCA NCCL_DEBUG TORCH_NCCL_TRACE_BUFFER_SIZE \
-        TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC; do
+    for name in NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_IB_HCA NCCL_DEBUG TORCH_FR_BUFFER_SIZE \
+        TORCH_FR_DUMP_ON_TIMEOUT TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC; do
         echo "  $name=${!name-}"
     done
 }
@@ -55,7 +55,7 @@ start_again() { # RUN CODE
     [ "$newest" = "$stuck_at" ] || stuck=0
     stuck_at=$newest stuck=$((stuck + 1))
     if [ "$stuck" -gt "$RESTARTS" ]; then
-        echo "exit code $2; not started again: $((stuck - 1)) restarts since checkpoint $newest"
+        [ "$RESTARTS" -eq 0 ] || echo "exit code $2; not started again: $((stuck - 1)) restarts since checkpoint $newest"
         return 1
     fi
     echo "exit code $2; start again, number $stuck since checkpoint $newest (RESTARTS=$RESTARTS)"

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -117,7 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--checkpoint", type=Path, help="whose weights (default: the run's newest of that step or before)")
     replay.set_defaults(run_command=_replay, overridable=False)
 
-    doctor = commands.add_parser("doctor", help="show what this machine really runs: precisions, kernels, versions")
+    doctor = commands.add_parser(
+        "doctor", help="show what this machine really runs: precisions, kernels, versions; and, under a launcher, its network"
+    )
+    doctor.add_argument("--run-dir", type=Path, help="a folder whose disk is measured, by writing")
+    doctor.add_argument("--data", type=Path, help="a data set's folder, whose disk is measured, by reading")
     doctor.set_defaults(run_command=_doctor, overridable=False)
     return parser
 
@@ -226,12 +231,25 @@ def _replay(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from xar_scale import dist, doctor
+    from xar_scale import dist, doctor, surroundings
 
-    machine = doctor.this_machine(dist.local_device())
-    print(doctor.table(("what", "found"), doctor.facts(machine)), end="\n\n")
+    if missing := [folder for folder in (options.run_dir, options.data) if folder is not None and not folder.is_dir()]:
+        raise UsageError(f"no folder at {missing[0]}")
+    device = dist.local_device()
+    if dist.world() > 1:
+        dist.init(device)
+    machine = doctor.this_machine(device)
+    facts = doctor.facts(machine)
+    dist.say(doctor.table(("what", "found"), facts) + "\n")
     titles = ("mode", "TFLOP/s", "compute", "gather", "reduce", "matmul", "attention", "engines", "finding")
-    print(doctor.table(titles, doctor.modes(machine)))
+    modes = doctor.modes(machine)
+    dist.say(doctor.table(titles, modes) + "\n")
+    findings = [*surroundings.network(device), *surroundings.clocks()]
+    findings += surroundings.disk("run", options.run_dir, written=True) if options.run_dir else []
+    findings += surroundings.disk("data", options.data, written=False) if options.data else []
+    findings += surroundings.software(dict(facts))
+    findings += surroundings.settings(os.environ, dist.local_world(), os.cpu_count() or 1)
+    dist.say(doctor.table(("around it", "found", "what to do"), findings) if findings else "around it: nothing to be done")
 
 
 if __name__ == "__main__":

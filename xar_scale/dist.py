@@ -34,8 +34,7 @@ def init(device: torch.device) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # of torch 2.15 and 2.11: the last collectives
-        os.environ.setdefault(name, "2000")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the last collectives, which the watchdog tells of
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

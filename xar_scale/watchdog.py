@@ -183,7 +183,12 @@ def verdict(seen: dict[int, Seen], world: int) -> Iterator[str]:
         yield "all ranks have begun the same collectives: the network, or a device, does not get on"
     for of in seen.values():
         if of not in late:
-            yield f"rank {of.rank} ({of.host}, process {of.pid}) is in {of.where}"
+            yield f"rank {of.rank} ({of.host}, process {of.pid}) is in {of.where}; its last collective: {_newest(of)}"
+
+
+def _newest(of: Seen) -> str:
+    """Of the group that it has last called: dictionaries keep that order."""
+    return [*of.last.values()][-1] if of.last else "none"
 
 
 def _named(call: traceback.FrameSummary) -> str:
@@ -204,6 +209,7 @@ def _collectives() -> tuple[dict[str, int], dict[str, str]]:
             if not entry["is_p2p"]:
                 group = " ".join(entry["process_group"])
                 numbers[group] = entry["collective_seq_id"]
+                last.pop(group, None)  # the newest comes last
                 last[group] = f"{entry['profiling_name']} number {entry['collective_seq_id']} of group {group}"
     return numbers, last
 

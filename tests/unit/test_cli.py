@@ -47,7 +47,8 @@ def assert_ends(capsys, arguments: list, code: int, *parts: str) -> None:
         (["train", "--recipe", "imagenet256_b", "train.engine=single"], 78, "data.path is not set"),
         (["sample", "nowhere", "--out", "x.png"], 64, "no checkpoint at nowhere"),
         (["evaluate", "nowhere.npz", "--out", "x.json"], 64, "no samples at nowhere.npz"),
-        (["evaluate", "train.steps=1", "--out", "x.json"], 64, "no samples at train.steps=1"),
+        (["sample", "--out", "x.png", "sample.steps=3", "nowhere", "--per-class", "1"], 64, "no checkpoint at nowhere"),
+        (["evaluate", "train.steps=1", "--out", "x.json"], 64, "arguments are required: samples"),
     ],
 )
 def test_wrong_words(capsys, arguments, code, part):
@@ -113,7 +114,7 @@ def test_kernels_that_cannot_train_are_refused_before_the_run_is_begun(capsys, t
 
 def test_a_resumed_run_draws_no_weights(train, monkeypatch):
     assert main(train) == 0
-    monkeypatch.setattr("xar_scale.train.initial_weights", None)  # not even called
+    monkeypatch.setattr("xar_scale.beginning.initial_weights", None)  # not even called
     assert main([*train, "train.steps=3"]) == 0
 
 

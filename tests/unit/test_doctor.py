@@ -133,7 +133,9 @@ def test_the_command_prints_both_tables_and_ends_well(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
-    assert [line.split()[0] for line in lines[-4:]] == list(MODES)
+    first = lines.index(next(line for line in lines if line.startswith("mode "))) + 1
+    assert [line.split()[0] for line in lines[first : first + 4]] == list(MODES)
+    assert lines[first + 4] == "" and lines[first + 5].startswith("around it")
     assert lines[0].split() == ["what", "found"] and any(line.startswith("deepspeed") for line in lines)
     assert printed.err == ""
     assert main(["doctor", "train.steps=1"]) == 64

@@ -137,6 +137,15 @@ def test_what_was_made_of_another_format_is_shown_without_its_run(tmp_path, tool
     assert code == 0 and re.split("  +", shown.splitlines()[1])[3] == "not known"
 
 
+def test_of_runs_the_newest_are_compared(tmp_path, tool):
+    run = Run(tmp_path, config=CONFIG)
+    for _ in range(2):
+        run.train()
+        first = run.save()
+    code, shown, _ = tool("diff", tmp_path, first)
+    assert (code, shown.splitlines()[0]) == (0, "manifest: identical")
+
+
 def test_wrong_paths_end_with_64(tmp_path, tool):
     assert tool("show", tmp_path / "nowhere")[0] == 64
     (tmp_path / "checkpoints").mkdir()

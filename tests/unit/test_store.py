@@ -230,6 +230,15 @@ def test_later_checkpoints_are_set_aside_and_do_not_count(tmp_path):
     ]
 
 
+def test_what_need_not_be_kept_any_more_makes_room_at_the_start(tmp_path):
+    run = Run(tmp_path, keep_last=3)
+    for _ in range(3):
+        run.train()
+        run.save()
+    Run(tmp_path, keep_last=1).store.open(3)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["latest", "step-00000003"]
+
+
 def test_a_longer_run_or_another_rate_continues(tmp_path):
     checkpoint = verify(Run(tmp_path).save())
     longer = digits_config(

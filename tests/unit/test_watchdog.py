@@ -28,8 +28,8 @@ def test_who_has_begun_fewer_collectives_is_whom_the_others_wait_for():
     assert list(verdict(ranks, 3)) == [
         "rank 1 (host1, process 101) has not begun all_reduce number 9 of group all, in which others wait: it is in "
         "sleep (loader.py:3)",
-        "rank 0 (host0, process 100) is in wait (x.py:1)",
-        "rank 2 (host2, process 102) is in wait (x.py:1)",
+        "rank 0 (host0, process 100) is in wait (x.py:1); its last collective: all_reduce number 9 of group all",
+        "rank 2 (host2, process 102) is in wait (x.py:1); its last collective: all_reduce number 9 of group all",
     ]
 
 

@@ -1,0 +1,164 @@
+"""The launchers on this machine: signals, killed ranks, two nodes; each run ends as it should, and goes on exactly."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import ROOT, environment, free_port
+from xar_scale.checkpoint.manifest import checkpoint_paths, step_of
+from xar_scale.evaluate.digits import cache_digits
+
+pytestmark = pytest.mark.timeout(300)
+STEPS = 150
+SETTINGS = ["model.width=16", "model.heads=2", "train.global_batch=24", "train.log_every=1", "optim.warmup_steps=5"]
+SETTINGS += [f"train.steps={STEPS}", "train.checkpoint_every=1000", "data.workers=1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launchers")
+    cache_digits(folder / "data", samples_per_shard=500)
+    return folder
+
+
+class Launched:
+    """A launcher that runs; all that it has started is gone after the context."""
+
+    def __init__(self, folder: Path, launcher: str, run: str, *words: str, log: str = "", **more: str) -> None:
+        self.run, self.log = folder / run, folder / f"{log or run}.log"
+        command = [str(ROOT / "launchers" / launcher), "train", "--recipe", "digits", "--run-dir", str(self.run)]
+        command += [f"data.path={folder / 'data'}", *SETTINGS, *words]
+        with self.log.open("a") as file:
+            self.process = subprocess.Popen(
+                command, env=environment() | more, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for pid in [self.process.pid, *self.ranks().values()]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(os.getpgid(pid), signal.SIGKILL)
+        self.process.wait()
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def until(self, what, limit_s: float = 100) -> None:
+        begun = time.monotonic()
+        while not what():
+            assert time.monotonic() - begun < limit_s, self.said
+            time.sleep(0.05)
+
+    def steps(self, count: int, starts: int = 1) -> None:
+        """Wait for as many steps of the ``starts``-th start."""
+        of_start = lambda: re.split(r"\d parameters, ", self.said)[starts:]  # noqa: E731
+        self.until(lambda: of_start() and of_start()[0].count("\nstep ") >= count)
+
+    def ranks(self) -> dict[int, int]:
+        """Processes by rank, without their data workers."""
+        found: dict[int, int] = {}
+        listed = subprocess.run(["pgrep", "-f", f"xar_scale.*{self.run}( |$)"], capture_output=True, text=True)
+        for pid in map(int, listed.stdout.split()):
+            try:
+                words = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            environ = dict(word.split("=", 1) for word in words if "=" in word)
+            if "RANK" in environ:  # workers come later
+                found.setdefault(int(environ["RANK"]), pid)
+        return found
+
+    def code(self, limit_s: float = 100) -> int:
+        return self.process.wait(timeout=limit_s)
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines]
+
+
+def newest(run: Path) -> int:
+    return step_of(checkpoint_paths(run)[-1])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    """By engine."""
+    found = {}
+    for engine in ("deepspeed", "fsdp2"):
+        with Launched(folder, "deepspeed.sh", f"undisturbed-{engine}", f"train.engine={engine}") as launched:
+            assert launched.code() == 0, launched.said
+        found[engine] = losses(folder / f"undisturbed-{engine}")
+    return found
+
+
+@pytest.mark.parametrize(("launcher", "engine"), [("deepspeed.sh", "deepspeed"), ("torchrun.sh", "fsdp2")])
+def test_signals_end_all_ranks_with_a_checkpoint_and_a_killed_rank_is_started_again(folder, undisturbed, launcher, engine):
+    run = f"{launcher}-signals"
+    with Launched(folder, launcher, run, f"train.engine={engine}") as launched:
+        launched.steps(10)
+        launched.process.send_signal(signal.SIGTERM)
+        assert launched.code() == 76, launched.said
+        step = newest(launched.run)
+        assert f"xar-scale: stopped after step {step} of {STEPS} (SIGTERM to rank" in launched.said
+        assert launched.ranks() == {} and "xar_scale/cli.py" not in launched.said
+    with Launched(folder, launcher, run, f"train.engine={engine}", log=f"{run}-usr2") as launched:
+        launched.steps(5)
+        assert f"at step {step}, " in launched.said
+        launched.process.send_signal(signal.SIGUSR2)
+        launched.until(lambda: launched.process.poll() is not None)
+        assert launched.code() == 75 and "(SIGUSR2 to rank" in launched.said
+    step = newest(launched.run)
+    with Launched(folder, launcher, run, f"train.engine={engine}", log=f"{run}-killed", RESTARTS="1", PAUSE="1") as launched:
+        launched.steps(5)
+        os.kill(launched.ranks()[1], signal.SIGKILL)
+        launched.steps(5, starts=2)
+        assert f"start again, number 1 since checkpoint step-{step:08d} (RESTARTS=1)" in launched.said
+        assert launched.code() == 0, launched.said
+    assert losses(launched.run) == undisturbed[engine]
+
+
+def test_a_run_that_gets_no_further_is_given_up(folder):
+    with Launched(folder, "torchrun.sh", "stuck", "train.engine=fsdp2", RESTARTS="2", PAUSE="1") as launched:
+        for start in (1, 2, 3):
+            launched.steps(3, start)
+            os.kill(launched.ranks()[0], signal.SIGKILL)
+            launched.until(lambda start=start: launched.said.count("exit code") == start)
+        assert launched.code() in (1, 71)
+    assert "not started again: 2 restarts since checkpoint none" in launched.said
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed.sh", "torchrun.sh"])
+def test_two_nodes_go_on_after_a_rank_of_one_is_killed(folder, undisturbed, launcher):
+    engine = "deepspeed" if launcher == "deepspeed.sh" else "fsdp2"
+    run, words = f"{launcher}-nodes", [f"train.engine={engine}", "train.checkpoint_every=20"]
+    (folder / "hostfile").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RESTARTS": "3", "PAUSE": "5"}
+    if engine == "deepspeed":
+        shared |= {"HOSTFILE": str(folder / "hostfile")}
+    else:
+        shared |= {"NODES": "2", "PROCESSES": "1", "JOB": "two"}
+    first, second = (
+        Launched(folder, launcher, run, *words, log=f"{run}-{node}", **shared, NODE_RANK=str(node)) for node in range(2)
+    )
+    with first, second:
+        speaker = lambda: first if "parameters, " in first.said else second  # noqa: E731  # torchrun chooses
+        first.until(lambda: "parameters, " in first.said + second.said)
+        speaker().steps(30)
+        victim = second.ranks()[1]
+        os.kill(victim, signal.SIGKILL)
+        codes = [first.code(200), second.code(200)]
+        assert codes == [0, 0], first.said + second.said
+    assert "start again, number 1" in first.said and "start again, number 1" in second.said
+    assert losses(first.run) == undisturbed[engine]

@@ -1,0 +1,100 @@
+"""What a run begins with is refused or said: another job in its folder, weights that are not as they were written."""
+
+import fcntl
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+
+import pytest
+
+from tests.processes import environment
+from tests.unit.foreign_checkpoints import reshard
+from tests.unit.tiny_run import CONFIG, Run
+from xar_scale import beginning
+from xar_scale.beginning import first_weights, lock
+from xar_scale.checkpoint.load import check_continues
+from xar_scale.checkpoint.manifest import read_manifest
+from xar_scale.config import override
+from xar_scale.errors import ConfigError, DataError, UsageError
+from xar_scale.evaluate.generate import open_checkpoint
+from xar_scale.model.xar import meta_model
+
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that trains in the folder; it ends when its input is closed."""
+    command = [sys.executable, "-c", HOLDER, tmp_path / "lock"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment(), text=True, **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_two_jobs_do_not_train_in_one_folder(tmp_path, holder, monkeypatch, capsys):
+    monkeypatch.setattr(beginning.time, "sleep", lambda seconds: None)
+    with ExitStack() as stack, pytest.raises(UsageError, match="another process still trains here; end it, or use another"):
+        lock(tmp_path, stack)
+    assert capsys.readouterr().out == f"{tmp_path}: another process trains here; waiting for it to end\n"
+
+
+def test_one_that_is_ending_is_waited_for_and_the_lock_is_let_go_of(tmp_path, holder, monkeypatch):
+    pauses = []
+
+    def pause(seconds):
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            holder.kill()
+            holder.wait()
+
+    monkeypatch.setattr(beginning.time, "sleep", pause)
+    for _ in range(2):
+        with ExitStack() as stack:
+            lock(tmp_path, stack)
+    assert len(pauses) == 3
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(95, os.strerror(95))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with ExitStack() as stack:
+        lock(tmp_path, stack)
+    assert "cannot be locked, so that another job in it would go unnoticed: Operation not supported" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("target", ["pth", "safetensors", "universal"])
+def test_weights_that_are_not_as_they_were_written_are_not_begun_with(tmp_path, target):
+    Run(tmp_path / "run").save()
+    assert reshard(tmp_path / "run", tmp_path / "made", "--to", target) == 0
+    config = CONFIG.from_dict(override(CONFIG.to_dict(), [f"train.init_from={tmp_path / 'made'}"]))
+    with first_weights(meta_model(config.model), config, None) as weights:
+        assert len(list(weights)) > 10
+    spoilt = max((tmp_path / "made").rglob("*.*"), key=lambda path: path.stat().st_size)
+    content = bytearray(spoilt.read_bytes())
+    content[len(content) // 2] ^= 1
+    spoilt.write_bytes(content)
+    refused = pytest.raises(DataError, match=f"{spoilt.name} is not as it was written")
+    with refused, first_weights(meta_model(config.model), config, None):
+        pass
+
+
+def test_a_checkpoint_of_another_format_is_begun_from_and_neither_resumed_nor_sampled(tmp_path):
+    run = Run(tmp_path / "run")
+    run.save()
+    assert reshard(tmp_path / "run", tmp_path / "universal", "--to", "universal") == 0
+    assert reshard(tmp_path / "universal", tmp_path / "made", "--to", "xar-scale") == 0
+    with pytest.raises(ConfigError, match="made of another format and knows no run: begin one, with --init-from"):
+        check_continues(read_manifest(tmp_path / "made"), run.config, run.info)
+    with pytest.raises(UsageError, match="made of another format, and knows neither its model's config nor its tokenizer"):
+        open_checkpoint(tmp_path / "made")

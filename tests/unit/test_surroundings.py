@@ -1,0 +1,96 @@
+"""What the doctor finds around a run: settings that hurt, old or unlike software, disks, clocks; and two ranks' network."""
+
+import re
+
+import pytest
+import torch
+
+from tests.processes import launch
+from xar_scale import dist, surroundings
+from xar_scale.surroundings import clocks, disk, network, settings, software
+
+HERE = {"OMP_NUM_THREADS": "1"}
+
+
+def named(findings) -> dict[str, str]:
+    return {finding.what: finding.advice for finding in findings}
+
+
+@pytest.mark.parametrize("name", surroundings.SETTINGS)
+def test_settings_that_hurt_are_named_with_what_to_do(name):
+    hurts, why = surroundings.SETTINGS[name]
+    value = next(value for value in ("0", "1", "INFO", "DETAIL") if hurts(value))
+    assert named(settings(HERE | {name: value}, 1, 8))[name] == why
+    assert name not in named(settings(HERE | {name: "WARN"}, 1, 8)) and name not in named(settings(HERE, 1, 8))
+
+
+def test_more_threads_than_cores_are_named():
+    assert "OMP_NUM_THREADS" not in named(settings({"OMP_NUM_THREADS": "2"}, 4, 8))
+    found = named(settings({"OMP_NUM_THREADS": "3"}, 4, 8))
+    assert found["OMP_NUM_THREADS"] == "4 ranks with 3 threads share 8 cores: 2 at the most"
+    assert "not set: 8" in [finding.found for finding in settings({}, 4, 8)]
+
+
+def test_few_open_files_and_little_shared_memory(monkeypatch):
+    monkeypatch.setattr(surroundings.resource, "getrlimit", lambda _: (1024, 1 << 20))
+    usage = surroundings.shutil.disk_usage("/")
+    monkeypatch.setattr(surroundings.shutil, "disk_usage", lambda _: usage._replace(total=64 << 20))
+    found = named(settings(HERE, 1, 8))
+    assert found["open files"].startswith("ulimit -n 4096: ") and "--shm-size" in found["/dev/shm"]
+    monkeypatch.setattr(surroundings.resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
+    monkeypatch.setattr(surroundings.shutil, "disk_usage", lambda _: usage._replace(total=64 << 30))
+    assert named(settings(HERE, 1, 8)) == {}
+
+
+def test_software_that_is_old_wrong_or_not_the_same(monkeypatch):
+    good = {"deepspeed": "0.19.8", "apex": "not installed"}
+    assert software(good) == [] and software({"deepspeed": "not installed"}) == []
+    assert "0.19.8" in named(software({"deepspeed": "0.19.7"}))["deepspeed"]
+    assert "uninstall" in named(software({"apex": "the unrelated package of that name"}))["apex"]
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, mine, mine | {"torch": "2.11"}])
+    (found,) = software(good | {"torch": "2.15"})
+    assert found[:2] == ("torch", "2.15 on rank 0, 2.11 on rank 2")
+
+
+def test_disks_are_measured_and_left_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(surroundings, "DISK_BYTES", 1 << 23)
+    free, written, read = disk("run", tmp_path, written=True)
+    assert free.what == f"run {tmp_path}" and re.fullmatch(r"\d+ GB free", free.found)
+    assert all(re.fullmatch(r"[1-9]\d* MB/s", finding.found) for finding in (written, read))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(surroundings, "FREE_GB", 1 << 40)
+    assert disk("run", tmp_path, written=True)[0].advice.startswith("make room")
+    (tmp_path / "a.tar").write_bytes(bytes(1 << 20))
+    free, read = disk("data", tmp_path, written=False)
+    assert read.what == "  read, a.tar" and free.advice == ""
+
+
+def test_clocks_that_are_apart(monkeypatch):
+    monkeypatch.setattr(dist, "world", lambda: 3)
+    told = [(100.0, "a"), (103.5, "b"), (100.1, "c")]
+    monkeypatch.setattr(dist, "gather_objects", lambda _: told)
+    (found,) = clocks()
+    assert found.found == "within 3.50 s" and "logs of a and b" in found.advice
+    told[1] = (100.2, "b")
+    assert clocks()[0].advice == ""
+
+
+def test_one_process_has_no_network():
+    assert network(torch.device("cpu")) == [] and clocks() == []
+
+
+def test_two_ranks_are_shown_with_their_network(tmp_path):
+    words = ["-m", "xar_scale", "doctor", "--run-dir", str(tmp_path), "--data", str(tmp_path)]
+    ended = launch(2, words, tmp_path / "logs", NCCL_P2P_DISABLE="1")
+    assert ended.codes == [0, 0], ended.text
+    said = ended.outputs[0]
+    for what in ("all-reduce of 1 MB", "all-gather of 64 MB"):
+        assert re.search(rf"^{what} +\d+\.\d\d GB/s a rank, \d+\.\d\d ms$", said, re.MULTILINE), said
+    assert re.search(r"^clocks +within 0\.\d\d s$", said, re.MULTILINE)
+    assert re.search(r"^NCCL_P2P_DISABLE +1 +GPUs of a node exchange through the host's memory: unset it$", said, re.MULTILINE)
+    assert ended.outputs[1] == ""
+
+
+def test_folders_that_are_not_there_are_refused(tmp_path):
+    ended = launch(1, ["-m", "xar_scale", "doctor", "--data", str(tmp_path / "nowhere")], tmp_path / "logs")
+    assert ended.codes == [64] and f"xar-scale: no folder at {tmp_path / 'nowhere'}\n" in ended.text
