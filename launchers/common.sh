@@ -41,7 +41,7 @@ run_folder() {
 
 # What the ranks ended with. torchrun says 1 whatever it was, srun the largest of them: they write it down as well.
 exit_code() { # of the launcher
-    if [ -s "$XAR_SCALE_EXIT_FILE" ]; then cat "$XAR_SCALE_EXIT_FILE"; else echo "$1"; fi
+    if [ -s "$XAR_SCALE_EXIT_FILE" ]; then printf '%s\n' "$(<"$XAR_SCALE_EXIT_FILE")"; else echo "$1"; fi
     rm -f "$XAR_SCALE_EXIT_FILE"
 }
 

@@ -1,0 +1,66 @@
+"""What the launchers' shell code decides: the run's folder, its exit code, whether to start again. And that it is clean."""
+
+import shutil
+import subprocess
+
+import pytest
+
+from tests.processes import ROOT
+
+
+def bash(script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = ["bash", "-euo", "pipefail", "-c", f"source launchers/common.sh; {script}", "bash", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_the_scripts_are_clean():
+    scripts = [*sorted((ROOT / "launchers").glob("*.sh")), ROOT / "launchers" / "slurm.sbatch", ROOT / ".ci" / "run"]
+    done = subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        (["train", "--recipe", "digits", "--run-dir", "/runs/h"], "/runs/h"),
+        (["train", "--run-dir=/runs/h", "--recipe", "digits"], "/runs/h"),
+        (["train", "--recipe", "digits"], "runs/digits"),
+        (["train", "--recipe=digits", "train.steps=3"], "runs/digits"),
+    ],
+)
+def test_the_runs_folder_is_that_of_train(words, folder):
+    assert bash('run_folder "$@"', *words).stdout == f"{folder}\n"
+
+
+def test_the_code_is_what_the_ranks_wrote_down(tmp_path):
+    note = tmp_path / "note"
+    script = f'XAR_SCALE_EXIT_FILE={note}; exit_code "$1"'
+    assert bash(script, 137).stdout == "137\n"
+    note.write_text("75")
+    assert bash(script, 1).stdout == "75\n" and not note.exists()
+    assert bash(script, 1).stdout == "1\n"  # not of the start before
+
+
+AGAIN = 'RESTARTS=$1; run=$2; shift 2; for code; do start_again "$run" "$code" >/dev/null && echo yes || echo no; done'
+
+
+@pytest.mark.parametrize("code", [0, 64, 65, 70, 76, 78, 130])
+def test_what_would_end_alike_is_not_started_again(tmp_path, code):
+    assert bash(AGAIN, 3, tmp_path, code).stdout == "no\n"
+
+
+@pytest.mark.parametrize("code", [1, 69, 71, 74, 75, 137, 143, 247])
+def test_others_are_as_often_as_is_allowed(tmp_path, code):
+    assert bash(AGAIN, 2, tmp_path, code, code, code).stdout == "yes\nyes\nno\n"
+    assert bash(AGAIN, 0, tmp_path, code).stdout == "no\n"
+
+
+def test_a_newer_checkpoint_begins_the_count_anew(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    point = f"echo step-$n >{tmp_path}/checkpoints/latest"
+    script = f"RESTARTS=1; for n in 1 2 3 3 3; do {point}; start_again {tmp_path} 1; done"
+    done = bash(script)
+    said = done.stdout.splitlines()
+    assert [line.split(";")[1].split()[0] for line in said] == ["start", "start", "start", "not"]
+    assert said[-1] == "exit code 1; not started again: 1 restarts since checkpoint step-3" and done.returncode == 1
