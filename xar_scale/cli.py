@@ -143,10 +143,10 @@ def _train(options: argparse.Namespace) -> None:
         raise UsageError("train needs --run-dir when there is no --recipe to name it after")
     run_dir = options.run_dir or Path("runs") / options.recipe
     stops = Stops(run_dir, None if options.stop_after is None else _seconds(options.stop_after))
-    stops.listen()  # what is imported next takes seconds
-    from xar_scale.train import train
+    with stops.listening():  # already while what takes seconds is imported
+        from xar_scale.train import train
 
-    train(config, run_dir, options.resume, stops)
+        train(config, run_dir, options.resume, stops)
 
 
 def _seconds(duration: str) -> float:

@@ -1,8 +1,10 @@
 """What asks a run to stop before its end: signals, a time limit, a file. One rank hears it, all leave at the same step."""
 
+import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -24,10 +26,15 @@ class Stops:
         self._looked = -LOOK_S
         self._found = False
 
-    def listen(self) -> None:
-        """From here on SIGUSR2, SIGTERM and SIGINT are wishes, but for a second SIGINT. In the main thread."""
-        for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hear)
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """In the context SIGUSR2, SIGTERM and SIGINT are wishes, but for a second SIGINT. In the main thread."""
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()

@@ -15,7 +15,7 @@ from xar_scale.evaluate.digits import cache_digits
 STEPS = 60
 SMALL = ["model.width=16", "model.heads=2", "train.global_batch=8", "optim.warmup_steps=5", "train.log_every=5"]
 TWO = [*SMALL, f"train.steps={STEPS}", "train.engine=fsdp2", "train.checkpoint_every=10", "optim.ema_snapshots_every=4"]
-KILLS = 6
+KILLS = 4
 
 
 @pytest.fixture(scope="module")

@@ -176,6 +176,19 @@ def _ranks_of_torchrun(job: Job) -> dict[int, int]:
     return found
 
 
+def test_a_job_that_gets_no_further_is_given_up(here, folder):
+    job = Job(here, folder, "five", RESTARTS="1")
+    for start in (1, 2):
+        job.steps(3)
+        os.kill(job.rank(0), signal.SIGKILL)
+        assert job.ended(start) in (71, 137)
+        if start == 1:
+            here.now(job.number)
+    job.until(lambda: "not started again: 1 restarts since checkpoint none" in job.said)
+    here.until(lambda: here.state(job.number)["JobState"] == "FAILED")
+    assert job.restarts() == 1 and not (job.run / "restarts").exists()
+
+
 def test_what_would_end_alike_is_not_queued_again_and_what_is_cancelled_is_written_first(here, folder):
     job = Job(here, folder, "three", "train.global_batch=7")
     assert job.ended(1) == 78

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.processes import environment
 from tests.unit.conftest import write_set
 from tests.unit.test_loader import CPU, assert_equal, open_set
 from xar_scale.data import shards as shards_module
@@ -339,3 +342,26 @@ def test_a_budget_below_what_the_run_has_met_is_refused():
     BadSamples(1, known=[("a", 1)])
     with pytest.raises(ConfigError, match="data.max_bad_samples is 0, but the run has met 1 already"):
         BadSamples(0, known=[("a", 1)])
+
+
+def test_workers_take_no_notice_of_signals_but_go_with_what_started_them():
+    program = """
+import os, signal, time
+from torch.utils.data import Dataset
+from xar_scale.data.workers import from_workers
+
+class Numbers(Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, at):
+        if at >= 4:
+            time.sleep(0.3)
+        return os.getpid()
+
+stream = from_workers(Numbers(), 2, batch_size=None)
+pid = next(stream)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    os.kill(pid, number)
+print(len([next(stream) for _ in range(6)]), flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr  # and it does not wait for them at its end

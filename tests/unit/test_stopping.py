@@ -15,19 +15,18 @@ from xar_scale.stopping import Stops
 
 @pytest.fixture
 def stops(tmp_path):
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+    before = signal.getsignal(signal.SIGTERM)
     yield Stops(tmp_path)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize(
     ("number", "kind"), [(signal.SIGUSR2, PreemptedError), (signal.SIGTERM, StoppedError), (signal.SIGINT, StoppedError)]
 )
 def test_a_signal_is_a_wish(stops, number, kind):
-    stops.listen()
     assert not stops.asked()
-    os.kill(os.getpid(), number)
+    with stops.listening():
+        os.kill(os.getpid(), number)
     assert stops.asked()
     error = stops.reason("stopped after step 3 of 9")
     assert type(error) is kind and error.exit_code == (75 if kind is PreemptedError else 76)
@@ -36,9 +35,9 @@ def test_a_signal_is_a_wish(stops, number, kind):
 
 
 def test_a_wish_to_be_queued_again_counts_before_others(stops):
-    stops.listen()
-    os.kill(os.getpid(), signal.SIGTERM)
-    os.kill(os.getpid(), signal.SIGUSR2)
+    with stops.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR2)
     assert type(stops.reason("")) is PreemptedError
 
 
@@ -73,13 +72,13 @@ from pathlib import Path
 from xar_scale import stopping
 stopping.AGAIN_S = 0.3
 stops = stopping.Stops(Path("."))
-stops.listen()
-os.kill(os.getpid(), signal.SIGINT)
-os.kill(os.getpid(), signal.SIGINT)
-print("heard", flush=True)
-time.sleep(0.4)
-os.kill(os.getpid(), signal.SIGINT)
-time.sleep(9)
+with stops.listening():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("heard", flush=True)
+    time.sleep(0.4)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(9)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert (done.returncode, done.stdout) == (130, "heard\n"), done.stderr
