@@ -1,4 +1,4 @@
-"""The launchers on this machine: signals, and two nodes of which one loses a rank; each ends as it should, or goes on exactly."""
+"""The launchers on this machine: signals, and two nodes one of which loses a rank; each ends, or goes on, as it should."""
 
 import contextlib
 import json
