@@ -61,6 +61,10 @@ start_again() { # RUN CODE
     echo "exit code $2; start again, number $stuck since checkpoint $newest (RESTARTS=$RESTARTS)"
 }
 
+alive() { # a process that nobody has taken note of is not
+    kill -0 "$1" 2>/dev/null && ! grep -qs '^State:.Z' "/proc/$1/status"
+}
+
 descendants() {
     local child
     for child in $(pgrep -P "$1"); do echo "$child" && descendants "$child"; done
@@ -70,11 +74,12 @@ descendants() {
 # launcher and to all that it has started: DeepSpeed's leaves them running by itself. The ranks write a checkpoint and leave; they
 # are waited for. USR2 ends a launcher: it goes to the ranks alone.
 launch() {
-    local code launcher='' started=() process
+    local code launcher='' asked='' started=() process
+    command -v pgrep >/dev/null || echo "pgrep (procps) is not installed: signals do not reach the ranks"
     XAR_SCALE_EXIT_FILE=$(mktemp)
     export XAR_SCALE_EXIT_FILE
     # shellcheck disable=SC2207
-    trap 'started=($(descendants $$)); kill -TERM "${started[@]}" 2>/dev/null || true' INT TERM
+    trap 'asked=1; started=($(descendants $$)); kill -TERM "${started[@]}" 2>/dev/null || true' INT TERM
     # shellcheck disable=SC2046
     trap 'kill -USR2 $(descendants "$launcher") 2>/dev/null || true' USR2
     while true; do
@@ -85,10 +90,13 @@ launch() {
             kill -0 "$launcher" 2>/dev/null || break
         done
         for process in "${started[@]}"; do
-            while kill -0 "$process" 2>/dev/null; do sleep 0.1; done
+            while alive "$process"; do sleep 0.1; done
         done
         code=$(exit_code "$code")
+        [ -z "$asked" ] || exit "$code"
         start_again "$RUN" "$code" || exit "$code"
-        sleep "$PAUSE"
+        sleep "$PAUSE" &
+        wait $! || true
+        [ -z "$asked" ] || exit "$code"
     done
 }

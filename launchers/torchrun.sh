@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # xar-scale under torchrun, the same command on every node: launchers/torchrun.sh train --recipe digits
 #   NODES          default: 1
-#   MASTER_ADDR    a node that all reach, where they meet; default: this one
+#   MASTER_ADDR    a node that all reach, where they meet; default: this one, if NODES is 1
 #   MASTER_PORT    default: a free one, on several nodes 29500
 #   JOB            a name for what meets there, the same on all nodes; default: xar
 #   PROCESSES      ranks on this node; default: its GPUs, or 2 CPU processes without one
@@ -17,6 +17,7 @@ if [ "$count" -eq 0 ]; then export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM
 [ "$count" -gt 0 ] || count=2
 NODES="${NODES:-1}" PROCESSES="${PROCESSES:-$count}" JOB="${JOB:-xar}" RESTARTS="${RESTARTS:-0}" PAUSE="${PAUSE:-10}"
 if [ "$NODES" -eq 1 ]; then port=$(free_port); else port=29500; fi
+if [ "$NODES" -gt 1 ]; then : "${MASTER_ADDR:?with NODES, the address of one that all reach}"; fi
 MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT="${MASTER_PORT:-$port}"
 RUN=$(run_folder "$@")
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from typing_extensions import Self
+
 from xar_scale import dist
 from xar_scale.checkpoint.initialise import Initialisation
 from xar_scale.checkpoint.interop import open_source
@@ -15,7 +17,7 @@ from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config
 from xar_scale.data.loader import LatentDataset
 from xar_scale.data.sources import Shards, open_shards
-from xar_scale.errors import DataError, UsageError
+from xar_scale.errors import DataError, FileError, UsageError
 from xar_scale.files import locked, write_atomically
 from xar_scale.metrics import Metrics
 from xar_scale.model.entities import create_layout
@@ -25,27 +27,40 @@ CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
 LOCK_WAIT_S = 100
 
 
-def lock(run: Path, stack: ExitStack) -> None:
-    """Rank 0: until ``stack`` is left no other process trains in ``run``. One that was killed may take a while to let go.
+class RunLock:
+    """Rank 0's, until the context is left: no other process trains in ``run``. One that ends may take a while."""
 
-    Raises UsageError where one does not.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    for second in range(LOCK_WAIT_S):
-        try:
-            if stack.enter_context(locked(run / LOCK_FILE)):
-                return
-        except OSError as error:
-            dist.say(f"{run} cannot be locked, so that another job in it would go unnoticed: {error.strerror}")
+    def __init__(self, run: Path) -> None:
+        self.run, self._stack, self._taken = run, ExitStack(), False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def take(self) -> None:
+        """Once is enough. Raises FileError where another process has it and keeps it."""
+        if self._taken or dist.rank() != 0:
             return
-        if second == 0:
-            dist.say(f"{run}: another process trains here; waiting for it to end")
-        time.sleep(1)
-    raise UsageError(f"{run}: another process still trains here; end it, or use another --run-dir")
+        self._taken = True
+        for second in range(LOCK_WAIT_S):
+            try:
+                if self._stack.enter_context(locked(self.run / LOCK_FILE)):
+                    return
+            except OSError as error:
+                dist.say(f"{self.run} cannot be locked, so that another job in it would go unnoticed: {error.strerror}")
+                return
+            if second == 0:
+                dist.say(f"{self.run}: another process trains here; waiting for it to end")
+            time.sleep(1)
+        raise FileError(f"{self.run}: another process still trains here; end it, or use another --run-dir")
 
 
-def open_run(config: Config, run: Path, store: Store, start: int) -> Metrics:
+def open_run(config: Config, run: Path, store: Store, start: int, lock: RunLock) -> Metrics:
     """Rank 0's part of beginning: all that can fail for want of a writable folder fails here, before anything is trained."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock.take()
     store.open(start)
     write_atomically(run / CONFIG_FILE, config.to_yaml().encode())
     return Metrics(run, start, config.train.steps)

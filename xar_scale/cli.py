@@ -53,10 +53,11 @@ def ending(program: str, run: Callable[[], None]) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options in any order with ``section.key=value`` overrides among them, which argparse has no word for."""
     parser, words = _parser(), list(sys.argv[1:] if arguments is None else arguments)
-    overrides = [word for word in words if "=" in word and not word.startswith("-")]
-    options, unknown = parser.parse_known_args([word for word in words if word not in overrides])
+    overrides = [word for word in words if re.match(r"[a-z_]+\.[a-z_.]+=", word)]  # wherever they stand
+    options, rest = parser.parse_known_args([word for word in words if word not in overrides])
+    overrides += [word for word in rest if "=" in word and not word.startswith("-")]  # which will be told what is wrong
     options.overrides = overrides if options.overridable else []
-    if unknown := [*unknown, *overrides[len(options.overrides) :]]:
+    if unknown := [word for word in (*rest, *overrides) if word not in options.overrides]:
         parser.error(f"unknown argument {unknown[0]}")
     return options
 
@@ -75,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="xar-scale",
         description="Train, sample and check xAR and larger next-X image models.",
-        epilog="exit codes: 0 done, 64 usage, 65 bad data, 70 non-finite, 71 a process died, 74 files, "
+        epilog="exit codes: 0 done, 64 usage, 65 bad data, 69 a hang, 70 non-finite, 71 a process died, 74 files, "
         "75 preempted, 76 stopped as asked, 78 config",
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment says it too
@@ -233,11 +234,15 @@ def _replay(options: argparse.Namespace) -> None:
 def _doctor(options: argparse.Namespace) -> None:
     from xar_scale import dist, doctor, surroundings
 
-    if missing := [folder for folder in (options.run_dir, options.data) if folder is not None and not folder.is_dir()]:
-        raise UsageError(f"no folder at {missing[0]}")
     device = dist.local_device()
     if dist.world() > 1:
         dist.init(device)
+
+    def check() -> None:
+        if missing := [folder for folder in (options.run_dir, options.data) if folder is not None and not folder.is_dir()]:
+            raise UsageError(f"no folder at {missing[0]}, on rank {dist.rank()}")
+
+    dist.together(check)
     machine = doctor.this_machine(device)
     facts = doctor.facts(machine)
     dist.say(doctor.table(("what", "found"), facts) + "\n")
@@ -248,7 +253,7 @@ def _doctor(options: argparse.Namespace) -> None:
     findings += surroundings.disk("run", options.run_dir, written=True) if options.run_dir else []
     findings += surroundings.disk("data", options.data, written=False) if options.data else []
     findings += surroundings.software(dict(facts))
-    findings += surroundings.settings(os.environ, dist.local_world(), os.cpu_count() or 1)
+    findings += surroundings.settings(os.environ, dist.local_world(), len(os.sched_getaffinity(0)))
     dist.say(doctor.table(("around it", "found", "what to do"), findings) if findings else "around it: nothing to be done")
 
 

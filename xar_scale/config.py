@@ -106,7 +106,7 @@ class TrainConfig:
     keep_last: int = Field(default=3, gt=0)  # checkpoints
     keep_every: int | None = Field(default=None, gt=0)  # and for good those of steps that this divides
     hang_after: float = Field(default=20.0, gt=1)  # medians of a step, after which the job is ended as hanging
-    hang_seconds: float = Field(default=300.0, gt=0)  # and not before
+    hang_seconds: float = Field(default=600.0, gt=0)  # and not before
     upload: str = ""  # URL of a folder, any that fsspec opens, to copy checkpoints to; none: they stay in the run's
 
 

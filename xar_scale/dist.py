@@ -1,9 +1,11 @@
 """The process group: who this process is, and decisions that all ranks take together."""
 
+import contextlib
 import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -15,12 +17,16 @@ from xar_scale import slurm
 from xar_scale.errors import FileError, XarScaleError
 
 T = TypeVar("T")
+TIMEOUT = timedelta(minutes=30)  # of collectives: the watchdog comes before it, and says more
 
 
 def adopt_launcher() -> None:
     """Take ranks from SLURM where no launcher has set them: srun itself has its own names for them."""
     if "RANK" not in os.environ:
-        for name, value in slurm.rank_variables(os.environ).items():
+        variables = slurm.rank_variables(os.environ)
+        if variables and torch.cuda.device_count() == 1:  # SLURM may show each task one GPU alone
+            variables["LOCAL_RANK"] = "0"
+        for name, value in variables.items():
             os.environ.setdefault(name, value)
 
 
@@ -37,7 +43,7 @@ def init(device: torch.device) -> None:
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the last collectives, which the watchdog tells of
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
 
 
 def rank() -> int:
@@ -57,8 +63,7 @@ def local_world() -> int:
 def local_device() -> torch.device:
     """This rank's device: its GPU where there is one, else the CPU."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        # SLURM may show each task one GPU alone
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if torch.cuda.device_count() > 1 else 0)
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 
 
@@ -130,9 +135,9 @@ def on_rank_0(work: Callable[[], T]) -> T:
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether it is what a collective raises when another rank is gone. gloo's errors have no class of their own."""
+    """Whether it is what a collective raises when another rank is gone: gloo's and NCCL's errors say so in words alone."""
     said = str(error)
-    return isinstance(error, torch_dist.DistError) or ("gloo" in said and ("peer" in said or "Broken pipe" in said))
+    return ("gloo" in said and ("peer" in said or "Broken pipe" in said)) or "remote process exited" in said
 
 
 def file_error(error: OSError) -> FileError:
@@ -147,7 +152,8 @@ def leave(code: int) -> NoReturn:
     The code is also written where the scripts in launchers/ look for it: torchrun ends with 1 for all, srun with the largest.
     """
     if (note := os.environ.get("XAR_SCALE_EXIT_FILE")) and code != 1:
-        Path(note).write_text(str(code))
+        with contextlib.suppress(OSError):
+            Path(note).write_text(str(code))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -45,7 +45,7 @@ class Stops:
     def asked(self) -> bool:
         """Whether this rank has been. Rank 0 looks at the clock and, once in a while, for the file."""
         if dist.rank() == 0 and time.monotonic() - self._looked >= LOOK_S:
-            self._looked, self._found = time.monotonic(), self._found or self.file.exists()
+            self._looked, self._found = time.monotonic(), self._found or os.path.exists(self.file)
         return bool(self.heard) or self._found or self._late()
 
     def _late(self) -> bool:
@@ -67,4 +67,5 @@ class Stops:
     def obeyed(self) -> None:
         """The file would stop the next start too."""
         if dist.rank() == 0:
-            self.file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.file.unlink()

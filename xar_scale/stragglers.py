@@ -28,33 +28,38 @@ class ForwardTime:
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         self.layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
         self.device = device
-        self._marks: list[Any] = []  # beginnings and ends in turn
+        self._begun: list[Any] = []
+        self._spans: list[tuple[Any, Any]] = []
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
         for layer in self.layers:
-            self._hooks += [layer.register_forward_pre_hook(self._mark), layer.register_forward_hook(self._mark)]
+            self._hooks += [layer.register_forward_pre_hook(self._begin), layer.register_forward_hook(self._end)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _mark(self, *_: Any) -> None:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self.device))
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
+    def _begin(self, *_: Any) -> None:
+        self._begun.append(self._now())
+
+    def _end(self, *_: Any) -> None:
+        self._spans.append((self._begun[-1], self._now()))  # one that recomputation cuts short has no end
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     @property
     def seconds(self) -> float:
         """After the device has come to all of it."""
-        pairs = zip(self._marks[::2], self._marks[1::2], strict=True)
         if self.device.type == "cuda":
-            return sum(begin.elapsed_time(end) for begin, end in pairs) / 1000
-        return sum(end - begin for begin, end in pairs)
+            return sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
+        return sum(end - begin for begin, end in self._spans)
 
 
 class Stragglers:

@@ -20,7 +20,7 @@ from packaging.version import Version
 from xar_scale import dist
 
 DEEPSPEED = "0.19.8"  # before it ZeRO-3 lets a NaN of one rank into every rank's weights
-MESSAGES = (1 << 20, 1 << 26)  # bytes a rank
+MESSAGES = (1 << 20, 1 << 26)  # bytes
 REPEATS = 5
 DISK_BYTES = 1 << 28
 FREE_GB = 100  # of a run's folder: a few checkpoints of xar_h
@@ -42,18 +42,18 @@ def network(device: torch.device) -> list[Finding]:
         return []
     world, findings = dist.world(), []
     for size in MESSAGES:
-        share = torch.ones(size // 4 // world * world, device=device)
-        parts = torch.empty(share.numel() * world, device=device)
-        for name, moved, call in (
-            ("all-reduce", 2 * (world - 1) / world, lambda share=share: torch_dist.all_reduce(share)),
-            (
-                "all-gather",
-                world - 1,
-                lambda share=share, parts=parts: torch_dist.all_gather_into_tensor(parts, share),
+        whole = torch.ones(max(size // 4 // world, 1) * world, device=device)
+        share = whole[: whole.numel() // world].clone()
+        calls: dict[str, tuple[float, Callable[[], object]]] = {  # by name: of the whole, how much a rank sends
+            "all-reduce": (2 * (world - 1) / world, lambda whole=whole: torch_dist.all_reduce(whole)),  # type: ignore[misc]
+            "all-gather": (
+                (world - 1) / world,
+                lambda whole=whole, share=share: torch_dist.all_gather_into_tensor(whole, share),  # type: ignore[misc]
             ),
-        ):
+        }
+        for name, (moved, call) in calls.items():
             seconds = _median(call, device)
-            sent = moved * share.numel() * 4
+            sent = moved * whole.numel() * 4
             findings.append(
                 Finding(f"{name} of {size >> 20} MB", f"{sent / seconds / 1e9:.2f} GB/s a rank, {seconds * 1e3:.2f} ms")
             )
@@ -151,7 +151,7 @@ def settings(environ: Mapping[str, str], local_world: int, cores: int) -> list[F
     findings = [
         Finding(name, environ[name], why) for name, (hurts, why) in SETTINGS.items() if name in environ and hurts(environ[name])
     ]
-    threads = int(environ.get("OMP_NUM_THREADS", cores))
+    threads = int(environ.get("OMP_NUM_THREADS", str(cores)).split(",")[0])
     if threads * local_world > cores and local_world > 1:
         findings.append(
             Finding(

@@ -3,13 +3,15 @@
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from xar_scale import dist
-from xar_scale.beginning import find_checkpoint, first_weights, lock, open_data, open_run
+from xar_scale.beginning import RunLock, find_checkpoint, first_weights, open_data, open_run
 from xar_scale.checkpoint.load import check_continues, load, state_kinds
 from xar_scale.checkpoint.manifest import Manifest
 from xar_scale.checkpoint.mirror import Mirror
@@ -48,6 +50,12 @@ def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None =
     if config.train.engine != "single":
         dist.init(device)
     micro_batches(config.train, dist.world())  # refused before anything is built or written
+    with RunLock(run) as lock:
+        dist.together(lambda: lock.take() if run.is_dir() else None)  # what it holds stays as it is looked at
+        _train(config, run, resume, stops, device, lock)
+
+
+def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.device, lock: RunLock) -> None:
     dataset = dist.together(lambda: open_data(config))
     if len({*dist.gather_objects(dataset.shards.info.fingerprint)}) > 1:
         raise DataError(f"{config.data.path} is not the same data set on all ranks")
@@ -79,16 +87,13 @@ def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None =
         dist.say(f"resumed from {checkpoint.path} {where}; rank 0 read {count:,} of {checkpoint.manifest.bytes:,} bytes")
     store = dist.together(lambda: Store(run, engine, ema, config.train, mirror))
     # only now is the run's folder touched: nothing is left to refuse
-    with ExitStack() as stack:
-        dist.together(lambda: lock(run, stack) if dist.rank() == 0 else None)
-        metrics = dist.together(lambda: open_run(config, run, store, start) if dist.rank() == 0 else None)
-        dist.say(
-            f"{run}: {sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
-            f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}; {kernels}"
-        )
-        splits = fallback_splits(config, device)
-        stack.enter_context(metrics or nullcontext())
-        watchdog = stack.enter_context(Watchdog(run, config.train))
+    metrics = dist.together(lambda: open_run(config, run, store, start, lock) if dist.rank() == 0 else None)
+    dist.say(
+        f"{run}: {sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
+        f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}; {kernels}"
+    )
+    splits = fallback_splits(config, device)
+    with metrics or nullcontext(), Watchdog(run, config.train) as watchdog:
         shards = [shard.name for shard in dataset.shards.info.shards]
         recovery = Recovery(config, engine, ema, shards, store, guard, splits)
         training = Training(config, engine, ema, dataset, bad, recovery, store, stops, watchdog, metrics)

@@ -32,6 +32,7 @@ from xar_scale.files import write_atomically
 FOLDER, HEARTBEAT_FILE = "hangs", "heartbeat.json"
 LOOK_S = 1.0
 REPLY_S = 10.0  # in which a rank that still runs answers an alarm
+ASLEEP_S = 5.0  # more than that between two looks is no work of others
 STEPS, KEPT = 5, 100  # that a median is made of: at least, and of the last
 PACKAGE = str(Path(__file__).parent)
 
@@ -60,18 +61,21 @@ class Watchdog:
         self.run, self.settings = run, settings
         self.seconds = deque[float](maxlen=KEPT)
         self._current: tuple[int, float] | None = None  # a step, and when it was begun
-        self._beat: tuple[int, float] | None = None  # that was written down
         self._store = _store()
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._alarmed, self._ended = threading.Event(), threading.Event()
+        # apart, because each may be kept waiting: by the step itself, by rank 0's process, by a disk
+        threads = {"watchdog": self._watch, "alarm": self._listen, "heartbeat": self._write_heartbeats}
+        self._threads = [threading.Thread(target=work, name=name, daemon=True) for name, work in threads.items()]
 
     def __enter__(self) -> "Watchdog":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(REPLY_S)
 
     def begin(self, step: int) -> None:
         """Step ``step`` begins, and the one before it has ended."""
@@ -92,42 +96,44 @@ class Watchdog:
         return max(self.settings.hang_seconds, self.settings.hang_after * statistics.median(self.seconds))
 
     def _watch(self) -> None:
+        looked = time.monotonic()
         while not self._ended.wait(LOOK_S):
-            with contextlib.suppress(OSError):
-                self._write_heartbeat()
+            asleep, looked = time.monotonic() - looked - LOOK_S, time.monotonic()
             current, limit = self._current, self.limit
+            if asleep > ASLEEP_S and current is not None:  # the whole process was stopped: others tell, if they had to wait
+                self._current = current = current[0], current[1] + asleep
             overdue = current is not None and limit is not None and time.monotonic() - current[1] > limit
-            if (overdue or self._alarm()) and not self._ended.is_set():
+            if (overdue or self._alarmed.is_set()) and not self._ended.is_set():
                 self._end(current)
 
-    def _write_heartbeat(self) -> None:
-        current = self._current
-        if dist.rank() == 0 and current is not None and current != self._beat:
-            begun = time.time() - (time.monotonic() - current[1])
-            beat = {"step": current[0], "time": begun, "host": socket.gethostname(), "pid": os.getpid()}
-            write_atomically(self.run / HEARTBEAT_FILE, json.dumps(beat).encode())
-            self._beat = current
+    def _listen(self) -> None:
+        """For an alarm of another rank. A store that does not answer has gone with rank 0's process, which collectives tell."""
+        with contextlib.suppress(Exception):  # of several kinds, by version
+            while self._store is not None and not self._ended.wait(LOOK_S):
+                if self._store.check(["alarm"]):
+                    self._alarmed.set()
+                    return
 
-    def _alarm(self) -> bool:
-        """Whether another rank has raised it. A store that does not answer any more has gone with rank 0's process."""
-        if self._store is None:
-            return False
-        try:
-            return bool(self._store.check(["alarm"]))
-        except Exception:  # of several kinds, by version
-            self._store = None
-            return False
+    def _write_heartbeats(self) -> None:
+        written = None
+        while dist.rank() == 0 and not self._ended.wait(LOOK_S):
+            if (current := self._current) is not None and current != written:
+                begun = time.time() - (time.monotonic() - current[1])
+                beat = {"step": current[0], "time": begun, "host": socket.gethostname(), "pid": os.getpid()}
+                with contextlib.suppress(OSError):
+                    write_atomically(self.run / HEARTBEAT_FILE, json.dumps(beat).encode())
+                written = current
 
     def _end(self, current: tuple[int, float] | None) -> None:
+        last_resort = threading.Timer(3 * REPLY_S, os._exit, [HangError.exit_code])  # should a disk hang as well
+        last_resort.daemon = True
+        last_resort.start()
         mine = look(current and current[0])
-        path = self.run / FOLDER / f"step-{mine.step or 0:08d}-rank-{mine.rank}.txt"
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
-                file.write(json.dumps(vars(mine), indent=1) + "\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
-        seen = self._exchange(mine)
+        seen = {mine.rank: mine}
+        asking = threading.Thread(target=self._exchange, args=(mine, seen), daemon=True)
+        asking.start()
+        asking.join(REPLY_S + LOOK_S)
+        folder = self.run / FOLDER
         if mine.rank == min(seen):
             took = (
                 f"step {mine.step} takes {time.monotonic() - current[1]:.0f} s"
@@ -135,16 +141,22 @@ class Watchdog:
                 else "another rank's step takes too long"
             )
             median = f", the median step {statistics.median(self.seconds):.1f} s" if self.seconds else ""
-            lines = [f"hang: {took}{median}", *verdict(seen, dist.world()), f"stacks of all threads: {path.parent}"]
+            lines = [f"hang: {took}{median}", *verdict(seen, dist.world()), f"stacks of all threads: {folder}"]
             print("\n".join(lines), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / f"step-{mine.step or 0:08d}-rank-{mine.rank}.txt").open("w") as file:
+                file.write(json.dumps(vars(mine), indent=1) + "\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
         dist.leave(HangError.exit_code)
 
-    def _exchange(self, mine: Seen) -> dict[int, Seen]:
-        """What all ranks see that answer in time."""
-        seen = {mine.rank: mine}
+    def _exchange(self, mine: Seen, seen: dict[int, Seen]) -> None:
+        """Put into ``seen`` what the ranks see that answer in time."""
+        store, until = self._store, time.monotonic() + REPLY_S
         with contextlib.suppress(Exception):  # a store that is gone
-            store, until = self._store, time.monotonic() + REPLY_S
-            assert store is not None
+            if store is None:
+                return
             store.set(f"rank{mine.rank}", json.dumps(vars(mine)))
             store.set("alarm", "1")
             while len(seen) < dist.world() and time.monotonic() < until:
@@ -153,7 +165,6 @@ class Watchdog:
                         seen[rank] = Seen(**json.loads(store.get(f"rank{rank}")))
                 time.sleep(0.1)
             time.sleep(0.5)  # for those that read what rank 0's process holds
-        return seen
 
 
 def look(step: int | None) -> Seen:
@@ -168,8 +179,12 @@ def look(step: int | None) -> Seen:
 def verdict(seen: dict[int, Seen], world: int) -> Iterator[str]:
     """Whom the others wait for, a line a rank."""
     silent = [rank for rank in range(world) if rank not in seen]
-    for rank in silent:
-        yield f"rank {rank} does not answer: its process is stopped or its node gone"
+    if len(seen) == 1 < world and 0 in silent:  # in rank 0's process ranks find each other
+        yield "rank 0 does not answer: its process is stopped or its node gone; what other ranks see cannot be told"
+        silent = [0]
+    else:
+        for rank in silent:
+            yield f"rank {rank} does not answer: its process is stopped or its node gone"
     most = {group: max(of.groups.get(group, 0) for of in seen.values()) for of in seen.values() for group in of.groups}
     late = [of for of in seen.values() if any(count < most[group] for group, count in of.groups.items())]
     for of in late:
@@ -220,4 +235,5 @@ def _store() -> Any:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     client = torch_dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-    return torch_dist.PrefixStore("watchdog", client)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's own restarts have one store
+    return torch_dist.PrefixStore(f"watchdog{start}", client)

@@ -48,19 +48,23 @@ def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_stack(folde
     assert "in sleep" in (folder / engine / "hangs" / "step-00000012-rank-1.txt").read_text()
 
 
-def test_a_rank_that_is_stopped_is_named_and_the_others_end(folder):
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_is_stopped_is_named_and_the_others_end(folder, stopped):
+    name = f"stopped{stopped}"
+
     def stop(ranks) -> None:
-        metrics, begun = folder / "stopped" / "metrics.jsonl", time.monotonic()
+        metrics, begun = folder / name / "metrics.jsonl", time.monotonic()
         while not metrics.exists() or metrics.read_text().count("\n") < 8:
             assert time.monotonic() - begun < 60
             time.sleep(0.05)
-        os.kill(ranks[1].pid, signal.SIGSTOP)
-        assert ranks[0].wait(timeout=60) == 69
-        os.kill(ranks[1].pid, signal.SIGKILL)
+        os.kill(ranks[stopped].pid, signal.SIGSTOP)
+        assert ranks[1 - stopped].wait(timeout=60) == 69
+        os.kill(ranks[stopped].pid, signal.SIGKILL)
 
-    ended = run(folder, "stopped", "fsdp2", {}, meanwhile=stop)
-    assert "rank 1 does not answer: its process is stopped or its node gone" in ended.outputs[0], ended.text
-    beat = json.loads((folder / "stopped" / "heartbeat.json").read_text())
+    ended = run(folder, name, "fsdp2", {}, meanwhile=stop)
+    said = f"rank {stopped} does not answer: its process is stopped or its node gone"
+    assert said in ended.outputs[1 - stopped], ended.text
+    beat = json.loads((folder / name / "heartbeat.json").read_text())
     assert beat["step"] >= 8
 
 

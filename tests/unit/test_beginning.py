@@ -2,9 +2,9 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
-from contextlib import ExitStack
 
 import pytest
 
@@ -12,14 +12,17 @@ from tests.processes import environment
 from tests.unit.foreign_checkpoints import reshard
 from tests.unit.tiny_run import CONFIG, Run
 from xar_scale import beginning
-from xar_scale.beginning import first_weights, lock
+from xar_scale.beginning import RunLock, first_weights
 from xar_scale.checkpoint.load import check_continues
 from xar_scale.checkpoint.manifest import read_manifest
+from xar_scale.cli import main
 from xar_scale.config import override
-from xar_scale.errors import ConfigError, DataError, UsageError
+from xar_scale.errors import ConfigError, DataError, FileError, UsageError
+from xar_scale.evaluate.digits import cache_digits
 from xar_scale.evaluate.generate import open_checkpoint
 from xar_scale.model.xar import meta_model
 
+SMALL = ("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
 HOLDER = """
 import fcntl, sys
 file = open(sys.argv[1], "w")
@@ -42,8 +45,8 @@ def holder(tmp_path):
 
 def test_two_jobs_do_not_train_in_one_folder(tmp_path, holder, monkeypatch, capsys):
     monkeypatch.setattr(beginning.time, "sleep", lambda seconds: None)
-    with ExitStack() as stack, pytest.raises(UsageError, match="another process still trains here; end it, or use another"):
-        lock(tmp_path, stack)
+    with RunLock(tmp_path) as lock, pytest.raises(FileError, match="another process still trains here; end it, or use another"):
+        lock.take()
     assert capsys.readouterr().out == f"{tmp_path}: another process trains here; waiting for it to end\n"
 
 
@@ -58,9 +61,33 @@ def test_one_that_is_ending_is_waited_for_and_the_lock_is_let_go_of(tmp_path, ho
 
     monkeypatch.setattr(beginning.time, "sleep", pause)
     for _ in range(2):
-        with ExitStack() as stack:
-            lock(tmp_path, stack)
+        with RunLock(tmp_path) as lock:
+            lock.take()
+            lock.take()
     assert len(pauses) == 3
+
+
+def test_what_a_run_that_is_ending_still_writes_is_gone_on_from(tmp_path, monkeypatch, capsys):
+    """The lock comes before the checkpoint is chosen."""
+    cache_digits(tmp_path / "data", samples_per_shard=500)
+    steps = [f"data.path={tmp_path / 'data'}", "train.checkpoint_every=2", "data.workers=0", "optim.warmup_steps=1", *SMALL]
+    words = ["train", "--recipe", "digits", "--run-dir", str(tmp_path / "run"), *steps]
+    assert main([*words, "train.steps=2"]) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "later")
+    assert main([*words, "train.steps=4", "--run-dir", str(tmp_path / "later")]) == 0
+
+    def pause(seconds):  # until then, the other one writes
+        shutil.copytree(tmp_path / "later" / "checkpoints", tmp_path / "run" / "checkpoints", dirs_exist_ok=True)
+        holder.kill()
+        holder.wait()
+
+    command = [sys.executable, "-c", HOLDER, tmp_path / "run" / "lock"]
+    with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == "held\n"
+        monkeypatch.setattr(beginning.time, "sleep", pause)
+        assert main([*words, "train.steps=5"]) == 0
+    assert "step-00000004 at step 4" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("damaged*")] == []
 
 
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
@@ -68,8 +95,8 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
         raise OSError(95, os.strerror(95))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with ExitStack() as stack:
-        lock(tmp_path, stack)
+    with RunLock(tmp_path) as lock:
+        lock.take()
     assert "cannot be locked, so that another job in it would go unnoticed: Operation not supported" in capsys.readouterr().out
 
 

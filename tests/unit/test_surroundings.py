@@ -93,4 +93,4 @@ def test_two_ranks_are_shown_with_their_network(tmp_path):
 
 def test_folders_that_are_not_there_are_refused(tmp_path):
     ended = launch(1, ["-m", "xar_scale", "doctor", "--data", str(tmp_path / "nowhere")], tmp_path / "logs")
-    assert ended.codes == [64] and f"xar-scale: no folder at {tmp_path / 'nowhere'}\n" in ended.text
+    assert ended.codes == [64] and f"xar-scale: no folder at {tmp_path / 'nowhere'}, on rank 0\n" in ended.text

@@ -42,6 +42,7 @@ def test_groups_of_which_a_rank_is_no_part_do_not_count():
 
 def test_a_rank_that_does_not_answer_is_named_and_so_is_a_hang_of_all():
     assert next(verdict({0: seen(0, {"all": 9})}, 2)) == "rank 1 does not answer: its process is stopped or its node gone"
+    assert next(verdict({3: seen(3, {"all": 9})}, 6)).startswith("rank 0 does not answer: ")  # through whom the others would
     both = {rank: seen(rank, {"all": 9}) for rank in range(2)}
     assert next(verdict(both, 2)) == "all ranks have begun the same collectives: the network, or a device, does not get on"
 
@@ -63,6 +64,25 @@ def test_the_limit_is_many_medians_and_there_is_none_before_there_is_a_median(tm
     assert dog.limit == 4
     dog.seconds.extend([0.01] * 100)
     assert dog.limit == 0.5
+
+
+def test_a_process_that_was_stopped_itself_is_not_taken_for_one_that_hangs(tmp_path, monkeypatch):
+    now, ended = [0.0], []
+    dog = Watchdog(tmp_path, SETTINGS)
+    dog.seconds.extend([0.1] * 10)  # the limit is half a second
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(dog, "_end", lambda current: ended.append(now[0]))
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.1)
+    pauses = iter([0.1, 500.0, 0.2, 0.2, 0.2])  # the second is a sleep of the whole process
+    dog._current = (3, 0.05)
+
+    def wait(seconds):
+        now[0] += (pause := next(pauses, 0.0))
+        return not pause
+
+    monkeypatch.setattr(dog._ended, "wait", wait)
+    dog._watch()
+    assert [round(at, 3) for at in ended] == [500.5, 500.7]  # as long after it as was left
 
 
 PROGRAM = """
