@@ -26,6 +26,19 @@ def bucket(store, monkeypatch):
     return f"s3://{name}/runs/one"
 
 
+@pytest.fixture
+def gate(monkeypatch):
+    """Copies are made while it is set."""
+    gate, exact = threading.Event(), Mirror.upload
+
+    def gated(*arguments):
+        assert gate.wait(20)
+        exact(*arguments)
+
+    monkeypatch.setattr(Mirror, "upload", gated)
+    return gate
+
+
 def objects(store, url: str) -> list[str]:
     name, _, prefix = url.removeprefix("s3://").partition("/")
     found = boto3.client("s3", endpoint_url=store.url).list_objects_v2(Bucket=name, Prefix=prefix)
@@ -178,14 +191,7 @@ def test_the_end_of_a_run_waits_for_the_copy_and_says_when_there_is_none(bucket,
     assert newest_valid(tmp_path).manifest.step == 1
 
 
-def test_one_that_is_being_copied_is_not_dropped_and_the_newest_comes_next(store, bucket, tmp_path, monkeypatch):
-    gate, exact = threading.Event(), Mirror.upload
-
-    def gated(*arguments):
-        assert gate.wait(20)
-        exact(*arguments)
-
-    monkeypatch.setattr(Mirror, "upload", gated)
+def test_one_that_is_being_copied_is_not_dropped_and_the_newest_comes_next(store, bucket, tmp_path, gate):
     run = Run(tmp_path, mirror=Mirror(bucket), keep_last=1)
     for step in range(1, 5):
         run.train()
@@ -197,14 +203,7 @@ def test_one_that_is_being_copied_is_not_dropped_and_the_newest_comes_next(store
     assert objects(store, bucket) == copied([4])  # 2 and 3 were never copied, 1 was dropped as too old
 
 
-def test_what_is_gone_back_from_is_not_copied_after_all(store, bucket, tmp_path, monkeypatch):
-    gate, exact = threading.Event(), Mirror.upload
-
-    def gated(*arguments):
-        assert gate.wait(20)
-        exact(*arguments)
-
-    monkeypatch.setattr(Mirror, "upload", gated)
+def test_what_is_gone_back_from_is_not_copied_after_all(store, bucket, tmp_path, gate):
     run = Run(tmp_path, mirror=Mirror(bucket))
     for step in (1, 2):
         run.train()
