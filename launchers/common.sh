@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the launchers: what they share. Commands run from the checkout, where ds_configs/ is.
 
-# Rank 0's ranks find each other and exchange data over these. What is set stays; each is printed at the start.
+# What ranks find each other and exchange data over. What is set stays; each is printed at the start.
 network_settings() {
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"                                          # INFO: which interfaces and plugins NCCL takes
     export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"                        # flight recorder: how many of the last collectives

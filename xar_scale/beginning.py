@@ -46,8 +46,11 @@ class RunLock:
         self._taken = True
         for second in range(LOCK_WAIT_S):
             try:
-                if self._stack.enter_context(locked(self.run / LOCK_FILE)):
+                attempt = ExitStack()
+                if attempt.enter_context(locked(self.run / LOCK_FILE)):
+                    self._stack = attempt
                     return
+                attempt.close()
             except OSError as error:
                 dist.say(f"{self.run} cannot be locked, so that another job in it would go unnoticed: {error.strerror}")
                 return

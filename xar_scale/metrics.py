@@ -158,6 +158,7 @@ class _Events:
         except OSError:
             with contextlib.suppress(OSError):
                 path.unlink()
+                self.close()
             raise
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
