@@ -1,11 +1,15 @@
 """Time and memory of parts of training on this machine, as a Markdown table.
 
+python tools/bench.py step --model xar_b --batch 4 --precision bf16
+python tools/bench.py sample --model xar_b --batch 4 --steps 8
 python tools/bench.py attention --model xar_h --grid 16 --batch 8 --precision bf16
 python tools/bench.py recompute --model xar_b --batch 4
 python tools/bench.py guard --model xar_b --batch 4
 python tools/bench.py build --model xar_7b --ranks 64
 python tools/bench.py loader --data /tmp/loader
 python tools/bench.py reshard --model xar_h --data /tmp/reshard
+python tools/bench.py memory --model xar_h --ranks 512
+torchrun --nproc-per-node 2 tools/bench.py scaling --model xar_b
 torchrun --nproc-per-node 2 tools/bench.py checkpoint --model xar_b --data /tmp/checkpoint
 python tools/bench.py order --shards 100000 --samples-per-shard 1000
 """
@@ -19,9 +23,11 @@ from xar_scale.bench.checkpoint import bench_checkpoint
 from xar_scale.bench.guard import bench_guard
 from xar_scale.bench.loader import bench_loader, bench_order
 from xar_scale.bench.model import bench_attention, bench_build, bench_recompute
+from xar_scale.bench.plan import bench_memory, bench_scaling
 from xar_scale.bench.reshard import bench_reshard
+from xar_scale.bench.step import add_options, bench_sample, bench_step
 from xar_scale.cli import Parser, ending
-from xar_scale.config import Recompute
+from xar_scale.config import AttentionBackend, Recompute
 from xar_scale.errors import UsageError
 from xar_scale.model.entities import kinds
 from xar_scale.precision import MODES, apply_matmul_mode
@@ -58,9 +64,35 @@ def main() -> int:
     reshard.set_defaults(command=bench_reshard, batch=1, grid=16, precision="fp32")
     reshard.add_argument("--model", default="xar_b")
     reshard.add_argument("--data", type=Path, required=True, help="a folder with room for three such checkpoints")
+    memory = commands.add_parser("memory", help="a rank's training steps: the memory that is planned, and that is measured")
+    memory.set_defaults(command=bench_memory, grid=16)
+    scaling = commands.add_parser("scaling", help="a step on these ranks, predicted from its parts, and measured")
+    scaling.set_defaults(command=bench_scaling, grid=16)
+    for command in (memory, scaling):
+        command.add_argument("--model", default="xar_b")
+        command.add_argument("--batch", type=int, default=1, help="samples a rank and pass")
+        command.add_argument("--engine", choices=("single", "fsdp2", "deepspeed"), default="deepspeed")
+        command.add_argument("--precision", choices=MODES, default="fp32")
+        command.add_argument("--recompute", choices=get_args(Recompute), default="none")
+        command.add_argument("--shard-ranks", type=int, help="that share one copy of the weights (default: all)")
+    memory.add_argument("--ranks", type=int, help="this rank is 0 of, in a process group that sends nothing")
     for command in (attention, recompute):
         command.add_argument("--entity", help=f"one of {', '.join(kinds())} (attention: default all; recompute: cell)")
-    for command in (attention, recompute, guard):
+    step = commands.add_parser("step", help="a training step, beside a baseline of PyTorch's own and the published code")
+    step.set_defaults(command=bench_step)
+    step.add_argument("--engine", choices=("single", "fsdp2", "deepspeed"), default="single")
+    step.add_argument("--recompute", choices=get_args(Recompute), default="none")
+    step.add_argument("--dropout", type=float, default=0.1)
+    step.add_argument("--trace", type=Path, help="a file for one step's trace, as chrome://tracing and Perfetto show it")
+    sampling = commands.add_parser("sample", help="drawing latents, beside the same")
+    sampling.set_defaults(command=bench_sample)
+    sampling.add_argument("--steps", type=int, default=8, help="an entity")
+    sampling.add_argument("--guidance", type=float, default=2.7)
+    step.add_argument("--attention", choices=get_args(AttentionBackend), default="auto")
+    for command in (step, sampling):
+        command.add_argument("--compile", action="store_true", help="ours")
+        add_options(command)
+    for command in (attention, recompute, guard, step, sampling):
         command.add_argument("--model", default="xar_b")
         command.add_argument("--grid", type=int, default=16, help="tokens on a side: 16 is 256 px, 32 is 512 px")
         command.add_argument("--batch", type=int, default=4)

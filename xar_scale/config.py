@@ -120,7 +120,11 @@ class SampleConfig:
     guidance_schedule: Literal["linear", "cosine", "constant"] = "linear"  # over the entities
     guidance_interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # of times at which guidance acts
     batch: int = Field(default=64, gt=0)
+    precision: Literal["bf16", "tf32", "fp32"] = "tf32"
+    shard_ranks: int = Field(default=1, gt=0)  # neighbours that share one copy of the weights
     tokenizer_weights: str = ""  # path of kl16.ckpt, for models of its latents
+    every: int | None = Field(default=None, gt=0)  # steps of training after which the averages draw a grid of pictures
+    shown: tuple[int, ...] = ()  # classes in it; none: eight of all
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
@@ -129,11 +133,23 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
+class EvaluateConfig:
+    """Numbers of a small set of images while a model is trained, as ``xar-scale evaluate`` has of a large one."""
+
+    every: int | None = Field(default=None, gt=0)  # steps
+    images: int = Field(default=10_000, gt=1)
+    reference: str = ""  # digits, an npz with mu and sigma or images, or a folder of pictures
+    features: str = "inception-v3-compat"
+    inception_weights: str = ""  # path of torch-fidelity's file; none: where it keeps it
+
+
+@dataclass(frozen=True, config=STRICT, kw_only=True)
 class KernelConfig:
     """Whose kernels compute what the other sections ask for: never what, but for rounding."""
 
     attention: AttentionBackend = "auto"
     library: KernelLibrary = "auto"  # of RMSNorm and Adam; auto: torch, as long as apex is not measured
+    compile: bool = False  # each block a graph of torch.compile, in training
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -162,6 +178,7 @@ class Config:
     optim: OptimConfig
     train: TrainConfig
     sample: SampleConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
     kernels: KernelConfig = KernelConfig()
     guard: GuardConfig = GuardConfig()
 
@@ -170,6 +187,12 @@ class Config:
             raise ConfigError(f"optim.warmup_steps {self.optim.warmup_steps} is more than train.steps {self.train.steps}")
         if self.train.precision == "fp16" and not self.guard.enabled:
             raise ConfigError("train.precision fp16 needs guard.enabled: its loss scale is the guard's")
+        if wrong := [label for label in self.sample.shown if not 0 <= label < self.model.classes]:
+            raise ConfigError(f"sample.shown holds {wrong[0]}, the model's classes are 0..{self.model.classes - 1}")
+        if self.evaluate.every and not self.evaluate.reference:
+            raise ConfigError(f"evaluate.every is {self.evaluate.every}, but evaluate.reference is not set")
+        if self.kernels.compile and self.train.engine == "deepspeed":
+            raise ConfigError("kernels.compile: DeepSpeed gathers weights inside a block; use train.engine=fsdp2 or single")
         if self.train.global_batch % self.data.lanes:
             raise ConfigError(f"train.global_batch {self.train.global_batch} is not divisible by data.lanes {self.data.lanes}")
 
@@ -259,6 +282,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of keys")
     return values
+
+
+def read_settings(path: str) -> dict[str, Any]:
+    """What ``train.ds_config`` names. Raises ConfigError when the file is missing or is not a JSON object."""
+    try:
+        settings = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"no DeepSpeed config at {path} (train.ds_config)") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} (train.ds_config): {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path} holds a {type(settings).__name__}, not an object")
+    return settings
 
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:

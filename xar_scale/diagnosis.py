@@ -35,10 +35,15 @@ class Watch(_Hooked):
         self.backward: str | None = None  # the first whose output's gradient is not
 
     def __enter__(self) -> Self:
+        torch.compiler.set_stance("force_eager")  # a graph knows nothing of hooks inside
         self._hooks = [
             module.register_forward_hook(self._look(name or "the network")) for name, module in self.network.named_modules()
         ]
         return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        torch.compiler.set_stance("default")
+        super().__exit__(kind, error, trace)
 
     def _look(self, name: str) -> Callable[..., None]:
         def at_output(module: nn.Module, arguments: Any, output: Any) -> None:

@@ -94,6 +94,15 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def gather_on_rank_0(value: T) -> list[T]:
+    """Every rank's value, on rank 0; on others nothing."""
+    if not torch_dist.is_initialized() or world() == 1:
+        return [value]
+    values: list[T | None] | None = [None] * world() if rank() == 0 else None
+    torch_dist.gather_object(value, values)
+    return values or []  # type: ignore[return-value]
+
+
 def mine(items: Sequence[T]) -> Sequence[T]:
     """This rank's share of work that any rank can do."""
     return items[rank() :: world()] if torch_dist.is_initialized() else items

@@ -1,28 +1,32 @@
 """Memory of a rank, reckoned before it is taken: in how many parts a pass fits after the guard's fall back to TF32."""
 
+import math
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xar_scale import dist
-from xar_scale.config import Config, micro_batches, shard_ranks
+from xar_scale.config import Config, ModelConfig, TrainConfig, micro_batches, read_settings, shard_ranks
 from xar_scale.ema import WIDTHS
 from xar_scale.flow import velocity_loss
+from xar_scale.model.cpu import standing_for_a_gpu
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import blank_weights, meta_model
 from xar_scale.precision import FP32, MODES
 
-STATE = 5 * 4  # bytes a weight: master, gradient, two moments and the average, in float32
-ZERO3_STATE = STATE + 4  # ZeRO-3 gathers from a copy of the master
+WEIGHT = 4  # bytes of one: masters, gradients, moments and averages are float32
 ZERO3_LIVE = 10**9  # weights that it keeps gathered: its default stage3_max_live_parameters and stage3_max_reuse_distance
 MARGIN = 1.1  # CUDA's context, NCCL's buffers, what the allocator cannot use
 
@@ -33,6 +37,61 @@ class PassMemory(NamedTuple):
 
     saved: int
     peak: int
+
+
+class Weights(NamedTuple):
+    """How many a network has: the shapes of its tensors in each block, and of those in none."""
+
+    inside: tuple[torch.Size, ...]
+    blocks: int
+    outside: tuple[torch.Size, ...]
+
+    @property
+    def block(self) -> int:
+        return sum(map(math.prod, self.inside))
+
+    @property
+    def whole(self) -> int:
+        return self.blocks * self.block + sum(map(math.prod, self.outside))
+
+    @property
+    def largest(self) -> int:
+        return max(map(math.prod, (*self.inside, *self.outside)))
+
+    def cut(self, engine: str, ranks: int) -> int:
+        """Elements of all parts, as many of each tensor and equal, the last ones padded; FSDP2's are of whole rows."""
+        return self.blocks * padded(self.inside, engine, ranks) + padded(self.outside, engine, ranks)
+
+
+def padded(shapes: Sequence[torch.Size], engine: str, ranks: int) -> int:
+    pieces = ((shape[0], math.prod(shape[1:])) if engine == "fsdp2" else (math.prod(shape), 1) for shape in shapes)
+    return sum(ranks * -(-count // ranks) * size for count, size in pieces)
+
+
+@cache
+def weights_of(config: ModelConfig) -> Weights:
+    model = meta_model(config)
+    own = {id(parameter) for block in model.blocks for parameter in block.parameters()}
+    outside = tuple(parameter.shape for parameter in model.parameters() if id(parameter) not in own)
+    return Weights(tuple(parameter.shape for parameter in model.blocks[0].parameters()), len(model.blocks), outside)
+
+
+class RankMemory(NamedTuple):
+    """Bytes on the device at the moment of a step that needs most, by part."""
+
+    parameters: float  # float32 masters; under ZeRO-3 also what is gathered from
+    moments: float
+    averages: float
+    gradients: float  # reduced
+    gathered: float = 0  # weights of other ranks, those there at once
+    unreduced: float = 0  # gradients on their way to the ranks that keep them
+    activations: float = 0  # all else of a pass, at most
+    optimizer: float = 0  # temporaries of its step: ZeRO-3's copy of a sub-group's gradients, and on a CPU AdamW's
+
+    @property
+    def total(self) -> float:
+        """And a tenth more."""
+        return MARGIN * sum(self)
 
 
 class _Living(TorchDispatchMode):
@@ -67,27 +126,54 @@ class _Living(TorchDispatchMode):
         self.bytes -= size
 
 
+class _FusedKernels(TorchFunctionMode):
+    """What a GPU's kernels keep for the backward pass, on CPU tensors: of attention its inputs, output and a number a row, of
+    dropout a byte an element."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is F.scaled_dot_product_attention:
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else args[0].dtype
+            return _FLASH(*(tensor.to(dtype) for tensor in args), **kwargs)[0]
+        if function is F.dropout:
+            x, share = args[0], kwargs["p"]
+            return torch.native_dropout(x, share, True)[0] if share else x
+        return function(*args, **kwargs)
+
+
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
 def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -> PassMemory:
     """Of one pass of ``samples`` in precision ``mode``: the network's own, forward and backward, on tensors without memory.
 
     Gradients of weights are let go of as they come. Copies of weights that autocast makes and keeps count, except with engines
     that gather weights in 16 bits already. FlexAttention and apex, which take no such tensors, are stood for by what keeps as
-    much: attention by entities, and PyTorch's norm.
+    much: attention by entities, and PyTorch's norm. Where ``device`` is a GPU and there is none, whose backward pass even such
+    tensors need, a CPU's stand for them, with what a GPU's kernels keep.
     """
     precision = MODES[mode]
     model = meta_model(config.model)
     layout = model.layout
-    layout.on(device)  # real, and made here: their making reads values
+    absent = device.type == "cuda" and not torch.cuda.is_available()
     attention = "prefix" if config.kernels.attention == "flex" else config.kernels.attention
     kernels = replace(config.kernels, attention=attention, library="torch")
     model.use_kernels(kernels, device, precision.compute, training=True)
+    inputs: list[int] = []
+    if absent:
+        device = torch.device("cpu")
+        for block in model.blocks:
+            block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].nbytes))
+            block.forward = partial(_fused, block.forward)  # type: ignore[method-assign]
     apply_recompute(model.blocks, config.train.recompute)
+    layout.on(device)  # real, and made here: their making reads values
     gathered = FP32 if config.train.engine == "single" else precision.gather
     living = _Living(device)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for weight in blank_weights(model):
-            cast = weight.value.to(gathered) if isinstance(weight.module, nn.Linear) else weight.value
+            lowered = config.train.engine == "fsdp2" or isinstance(weight.module, nn.Linear)
+            cast = weight.value.to(gathered) if lowered else weight.value
             weight._replace(value=cast).place(device).register_post_accumulate_grad_hook(_let_go)
         latents = torch.zeros(samples, config.model.channels, *layout.grid, device=device)
         noise = torch.zeros(samples, layout.tokens, config.model.channels, device=device)
@@ -99,33 +185,129 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
             loss = velocity_loss(model, layout, latents, noise, t, labels)
         saved = living.bytes
         loss.backward()
+    if absent and config.train.recompute == "offload":  # all but the one at work on are in the host's memory
+        return PassMemory(saved - sum(inputs), living.peak - sum(inputs) + max(inputs))
     return PassMemory(saved, living.peak)
+
+
+def _fused(forward: Callable[..., Any], *arguments: Any) -> Any:
+    with standing_for_a_gpu(), _FusedKernels():
+        return forward(*arguments)
 
 
 def _let_go(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def rank_memory(config: Config, mode: str, samples: int, world: int, device: torch.device) -> float:
-    """Bytes that a rank of ``world`` needs for passes of ``samples`` in ``mode``.
+def rank_memory(
+    config: Config,
+    mode: str,
+    samples: int,
+    world: int,
+    device: torch.device,
+    passes: "Passes | None" = None,
+    bucket: int | None = None,
+) -> RankMemory:
+    """What a rank of ``world`` needs for passes of ``samples`` in ``mode``; ``passes`` is used for ``pass_memory``.
 
-    Its share of the state, the pass, and with engines that cut weights what is gathered at once and gradients before they are
-    reduced: of two blocks and of what is in no block under FSDP2, the more by its own bounds under ZeRO-3; and a tenth more.
+    Its share of the state, and the largest of what the beginning of the backward pass takes, its end, and the optimizer's step.
+    With engines that cut weights a pass has what is gathered at once and gradients before they are reduced: under FSDP2 of two
+    blocks and of what is in no block; ZeRO-3 gathers up to its own bound, and has a bucket of gradients a dtype, of ``bucket``
+    elements or as its file has it.
     """
-    model, train, precision = meta_model(config.model), config.train, MODES[mode]
-    whole = sum(parameter.numel() for parameter in model.parameters())
-    blocks = [sum(parameter.numel() for parameter in block.parameters()) for block in model.blocks]
-    at_once = whole - sum(blocks) + 2 * max(blocks)
-    live = {"single": 0, "fsdp2": at_once, "deepspeed": max(at_once, min(whole, ZERO3_LIVE))}[train.engine]
-    unreduced = 0 if train.engine == "single" else at_once
-    each = ZERO3_STATE if train.engine == "deepspeed" else STATE
-    each += 4 * len(WIDTHS) if config.optim.ema_snapshots_every else 0
-    state = each * whole / shard_ranks(train, world)
-    gathered = live * precision.gather.itemsize + unreduced * precision.reduce.itemsize
-    return MARGIN * (state + gathered + pass_memory(config, mode, samples, device).peak)
+    train, precision = config.train, MODES[mode]
+    weights, ranks, engine = weights_of(config.model), shard_ranks(train, world), train.engine
+    owners = world if engine == "deepspeed" else ranks  # also where neighbours have copies of ZeRO-3's weights
+    share = parameters = weights.cut(engine, owners) / owners
+    outside, inside = (padded(shapes, engine, ranks) for shapes in (weights.outside, weights.inside))
+    gathered = unreduced = flat = last = 0.0
+    if engine == "deepspeed":
+        bucket = bucket or reduce_bucket(train)
+        parameters = 2 * share + (weights.whole / ranks if ranks != world else 0)
+        gathered = WEIGHT * max(outside + 2 * inside, min(weights.whole, ZERO3_LIVE))  # in 16 bits on their way only
+        unreduced = bucket * sum(dtype.itemsize for dtype in {FP32, precision.gather}) + WEIGHT * weights.largest
+        flat = min(share, ZERO3_LIVE)  # its sub-groups are as large
+    elif engine == "fsdp2":
+        gathered, unreduced = (outside + 2 * inside) * precision.gather.itemsize, 2 * inside * precision.reduce.itemsize
+        last = outside * precision.reduce.itemsize  # in no block: they come when all blocks' are reduced
+    # AdamW's temporaries: fused, a GPU's, has none; a CPU's two of one tensor
+    optimizer = 0 if device.type == "cuda" else 2 * (flat or weights.largest / ranks)
+    state = {
+        "parameters": WEIGHT * parameters,
+        "moments": WEIGHT * 2 * share,
+        "averages": WEIGHT * share * (1 + (len(WIDTHS) if config.optim.ema_snapshots_every else 0)),
+    }
+    gradients, several = WEIGHT * share, micro_batches(train, world)[1] > 1
+    peak = (passes or pass_memory)(config, mode, samples, device)
+    passing = RankMemory(
+        **state,
+        gradients=gradients if several or engine == "deepspeed" else 0,  # else they come as activations go
+        gathered=gathered,
+        unreduced=unreduced,
+        activations=peak.peak,
+    )
+    ending = passing._replace(gradients=gradients, unreduced=max(unreduced, last), activations=peak.peak - peak.saved)
+    buckets = unreduced if engine == "deepspeed" else 0
+    stepping = RankMemory(**state, gradients=gradients, unreduced=buckets, optimizer=WEIGHT * (flat + optimizer))
+    return max(passing, ending, stepping, key=sum)
 
 
-def plan_fallback(config: Config, world: int, device: torch.device, room: float) -> tuple[int, str]:
+def reduce_bucket(train: TrainConfig) -> int:
+    """Elements of the bucket that ZeRO gathers gradients in: of the run's file, or DeepSpeed's own."""
+    return int(read_settings(train.ds_config).get("zero_optimization", {}).get("reduce_bucket_size", 500_000_000))
+
+
+Passes = Callable[[Config, str, int, torch.device], PassMemory]
+FEW, MORE = 4, 16  # samples
+SHALLOW, DEEPER = 1, 2  # blocks of the encoder, and of the decoder
+
+
+@cache
+def extrapolated_passes() -> Passes:
+    """``pass_memory`` of any depth and number of samples, from four small ones that are kept.
+
+    Bytes grow evenly with blocks, and with samples as soon as those outweigh what one layer's weights need.
+    """
+    known: dict[Any, dict[tuple[int, int], PassMemory]] = {}
+
+    def corners(config: Config, mode: str, device: torch.device) -> dict[tuple[int, int], PassMemory]:
+        def at(depth: int, samples: int) -> PassMemory:
+            model = replace(config.model, depth_encoder=depth, depth_decoder=depth)
+            return pass_memory(replace(config, model=model), mode, samples, device)
+
+        return {(depth, samples): at(depth, samples) for depth in (SHALLOW, DEEPER) for samples in (FEW, MORE)}
+
+    def passes(config: Config, mode: str, samples: int, device: torch.device) -> PassMemory:
+        model, train = config.model, config.train
+        lowered = train.engine if MODES[mode].gather is not FP32 else ""
+        key = (model, config.kernels, train.recompute, lowered, mode, device)
+        if key not in known:
+            known[key] = corners(config, mode, device)
+        deep = (model.depth_encoder + model.depth_decoder) / 2
+
+        def line(low: float, high: float, share: float) -> float:
+            return low + (high - low) * share
+
+        def of(field: int) -> int:
+            small, large = (
+                line(known[key][SHALLOW, size][field], known[key][DEEPER, size][field], (deep - SHALLOW) / (DEEPER - SHALLOW))
+                for size in (FEW, MORE)
+            )
+            return round(line(small, large, (samples - FEW) / (MORE - FEW)))
+
+        return PassMemory(of(0), of(1))
+
+    return passes
+
+
+def plan_fallback(
+    config: Config,
+    world: int,
+    device: torch.device,
+    room: float,
+    passes: Passes | None = None,
+    bucket: int | None = None,
+) -> tuple[int, str]:
     """(parts of a pass after the fallback, a warning or "") on devices of ``room`` bytes: as few equal parts as fit.
 
     There is no warning where a whole pass fits, nor where the run's own precision does not fit either.
@@ -136,7 +318,7 @@ def plan_fallback(config: Config, world: int, device: torch.device, room: float)
     samples = micro_batches(config.train, world)[0]
 
     def need(mode: str, samples: int) -> float:
-        return rank_memory(config, mode, samples, world, device)
+        return rank_memory(config, mode, samples, world, device, passes, bucket).total
 
     most = need(fallback, samples)
     if most <= room:

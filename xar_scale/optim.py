@@ -30,7 +30,9 @@ def create_adamw(
         from apex.optimizers import FusedAdam  # it counts steps a group, not a parameter
 
         return FusedAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+    # on a CPU the fused one rounds by where a tensor is cut: a step would not be the same on other ranks, to the bit
+    on_gpus = all(parameter.device.type == "cuda" for parameter in parameters.values())
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpus or None)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

@@ -1,5 +1,7 @@
 """What bf16, fp16, tf32 and fp32 mean, in one table. Weights, moments and averages are float32 in all of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +28,18 @@ MODES = {
     "tf32": Precision(FP32,   FP32,  FP32,   "high",    False, None),
     "fp32": Precision(FP32,   FP32,  FP32,   "highest", False, None),
 }  # fmt: skip
+
+
+@contextmanager
+def exact_matmuls() -> Iterator[None]:
+    """IEEE float32 in the context, whatever the process computes in otherwise."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    apply_matmul_mode("fp32")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def apply_matmul_mode(mode: str) -> None:

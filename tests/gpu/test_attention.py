@@ -42,7 +42,6 @@ def check(layout, backend, dtype, head_width, tolerance, device):
             assert (ours - reference).norm() < tolerance * reference.norm()
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
 @pytest.mark.parametrize("backend", ["dense", "prefix", "flex"])
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "patch"])
@@ -50,7 +49,6 @@ def test_in_bf16(name, backend, head_width, device):
     check(LAYOUTS[name], backend, torch.bfloat16, head_width, BF16, device)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
 @pytest.mark.parametrize("backend", ["dense", "prefix", "flex"])
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "patch"])

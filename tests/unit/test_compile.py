@@ -1,12 +1,16 @@
 """Blocks and networks compile whole: no graph break is left. Graphs run as they were captured, without code generation."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch._dynamo.testing
 
 from tests.unit.conftest import nano_model, normal, with_backend
+from xar_scale.diagnosis import Activations, Watch
 from xar_scale.flow import velocity_loss
 from xar_scale.model.entities import kinds
+from xar_scale.model.recompute import apply_recompute
 from xar_scale.sampler import sample
 
 KINDS = [kind for kind in kinds() if kind != "image"]  # with one entity nothing is left to break
@@ -50,6 +54,40 @@ def test_blocks_with_dropout_are_one_graph(counted):
         block.compile(backend=counted, fullgraph=True)
     loss_of(model).backward()
     assert counted.frame_count == 1
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "selective", "offload"])
+def test_blocks_are_one_graph_with_recomputation_too(mode, counted, monkeypatch):
+    """And what looks on between blocks, or engines do there, stays outside."""
+    model = nano_model().train()
+    expected = loss_of(model)
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    apply_recompute(model.blocks, mode, compiled=True)
+    with Activations(model) as seen:
+        loss = loss_of(model)
+    loss.backward()
+    assert counted.frame_count == 1 and len(seen.largest) == len(model.blocks)
+    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_what_breaks_inside_a_compiled_block_is_still_named(counted, monkeypatch):
+    model = nano_model().train()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    apply_recompute(model.blocks, "none", compiled=True)
+    loss_of(model)
+    with torch.no_grad():
+        model.encoder[1].mlp.gate.weight.fill_(torch.nan)
+    with Watch(model) as watch:
+        loss_of(model)
+    assert watch.forward == "encoder.1.mlp.gate"
+    before = counted.op_count
+    loss_of(model)
+    assert counted.op_count == before and counted.frame_count == 1  # the graph is there again
 
 
 @torch.no_grad()

@@ -164,7 +164,7 @@ def test_rows_of_an_entity_meet_its_tokens_and_no_others(layout, first):
     entities = layout.entities - first
     tokens = normal(0, 2, layout.tokens - layout.offsets[first], 3)
     scale, shift = normal(1, 2, entities, 3), normal(2, 2, entities, 3)
-    changed = each_entity(layout, first, lambda x, a, b: x * a + b, tokens, scale, shift)
+    changed = each_entity(layout, first, lambda x, a, b: x * a + b, [tokens], [scale, shift])
     for at in range(tokens.shape[1]):
         entity = sum(at + layout.offsets[first] >= end for end in layout.offsets[1:]) - first
         torch.testing.assert_close(changed[:, at], tokens[:, at] * scale[:, entity] + shift[:, entity])

@@ -7,3 +7,11 @@ from pathlib import Path
 def resident() -> int:
     """Bytes of memory that the process holds at this moment."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident(reset: bool = False) -> int:
+    """The most that it has held, since the last ``reset``, which leaves what it holds now."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

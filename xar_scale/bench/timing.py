@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,14 +12,21 @@ WARM_UP, REPEATS = 2, 5
 
 def median_ms(work: Callable[[], Any], device: torch.device) -> float:
     """Of several times, after some that do not count."""
-    times = []
-    for _ in range(WARM_UP + REPEATS):
-        _synchronize(device)
-        begun = time.perf_counter()
-        work()
-        _synchronize(device)
-        times.append(1e3 * (time.perf_counter() - begun))
-    return statistics.median(times[WARM_UP:])
+    return 1e3 * statistics.median(in_turns({"work": work}, device)["work"])
+
+
+def in_turns(works: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int = REPEATS) -> dict[str, list[float]]:
+    """Seconds of each work, ``repeats`` times, after some that do not count. They take turns: what slows the machine down for a
+    while slows all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(WARM_UP + repeats):
+        for name, work in works.items():
+            _synchronize(device)
+            begun = time.perf_counter()
+            work()
+            _synchronize(device)
+            seconds[name].append(time.perf_counter() - begun)
+    return {name: taken[WARM_UP:] for name, taken in seconds.items()}
 
 
 def _synchronize(device: torch.device) -> None:

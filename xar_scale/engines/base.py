@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import or_
@@ -18,6 +19,8 @@ from xar_scale.flow import velocity_loss
 from xar_scale.guard import Bad
 from xar_scale.model.xar import XAR
 from xar_scale.precision import FP32, MODES, Precision, apply_matmul_mode
+
+NORM_ROW = 4096
 
 
 class Shard(NamedTuple):
@@ -111,7 +114,7 @@ class Engine(ABC):
         faults and whether it was asked to stop, put together with all others'. One reduction, and one wait for the device.
         """
         # what is offloaded is summed up where it is
-        squares = torch.stack([gradient.float().square().sum() for gradient in self.gradients()]).sum().to(self.device)
+        squares = sum_of_squares(self.gradients()).to(self.device)
         weights = finite_if_all_are(self._masters).to(self.device)
         inputs = torch.zeros_like(loss) if inputs is None else inputs
         self._bad = ~torch.isfinite(torch.stack([loss, squares, weights, inputs]))
@@ -127,6 +130,30 @@ class Engine(ABC):
     def local_bad(self) -> Bad:
         """What this rank itself met in the last attempt; the gradient is the reduced one. Waits for the device."""
         return _flags(self._bad.tolist())
+
+    @contextmanager
+    def drawing(self, averages: Sequence[Tensor], steps: int) -> Iterator[XAR]:
+        """Between steps: the network, to be called on all ranks alike, with ``averages`` (flat, one a shard) for weights. These
+        are in the averages' memory meanwhile, and both are back afterwards, bitwise. ``steps``: that were taken.
+        """
+
+        def exchange() -> None:
+            for shard, average in zip(self.shards(), averages, strict=True):
+                kept = shard.master.clone()
+                shard.master.copy_(average)
+                average.copy_(kept)
+            self.shards_written(steps)
+
+        def use_kernels(*, training: bool) -> None:
+            self.model.use_kernels(self.config.kernels, self.device, self.precision.compute, training=training)
+
+        with torch.no_grad():
+            exchange()
+        use_kernels(training=False)
+        yield self.model  # an error ends the run: back would be collectives, in which a rank that failed alone would wait
+        use_kernels(training=True)
+        with torch.no_grad():
+            exchange()
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:
@@ -175,6 +202,16 @@ class Engine(ABC):
         """Tell the engine that ``shards()`` were written to: weights used by the next pass, and ``steps`` taken, follow."""
 
 
+def sum_of_squares(tensors: list[Tensor]) -> Tensor:
+    """In float32, of tensors on one device."""
+    if tensors[0].device.type == "cpu":  # where a norm adds its numbers up one after another: of rows, then of those
+        rows = [tensor.flatten() for tensor in tensors]
+        cuts = [row.numel() // NORM_ROW * NORM_ROW for row in rows]
+        whole = [torch.linalg.vector_norm(row[:cut].view(-1, NORM_ROW), dim=1) for row, cut in zip(rows, cuts, strict=True)]
+        tensors = [*whole, *(row[cut:] for row, cut in zip(rows, cuts, strict=True))]
+    return torch.stack(torch._foreach_norm(tensors, dtype=torch.float32)).square().sum()
+
+
 def finite_if_all_are(tensors: list[Tensor]) -> Tensor:
     """A number for the question alone: on a CPU these norms are quick, and of large tensors not exact."""
     return torch.stack(torch._foreach_norm(tensors)).sum()
@@ -190,7 +227,7 @@ def adam_state(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Te
     """The moments of one tensor, made as zeros where no step has been taken yet."""
     state: dict[str, Tensor] = optimizer.state[weight]
     if "exp_avg" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)  # where fused kernels read it
         state["exp_avg"] = torch.zeros_like(weight, requires_grad=False)
         state["exp_avg_sq"] = torch.zeros_like(weight, requires_grad=False)
     return state

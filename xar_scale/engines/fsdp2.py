@@ -25,19 +25,13 @@ class FSDP2Engine(Engine):
     def __init__(self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> None:
         super().__init__(model, config, device)
         self.ranks = shard_ranks(config.train, dist.world())
-        # of two dimensions where there are several copies: gathered among neighbours, gradients reduced over all
-        shape, names = ((dist.world(),), ("shard",)) if self.copies == 1 else ((self.copies, self.ranks), ("copy", "shard"))
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh, mp_policy=self._policy())
-        model.to_empty(device=device)  # of the shards
+        # an optimizer need not know what they are shards of
+        self.local = shard_model(model, self.ranks, self._policy(), device)
         for weight in weights:
             parameter = getattr(weight.module, weight.key)
-            start, stop = self._flat_range(parameter.shape)
+            start, stop = owned_range(parameter.shape, self.ranks)
             _local(parameter).view(-1).copy_(weight.value.view(-1)[start:stop])
         self.parameters = dict(model.named_parameters())
-        # the shards as plain tensors, which share the memory: an optimizer need not know what they are shards of
-        self.local = {name: _local(parameter) for name, parameter in self.parameters.items()}
         library = choose_library(config.kernels.library, device)
         self.optimizer = create_adamw(self.local, self.shapes, config.optim, library)
 
@@ -81,7 +75,7 @@ class FSDP2Engine(Engine):
     def shards(self) -> Iterator[Shard]:
         for name, weight in self.local.items():
             state = adam_state(self.optimizer, weight)
-            start, stop = self._flat_range(self.shapes[name])
+            start, stop = owned_range(self.shapes[name], self.ranks)
             views = (tensor.detach().view(-1) for tensor in (weight, state["exp_avg"], state["exp_avg_sq"]))
             yield Shard(name, self.shapes[name], start, stop, *views)
 
@@ -90,12 +84,30 @@ class FSDP2Engine(Engine):
             set_steps(self.optimizer, weight, steps)
         self.network.reshard()  # type: ignore[operator]  # the next pass gathers anew
 
-    def _flat_range(self, shape: torch.Size) -> tuple[int, int]:
-        """The elements of a parameter that this rank owns: whole rows, as many on each rank, but for the last ones."""
-        rows, row = shape[0], math.prod(shape[1:])
-        chunk = -(-rows // self.ranks)
-        start = min(dist.rank() % self.ranks * chunk, rows)
-        return start * row, min(start + chunk, rows) * row
+
+def shard_model(model: XAR, ranks: int, policy: MixedPrecisionPolicy, device: torch.device) -> dict[str, Tensor]:
+    """Spread the parameters by rows over groups of ``ranks`` neighbours, each of which shares a copy; their values are yet to
+    come. A block's are gathered for its passes, and let go of after each.
+
+    Returns this rank's shards by name, as plain tensors that share the parameters' memory.
+    """
+    copies = dist.world() // ranks
+    # of two dimensions where there are several copies: gathered among neighbours, gradients reduced over all
+    shape, names = ((ranks,), ("shard",)) if copies == 1 else ((copies, ranks), ("copy", "shard"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=device)  # of the shards
+    return {name: _local(parameter) for name, parameter in model.named_parameters()}
+
+
+def owned_range(shape: torch.Size, ranks: int) -> tuple[int, int]:
+    """The elements [start, stop) of a parameter that this rank owns of a copy that ``ranks`` neighbours share: whole rows, as
+    many on each rank, but for the last ones."""
+    rows, row = shape[0], math.prod(shape[1:])
+    chunk = -(-rows // ranks)
+    start = min(dist.rank() % ranks * chunk, rows)
+    return start * row, min(start + chunk, rows) * row
 
 
 def _local(tensor: Tensor) -> Tensor:

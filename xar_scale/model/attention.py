@@ -3,16 +3,20 @@
 from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from xar_scale.config import AttentionBackend
 from xar_scale.errors import ConfigError
+from xar_scale.model.cpu import goes_own_way
+from xar_scale.model.dropout import dropout
 from xar_scale.model.entities import EntityLayout
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 Backend = Literal["dense", "prefix", "flex"]
 
@@ -55,12 +59,11 @@ def choose_backend(
     backend: AttentionBackend = "auto",
 ) -> Backend:
     """The one named, or of the two that serve everywhere the faster (docs/benchmarks): prefix, a call an entity, where entities
-    are long on average, and dense, one masked product, where they are short, and in 16 bits on a CPU, whose fused kernel has a
-    slow backward pass. Raises ConfigError with the reason against the one named.
+    are long on average, and dense, one masked product, where they are short. Raises ConfigError with the reason against the one
+    named.
     """
     if backend == "auto":
-        slow = device.type == "cpu" and dtype in FLASH_DTYPES and backward
-        return "prefix" if layout.tokens >= MIN_PREFIX_LENGTH * layout.entities and not slow else "dense"
+        return "prefix" if layout.tokens >= MIN_PREFIX_LENGTH * layout.entities else "dense"
     if backend == "flex" and dropout > 0:
         raise ConfigError(f"attention flex has no dropout, model.dropout is {dropout}; use prefix or dense")
     if backend == "flex" and backward and device.type == "cpu":
@@ -83,24 +86,27 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dr
     """The reference: every score, a mask, a softmax."""
     begin, end = layout.offsets[first], k.shape[2]
     entity = layout.on(q.device).entity[:end]
-    visible = entity <= entity[begin:, None]
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
-    probabilities = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    return F.dropout(probabilities, dropout, training=dropout > 0) @ v
+    return _attend(q, k, v, dropout, hidden=entity > entity[begin:, None])
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, hidden: Tensor | None = None) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return dropout(scores.softmax(dim=-1), dropout_p) @ v
 
 
 def _prefix(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dropout: float) -> Tensor:
     """One unmasked call an entity over a growing prefix of keys: exact, and no masked score is ever computed.
 
-    Each call is one fused kernel (FlashAttention-2 of flash_attn or PyTorch). Four equal entities cost 62.5 % of the dense
-    work.
+    Each call is one fused kernel (FlashAttention-2 of flash_attn or PyTorch), on a CPU in training maybe three plain ones. Four
+    equal entities cost 62.5 % of the dense work.
     """
-    kernel = _flash if _flash_serves(q.device, q.dtype, q.shape[-1]) else F.scaled_dot_product_attention
-    outputs, fed = [], layout.offsets[first]
-    for begin, end in zip(layout.offsets[first:], layout.offsets[first + 1 :], strict=False):
-        if end > k.shape[2]:
-            break
-        outputs.append(kernel(q[:, :, begin - fed : end - fed], k[:, :, :end], v[:, :, :end], dropout_p=dropout))
+    kernel = _kernel(q, dropout)
+    outputs, end = [], layout.offsets[first]
+    for q_entity in q.split(layout.lengths[first : layout.offsets.index(k.shape[2])], dim=2):
+        end += q_entity.shape[2]
+        outputs.append(kernel(q_entity, k[:, :, :end], v[:, :, :end], dropout_p=dropout))
     return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
 
 
@@ -129,6 +135,14 @@ def _flash_serves(device: torch.device, dtype: torch.dtype, head_width: int) -> 
     return True
 
 
+def _kernel(q: Tensor, dropout_p: float) -> Callable[..., Tensor]:
+    if _flash_serves(q.device, q.dtype, q.shape[-1]):
+        return _flash
+    if goes_own_way(q) and (dropout_p > 0 or (q.requires_grad and q.dtype in FLASH_DTYPES)):
+        return _attend  # PyTorch's fused kernel has no dropout there, and a slow backward pass in 16 bits
+    return F.scaled_dot_product_attention
+
+
 def _flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
     """flash_attn's kernel, which wants (B, T, N, H)."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
@@ -137,6 +151,8 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dropout: float) -> Tensor:
     """FlexAttention: one kernel that skips the blocks of scores which no query sees."""
+    from torch.nn.attention.flex_attention import flex_attention  # half a second, for which each process would wait
+
     place = layout, layout.offsets[first], k.shape[2], q.device
     if torch.compiler.is_compiling():  # a graph makes its own mask and its own kernel
         return flex_attention(q, k, v, block_mask=_block_mask(*place))
@@ -146,8 +162,10 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dro
     return _compiled_flex()(q, k, v, block_mask=mask)
 
 
-def _block_mask(layout: EntityLayout, begin: int, end: int, device: torch.device) -> BlockMask:
+def _block_mask(layout: EntityLayout, begin: int, end: int, device: torch.device) -> "BlockMask":
     """Of queries ``begin`` to ``end`` and keys 0 to ``end``."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
     entity = layout.on(device).entity
 
     def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -163,6 +181,8 @@ _known_block_mask = lru_cache(maxsize=128)(_block_mask)
 def _compiled_flex() -> Callable[..., Any]:
     """Uncompiled it computes every score. Each mask and batch size is a graph of its own: beyond PyTorch's limit of 8 the
     rest would run uncompiled, with a warning; this has more, and then fails."""
+    from torch.nn.attention.flex_attention import flex_attention
+
     more = torch._dynamo.config.patch({"recompile_limit": 1024, "accumulated_recompile_limit": 1024})
     return more(torch.compile(flex_attention, dynamic=False, fullgraph=True))
 

@@ -1,6 +1,6 @@
 """The parts of a block: norm, time embedding, gated MLP, attention, per-entity modulation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from xar_scale.config import AttentionBackend, KernelLibrary, ModelConfig
 from xar_scale.model import apex
 from xar_scale.model.attention import block_causal_attention
+from xar_scale.model.dropout import Dropout
 from xar_scale.model.entities import EntityLayout
 from xar_scale.model.kv_cache import LayerCache
 from xar_scale.model.rope import apply_rotary
@@ -68,7 +69,7 @@ class GatedMLP(nn.Module):
         self.gate = nn.Linear(config.width, hidden)
         self.up = nn.Linear(config.width, hidden)
         self.down = nn.Linear(hidden, config.width)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.down(self.drop(F.gelu(self.gate(x)) * self.up(x))))
@@ -84,12 +85,13 @@ class Attention(nn.Module):
         self.backend: AttentionBackend = "auto"
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.proj = nn.Linear(config.width, config.width)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], first: int, cache: LayerCache | None) -> Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (3, self.heads, self.head_width))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, N, T, H)
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        qk, v = qkv.split((2, 1), dim=2)
+        q, k = apply_rotary(qk, *rotary).permute(2, 0, 3, 1, 4)  # each (B, N, T, H)
+        (v,) = v.permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.update(self.layout.offsets[first], k, v)
         dropout = self.dropout if self.training else 0.0
@@ -97,17 +99,20 @@ class Attention(nn.Module):
         return self.drop(self.proj(out.transpose(1, 2).flatten(2)))
 
 
-def each_entity(layout: EntityLayout, first: int, change: Callable[..., Tensor], x_BTD: Tensor, *rows_BKD: Tensor) -> Tensor:
-    """``change(tokens, *rows)`` of each entity's tokens, from entity ``first`` on, and its rows of D values, broadcast.
+def each_entity(
+    layout: EntityLayout, first: int, change: Callable[..., Tensor], tokens_BTD: Sequence[Tensor], rows_BKD: Sequence[Tensor]
+) -> Tensor:
+    """``change(*tokens, *rows)`` of each entity's tokens, from entity ``first`` on, and its rows of D values, broadcast.
 
     Rows are never repeated for tokens in memory: entities of one length are a dimension of their own, others go one by one.
     """
     entities = rows_BKD[0].shape[1]
     lengths = layout.lengths[first : first + entities]
     if len(set(lengths)) == 1:
-        return change(x_BTD.unflatten(1, (entities, -1)), *(row[:, :, None] for row in rows_BKD)).flatten(1, 2)
-    parts = x_BTD.split(lengths, dim=1)
-    return torch.cat([change(part, *(row[:, k : k + 1] for row in rows_BKD)) for k, part in enumerate(parts)], dim=1)
+        tokens = [x.unflatten(1, (entities, -1)) for x in tokens_BTD]
+        return change(*tokens, *(row[:, :, None] for row in rows_BKD)).flatten(1, 2)
+    parts = enumerate(zip(*(x.split(lengths, dim=1) for x in tokens_BTD), strict=True))
+    return torch.cat([change(*part, *(row[:, k : k + 1] for row in rows_BKD)) for k, part in parts], dim=1)
 
 
 class Block(nn.Module):
@@ -128,10 +133,11 @@ class Block(nn.Module):
         gate1, gate2, scale1, scale2, shift1, shift2 = rows  # each (B, K, D)
 
         def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-            return each_entity(self.layout, first, lambda x, a, b: x * (1 + a) + b, self.norm(x), scale, shift)
+            return each_entity(self.layout, first, lambda x, a, b: torch.addcmul(b, x, 1 + a), [self.norm(x)], [scale, shift])
 
-        def gated(x: Tensor, gate: Tensor) -> Tensor:
-            return each_entity(self.layout, first, torch.mul, x, gate)
+        def plus_gated(x: Tensor, change: Tensor, gate: Tensor) -> Tensor:
+            # no addcmul: CUDA's autocast would make float32 copies of 16 bits for it
+            return each_entity(self.layout, first, lambda x, y, g: x + y * g, [x, change], [gate])
 
-        x = x_BTD + gated(self.attn(modulated(x_BTD, scale1, shift1), rotary, first, cache), gate1)
-        return x + gated(self.mlp(modulated(x, scale2, shift2)), gate2)
+        x = plus_gated(x_BTD, self.attn(modulated(x_BTD, scale1, shift1), rotary, first, cache), gate1)
+        return plus_gated(x, self.mlp(modulated(x, scale2, shift2)), gate2)

@@ -26,14 +26,20 @@ _KEPT = {
 }
 
 
-def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute) -> None:
+def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute, *, compiled: bool = False) -> None:
     """Make the backward pass of each block recompute its forward: all of it ("full"), all but matrix products and attention
     ("selective"), or all of it from an input kept in host memory, pinned on a GPU ("offload"). Dropout is replayed.
+
+    ``compiled``: a block's forward is a graph, one for all; with "selective", which goes by operations, the graph is around.
+    A block's hooks, which engines and those who look on have, stay outside.
     """
-    if mode == "none":
-        return
     for block in blocks:
-        block.forward = partial(_recomputed, block.forward, mode)
+        if compiled and mode != "selective":
+            block.forward = torch.compile(block.forward, dynamic=False)
+        if mode != "none":
+            block.forward = partial(_recomputed, block.forward, mode)
+        if compiled and mode == "selective":
+            block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def _recomputed(forward: Callable[..., Any], mode: Recompute, *arguments: Any) -> Any:

@@ -1,6 +1,7 @@
 """The xAR network: velocity of every noisy entity, given itself, the noisy ones before it, its time and the class."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -88,11 +89,12 @@ class XAR(nn.Module):
             x = block(x, condition, rotary, first, layer_cache)
         return self.out_proj(self.decoder_norm(x))
 
-    def new_cache(self, batch: int) -> KVCache:
-        """An empty cache for sampling ``batch`` sequences, of the parameters' device and dtype."""
+    def new_cache(self, batch: int, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty cache for sampling ``batch`` sequences, of the parameters' device and, unless another is named, dtype."""
         shape = (batch, self.config.heads, self.layout.tokens, self.config.head_width)
         like = self.in_proj.weight
-        return [LayerCache(like.new_empty(shape), like.new_empty(shape)) for _ in self.blocks]
+        empty = partial(torch.empty, shape, dtype=dtype or like.dtype, device=like.device)
+        return [LayerCache(empty(), empty()) for _ in self.blocks]
 
 
 class Weight(NamedTuple):

@@ -1,12 +1,10 @@
 """The DeepSpeed config of a run: the user's file, which holds DeepSpeed's own affairs, with what ours decides."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from xar_scale.config import Config, TrainConfig, micro_batches, shard_ranks
+from xar_scale.config import Config, TrainConfig, micro_batches, read_settings, shard_ranks
 from xar_scale.errors import ConfigError
 from xar_scale.precision import MODES
 
@@ -112,18 +110,3 @@ def _check_offload(key: str, given: Any, stage: int) -> None:
         raise ConfigError(f"{key}.device cpu with stage {stage}: the deepspeed engine offloads in stage 3 only")
     if given.get("ratio", 1.0) != 1.0 or given.get("super_offload"):
         raise ConfigError(f"{key}: ratio and super_offload are for DeepSpeed's own Adam, and optim.* is torch's; remove them")
-
-
-def read_settings(path: str) -> dict[str, Any]:
-    """Raises ConfigError when the file is missing or is not a JSON object."""
-    try:
-        settings = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"no DeepSpeed config at {path} (train.ds_config)") from None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path} (train.ds_config): {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path} holds a {type(settings).__name__}, not an object")
-    return settings

@@ -1,0 +1,28 @@
+"""Pictures drawn on a GPU are those of a CPU, but for rounding."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.tiny_run import Run
+from xar_scale.checkpoint.manifest import verify
+from xar_scale.evaluate.generate import open_generator
+from xar_scale.evaluate.trained import open_trained
+
+FEW = ["sample.sampler=heun", "sample.steps=5", "sample.batch=8"]
+LABELS = [number % 10 for number in range(20)]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    run = Run(tmp_path)
+    run.train(5)
+    return verify(run.save()).path
+
+
+@pytest.mark.parametrize(("precision", "off"), [("fp32", 1), ("tf32", 4), ("bf16", 24)])
+def test_pictures_are_those_of_a_cpu(checkpoint, device, precision, off):
+    trained = open_trained(checkpoint, [*FEW, f"sample.precision={precision}"])
+    exact = open_generator(open_trained(checkpoint, [*FEW, "sample.precision=fp32"]), torch.device("cpu")).draw(LABELS, 3)
+    found = open_generator(trained, device).draw(LABELS, 3)
+    assert np.quantile(np.abs(found.astype(int) - exact), 0.99) <= off

@@ -1,0 +1,160 @@
+"""Records of speed: their arithmetic, what they are compared by, the table in README, the trace's sums."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import bench_gpu, records
+from xar_scale.bench.published import Published
+from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, Record, SlowerError, compare, markdown, read_record
+from xar_scale.bench.timing import WARM_UP, in_turns
+from xar_scale.bench.trace import both, length, trace
+from xar_scale.errors import UsageError
+
+ROOT = Path(__file__).parent.parent.parent
+SETTINGS = {"model": "nano", "batch": 4, "precision": "fp32"}
+
+
+def record(ours: float, baseline: float = 1.0, **changes):
+    seconds = {OURS: [ours, 2 * ours, 4 * ours], BASELINE: [baseline, 2 * baseline, 4 * baseline]}
+    return Record(**({"what": "step", "settings": SETTINGS, "images": 8, "seconds": seconds} | changes))
+
+
+def test_the_ratio_is_of_neighbours_in_time():
+    """A machine that slows down fourfold in the middle changes no ratio."""
+    assert record(2.0).times(BASELINE) == 0.5
+    seconds = {OURS: [1.0, 1.0, 8.0], BASELINE: [3.0, 3.0, 24.0]}
+    assert record(1.0, seconds=seconds).times(BASELINE) == 3.0
+
+
+def test_mfu_and_images():
+    kept = record(2.0, flops=8e9, peak=4e9)
+    assert kept.mfu == 8e9 / 4.0 / 4e9  # the median is 4 s
+    assert "| ours | 4000 | 150% | 2 | 1.00 |" in markdown(kept) and "MFU: 50% of 4e+09 FLOP/s" in markdown(kept)
+
+
+def test_a_record_is_read_back(tmp_path):
+    record(2.0, flops=1.0).write(tmp_path / "kept.json")
+    assert read_record(tmp_path / "kept.json") == record(2.0, flops=1.0, command=read_record(tmp_path / "kept.json").command)
+
+
+def test_what_is_no_record_is_refused_by_name(tmp_path):
+    for content, said in (("[", "is not JSON"), ('{"what": "step"}', "key settings is missing")):
+        (tmp_path / "wrong.json").write_text(content)
+        with pytest.raises(UsageError, match=f"wrong.json.*{said}"):
+            read_record(tmp_path / "wrong.json")
+    with pytest.raises(UsageError, match="cannot read .*nowhere.json"):
+        read_record(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize("seconds", [{}, {OURS: [1.0]}, {OURS: [], BASELINE: []}, {OURS: [1.0], BASELINE: [1.0, 2.0]}])
+def test_a_record_without_its_times_is_refused(tmp_path, seconds):
+    record(1.0, seconds=seconds).write(tmp_path / "wrong.json")
+    with pytest.raises(UsageError, match="wrong.json: seconds hold ours and baseline"):
+        read_record(tmp_path / "wrong.json")
+
+
+def test_15_percent_more_of_the_baseline_s_time_fails():
+    before = record(1.0)
+    assert "+14%" in compare(record(1.14), before)
+    assert "-50%" in compare(record(0.5), before)
+    with pytest.raises(SlowerError, match=r"step became slower: 1.16 of the baseline's time, 1.00 in the record of .*: \+16%"):
+        compare(record(1.16), before)
+    assert "+0%" in compare(record(3.0, baseline=3.0), before)  # the machine is slower, not ours
+
+
+def test_other_work_is_not_compared():
+    other = dataclasses.replace(record(1.0), settings=SETTINGS | {"batch": 8})
+    with pytest.raises(UsageError, match="batch is 4, in the record compared with 8: not the same work"):
+        compare(record(1.0), other)
+    for mine, theirs in ((SETTINGS, {}), ({}, SETTINGS)):
+        with pytest.raises(UsageError, match="model is .* not the same work"):
+            compare(record(1.0, settings=mine), record(1.0, settings=theirs))
+    with pytest.raises(UsageError, match="what is 'step', in the record compared with 'sample'"):
+        compare(record(1.0), dataclasses.replace(record(1.0), what="sample"))
+
+
+def test_works_take_turns_and_the_first_ones_do_not_count():
+    called = []
+    seconds = in_turns({"a": lambda: called.append("a"), "b": lambda: called.append("b")}, torch.device("cpu"), repeats=3)
+    assert called == ["a", "b"] * (WARM_UP + 3)
+    assert {name: len(taken) for name, taken in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_spans_are_joined_and_met():
+    assert length([(0, 4), (2, 6), (10, 11)]) == 7
+    assert both([(0, 4), (10, 20)], [(3, 12), (11, 13)]) == 1 + 3
+    assert both([(0, 4)], []) == 0
+
+
+def test_a_trace_names_what_takes_longest():
+    matrix, small = torch.randn(1536, 1536), torch.randn(4)
+    found = trace(lambda: [matrix @ matrix, small.sin()], torch.device("cpu"))
+    assert found.top[0][0] == "aten::mm" and found.top[0][2] == 1
+    assert found.communication_s == 0
+
+
+def test_readme_s_table_is_the_records():
+    kept = [read_record(path) for path in sorted(records.RECORDS.glob("*.json"))]
+    assert sum(PUBLISHED in each.seconds for each in kept) >= 4
+    text = records.README.read_text()
+    assert records.put(text, records.table(kept)) == text
+
+
+def test_a_row_says_what_was_measured():
+    seconds = {OURS: [2.0, 2.0], PUBLISHED: [3.0, 3.0]}
+    made = records.table([record(1.0, seconds=seconds, flops=4.0, peak=4.0, machine="a machine"), record(1.0)])
+    assert made.startswith("a machine, ") and made.endswith("| training step, nano, batch 4, fp32 | 2.67 | 4 | 1.50 | 50% |")
+    with pytest.raises(UsageError, match="has no lines"):
+        records.put("no marks", made)
+
+
+def test_a_folder_without_the_published_code_is_refused(tmp_path):
+    device = torch.device("cpu")
+    with pytest.raises(UsageError, match="is no checkout of the published code"):
+        Published(tmp_path, "xar_b", 0.0, device)
+    with pytest.raises(UsageError, match="has no nano; it has: xar_b, xar_l, xar_h"):
+        Published(tmp_path, "nano", 0.0, device)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "xar.py").write_text("import not_installed_anywhere")
+    with pytest.raises(UsageError, match="cannot be imported: No module named 'not_installed_anywhere'"):
+        Published(tmp_path, "xar_b", 0.0, device)
+
+
+def test_step_and_sample_are_timed_and_compared(tmp_path):
+    """The programs themselves: a record, what follows from it, and one whose baseline took a hundredth of the time."""
+    small = ["--model", "nano", "--batch", "2", "--grid", "8", "--repeats", "2"]
+
+    def bench(*words):
+        return subprocess.run([sys.executable, "tools/bench.py", *words], cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+    kept = tmp_path / "kept.json"
+    done = bench("step", *small, "--json", str(kept), "--trace", str(tmp_path / "trace.json"))
+    assert done.returncode == 0, done.stderr
+    assert "| ours |" in done.stdout and "MFU" in done.stdout
+    assert len(done.stdout.split("| longest")[1].splitlines()) == 2 + 10  # which ten is a matter of what else the machine does
+    assert (tmp_path / "trace.json").stat().st_size > 1000
+    found = read_record(kept)
+    assert found.settings["batch"] == found.images == 2 and found.flops and found.peak and found.data_wait_s is not None
+    quick = {name: [each / (100 if name == OURS else 1) for each in taken] for name, taken in found.seconds.items()}
+    dataclasses.replace(found, seconds=quick).write(kept)
+    slower = bench("step", *small, "--compare", str(kept), "--json", str(kept))  # what is compared with is read before
+    assert slower.returncode == 1 and "bench: step became slower" in slower.stderr
+
+    sampled = bench("sample", *small, "--steps", "2", "--precision", "bf16", "--json", str(kept))
+    assert sampled.returncode == 0 and "| ours |" in sampled.stdout and read_record(kept).settings["steps"] == 2
+
+
+def test_every_case_of_a_gpu_s_bench_is_a_command(tmp_path):
+    """One of them is run, small, and the page says of the others that no time was left."""
+    command = [sys.executable, "tools/bench_gpu.py", "--small", "--minutes", "0.0001", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    (page,) = tmp_path.glob("*-gpu.md")
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| `s")]
+    assert len(rows) == len(bench_gpu.CASES) and sum("no time was left" in row for row in rows) == len(rows) - 1
+    assert len(list((tmp_path / "records").glob("*.json"))) == 1 and "aten::" in page.read_text()

@@ -1,0 +1,257 @@
+"""The plan: each formula, the choice, what is printed and written; and its memory beside real steps and 512 ranks that are not
+there."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+
+from tests.processes import ROOT
+from tests.unit.test_cli import assert_ends
+from xar_scale.cli import main
+from xar_scale.config import Config, merge, override, read_yaml
+from xar_scale.engines.deepspeed.settings import deepspeed_settings
+from xar_scale.memory import WEIGHT, padded, rank_memory, weights_of
+from xar_scale.model.flops import forward_flops, training_flops
+from xar_scale.model.xar import meta_model
+from xar_scale.plan import cost, text
+from xar_scale.plan.hardware import GPUS, Machines
+from xar_scale.plan.search import RECOMPUTE, Search, search
+from xar_scale.presets import model_values, recipe
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+H100 = Machines(GPUS["h100"], 16, 8)
+
+
+def config(*overrides: str, model: str = "nano") -> Config:
+    return Config.from_dict(override(merge(recipe("imagenet256_h"), {"model": model_values(model)}), list(overrides)))
+
+
+def time_of(config: Config, machines: Machines = H100) -> cost.StepTime:
+    weights = weights_of(config.model)
+    return cost.step_time(config, weights, machines, cost.collectives(config, weights, machines))
+
+
+@cache
+def found(model: str, gpus: int, gpu: str, *overrides: str, **machines: float) -> Search:
+    fixed = [word.partition("=")[0] for word in overrides]
+    return search(config(*overrides, model=model), Machines(GPUS[gpu], gpus, 8)._replace(**machines), fixed)
+
+
+def test_weights_are_counted():
+    assert weights_of(config(model="xar_b").model).whole == sum(
+        p.numel() for p in meta_model(config(model="xar_b").model).parameters()
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "shared", "gathered", "reduced"),
+    [("fsdp2", None, 2, 4), ("deepspeed", None, 2, 2), ("fsdp2", 8, 2, 4), ("deepspeed", 8, 2, 2)],
+)
+def test_each_byte_is_sent_once_around_a_ring(engine, shared, gathered, reduced):
+    shape = config(f"train.engine={engine}", f"train.shard_ranks={shared or 'null'}", "train.micro_batch=1")
+    weights = weights_of(shape.model)
+    sent = {each.name: each.sent for each in cost.collectives(shape, weights, H100)}
+    far, near, whole = 15 / 16, 7 / 8 if shared else 15 / 16, weights.cut(engine, shared or 16)
+    assert engine == "fsdp2" or whole == pytest.approx(weights.whole, rel=1e-3)
+    assert sent["gather backward"] == pytest.approx(gathered * whole * near)
+    if engine == "deepspeed":
+        assert sent["gather forward"] == pytest.approx(gathered * whole * far)
+        assert sent["reduce"] == pytest.approx(reduced * whole * far) and len(sent) == 3
+    else:
+        assert sent["gather forward"] == pytest.approx(gathered * whole * near)
+        assert sent["reduce"] == pytest.approx(reduced * whole * near)
+        assert sent.get("reduce copies") == (pytest.approx(2 * reduced * whole / 8 / 2) if shared else None)
+
+
+def test_between_nodes_a_ring_is_as_quick_as_all_adapters_of_a_node():
+    near, far = cost.link_of(H100, 8), cost.link_of(H100, 16)
+    assert near.bandwidth == 0.7 * 450e9 and far.bandwidth == 0.7 * 8 * 50e9
+    slow = H100._replace(gpu=H100.gpu._replace(network=1e9))
+    assert cost.link_of(slow, 16).bandwidth == 0.7 * 8e9 and cost.link_of(slow, 8) == near
+
+
+def test_a_collective_takes_its_bytes_and_its_hops():
+    each = cost.Collective("gather forward", 100.0, 4, 5, cost.Link(25.0, 0.1))
+    assert each.seconds == pytest.approx(100 * 3 / 4 / 25 + 5 * 3 * 0.1)
+    assert each._replace(rounds=2).seconds == pytest.approx(2 * each.seconds)
+
+
+@pytest.mark.parametrize(("recompute", "again"), [("none", 0), ("selective", 0), ("full", 1), ("offload", 1)])
+def test_computation_follows_flops(recompute, again):
+    shape = config(f"train.recompute={recompute}", "train.micro_batch=4")
+    flops = training_flops(shape.model) + again * forward_flops(shape.model)
+    assert time_of(shape).compute == pytest.approx(2048 / 16 * flops / (989e12 * 0.4))
+    assert (time_of(shape).host > 0) == (recompute == "offload")
+
+
+def test_more_passes_send_more_and_compute_as_much():
+    one, four = (time_of(config(f"train.micro_batch={size}", "train.engine=fsdp2")) for size in (128, 32))
+    assert four.communication == pytest.approx(4 * one.communication) and four.compute == one.compute
+    assert four.exposed == one.exposed and four.optimizer == one.optimizer
+
+
+def test_a_step_is_its_longest_part_and_what_nothing_hides():
+    time = cost.StepTime(compute=5, communication=3, host=1, exposed=0.5, optimizer=0.25, data=2)
+    assert time.total == 5.75
+    assert time._replace(communication=7).total == 7.25 and time._replace(host=6).total == 6.75
+    assert time._replace(data=9).total == 9
+
+
+def test_what_is_not_overlapped_is_added():
+    shape = config("train.micro_batch=1")
+    hidden, bare = time_of(shape), time_of(shape, H100._replace(overlap=0.0))
+    assert bare.exposed == pytest.approx(bare.communication) and hidden.exposed < 0.1 * hidden.communication
+    assert bare.total == pytest.approx(bare.compute + bare.communication + bare.optimizer)
+
+
+def test_shares_and_powers_in_what_is_kept():
+    plain, powers = config("train.engine=fsdp2"), config("train.engine=fsdp2", "optim.ema_snapshots_every=1000")
+    weights = weights_of(plain.model)
+    assert cost.checkpoint(plain, weights, H100).size == 16 * weights.whole
+    assert cost.checkpoint(powers, weights, H100).size == 24 * weights.whole
+    copies = config("train.engine=fsdp2", "train.shard_ranks=8")
+    assert cost.snapshot_bytes(plain, weights, H100) == 3 * 16 * weights.whole / 2  # of two nodes
+    assert cost.snapshot_bytes(copies, weights, H100) == 3 * 16 * weights.whole
+    assert cost.snapshot_bytes(config("guard.enabled=false"), weights, H100) == 16 * weights.whole / 2
+    shares = weights.cut("fsdp2", 8) / 8, weights.cut("fsdp2", 16) / 16
+    assert cost.optimizer_bytes(copies, weights, 16) / cost.optimizer_bytes(plain, weights, 16) == shares[0] / shares[1]
+
+
+@pytest.mark.parametrize(("rows", "ranks", "kept"), [(128, 16, 128), (10, 4, 12), (1, 16, 16)])
+def test_parts_of_whole_rows_are_padded(rows, ranks, kept):
+    assert padded([torch.Size([rows, 5])], "fsdp2", ranks) == 5 * kept
+    assert padded([torch.Size([rows, 5])], "deepspeed", ranks) == -(-rows * 5 // ranks) * ranks
+
+
+FSDP2_FULL = ("train.engine=fsdp2", "train.shard_ranks=null", "train.recompute=full")
+
+
+def test_what_is_given_is_not_searched_and_the_quickest_is_first():
+    chosen = found("nano", 2, "h100", *FSDP2_FULL)
+    trains = [way.config.train for way in chosen.ways]
+    assert {(train.engine, train.shard_ranks, train.recompute) for train in trains} == {("fsdp2", None, "full")}
+    assert sorted(train.micro_batch for train in trains) == [2**n for n in range(11)]
+    seconds = [float(f"{way.time.total:.4g}") for way in chosen.ways]
+    assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
+    given = found("nano", 2, "h100", *FSDP2_FULL, "train.micro_batch=16")
+    assert [way.config.train.micro_batch for way in given.ways] == [16]
+
+
+def test_all_that_fit_are_found_and_what_does_not_is_not():
+    """A GPU of little memory: some micro batches fit, larger ones do not, and recomputation makes room."""
+    small = Machines(GPUS["h100"]._replace(memory=0.4e9), 16, 8)
+    chosen = search(config(), small, [])
+    kinds = {(way.config.train.engine, way.config.train.shard_ranks, way.config.train.recompute) for way in chosen.ways}
+    assert kinds == {
+        (engine, shared, recompute) for engine in ("deepspeed", "fsdp2") for shared in (None, 8) for recompute in RECOMPUTE
+    }
+    assert all(way.memory.total <= 0.4e9 for way in chosen.ways)
+    of = {}
+    for way in chosen.ways:
+        train = way.config.train
+        if (train.engine, train.shard_ranks) == ("fsdp2", None):
+            of[train.recompute] = max(of.get(train.recompute, 0), train.micro_batch)
+    assert of["none"] <= of["selective"] <= of["full"] and of["none"] < of["full"]
+    best = chosen.ways[0]
+    assert chosen.largest(best.config, "bf16") >= best.config.train.micro_batch
+    split = next(way for way in chosen.ways if way.parts > 1)
+    size = split.config.train.micro_batch
+    assert (
+        chosen.memory(split.config, "tf32", size).total
+        > 0.4e9
+        >= chosen.memory(split.config, "tf32", size // split.parts).total
+    )
+    said = text.describe(chosen, "nano", "small")
+    assert max(map(len, said.splitlines())) <= 120
+    assert f"chosen: {best.name}" in said and "assumed\n" in said and "runner-up: " in said
+    assert f"{2048 / best.time.total:,.0f}, " in said and f"{weights_of(config().model).whole:,} in 4 blocks" in said
+
+
+def test_one_gpu_has_one_engine():
+    chosen = found("nano", 1, "h100", "train.recompute=none", "train.micro_batch=64")
+    assert [way.config.train.engine for way in chosen.ways] == ["single"] and chosen.ways[0].sent == []
+
+
+def test_a_loss_scale_leaves_deepspeed_out():
+    chosen = found("nano", 2, "a100", "train.precision=fp16", "train.recompute=none", "train.micro_batch=64")
+    assert {way.config.train.engine for way in chosen.ways} == {"fsdp2"}
+
+
+PLAN = ["plan", "--model", "nano", "--gpus", "4", "--gpu", "h100"]
+QUICK = ["train.recompute=none", "train.micro_batch=8"]
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
+def test_what_is_written_is_what_training_takes(engine, capsys, tmp_path):
+    out = tmp_path / "plan"
+    assert main([*PLAN, "--out", str(out), *QUICK, f"train.engine={engine}"]) == 0
+    assert str(out / "config.yaml") in capsys.readouterr().out
+    assert main(["train", "--config", str(out / "config.yaml"), "--run-dir", str(tmp_path), "--print-config"]) == 0
+    planned = Config.from_dict(read_yaml(out / "config.yaml"))
+    assert capsys.readouterr().out == planned.to_yaml()
+    assert (planned.train.engine, planned.train.micro_batch, planned.train.recompute) == (engine, 8, "none")
+    assert (out / "ds_config.json").exists() == (engine == "deepspeed")
+    if engine == "deepspeed":
+        settings = deepspeed_settings(planned, 4)
+        block = weights_of(planned.model).block
+        assert settings["zero_optimization"]["reduce_bucket_size"] == block and settings["gradient_accumulation_steps"] == 64
+        device = torch.device("cuda", 0)
+        known = rank_memory(planned, "tf32", 8, 4, device).unreduced  # as the run's own guard reads it from the file
+        assert known == WEIGHT * (block + weights_of(planned.model).largest)
+
+
+def test_files_of_others_are_left_alone(capsys, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    assert_ends(capsys, [*PLAN, "--out", tmp_path, *QUICK], 64, "holds notes, which is not a plan's")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes"]
+
+
+def test_an_earlier_plan_is_replaced(tmp_path):
+    for engine in ("deepspeed", "fsdp2"):
+        assert main([*PLAN, "--out", str(tmp_path), *QUICK, f"train.engine={engine}"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "parts"),
+    [
+        (["--model", "xar_9b"], 64, ["no model 'xar_9b'; there are: nano, xar_b"]),
+        (["--gpu", "v100"], 64, ["no GPU 'v100'; there are: a100, h100"]),
+        (["--gpus", "0"], 64, ["--gpus"]),
+        (["--mfu", "40"], 64, ["--mfu"]),
+        (["--recipe", "nosuch"], 64, ["no recipe 'nosuch'"]),
+        (["train.ds_config=x.json"], 64, ["the plan writes one"]),
+        (["--gpus", "3"], 78, ["global_batch 2048 is not divisible by 3 GPUs: 3 x 682 + 2"]),
+        (["train.micro_batch=3"], 78, ["micro_batch 3"]),
+        (["train.engine=single"], 78, ["single is one process, not 4"]),
+        (["model.width=20480", "model.heads=160", *QUICK], 78, ["nothing fits 80 GB a GPU on 4", "leave train.micro_batch"]),
+    ],
+)
+def test_wrong_plans(capsys, words, code, parts):
+    assert_ends(capsys, [*PLAN, *words], code, *parts)
+
+
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        ([], ["--engine", "single", "--batch", "8"]),
+        (
+            ["-m", "torch.distributed.run", "--nproc-per-node", "2"],
+            ["--engine", "fsdp2", "--batch", "8", "--precision", "bf16"],
+        ),
+        ([], ["--engine", "fsdp2", "--batch", "4", "--ranks", "512"]),
+        ([], ["--engine", "deepspeed", "--batch", "8", "--ranks", "512"]),
+    ],
+    ids=["single", "fsdp2 on 2 ranks", "fsdp2 of 512", "ZeRO-3 of 512"],
+)
+def test_memory_of_real_steps_is_as_reckoned(launch, words):
+    command = [sys.executable, *launch, "tools/bench.py", "memory", "--model", "nano", *words]
+    kept = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=True, timeout=200)
+    rows = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|"))
+    reckoned, measured = float(rows["reckoned"]), float(rows["measured: allocator"].split()[0])
+    assert reckoned == pytest.approx(measured, rel=0.05)

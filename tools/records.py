@@ -1,0 +1,65 @@
+"""README's table of speed, from the records in docs/benchmarks/records.
+
+python tools/records.py            # prints it
+python tools/records.py --write    # puts it into README.md
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from xar_scale.bench.record import OURS, PUBLISHED, Record, read_record
+from xar_scale.cli import Parser, ending
+from xar_scale.errors import UsageError
+
+ROOT = Path(__file__).parent.parent
+RECORDS, README = ROOT / "docs" / "benchmarks" / "records", ROOT / "README.md"
+BEGIN, END = "<!-- speed: tools/records.py --write -->", "<!-- end of speed -->"
+WORK = {"step": "training step", "sample": "sampling"}
+
+
+def main() -> int:
+    parser = Parser(prog="records", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into README.md, in place of the one that is there")
+
+    def run() -> None:
+        options = parser.parse_args()
+        made = table([read_record(path) for path in sorted(RECORDS.glob("*.json"))])
+        if options.write:
+            README.write_text(put(README.read_text(), made))
+        else:
+            print(made)
+
+    return ending("records", run)
+
+
+def table(records: list[Record]) -> str:
+    """Of those that have the published code beside ours: for each machine its rows."""
+    rows: dict[str, list[str]] = {}
+    for record in sorted(records, key=lambda record: (record.what != "step", record.settings["model"], record.date)):
+        if PUBLISHED in record.seconds:
+            rows.setdefault(f"{record.machine}, {record.date}", []).append(_row(record))
+    head = "| | published, images/s | ours | times | of the peak |\n| --- | --- | --- | --- | --- |"
+    return "\n\n".join(f"{where}:\n\n{head}\n" + "\n".join(lines) for where, lines in rows.items())
+
+
+def _row(record: Record) -> str:
+    settings = record.settings
+    more = f", {settings['steps']} steps an entity, guidance" if record.what == "sample" else ""
+    name = f"{WORK[record.what]}, {settings['model']}, batch {settings['batch']}{more}, {settings['precision']}"
+    theirs, ours = (record.images / record.median(case) for case in (PUBLISHED, OURS))
+    peak = "" if record.mfu is None else f"{record.mfu:.0%}"
+    return f"| {name} | {theirs:.3g} | {ours:.3g} | {record.times(PUBLISHED):.2f} | {peak} |"
+
+
+def put(text: str, made: str) -> str:
+    """``text`` with the table between its marks. Raises UsageError where they are not there."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UsageError(f"{README} has no lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{made}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

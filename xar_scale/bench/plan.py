@@ -1,0 +1,198 @@
+"""What the plan predicts beside what is measured: memory of a rank, and time of a step on several."""
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from xar_scale import dist
+from xar_scale.bench.memory import peak_resident
+from xar_scale.bench.timing import median_ms
+from xar_scale.config import Config, merge
+from xar_scale.data.loader import Batch
+from xar_scale.ema import EMA
+from xar_scale.engines import Engine, create_engine
+from xar_scale.flow import velocity_loss
+from xar_scale.memory import rank_memory, weights_of
+from xar_scale.model.flops import training_flops
+from xar_scale.model.recompute import apply_recompute
+from xar_scale.model.xar import blank_weights, meta_model
+from xar_scale.optim import create_adamw
+from xar_scale.plan.cost import Collective, Link, collectives, optimizer_bytes, step_time
+from xar_scale.plan.hardware import GPU, Machines
+from xar_scale.precision import MODES
+from xar_scale.presets import model_values, recipe
+
+STEPS = 2  # the second finds what the first has made once
+
+
+def config_of(options: argparse.Namespace, world: int) -> Config:
+    """imagenet256_h's, of the model, engine and sizes asked for; without dropout, whose masks a CPU keeps in float32."""
+    train = {name: getattr(options, name) for name in ("engine", "precision", "recompute", "shard_ranks")}
+    train |= {"global_batch": world * options.batch, "micro_batch": options.batch}
+    changes = {"model": {**model_values(options.model), "dropout": 0.0}, "train": train, "data": {"lanes": 1}}
+    return Config.from_dict(merge(recipe("imagenet256_h"), changes))
+
+
+def measured_memory(config: Config, device: torch.device) -> int:
+    """The most that PyTorch's CPU allocator had given out at any moment from before the engine is made to the end of a few
+    steps. What it gives is counted, not what the system keeps for it: fragments, libraries and buffers of gloo are left out.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = train_steps(config, device)
+    del kept
+    level = highest = 0
+    events = (event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        highest = max(highest, level)
+    return highest
+
+
+def train_steps(config: Config, device: torch.device) -> tuple[Engine, EMA]:
+    """An engine after a few steps of one pass each, on zeros."""
+    model = meta_model(config.model)
+    model.use_kernels(config.kernels, device, torch.float32, training=True)
+    apply_recompute(model.blocks, config.train.recompute)
+    engine = create_engine(model, blank_weights(model), config, device)
+    engine.set_precision(config.train.precision)
+    averages = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
+    for step in range(STEPS):
+        verdict = engine.attempt(step, [zeros(config, config.train.micro_batch or 1)])
+        engine.step(1e-4, verdict)
+        averages.update(step + 1)
+    return engine, averages
+
+
+def zeros(config: Config, samples: int) -> Batch:
+    """A batch that costs nothing to make."""
+    model = meta_model(config.model)
+    layout, channels = model.layout, config.model.channels
+    return Batch(
+        latents=torch.zeros(samples, channels, *layout.grid),
+        labels=torch.zeros(samples, dtype=torch.int64),
+        t=torch.zeros(samples, layout.entities),
+        noise=torch.zeros(samples, layout.tokens, channels),
+        keys=("",) * samples,
+        places=torch.zeros(samples, 2, dtype=torch.int64),
+    )
+
+
+def bench_memory(options: argparse.Namespace) -> None:
+    """One rank's training steps, in one process, under a launcher, or among ``--ranks`` that are not there."""
+    device = dist.local_device()
+    if options.ranks:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.ranks)}
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.ranks)
+    elif options.engine != "single":
+        dist.init(device)
+    config = config_of(options, dist.world())
+    needed = rank_memory(config, options.precision, options.batch, dist.world(), device)
+    before = peak_resident(reset=True)
+    measured = measured_memory(config, device)
+    grown = peak_resident() - before
+    dist.say(
+        f"{options.model}, {options.engine}, {options.precision}, recompute {options.recompute}, batch {options.batch}, "
+        f"rank 0 of {dist.world()} on {device}\n"
+    )
+    dist.say("| part | GB |\n| --- | --- |")
+    for part, size in needed._asdict().items():
+        dist.say(f"| {part} | {size / 1e9:.3f} |")
+    dist.say(f"| reckoned | {sum(needed) / 1e9:.3f} |")
+    dist.say(f"| measured: allocator | {measured / 1e9:.3f} ({sum(needed) / measured - 1:+.1%}) |")
+    dist.say(f"| measured: resident set | {grown / 1e9:.3f} ({sum(needed) / grown - 1:+.1%}) |")
+
+
+def bench_scaling(options: argparse.Namespace) -> None:
+    """Under a launcher: a step predicted from its parts, each measured alone, and the step itself.
+
+    A rank computes a pass and steps an optimizer, whole, without a group: one alone, then all at once; collectives of the sizes
+    of a block are timed. Ranks share the cores: what one computes alone takes ranks / cores times as long, where those are
+    fewer. What sends needs a core too, so that nothing is computed beside it.
+    """
+    device, cores = dist.local_device(), len(os.sched_getaffinity(0))
+    dist.init(device)
+    world = dist.world()
+    config = config_of(options, world)
+    alone = dist.on_rank_0(lambda: _computed(options, device))
+    together = [dist.largest(seconds) for seconds in _computed(options, device)]
+    weights, shared = weights_of(config.model), max(1.0, world / cores)
+    single = dataclasses.replace(config, train=dataclasses.replace(config.train, engine="single"))
+
+    def machines(compute: float, optimizer: float) -> Machines:
+        """Of which one has a peak and a memory bandwidth that give these seconds."""
+        peak, read = options.batch * training_flops(config.model) / compute, optimizer_bytes(single, weights, 1) / optimizer
+        gpu = GPU(memory=0, bf16=peak, tf32=8 * peak, memory_bandwidth=read, nvlink=1, host=1, network=1)
+        return Machines(gpu, world, world, mfu=1.0, overlap=0.0, loader=1e12)
+
+    sent = [
+        each._replace(link=Link(each.sent / (each.calls * _collective_seconds(each, device)), 0.0))
+        for each in collectives(config, weights, machines(*alone))
+    ]
+    measured = _step_seconds(config, device)
+    shape = f"batch {options.batch} a rank, {world} ranks on {cores} cores"
+    dist.say(f"{options.model}, {options.engine}, {options.precision}, {shape}\n")
+    dist.say(f"| from | compute | communication | optimizer | predicted | measured, ms | error |\n|{' --- |' * 7}")
+    for name, seconds in (
+        ("one rank alone x ranks / cores", [part * shared for part in alone]),
+        ("all ranks at once", together),
+    ):
+        time = step_time(config, weights, machines(*seconds), sent)
+        parts = " | ".join(f"{part * 1e3:.0f}" for part in (time.compute, time.communication, time.optimizer, time.total))
+        dist.say(f"| {name} | {parts} | {measured * 1e3:.0f} | {time.total / measured - 1:+.0%} |")
+
+
+def _computed(options: argparse.Namespace, device: torch.device) -> tuple[float, float]:
+    """Seconds of a pass, and of the optimizer's step and the averages', of whole weights in this process without a group."""
+    config = config_of(options, 1)
+    model = meta_model(config.model)
+    model.use_kernels(config.kernels, device, MODES[options.precision].compute, training=True)
+    apply_recompute(model.blocks, config.train.recompute)
+    for weight in blank_weights(model):
+        weight.place(device)
+    parameters = dict(model.named_parameters())
+    optimizer = create_adamw(parameters, {name: weight.shape for name, weight in parameters.items()}, config.optim)
+    averages, batch = EMA([*parameters.values()], config.optim.ema_decay), zeros(config, options.batch)
+    compute = MODES[options.precision].compute
+
+    def computed() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, dtype=compute, enabled=compute is not torch.float32):
+            velocity_loss(model, model.layout, batch.latents, batch.noise, batch.t, batch.labels).backward()
+
+    def stepped() -> None:
+        gradients = [weight.grad for weight in parameters.values() if weight.grad is not None]
+        torch.stack([gradient.square().sum() for gradient in gradients]).sum()
+        torch._foreach_mul_(gradients, 0.5)
+        optimizer.step()
+        averages.update(1)
+
+    return median_ms(computed, device) / 1e3, median_ms(stepped, device) / 1e3
+
+
+def _collective_seconds(collective: Collective, device: torch.device) -> float:
+    """Of one call, by the slowest rank."""
+    part = -(-int(collective.size / 4 / collective.calls) // collective.ranks)
+    piece, whole = torch.zeros(part, device=device), torch.zeros(part * collective.ranks, device=device)
+    call: Callable[[], object] = (
+        partial(torch.distributed.reduce_scatter_tensor, piece, whole)
+        if collective.name == "reduce"
+        else partial(torch.distributed.all_gather_into_tensor, whole, piece)
+    )
+    return dist.largest(median_ms(call, device) / 1e3)
+
+
+def _step_seconds(config: Config, device: torch.device) -> float:
+    engine, averages = train_steps(config, device)
+    batch = zeros(config, config.train.micro_batch or 1)
+
+    def step() -> None:
+        engine.step(1e-4, engine.attempt(0, [batch]))
+        averages.update(1)
+
+    return dist.largest(median_ms(step, device) / 1e3)

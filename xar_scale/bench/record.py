@@ -1,0 +1,131 @@
+"""A measurement that is kept: its numbers, the machine and the command, as JSON; beside another of the same settings."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xar_scale.config import validated
+from xar_scale.errors import UsageError, XarScaleError
+
+OURS, BASELINE, PUBLISHED = "ours", "baseline", "published"
+SLOWER = 1.15  # than in an earlier record, beside the same baseline
+
+
+class SlowerError(XarScaleError):
+    """It became slower."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """``seconds`` of each case, whose turns went round: the first ones of all are neighbours in time. ``images`` are what one
+    turn trains on or makes, ``flops`` what it takes of ours in matrix products, without recomputation."""
+
+    what: str
+    settings: dict[str, Any]
+    images: int
+    seconds: dict[str, list[float]]
+    flops: float | None = None
+    peak: float | None = None  # operations a second that matrix products reach here, or that the GPU's data sheet says
+    memory_gb: float | None = None  # the most that ours held, weights and moments included
+    data_wait_s: float | None = None  # a turn
+    communication_s: float | None = None  # a turn; of that, beside computation:
+    hidden_s: float | None = None
+    machine: str = field(default_factory=lambda: _machine())
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+    command: str = field(default_factory=lambda: _command())
+
+    def median(self, case: str) -> float:
+        return statistics.median(self.seconds[case])
+
+    def spread(self, case: str) -> float:
+        """Largest less smallest, as a share of the median."""
+        return (max(self.seconds[case]) - min(self.seconds[case])) / self.median(case)
+
+    def times(self, case: str) -> float:
+        """How many times as long ``case`` takes as ours: the median of neighbours' ratios."""
+        return statistics.median(theirs / ours for theirs, ours in zip(self.seconds[case], self.seconds[OURS], strict=True))
+
+    @property
+    def mfu(self) -> float | None:
+        return self.flops / self.median(OURS) / self.peak if self.flops and self.peak else None
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+def read_record(path: Path) -> Record:
+    """Raises UsageError where it cannot be read, or is none."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UsageError(f"{path} is not JSON") from None
+    record = validated(Record, values, UsageError, where=f"{path}: ")
+    lengths = {len(taken) for taken in record.seconds.values()}
+    if not {OURS, BASELINE} <= {*record.seconds} or len(lengths) > 1 or 0 in lengths:
+        raise UsageError(f"{path}: seconds hold {OURS} and {BASELINE}, as many of each case and at least one")
+    return record
+
+
+def compare(now: Record, before: Record) -> str:
+    """What became of the time beside the baseline's. Raises SlowerError where it is more than SLOWER times as long, UsageError
+    where the two records are not of the same work."""
+    here, there = ({"what": record.what} | record.settings for record in (now, before))
+    for key in [*here, *there]:
+        if here.get(key) != there.get(key):
+            values = f"{key} is {here.get(key)!r}, in the record compared with {there.get(key)!r}"
+            raise UsageError(f"{values}: not the same work")
+    share, earlier = 1 / now.times(BASELINE), 1 / before.times(BASELINE)
+    said = f"{share:.2f} of the baseline's time, {earlier:.2f} in the record of {before.date}: {share / earlier - 1:+.0%}"
+    if share > SLOWER * earlier:
+        raise SlowerError(f"{now.what} became slower: {said}, more than {SLOWER - 1:.0%}")
+    return said
+
+
+def _command() -> str:
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["python"] if ranks == "1" else ["torchrun", "--nproc-per-node", ranks]
+    return shlex.join([*launcher, *sys.argv])
+
+
+def _machine() -> str:
+    if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        processor = torch.cuda.get_device_name()
+    else:
+        processor = f"{_cpu()}, {torch.get_num_threads()} of {len(os.sched_getaffinity(0))} cores"
+    return f"{processor}; Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def markdown(record: Record) -> str:
+    """A table of the cases, and the rest in a line."""
+    lines = ["| | ms, median | spread | images/s | beside ours |", "| --- | --- | --- | --- | --- |"]
+    for case in record.seconds:
+        images = "" if case == BASELINE else f"{record.images / record.median(case):.4g}"
+        cells = f"{record.median(case) * 1e3:.4g} | {record.spread(case):.0%} | {images} | {record.times(case):.2f}"
+        lines.append(f"| {case} | {cells} |")
+    rest = {
+        "MFU": None if record.mfu is None else f"{record.mfu:.0%} of {record.peak or 0:.3g} FLOP/s",
+        "memory": None if record.memory_gb is None else f"{record.memory_gb:.2f} GB",
+        "waits for data": None if record.data_wait_s is None else f"{record.data_wait_s * 1e3:.2f} ms",
+        "communication": None
+        if record.communication_s is None
+        else f"{record.communication_s * 1e3:.1f} ms, {(record.hidden_s or 0) * 1e3:.1f} of them beside computation",
+    }
+    lines += ["", "; ".join(f"{name}: {value}" for name, value in rest.items() if value is not None)]
+    return "\n".join(lines)

@@ -1,0 +1,217 @@
+"""A training step, and sampling: beside a fixed baseline of PyTorch's own, and beside the published code."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from xar_scale import dist
+from xar_scale.beginning import open_data
+from xar_scale.bench.memory import peak_resident
+from xar_scale.bench.published import Published
+from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, Record, compare, markdown, read_record
+from xar_scale.bench.timing import WARM_UP, in_turns, median_ms
+from xar_scale.bench.trace import trace
+from xar_scale.config import Config, merge
+from xar_scale.data.feed import Feed
+from xar_scale.ema import EMA
+from xar_scale.engines import create_engine
+from xar_scale.errors import UsageError
+from xar_scale.model.flops import training_flops
+from xar_scale.model.recompute import apply_recompute
+from xar_scale.model.xar import create_model, initial_weights, meta_model
+from xar_scale.plan.hardware import GPUS
+from xar_scale.precision import FP32, MODES, apply_matmul_mode
+from xar_scale.presets import model_values, recipe
+from xar_scale.sampler import sample
+
+BASELINE_LAYERS = 2
+PUBLISHED_GRID = 16
+SQUARE = 4096  # rows of the matrices whose product says what this machine reaches
+
+
+def bench_step(options: argparse.Namespace) -> None:
+    """Batches of synthetic data through the loader, forward, backward, what engine and guard decide, optimizer, averages."""
+    device = dist.local_device()
+    if options.engine != "single":
+        dist.init(device)
+    earlier = _earlier(options)
+    apply_matmul_mode(options.precision)
+    compute = MODES[options.precision].compute
+    config = _config(options)
+    dataset = open_data(config)
+    model = meta_model(config.model)
+    kernels = model.use_kernels(config.kernels, device, compute, training=True)
+    apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
+    before = _memory(device, reset=True)
+    engine = create_engine(model, initial_weights(model, 0), config, device)
+    averages = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
+    feed = Feed(dataset, config.train, device)
+    feed.seek(0)
+
+    def ours() -> None:
+        engine.step(1e-4, engine.attempt(0, feed.take()))
+        averages.update(1)
+
+    for _ in range(WARM_UP):
+        ours()
+    memory = _memory(device) - before
+    works: dict[str, Callable[[], Any]] = {OURS: ours, BASELINE: _baseline(options, device, train=True)}
+    if options.reference:
+        published = Published(options.reference, options.model, options.dropout, device)
+        batch = feed.take()[0]
+        works[PUBLISHED] = lambda: published.step(batch.latents, batch.labels.float(), compute)
+    feed.waited = 0.0
+    seconds = in_turns(works, device, options.repeats)
+    waited = feed.waited / (WARM_UP + options.repeats)
+    found = trace(ours, device, options.trace)
+    record = Record(
+        "step",
+        _settings(options, "engine", "dropout", "recompute", "attention", "compile"),
+        images=config.train.global_batch,
+        seconds={name: [dist.largest(each) for each in taken] for name, taken in seconds.items()},
+        flops=float(training_flops(config.model) * options.batch),
+        peak=_peak(device, options.precision),
+        memory_gb=dist.largest(memory) / 1e9,
+        data_wait_s=dist.largest(waited),
+        communication_s=found.communication_s,  # rank 0's
+        hidden_s=found.hidden_s,
+    )
+    if dist.rank() == 0:
+        print(f"{options.model}, {dist.world()} x {options.batch} images, {options.precision}, {options.engine}; {kernels}\n")
+        _show(record, options, earlier)
+        print("\n| longest | ms | calls |\n| --- | --- | --- |")
+        for name, ms, calls in found.top:
+            print(f"| {name} | {ms:.1f} | {calls} |")
+
+
+def bench_sample(options: argparse.Namespace) -> None:
+    """Latents, of as many images as ``--batch``, by the published sampler with guidance."""
+    device = dist.local_device()
+    earlier = _earlier(options)
+    apply_matmul_mode(options.precision)
+    compute = MODES[options.precision].compute
+    before = _memory(device, reset=True)
+    model = create_model(options.model, grid=(options.grid, options.grid)).to(device).eval()
+    model.use_kernels(_config(options).kernels, device, compute, training=False)
+    if options.compile:
+        torch._dynamo.config.recompile_limit = 4 * model.layout.entities  # docs/sampling.md: a graph each kind of call
+        model.compile(fullgraph=True, dynamic=False)
+    labels = [7 * image % model.config.classes for image in range(options.batch)]
+
+    def ours() -> None:
+        with torch.autocast(device.type, dtype=compute, enabled=compute is not FP32):
+            sample(model, labels, steps=options.steps, guidance=options.guidance)
+
+    ours()
+    memory = _memory(device) - before
+    works: dict[str, Callable[[], Any]] = {OURS: ours, BASELINE: _baseline(options, device, train=False)}
+    if options.reference:
+        published = Published(options.reference, options.model, 0.0, device)
+        works[PUBLISHED] = lambda: published.sample(labels, options.steps, options.guidance, compute)
+    seconds = in_turns(works, device, options.repeats)
+    settings = _settings(options, "steps", "guidance", "compile")
+    record = Record("sample", settings, images=options.batch, seconds=seconds, memory_gb=memory / 1e9)
+    print(
+        f"{options.model}, {options.batch} images in {options.steps} steps, guidance {options.guidance}, {options.precision}\n"
+    )
+    _show(record, options, earlier)
+
+
+def _earlier(options: argparse.Namespace) -> Record | None:
+    """The record to compare with, read before minutes of work, and before --json writes to the same file."""
+    if options.repeats < 1:
+        raise UsageError("--repeats is at least 1")
+    if options.reference and dist.world() > 1:
+        raise UsageError(f"--reference is timed in one process, not {dist.world()}")
+    if options.reference and options.grid != PUBLISHED_GRID:
+        raise UsageError(
+            f"the published code takes {PUBLISHED_GRID}x{PUBLISHED_GRID} tokens, not {options.grid}x{options.grid}"
+        )
+    return read_record(options.compare) if options.compare else None
+
+
+def _config(options: argparse.Namespace) -> Config:
+    """imagenet256_h's, of the model and sizes asked for, on synthetic latents."""
+    kernels: dict[str, Any] = {}
+    train: dict[str, Any] = {"global_batch": dist.world() * options.batch, "precision": options.precision}
+    model = {**model_values(options.model), "grid": [options.grid] * 2}
+    if hasattr(options, "engine"):
+        train |= {"engine": options.engine, "recompute": options.recompute}
+        model["dropout"] = options.dropout
+        kernels = {"attention": options.attention, "compile": options.compile}
+    data = {"path": "synthetic:4096", "lanes": 1, "workers": 0}
+    changes = {"model": model, "train": train, "kernels": kernels, "data": data}
+    return Config.from_dict(merge(recipe("imagenet256_h"), changes))
+
+
+def _settings(options: argparse.Namespace, *more: str) -> dict[str, Any]:
+    """What another record must agree in."""
+    named = {name: getattr(options, name) for name in ("model", "grid", "batch", "precision", *more)}
+    device = dist.local_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return named | {"ranks": dist.world(), "device": name, "threads": torch.get_num_threads()}
+
+
+def _show(record: Record, options: argparse.Namespace, earlier: Record | None) -> None:
+    print(f"{record.machine}\n\n{markdown(record)}")
+    if options.json:
+        record.write(options.json)
+    if earlier is not None:
+        print(f"\n{compare(record, earlier)}")
+
+
+def _baseline(options: argparse.Namespace, device: torch.device, *, train: bool) -> Callable[[], None]:
+    """PyTorch's own encoder of the model's width and heads, of two layers, on as many tokens: it stays as it is, whatever
+    becomes of ours, and is slowed down by what slows the machine."""
+    sizes, compute = model_values(options.model), MODES[options.precision].compute
+    width = sizes["width"]
+    layer = nn.TransformerEncoderLayer(width, sizes["heads"], 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+    network = nn.TransformerEncoder(layer, BASELINE_LAYERS, enable_nested_tensor=False).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), foreach=True)
+    x = torch.randn(options.batch, options.grid**2, width, device=device)
+
+    def work() -> None:
+        with torch.autocast(device.type, dtype=compute, enabled=compute is not FP32), torch.set_grad_enabled(train):
+            y = network(x)  # in training mode always: otherwise another kernel
+        if train:
+            F.mse_loss(y.float(), x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return work
+
+
+def _peak(device: torch.device, precision: str) -> float:
+    """Of the GPU's data sheet; of a CPU, or a GPU that is in no table, what a large product reaches here."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device).lower()
+        if known := next((gpu for key, gpu in GPUS.items() if key in name and not {"pcie", "nvl"} & {*name.split()}), None):
+            return known.peak(precision)
+    apply_matmul_mode(precision)
+    rows = SQUARE if device.type == "cuda" else SQUARE // 4
+    matrix = torch.randn(rows, rows, device=device, dtype=MODES[precision].compute)
+    return 2 * rows**3 / (median_ms(lambda: matrix @ matrix, device) / 1e3)
+
+
+def _memory(device: torch.device, reset: bool = False) -> float:
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+            return torch.cuda.memory_allocated(device)
+        return torch.cuda.max_memory_allocated(device)
+    return peak_resident(reset=reset)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What both commands take."""
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--reference", type=Path, help="a checkout of the published code, to be timed in turns with ours")
+    parser.add_argument("--json", type=Path, help="a file for the record")
+    parser.add_argument(
+        "--compare", type=Path, help="a record: ends with code 1 if ours takes 15 %% more of the baseline's time"
+    )

@@ -1,0 +1,67 @@
+"""What a profile of some work shows: the operations that take longest, and how much communication runs beside computation."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+TOP = 10
+Span = tuple[int, int]  # nanoseconds: begin, end
+
+
+class Trace(NamedTuple):
+    """``top``: name, milliseconds of its own, calls. Seconds in which something is sent, and of those beside computation."""
+
+    top: list[tuple[str, float, int]]
+    communication_s: float
+    hidden_s: float
+
+
+def trace(work: Callable[[], Any], device: torch.device, save: Path | None = None) -> Trace:
+    """Of one call. On a GPU of its kernels; without one of PyTorch's operations in this process, and gloo's."""
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
+        work()
+        if cuda:
+            torch.cuda.synchronize(device)
+    if save is not None:
+        seen.export_chrome_trace(str(save))
+    kind = DeviceType.CUDA if cuda else DeviceType.CPU
+    # annotations of what takes place, on a GPU too, are no kernels
+    every = seen.profiler.kineto_results.events()
+    events = [event for event in every if event.device_type() == kind and not event.is_user_annotation()]
+    spans = [(event.name(), (event.start_ns(), event.start_ns() + event.duration_ns())) for event in events]
+    sent = [span for name, span in spans if name.startswith(("nccl", "gloo:"))]
+    computed = [span for name, span in spans if (cuda or name.startswith("aten::")) and not _moves(name)]
+    rows = [row for row in seen.key_averages() if row.device_type == kind and not row.is_user_annotation]
+    own = {row.key: (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e3 for row in rows}
+    counts = {row.key: row.count for row in rows}
+    top = [(name, own[name], counts[name]) for name in sorted(own, key=own.__getitem__, reverse=True)[:TOP]]
+    return Trace(top, length(sent) / 1e9, both(sent, computed) / 1e9)
+
+
+def _moves(name: str) -> bool:
+    return name.startswith(("nccl", "gloo:", "Memcpy", "Memset"))
+
+
+def length(spans: Sequence[Span]) -> int:
+    """Of their union."""
+    return sum(end - begin for begin, end in _merged(spans))
+
+
+def both(left: Sequence[Span], right: Sequence[Span]) -> int:
+    """The time that lies in both unions."""
+    return length(left) + length(right) - length([*left, *right])
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
+        else:
+            merged.append((begin, end))
+    return merged

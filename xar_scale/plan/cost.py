@@ -1,0 +1,177 @@
+"""Pure functions of a step: what is computed, sent, read and written, and the seconds that each takes."""
+
+from typing import NamedTuple
+
+from xar_scale.config import Config, TrainConfig, micro_batches, shard_ranks
+from xar_scale.ema import WIDTHS
+from xar_scale.memory import WEIGHT, Weights
+from xar_scale.model.entities import create_layout
+from xar_scale.model.flops import forward_flops, training_flops
+from xar_scale.plan.hardware import Machines
+from xar_scale.precision import MODES
+
+
+class Link(NamedTuple):
+    """What a ring of ranks sends through: bytes a second, seconds a hop."""
+
+    bandwidth: float
+    hop: float
+
+
+class Collective(NamedTuple):
+    """One kind of collective of a pass, over ``ranks``, as ``calls`` of the same size that together move ``size`` bytes."""
+
+    name: str
+    size: float  # of what is gathered, or reduced
+    ranks: int
+    calls: int
+    link: Link
+    rounds: int = 1  # an all-reduce is a reduce-scatter and an all-gather
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each rank sends, and receives: size (n - 1) / n, the ring's."""
+        return self.rounds * self.size * (self.ranks - 1) / self.ranks
+
+    @property
+    def seconds(self) -> float:
+        """sent / bandwidth + calls (n - 1) hop: each call goes once around the ring."""
+        return self.sent / self.link.bandwidth + self.rounds * self.calls * (self.ranks - 1) * self.link.hop
+
+
+def link_of(machines: Machines, ranks: int) -> Link:
+    """The slowest that a ring of ``ranks`` neighbours goes through. Within a node NVLink; between nodes all adapters of a node,
+    a ring each: per_node x network, where NVLink is not slower. A hop within a node takes a tenth of one between them.
+    """
+    gpu = machines.gpu
+    if ranks <= machines.per_node:
+        return Link(gpu.nvlink * machines.link_share, machines.hop / 10)
+    return Link(min(gpu.nvlink, machines.per_node * gpu.network) * machines.link_share, machines.hop / machines.per_node)
+
+
+def collectives(config: Config, weights: Weights, machines: Machines) -> list[Collective]:
+    """Of one pass: weights are gathered for the forward pass and again for the backward pass, gradients reduced.
+
+    W weights, padded, in 16 bits or 32 (precision.gather), a call a block and one for what is in none. FSDP2 reduces in
+    float32, ZeRO-3 in the type it gathers in. ``shard_ranks``: FSDP2 gathers and reduces among neighbours, and all-reduces its
+    shard with the ranks of other nodes that have the same; ZeRO-3's hpZ gathers from neighbours in the backward pass alone.
+    """
+    train, world, precision = config.train, machines.gpus, MODES[config.train.precision]
+    if train.engine == "single" or world == 1:
+        return []
+    ranks, calls, everywhere = shard_ranks(train, world), weights.blocks + 1, link_of(machines, world)
+    near = link_of(machines, ranks)
+    cut = weights.cut(train.engine, ranks)
+    gathered, reduced = cut * precision.gather.itemsize, cut * precision.reduce.itemsize
+    if train.engine == "deepspeed":
+        return [
+            Collective("gather forward", gathered, world, calls, everywhere),
+            Collective("gather backward", gathered, ranks, calls, near),
+            Collective("reduce", gathered, world, calls, everywhere),
+        ]
+    found = [
+        Collective("gather forward", gathered, ranks, calls, near),
+        Collective("gather backward", gathered, ranks, calls, near),
+        Collective("reduce", reduced, ranks, calls, near),
+    ]
+    if ranks != world:
+        # ranks of other nodes by this one's own adapter; where all are in one node, by NVLink
+        apart = Link(machines.gpu.network * machines.link_share, machines.hop)
+        across = everywhere if world <= machines.per_node else apart
+        found.append(Collective("reduce copies", reduced / ranks, world // ranks, calls, across, rounds=2))
+    return found
+
+
+class StepTime(NamedTuple):
+    """Seconds of one step, by part. What runs beside something longer is hidden by it."""
+
+    compute: float
+    communication: float  # all of it
+    host: float  # activations to the host's memory and back
+    exposed: float  # of communication, what nothing is computed beside
+    optimizer: float
+    data: float  # until the loaders have a global batch
+
+    @property
+    def total(self) -> float:
+        """max(max(compute, communication - exposed, host) + exposed + optimizer, data)."""
+        beside = max(self.compute, self.communication - self.exposed, self.host)
+        return max(beside + self.exposed + self.optimizer, self.data)
+
+
+def image_flops(config: Config) -> int:
+    """Of one image in training: forward and backward, and the forward pass once more where blocks are computed again. What
+    "selective" computes again has no matrix products to speak of."""
+    again = forward_flops(config.model) if config.train.recompute in ("full", "offload") else 0
+    return training_flops(config.model) + again
+
+
+def step_time(config: Config, weights: Weights, machines: Machines, sent: list[Collective]) -> StepTime:
+    """Each part by its formula; b samples a rank and pass, p passes.
+
+    compute = p b FLOPs / (peak x mfu); communication = p x the collectives of a pass; host = 2 p b x inputs of blocks / host;
+    exposed = one call of the first gather and of the last reduction, and of the rest what is not overlapped;
+    data = global batch / (loader x workers x ranks).
+    """
+    train, gpu = config.train, machines.gpu
+    samples, passes = micro_batches(train, machines.gpus)
+    inputs = 0.0
+    if train.recompute == "offload":
+        inputs = weights.blocks * create_layout(config.model).tokens * config.model.width * WEIGHT
+    workers = max(config.data.workers, 1) * machines.gpus
+    communication = passes * sum(each.seconds for each in sent)
+    ends = sum(each.seconds / each.calls for each in (sent[0], sent[-1])) if sent else 0.0
+    return StepTime(
+        compute=passes * samples * image_flops(config) / (gpu.peak(train.precision) * machines.mfu),
+        communication=communication,
+        host=2 * passes * samples * inputs / gpu.host,
+        exposed=ends + (1 - machines.overlap) * (communication - ends),
+        optimizer=optimizer_bytes(config, weights, machines.gpus) / gpu.memory_bandwidth,
+        data=train.global_batch / (machines.loader * workers),
+    )
+
+
+def optimizer_bytes(config: Config, weights: Weights, world: int) -> float:
+    """Read and written a rank and step, of its share: gradients for the norm (1) and to be clipped (2), AdamW's four tensors (4
+    read, 3 written), the averages (3 each); under ZeRO-3 the copy that is gathered from (2). Four bytes each."""
+    times = 10 + 3 * _averages(config) + (2 if config.train.engine == "deepspeed" else 0)
+    ranks = owners(config.train, world)
+    return times * WEIGHT * weights.cut(config.train.engine, ranks) / ranks
+
+
+def owners(train: TrainConfig, world: int) -> int:
+    """Ranks that a copy of weights and moments is cut over: under ZeRO-3 all, also where neighbours gather from each other."""
+    return world if train.engine == "deepspeed" else shard_ranks(train, world)
+
+
+def _averages(config: Config) -> int:
+    return 1 + (len(WIDTHS) if config.optim.ema_snapshots_every else 0)
+
+
+class Checkpoint(NamedTuple):
+    """Weights, two moments and the averages, float32. Seconds: to copy a rank's share to the host, to write it all."""
+
+    size: float
+    copy: float
+    write: float
+
+
+def checkpoint(config: Config, weights: Weights, machines: Machines) -> Checkpoint:
+    """size = 4 W (3 + averages); copy = size / ranks / host link; write = size / (disk x nodes)."""
+    size = WEIGHT * weights.whole * (3 + _averages(config))
+    return Checkpoint(size, size / machines.gpus / machines.gpu.host, size / (machines.disk * machines.nodes))
+
+
+def snapshot_bytes(config: Config, weights: Weights, machines: Machines) -> float:
+    """Of a node's memory: the guard's snapshots, and what a checkpoint that is being written has been copied to."""
+    of_rank = checkpoint(config, weights, machines).size / owners(config.train, machines.gpus)
+    return min(machines.per_node, machines.gpus) * of_rank * ((config.guard.snapshots if config.guard.enabled else 0) + 1)
+
+
+def sample_bytes(config: Config) -> int:
+    """On disk: the posterior's mean and log variance in float16, and a tar's headers."""
+    rows, columns = config.model.grid
+    return 2 * 2 * config.model.channels * rows * columns + HEADERS
+
+
+HEADERS = 4 * 512  # of the latents' member and of the label's, whose 512 bytes follow

@@ -1,0 +1,50 @@
+"""A plan as files: the config that train takes, and the DeepSpeed settings that it names."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from xar_scale.config import Config
+from xar_scale.errors import UsageError
+from xar_scale.files import write_atomically
+from xar_scale.memory import Weights
+from xar_scale.plan.search import Way, bucket
+
+CONFIG, SETTINGS = "config.yaml", "ds_config.json"
+
+
+def write(way: Way, weights: Weights, folder: Path) -> list[Path]:
+    """Raises UsageError where the folder holds anything that is not a plan's."""
+    if foreign := sorted({path.name for path in folder.glob("*")} - {CONFIG, SETTINGS}):
+        raise UsageError(f"{folder} holds {foreign[0]}, which is not a plan's: name another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    config, written = way.config, {}
+    if config.train.engine == "deepspeed":
+        config = with_settings(config, folder / SETTINGS)
+        written[folder / SETTINGS] = json.dumps(settings(weights), indent=2) + "\n"
+    else:
+        (folder / SETTINGS).unlink(missing_ok=True)  # of an earlier plan
+    written[folder / CONFIG] = config.to_yaml()
+    for path, text in written.items():
+        write_atomically(path, text.encode())
+    return [*written]
+
+
+def with_settings(config: Config, path: Path) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, ds_config=str(path)))
+
+
+def settings(weights: Weights) -> dict[str, Any]:
+    """DeepSpeed's. Buckets of a block, so that one block's weights are gathered and another's gradients reduced while a third
+    is at work; biases and norms, which are small, stay gathered."""
+    size = bucket(weights)
+    zero = {
+        "stage": 3,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": size,
+        "stage3_prefetch_bucket_size": size,
+        "stage3_param_persistence_threshold": 100_000,
+    }
+    return {"zero_optimization": zero, "steps_per_print": 1_000_000_000, "wall_clock_breakdown": False}

@@ -1,0 +1,149 @@
+"""The ways to run a model on some GPUs, and the cheapest that fits."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import get_args
+
+import torch
+
+from xar_scale.config import Config, Recompute
+from xar_scale.errors import ConfigError
+from xar_scale.memory import Passes, RankMemory, Weights, extrapolated_passes, plan_fallback, rank_memory, weights_of
+from xar_scale.plan.cost import Collective, StepTime, collectives, step_time
+from xar_scale.plan.hardware import Machines
+from xar_scale.precision import MODES
+
+CUDA = torch.device("cuda", 0)
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full", "offload")  # the least work first
+
+
+@dataclass(frozen=True)
+class Way:
+    """One config that fits, and what it takes. ``parts``: of a pass after the guard's fall back to TF32."""
+
+    config: Config
+    memory: RankMemory
+    parts: int
+    sent: list[Collective]
+    time: StepTime
+
+    @property
+    def name(self) -> str:
+        train = self.config.train
+        engine = {"deepspeed": "ZeRO-3", "fsdp2": "FSDP2", "single": "single"}[train.engine]
+        shared = f" in groups of {train.shard_ranks}" if train.shard_ranks else ""
+        return f"{engine}{shared}, recompute {train.recompute}, micro batch {train.micro_batch}"
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was looked at: ``ways`` that fit, the quickest first. ``config``: as asked for, and ``fixed`` keys stay so."""
+
+    config: Config
+    machines: Machines
+    fixed: frozenset[str]
+    weights: Weights
+    passes: Passes
+    ways: list[Way]
+
+    def memory(self, config: Config, mode: str, samples: int) -> RankMemory:
+        return rank_memory(config, mode, samples, self.machines.gpus, CUDA, self.passes, bucket(self.weights))
+
+    def largest(self, config: Config, mode: str) -> int:
+        """The largest micro batch that divides a rank's part of the global batch and fits in precision ``mode``; 0: none."""
+        fits = (size for size in _divisors(self) if self.memory(_with(config, micro_batch=size), mode, size).total <= self.room)
+        return max(fits, default=0)
+
+    @property
+    def room(self) -> float:
+        return self.machines.gpu.memory
+
+
+def bucket(weights: Weights) -> int:
+    """Elements of the buckets that ZeRO-3 gathers and reduces in: a block, so that each moves while another is at work."""
+    return max(weights.block, weights.largest)
+
+
+def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
+    """Every engine, sharing, recomputation and micro batch but for what ``fixed`` (section.key) names; the fewest seconds a
+    step first, then what is computed again least, then the larger micro batch.
+
+    Raises ConfigError where the global batch does not divide, or nothing fits.
+    """
+    train = config.train
+    if train.global_batch % machines.gpus:
+        raise ConfigError(
+            f"global_batch {train.global_batch} is not divisible by {machines.gpus} GPUs: "
+            f"{machines.gpus} x {train.global_batch // machines.gpus} + {train.global_batch % machines.gpus}"
+        )
+    if "train.engine" in fixed and train.engine == "single" and machines.gpus > 1:
+        raise ConfigError(f"train.engine single is one process, not {machines.gpus}")
+    found = Search(config, machines, frozenset(fixed), weights_of(config.model), extrapolated_passes(), [])
+    least: list[tuple[float, Config]] = []
+    for candidate in _candidates(found):
+        micro = candidate.train.micro_batch
+        assert micro is not None
+        memory = found.memory(candidate, train.precision, micro)
+        if memory.total > found.room:
+            least.append((memory.total, candidate))
+            continue
+        parts, _ = plan_fallback(candidate, machines.gpus, CUDA, found.room, found.passes, bucket(found.weights))
+        fallback = MODES[train.precision].fallback
+        if fallback and config.guard.enabled:
+            split = found.memory(candidate, fallback, micro // parts).total
+            if split > found.room:
+                least.append((split, candidate))
+                continue
+        sent = collectives(candidate, found.weights, machines)
+        found.ways.append(Way(candidate, memory, parts, sent, step_time(candidate, found.weights, machines, sent)))
+    if not found.ways:
+        raise ConfigError(_nothing_fits(found, least))
+    found.ways.sort(key=_order)
+    return found
+
+
+def _order(way: Way) -> tuple[float, int, int, int]:
+    train = way.config.train
+    seconds = float(f"{way.time.total:.4g}")  # what differs by less than is known is equal
+    engines = ("single", "deepspeed", "fsdp2")
+    return seconds, RECOMPUTE.index(train.recompute), engines.index(train.engine), -(train.micro_batch or 0)
+
+
+def _candidates(found: Search) -> Iterator[Config]:
+    config, machines, fixed = found.config, found.machines, found.fixed
+    train = config.train
+    cut = ("fsdp2",) if MODES[train.precision].scaled else ("deepspeed", "fsdp2")  # ZeRO-3 has no loss scale
+    engines = ("single",) if machines.gpus == 1 else cut
+    shares = (None, machines.per_node) if machines.nodes > 1 and machines.gpus % machines.per_node == 0 else (None,)
+    for engine, share, recompute, micro in product(
+        (train.engine,) if "train.engine" in fixed else engines,
+        (train.shard_ranks,) if "train.shard_ranks" in fixed else shares,
+        (train.recompute,) if "train.recompute" in fixed else RECOMPUTE,
+        (train.micro_batch,) if "train.micro_batch" in fixed and train.micro_batch else _divisors(found),
+    ):
+        yield _with(config, engine=engine, shard_ranks=share, recompute=recompute, micro_batch=micro)
+
+
+def _divisors(found: Search) -> list[int]:
+    of_rank = found.config.train.global_batch // found.machines.gpus
+    return [size for size in range(1, of_rank + 1) if of_rank % size == 0]
+
+
+def _with(config: Config, **train: object) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))  # type: ignore[arg-type]
+
+
+def _nothing_fits(found: Search, least: list[tuple[float, Config]]) -> str:
+    need, config = min(least, key=lambda pair: pair[0])
+    held = ", ".join(sorted(found.fixed & {"train.engine", "train.shard_ranks", "train.recompute", "train.micro_batch"}))
+    instead = f"leave {held} to the search" if held else "take more GPUs, or GPUs with more memory"
+    train = config.train
+    return (
+        f"nothing fits {found.room / 1e9:.0f} GB a GPU on {found.machines.gpus}: the smallest need is {need / 1e9:.0f} GB "
+        f"({train.engine}, recompute {train.recompute}, micro_batch {train.micro_batch}); {instead}"
+    )
+
+
+assert set(RECOMPUTE) == set(get_args(Recompute))

@@ -1,0 +1,156 @@
+"""A plan as text: tables, the assumptions behind them, and the choice."""
+
+import dataclasses
+
+from xar_scale.config import micro_batches
+from xar_scale.doctor import table
+from xar_scale.memory import MARGIN, RankMemory
+from xar_scale.model.flops import forward_flops, training_flops
+from xar_scale.plan.cost import checkpoint, optimizer_bytes, sample_bytes, snapshot_bytes
+from xar_scale.plan.search import RECOMPUTE, Search, Way
+from xar_scale.precision import MODES
+
+
+def describe(found: Search, model: str, gpu: str) -> str:
+    """All of it, at most 120 columns wide."""
+    best = found.ways[0]
+    sections = [_model(found, model, gpu), _memory(found, best), _communication(best), _step(found, best), _kept(found, best)]
+    return "\n\n".join([*sections, _assumed(found, best), _chosen(found)])
+
+
+def _model(found: Search, model: str, gpu: str) -> str:
+    config, machines = found.config, found.machines
+    sizes = config.model
+    rows = [
+        ("parameters", f"{found.weights.whole:,} in {found.weights.blocks} blocks of {found.weights.block:,}"),
+        ("entities", f"{sizes.entity} on {sizes.grid[0]}x{sizes.grid[1]} tokens"),
+        ("TFLOP an image", f"{forward_flops(sizes) / 1e12:.2f} forward, {training_flops(sizes) / 1e12:.2f} in training"),
+        ("GPUs", f"{machines.gpus} x {gpu}, {min(machines.gpus, machines.per_node)} a node"),
+        ("global batch", f"{config.train.global_batch:,}, {config.train.steps:,} steps in {config.train.precision}"),
+    ]
+    return table((model, ""), rows)
+
+
+def _memory(found: Search, best: Way) -> str:
+    """With the chosen engine, at its micro batch; beside it the largest that fits. In the run's precision, and after the
+    fallback."""
+    train = best.config.train
+    samples, _ = micro_batches(train, found.machines.gpus)
+    fallback = MODES[train.precision].fallback
+    modes = [train.precision, *([fallback] if fallback and found.config.guard.enabled else [])]
+    titles = ("GB a GPU", *RankMemory._fields, "needed", "largest batch")
+    rows = []
+    for mode in modes:
+        for recompute in RECOMPUTE:
+            config = dataclasses.replace(best.config, train=dataclasses.replace(train, recompute=recompute))
+            memory, largest = found.memory(config, mode, samples), found.largest(config, mode)
+            row = [f"{mode}, {recompute}", *map(_gb, memory), _gb(memory.total), str(largest or "none fits")]
+            rows.append(row)
+    used = [n for n, title in enumerate(titles) if title == titles[-1] or any(row[n] != "0" for row in rows)]
+    return table([titles[n] for n in used], [[row[n] for n in used] for row in rows])
+
+
+def _communication(best: Way) -> str:
+    if not best.sent:
+        return "communication: none"
+    passes = round(best.time.communication / sum(each.seconds for each in best.sent))
+    hidden = min(best.time.communication - best.time.exposed, max(best.time.compute, best.time.host))
+    rows = [
+        (each.name, str(each.ranks), str(each.calls * passes), _gb(each.sent * passes), f"{each.seconds * passes * 1e3:.1f}")
+        for each in best.sent
+    ]
+    sent = sum(each.sent for each in best.sent) * passes
+    rows.append(("all", "", "", _gb(sent), f"{best.time.communication * 1e3:.1f}"))
+    return (
+        table(("communication a step", "ranks", "calls", "GB sent a GPU", "ms"), rows)
+        + f"\nhidden behind computation: {hidden * 1e3:.1f} ms; never hidden: {best.time.exposed * 1e3:.1f} ms, "
+        "the first gather and the last reduction"
+    )
+
+
+def _step(found: Search, best: Way) -> str:
+    time, train = best.time, best.config.train
+    hours = time.total * train.steps / 3600
+    rows = [(part, f"{seconds * 1e3:,.1f} ms") for part, seconds in time._asdict().items()]
+    rows += [
+        ("step", f"{time.total * 1e3:,.1f} ms"),
+        (
+            "images/s",
+            f"{train.global_batch / time.total:,.0f}, {train.global_batch / time.total / found.machines.gpus:,.1f} a GPU",
+        ),
+        ("the recipe", f"{hours:,.1f} hours, {hours * found.machines.gpus:,.0f} GPU-hours"),
+    ]
+    return table(("a step", ""), rows)
+
+
+def _kept(found: Search, best: Way) -> str:
+    config, machines, weights = best.config, found.machines, found.weights
+    kept, train = checkpoint(config, weights, machines), config.train
+    of_node = train.global_batch / best.time.total / machines.nodes
+    rows = [
+        ("checkpoint", f"{kept.size / 1e9:,.1f} GB; {kept.copy:.2f} s to copy to the host, {kept.write:,.0f} s to write"),
+        (
+            "host memory a node",
+            f"{snapshot_bytes(config, weights, machines) / 1e9:,.1f} GB of snapshots and a checkpoint's copy",
+        ),
+        ("data a node", f"{of_node:,.0f} samples/s, {of_node * sample_bytes(config) / 1e6:,.1f} MB/s"),
+    ]
+    return table(("beside the GPUs", ""), rows)
+
+
+def _assumed(found: Search, best: Way) -> str:
+    machines, gpu = found.machines, found.machines.gpu
+    data, peak = best.config.data, gpu.peak(best.config.train.precision) / 1e12
+    lines = [
+        f"memory: {gpu.memory / 1e9:.0f} GB a GPU; {MARGIN - 1:.0%} of what is reckoned is added for CUDA, NCCL and fragments",
+        "memory: the moment of a step that needs most, a pass or the optimizer's step; attention and dropout as fused kernels",
+        f"compute: {machines.mfu:.0%} of {peak:,.0f} TFLOP/s, recomputed work included (--mfu)",
+        f"network: {gpu.network / 1e9:.0f} GB/s a GPU between nodes (--network), NVLink {gpu.nvlink / 1e9:.0f} GB/s; "
+        f"collectives reach {machines.link_share:.0%}, {machines.hop * 1e6:.0f} us a hop",
+        f"nodes: {machines.per_node} GPUs (--gpus-per-node), a ring through each of their adapters",
+        "overlap: collectives run beside computation, but for a step's first and last; nothing waits for a slow rank",
+        f"optimizer: {optimizer_bytes(best.config, found.weights, machines.gpus) / 1e9:.2f} GB read and written a GPU at "
+        f"{gpu.memory_bandwidth / 1e12:.2f} TB/s; host link {gpu.host / 1e9:.0f} GB/s",
+        f"data: {machines.loader:,.0f} samples/s a core, {max(data.workers, 1)} workers a GPU (data.workers)",
+        f"checkpoint: float32, {machines.disk / 1e9:.0f} GB/s a node to disk; it is written while training goes on",
+        "not in it: restarts, evaluation, previews, the first steps' warm-up",
+    ]
+    return "\n".join(["assumed", *(f"  {line}" for line in lines)])
+
+
+def _chosen(found: Search) -> str:
+    best, train = found.ways[0], found.config.train
+    lines = [f"chosen: {best.name}", f"  {_why(found, best)}"]
+    if MODES[train.precision].fallback and found.config.guard.enabled:
+        whole = "whole" if best.parts == 1 else f"in {best.parts} parts"
+        lines.append(f"  after a fallback to TF32 a pass runs {whole}")
+    if other := _runner_up(found):
+        lines.append(f"runner-up: {other.name}: {other.time.total * 1e3:,.1f} ms a step, {_gb(other.memory.total)} GB")
+    return "\n".join(lines)
+
+
+def _why(found: Search, best: Way) -> str:
+    time = best.time
+    bound = max(("compute", "communication", "host", "data"), key=lambda part: getattr(time, part))
+    same = sum(way.time.total <= time.total * 1.0005 for way in found.ways)
+    among = f"; of {same} as quick the least recomputation, then the largest micro batch" if same > 1 else ""
+    return (
+        f"the fewest GPU-hours of {len(found.ways)} ways that fit{among}\n"
+        f"  bound by {bound}; {_gb(best.memory.total)} of {_gb(found.room)} GB"
+    )
+
+
+def _runner_up(found: Search) -> Way | None:
+    """The next with another engine or sharing, or where there is none with other recomputation."""
+
+    def kind(way: Way) -> tuple[str, int | None]:
+        return way.config.train.engine, way.config.train.shard_ranks
+
+    best, *others = found.ways
+    by_kind = (way for way in others if kind(way) != kind(best))
+    by_recompute = (way for way in others if way.config.train.recompute != best.config.train.recompute)
+    return next(by_kind, None) or next(by_recompute, None)
+
+
+def _gb(size: float) -> str:
+    return "0" if not size else f"{size / 1e9:.2f}" if size < 10e9 else f"{size / 1e9:.1f}"
