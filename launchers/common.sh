@@ -86,9 +86,10 @@ launch() {
         (trap '' USR2 && exec "$@") &
         launcher=$!
         while true; do # a trap ends a wait
-            wait "$launcher" && code=0 || code=$?
+            wait "$launcher" || true
             kill -0 "$launcher" 2>/dev/null || break
         done
+        wait "$launcher" && code=0 || code=$? # the launcher's own: a wait that a trap ended has another
         for process in "${started[@]}"; do
             while alive "$process"; do sleep 0.1; done
         done
@@ -96,6 +97,7 @@ launch() {
         [ -z "$asked" ] || exit "$code"
         start_again "$RUN" "$code" || exit "$code"
         sleep "$PAUSE" &
+        [ -z "$asked" ] || kill $! # asked before it slept
         wait $! || true
         [ -z "$asked" ] || exit "$code"
     done

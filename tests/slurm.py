@@ -35,9 +35,12 @@ SelectTypeParameters=CR_Core
 SwitchType=switch/none
 MpiDefault=none
 ReturnToService=2
-KillWait=30
+KillWait=60
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 {nodes}
-PartitionName=main Nodes=n0,n1 Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=n0,n1 Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFINITE State=UP
+PartitionName=urgent Nodes=n0,n1 PriorityTier=2 MaxTime=INFINITE State=UP
 """
 
 
@@ -130,5 +133,6 @@ def slurm(folder: Path) -> Iterator[Slurm]:
 
 
 def _idle(here: Slurm) -> bool:
-    shown = subprocess.run(["sinfo", "-Nho", "%N %t"], env=here.environment, capture_output=True, text=True).stdout
+    command = ["sinfo", "--partition=main", "-Nho", "%N %t"]
+    shown = subprocess.run(command, env=here.environment, capture_output=True, text=True).stdout
     return sorted(shown.split("\n")) == ["", "n0 idle", "n1 idle"]

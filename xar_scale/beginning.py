@@ -1,8 +1,10 @@
 """What a run begins with: its folder, its data, its checkpoint or first weights. All that can be refused is refused here."""
 
+import os
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from typing_extensions import Self
@@ -22,6 +24,7 @@ from xar_scale.files import locked, write_atomically
 from xar_scale.metrics import Metrics
 from xar_scale.model.entities import create_layout
 from xar_scale.model.xar import XAR, Weight, blank_weights, initial_weights
+from xar_scale.stopping import Stops
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
 LOCK_WAIT_S = 100
@@ -30,8 +33,8 @@ LOCK_WAIT_S = 100
 class RunLock:
     """Rank 0's, until the context is left: no other process trains in ``run``. One that ends may take a while."""
 
-    def __init__(self, run: Path) -> None:
-        self.run, self._stack, self._taken = run, ExitStack(), False
+    def __init__(self, run: Path, stops: Stops) -> None:
+        self.run, self.stops, self._stack, self._taken = run, stops, ExitStack(), False
 
     def __enter__(self) -> Self:
         return self
@@ -39,25 +42,41 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
+    def _name(self, holder: str) -> None:
+        with suppress(OSError):  # a full disk holds no name, and the lock all the same
+            (self.run / LOCK_FILE).write_text(holder)
+
     def take(self) -> None:
-        """Once is enough. Raises FileError where another process has it and keeps it."""
+        """Once is enough. Raises FileError where another process has it and keeps it, StoppedError or PreemptedError where this
+        one is asked to stop meanwhile."""
         if self._taken or dist.rank() != 0:
             return
-        self._taken = True
+        self._taken, path, holder = True, self.run / LOCK_FILE, ""
         for second in range(LOCK_WAIT_S):
             try:
                 attempt = ExitStack()
-                if attempt.enter_context(locked(self.run / LOCK_FILE)):
+                if attempt.enter_context(locked(path)):
                     self._stack = attempt
+                    attempt.callback(self._name, "")
+                    self._name(_this_process())
                     return
                 attempt.close()
+                holder = path.read_text() or "another process"
             except OSError as error:
                 dist.say(f"{self.run} cannot be locked, so that another job in it would go unnoticed: {error.strerror}")
                 return
             if second == 0:
-                dist.say(f"{self.run}: another process trains here; waiting for it to end")
+                dist.say(f"{self.run}: {holder} trains here; waiting for it to end")
+            if self.stops.asked():
+                raise self.stops.alone(f"stopped while {holder} trains in {self.run}: nothing is begun")
             time.sleep(1)
-        raise FileError(f"{self.run}: another process still trains here; end it, or use another --run-dir")
+        raise FileError(f"{self.run}: {holder} still trains here; end it, or use another --run-dir")
+
+
+def _this_process() -> str:
+    """For whoever waits for it."""
+    job = f" of SLURM's job {job}" if (job := os.environ.get("SLURM_JOB_ID")) else ""
+    return f"process {os.getpid()} on {socket.gethostname()}{job}"
 
 
 def open_run(config: Config, run: Path, store: Store, start: int, lock: RunLock) -> Metrics:

@@ -1,6 +1,7 @@
 """What ends a program on purpose: one class and one documented exit code for each kind of ending."""
 
 OK = 0
+INTERRUPTED = 130  # by Ctrl-C, where nothing else is made of it
 
 
 class XarScaleError(Exception):

@@ -64,6 +64,10 @@ class Stops:
         kind = PreemptedError if preempted else StoppedError
         return kind(f"{when} ({said}): a checkpoint is written, the same command goes on")
 
+    def alone(self, when: str) -> XarScaleError:
+        """The same of this rank's wishes, before there is anything to agree on or to write."""
+        return (PreemptedError if "SIGUSR2" in self.heard else StoppedError)(when)
+
     def obeyed(self) -> None:
         """The file would stop the next start too."""
         if dist.rank() == 0:

@@ -11,7 +11,6 @@ import pytest
 from tests.processes import Ended, finish, start
 from xar_scale.evaluate.digits import cache_digits
 
-pytestmark = pytest.mark.timeout(200)
 SETTINGS = ["model.width=16", "model.heads=2", "train.global_batch=24", "optim.warmup_steps=5", "train.log_every=1"]
 SETTINGS += ["train.hang_after=5", "train.hang_seconds=3", "train.ds_config=tests/dist/zero3.json"]
 

@@ -13,7 +13,6 @@ from tests.processes import Ended, finish, start
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, step_of
 from xar_scale.evaluate.digits import cache_digits
 
-pytestmark = pytest.mark.timeout(200)
 STEPS = 120
 SETTINGS = ["model.width=16", "model.heads=2", "train.global_batch=24", "optim.warmup_steps=5", "train.log_every=1"]
 SETTINGS += [f"train.steps={STEPS}", "train.engine=fsdp2", "train.checkpoint_every=1000", "optim.ema_snapshots_every=50"]
@@ -59,6 +58,7 @@ def assert_stopped(ended: Ended, run: Path, why: str, code: int = 76) -> int:
     return int(said[1])
 
 
+@pytest.mark.long
 def test_whatever_asks_one_rank_all_leave_and_go_on_bitwise(folder):
     run = folder / "run"
     for number, name, code in ((signal.SIGTERM, "SIGTERM", 76), (signal.SIGUSR2, "SIGUSR2", 75), (signal.SIGINT, "SIGINT", 76)):

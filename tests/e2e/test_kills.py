@@ -14,7 +14,7 @@ from xar_scale.evaluate.digits import cache_digits
 KILLS = 50
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.long
 def test_fifty_kills_while_saving_cost_nothing_but_the_steps_since_the_last_checkpoint(tmp_path):
     cache_digits(tmp_path / "data", samples_per_shard=500)
     command = [sys.executable, "-m", "tests.e2e.kills", tmp_path, tmp_path / "data", str(KILLS)]

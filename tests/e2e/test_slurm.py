@@ -137,7 +137,7 @@ def test_a_job_that_is_warned_requeued_killed_and_given_fewer_nodes_is_the_undis
     code = job.ended(3)
     assert "rank 0 has lost another rank" in job.said and "Traceback" not in job.said
     assert code in (71, 137) and time.monotonic() - begun < 15
-    assert f"exit code {code}; start again, number 1 since checkpoint step-{step:08d} (RESTARTS=3)" in job.said
+    job.until(lambda: f"exit code {code}; start again, number 1 since checkpoint step-{step:08d} (RESTARTS=3)" in job.said)
     here.until(lambda: here.state(job.number)["JobState"] == "PENDING")
 
     # somebody has only one node
@@ -200,3 +200,26 @@ def test_what_would_end_alike_is_not_queued_again_and_what_is_cancelled_is_writt
     here.until(lambda: here.state(job.number)["JobState"] == "CANCELLED")
     job.until(lambda: "(SIGTERM to rank" in job.said)
     assert newest(job.run) > 0 and newest_valid(job.run).manifest.step == newest(job.run)
+
+
+def test_a_job_that_others_preempt_writes_first_and_goes_on_after_them(here, folder):
+    job = Job(here, folder, "six")
+    job.steps(5)
+    urgent = here.submit(folder, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    assert job.ended(1) == 76
+    job.until(lambda: "(SIGTERM to rank" in job.said and "exit code 75; start again" in job.said)
+    here.until(lambda: here.state(urgent)["JobState"] == "COMPLETED")
+    here.now(job.number)
+    job.steps(5)
+    assert f"resumed from {job.run}/checkpoints/step-" in job.of_start(2) and job.restarts() == 1
+    here.run("scancel", job.number)
+    here.until(lambda: here.state(job.number)["JobState"] == "CANCELLED")
+
+
+def test_a_job_that_is_cancelled_as_it_starts_ends_by_itself(here, folder):
+    job = Job(here, folder, "seven")
+    job.until(lambda: "start 1, " in job.said)
+    here.run("scancel", job.number)
+    here.until(lambda: here.state(job.number)["JobState"] == "CANCELLED")
+    job.until(lambda: "ended with" in job.said)  # which it does not say where SLURM kills it after KillWait
+    assert job.restarts() == 0 and "Traceback" not in job.said

@@ -1,7 +1,11 @@
 """What the launchers' shell code decides: the run's folder, its exit code, whether to start again. And that it is clean."""
 
 import shutil
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +68,39 @@ def test_a_newer_checkpoint_begins_the_count_anew(tmp_path):
     said = done.stdout.splitlines()
     assert [line.split(";")[1].split()[0] for line in said] == ["start", "start", "start", "not"]
     assert said[-1] == "exit code 1; not started again: 1 restarts since checkpoint step-3" and done.returncode == 1
+
+
+def test_asked_to_end_while_it_waits_to_start_again_it_ends(tmp_path):
+    script = (
+        f"source launchers/common.sh; RUN={tmp_path} RESTARTS=3 PAUSE=600; launch bash -c 'echo >>{tmp_path}/starts; exit 3'"
+    )
+    shell = subprocess.Popen(["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert "start again, number 1" in shell.stdout.readline()
+    shell.send_signal(signal.SIGTERM)
+    assert shell.wait(timeout=20) == 3 and (tmp_path / "starts").read_text() == "\n"  # not once more
+    shell.stdout.close()
+
+
+def test_asked_to_end_it_waits_for_what_its_launcher_left_running(tmp_path):
+    rank = f"trap 'sleep 1; echo written >{tmp_path}/checkpoint; exit' TERM; echo up; while true; do sleep 0.1; done"
+    launcher = 'trap "exit 76" TERM; bash -c "$RANK" & while true; do sleep 0.1; done'
+    late = 'kill() { builtin kill "$@" || return; [ "$1" = -0 ] || sleep 1; }'  # it ends before the next wait
+    script = f"source launchers/common.sh; {late}; RUN={tmp_path} RESTARTS=3 PAUSE=0; launch bash -c '{launcher}'"
+    command = ["env", f"RANK={rank}", "bash", "-euo", "pipefail", "-c", script]
+    shell = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert shell.stdout.readline() == "up\n"
+    shell.send_signal(signal.SIGTERM)
+    assert shell.wait(timeout=20) == 76 and (tmp_path / "checkpoint").read_text() == "written\n"
+    shell.stdout.close()
+
+
+def test_a_process_that_ended_unnoticed_is_not_waited_for():
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    while "State:\tZ" not in Path(f"/proc/{ended.pid}/status").read_text():
+        time.sleep(0.01)
+    assert bash('alive "$1" && echo yes || echo no', ended.pid).stdout == "no\n"
+    ended.wait()
+    running = subprocess.Popen(["sleep", "60"])
+    assert bash('alive "$1" && echo yes || echo no', running.pid).stdout == "yes\n"
+    running.kill()
+    running.wait()

@@ -1,6 +1,7 @@
 """Hangs and stragglers on one process: when a step has taken too long, whom the others wait for, and how it is measured."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -159,3 +160,14 @@ def test_a_rank_is_named_once_when_it_is_slow_several_times_in_a_row(monkeypatch
     assert capsys.readouterr().out == ""
     compared.compare(1.0)
     assert "rank 3" in capsys.readouterr().out
+
+
+def test_a_report_that_cannot_be_written_keeps_nobody_alive(tmp_path):
+    (tmp_path / watchdog.FOLDER).mkdir()
+    os.mkfifo(tmp_path / watchdog.FOLDER / "step-00000008-rank-0.txt")  # as a disk that hangs: to open it waits for a reader
+    quick = PROGRAM.replace("watchdog.LOOK_S = 0.05", "watchdog.LOOK_S, watchdog.REPLY_S = 0.05, 0.3").replace(
+        "sleep(0.8)", "sleep(0)"
+    )
+    command = [sys.executable, "-c", quick]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=25)
+    assert done.returncode == 69 and "hang: step 8 takes" in done.stderr
