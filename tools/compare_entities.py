@@ -16,7 +16,9 @@ from xar_scale.cli import Parser, ending
 from xar_scale.config import Config, merge, override
 from xar_scale.data.shards import DATASET_FILE
 from xar_scale.evaluate.digits import CLASSES, cache_digits, judge
-from xar_scale.evaluate.generate import draw_grid, generate, open_checkpoint
+from xar_scale.evaluate.generate import open_generator
+from xar_scale.evaluate.pictures import draw_grid, png_bytes
+from xar_scale.evaluate.trained import open_trained
 from xar_scale.files import write_atomically
 from xar_scale.metrics import METRICS_FILE
 from xar_scale.model.entities import create_layout, kinds
@@ -54,20 +56,21 @@ def compare(out: Path, overrides: list[str]) -> None:
         config = Config.from_dict(override(merge(recipe("digits"), own), overrides))
         print(f"== {kind}", flush=True)
         train(config, out / kind)
-        checkpoint = open_checkpoint(out / kind)
+        generator = open_generator(open_trained(out / kind, []), dist.local_device())
         labels = list(range(CLASSES)) * PER_CLASS
         begun = time.perf_counter()
-        images = generate(checkpoint, labels, config.sample, seed=0, device=dist.local_device())
+        images = generator.draw(labels)
         seconds = time.perf_counter() - begun
         layout = create_layout(config.model)
         logs = (out / kind / METRICS_FILE).read_text().splitlines()[-LAST_LOGS:]
         loss = np.mean([json.loads(line)["loss"] for line in logs])
+        read = judge().share_read(images, np.array(labels))
         lines.append(
-            f"| {kind} | {layout.entities} | {layout.tokens} | {loss:.3f} | {judge(images, np.array(labels)).samples:.1%} | "
+            f"| {kind} | {layout.entities} | {layout.tokens} | {loss:.3f} | {read:.1%} | "
             f"{len(labels) / seconds:.0f} | {config.sample.sampler}, {config.sample.steps} |"
         )
         rows[kind] = images[:CLASSES]
-    draw_grid(rows, out / "entities.png")
+    write_atomically(out / "entities.png", png_bytes(draw_grid(rows)))
     table = "\n".join(lines)
     write_atomically(out / "table.md", f"{table}\n".encode())
     print(table)

@@ -1,19 +1,19 @@
-"""The command line: xar-scale train | sample | evaluate | replay | doctor."""
+"""The command line: xar-scale train | sample | evaluate | plan | report | replay | doctor."""
 
 import argparse
-import dataclasses
-import json
+import math
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from xar_scale.config import Config, merge, override, read_yaml
-from xar_scale.errors import OK, DataError, ProcessError, UsageError, XarScaleError
+from xar_scale.errors import INTERRUPTED, OK, ProcessError, UsageError, XarScaleError
 from xar_scale.files import write_atomically
-from xar_scale.presets import RECIPES, recipe
+from xar_scale.presets import MODELS, RECIPES, model_values, recipe
 from xar_scale.stopping import Stops
 
 
@@ -41,10 +41,15 @@ def ending(program: str, run: Callable[[], None]) -> int:
         if dist.rank() == (error.rank or 0):
             print(f"{program}: {error}", file=sys.stderr, flush=True)
         return error.exit_code  # without leaving the process group: other ranks may be waiting in it for the launcher
+    except KeyboardInterrupt:
+        if dist.rank() == 0:
+            print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
     except RuntimeError as error:
         if not dist.is_lost_rank(error):
             raise
-        print(f"{program}: rank {dist.rank()} has lost another rank: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        said = f"rank {dist.rank()} has lost another rank, which was killed or says itself why it ended"
+        print(f"{program}: {said}", file=sys.stderr, flush=True)
         return ProcessError.exit_code
     dist.close()
     return OK
@@ -96,23 +101,52 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
     train.set_defaults(run_command=_train, overridable=True)
 
-    sample = commands.add_parser(
-        "sample",
-        help="draw images from a run or checkpoint",
-        epilog="sample.key=value and kernels.key=value arguments are laid over the run's config, e.g. sample.guidance=1.5",
+    overriding = "sample.key=value and kernels.key=value arguments are laid over the run's config, e.g. sample.guidance=1.5"
+    sample = commands.add_parser("sample", help="draw images from a run, a checkpoint or published weights", epilog=overriding)
+    sample.add_argument("weights", type=Path, help="a run's folder, one checkpoint's, or a published file")
+    sample.add_argument("--classes", help='such as "golden retriever, 207, 1-5" (default: 0-9)')
+    sample.add_argument("--seeds", default="0-9", help="an image of each class with each of them (default: 0-9)")
+    sample.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        action="append",
+        help="X.png: a labelled grid; X.npz: as ADM's evaluator reads it; X.gif: the first image as it comes to be; "
+        "X/: a PNG an image. May be given again",
     )
-    sample.add_argument("checkpoint", type=Path, help="a run's folder, or one checkpoint's")
-    sample.add_argument("--classes", help="numbers with commas (default: all)")
-    sample.add_argument("--per-class", type=int, default=10)
-    sample.add_argument("--show", type=int, default=10, help="images a class in the grid")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--out", type=Path, required=True, help="the grid, a PNG; all images go to the .npz of the same name")
     sample.set_defaults(run_command=_sample, overridable=True)
 
-    evaluate = commands.add_parser("evaluate", help="judge samples of the digits by a classifier fitted on the real ones")
-    evaluate.add_argument("samples", type=Path, help="the .npz that `xar-scale sample` wrote")
-    evaluate.add_argument("--out", type=Path, required=True, help="the verdict, a JSON file")
-    evaluate.set_defaults(run_command=_evaluate, overridable=False)
+    evaluate = commands.add_parser(
+        "evaluate", help="draw a large set, on one rank or under a launcher, and compare it with real images", epilog=overriding
+    )
+    evaluate.add_argument("what", type=Path, help="as for sample; or images: an npz of ADM's form, a folder of pictures")
+    evaluate.add_argument("--reference", required=True, help="digits, an npz with mu and sigma or images, pictures")
+    evaluate.add_argument("--out", type=Path, help="folder of the set and its numbers (default: RUN/evaluations/STEP)")
+    evaluate.add_argument("--images", type=int, help="that are drawn (default: 50000)")
+    evaluate.add_argument("--seed", type=int, help="of what is drawn (default: 0)")
+    evaluate.add_argument("--features", default="inception-v3-compat", help="one of torch-fidelity's extractors")
+    evaluate.add_argument("--inception-weights", type=Path, help="path of torch-fidelity's file (default: where it keeps it)")
+    evaluate.set_defaults(run_command=_evaluate, overridable=True)
+
+    plan = commands.add_parser(
+        "plan",
+        help="memory, time and cost of a run before it starts, and the cheapest config that fits",
+        epilog="section.key=value arguments are laid over the recipe; what they set is not searched, e.g. train.micro_batch=8",
+    )
+    plan.add_argument("--model", required=True, help=f"one of {', '.join(MODELS)}")
+    plan.add_argument("--gpus", type=int, required=True, help="how many in all")
+    plan.add_argument("--gpu", required=True, help="a100, h100, h200, b200")
+    plan.add_argument("--recipe", default="imagenet256_h", help="of batch, steps and data (default: imagenet256_h)")
+    plan.add_argument("--gpus-per-node", type=int, default=8)
+    plan.add_argument("--mfu", type=float, help="of the peak, what matrix products reach (default: 0.40)")
+    plan.add_argument("--network", type=float, help="GB/s of each GPU's own adapter between nodes (default: the usual one)")
+    plan.add_argument("--out", type=Path, help="a folder for config.yaml and ds_config.json (default: none are written)")
+    plan.set_defaults(run_command=_plan, overridable=True)
+
+    report = commands.add_parser("report", help="one HTML page about a run: curves, trouble, checkpoints, samples, evaluations")
+    report.add_argument("run", type=Path, help="a run's folder")
+    report.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
+    report.set_defaults(run_command=_report, overridable=False)
 
     replay = commands.add_parser("replay", help="run the batch of a guard's report again, on one device")
     replay.add_argument("report", type=Path, help="RUN/reports/step-*.json")
@@ -159,51 +193,112 @@ def _seconds(duration: str) -> float:
 
 
 def _sample(options: argparse.Namespace) -> None:
-    import numpy as np
-
     from xar_scale import dist
-    from xar_scale.evaluate.generate import draw_grid, generate, open_checkpoint
+    from xar_scale.evaluate import classes
+    from xar_scale.evaluate.generate import open_generator
+    from xar_scale.evaluate.pictures import Drawn, check_output
+    from xar_scale.evaluate.trained import open_trained
 
-    if options.per_class < 1 or options.show < 1:
-        raise UsageError("--per-class and --show are at least 1")
-    if options.out.suffix != ".png":
-        raise UsageError(f"--out {options.out} is not a .png")
-    if wrong := [word for word in options.overrides if not word.startswith(("sample.", "kernels."))]:
-        raise UsageError(f"{wrong[0]}: only sample.* and kernels.* can be changed when sampling")
-    checkpoint = open_checkpoint(options.checkpoint)
-    config = Config.from_dict(override(checkpoint.manifest.config, options.overrides))
-    try:
-        classes = [int(name) for name in options.classes.split(",")] if options.classes else range(config.model.classes)
-    except ValueError:
-        raise UsageError(f"--classes {options.classes!r} is not numbers with commas") from None
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    labels = [label for label in classes for _ in range(options.per_class)]
-    images = generate(checkpoint, labels, config.sample, options.seed, dist.local_device(), config.kernels)
-    archive = options.out.with_suffix(".npz")
-    np.savez(archive, images=images, labels=np.array(labels))
-    draw_grid({str(label): images[np.equal(labels, label)][: options.show] for label in classes}, options.out)
-    print(f"{len(labels)} images of {checkpoint.path}: {options.out}, {archive}")
+    seeds = classes.parse_seeds(options.seeds)
+    for path in options.out:
+        check_output(path)
+    device = dist.local_device()
+    if dist.world() > 1:
+        dist.init(device)
+    trained = open_trained(options.weights, options.overrides)
+    known = trained.model.classes
+    chosen = classes.parse_classes(options.classes or f"0-{min(known, 10) - 1}", known)
+    labels = [label for label in chosen for _ in seeds]
+    generator = open_generator(trained, device)
+    dist.on_rank_0(lambda: [path.parent.mkdir(parents=True, exist_ok=True) for path in options.out])
+    images = generator.draw_over_ranks(labels, seeds * len(chosen))
+    animated = any(path.suffix == ".gif" for path in options.out)
+    drawn = Drawn(
+        images,
+        labels,
+        seeds * len(chosen),
+        {label: classes.title(label, known) for label in chosen},
+        [*generator.frames(labels[0], seeds[0])] if animated else [],
+    )
+
+    def write() -> None:
+        for path in options.out:
+            drawn.write(path)
+
+    dist.on_rank_0(write)
+    dist.say(f"{len(labels)} images of {trained.source.path}: {', '.join(map(str, options.out))}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    import zipfile
+    from xar_scale import dist
+    from xar_scale.evaluate.evaluation import PAGE, RESULT, Comparison, describe, image_set, write
+    from xar_scale.evaluate.generate import open_generator
+    from xar_scale.evaluate.images import open_images
+    from xar_scale.evaluate.trained import holds_weights, is_run, open_trained
 
-    import numpy as np
+    if (options.images is not None and options.images < 2) or (options.seed is not None and options.seed < 0):
+        raise UsageError("--images is at least 2, --seed at least 0")
+    device = dist.local_device()
+    if dist.world() > 1:
+        dist.init(device)
+    if options.out is None and not is_run(options.what):
+        raise UsageError(f"{options.what} is no run: give --out, a folder for the numbers")
+    compare = partial(Comparison, options.reference, options.features, device, options.inception_weights)
+    if holds_weights(options.what):
+        trained = open_trained(options.what, options.overrides)
+        folder = options.out or options.what / "evaluations" / f"step-{trained.source.step:08d}"
+        images, comparison = image_set(trained, folder, options.images or 50_000, options.seed or 0), compare()
+        dist.on_rank_0(images.open)
+        if dist.on_rank_0(images.missing):
+            images.draw(open_generator(trained, device))
+        result = comparison.of(images, images.labels, describe(images, trained))
+    else:
+        drawing = [*options.overrides, *(f"--{name}" for name in ("images", "seed") if getattr(options, name) is not None)]
+        if drawing:
+            raise UsageError(f"{drawing[0]}: {options.what} holds images, and none are drawn")
+        folder, given = options.out, dist.together(lambda: open_images(options.what))
+        comparison = compare()
+        result = comparison.of(given, given.labels, {"set": {"path": str(options.what), "images": given.count}})
+    folder /= comparison.name  # beside the numbers of other references
+    dist.on_rank_0(lambda: write(folder, result))
+    for name, value in result["metrics"].items():
+        dist.say(f"{name:32} {value:.4f}")
+    dist.say(f"{folder / RESULT}, {folder / PAGE}")
 
-    from xar_scale.evaluate.digits import judge
 
-    if not options.samples.is_file():
-        raise UsageError(f"no samples at {options.samples}")
-    try:
-        with np.load(options.samples, allow_pickle=False) as archive:
-            images, labels = archive["images"], archive["labels"]
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
-        raise DataError(f"{options.samples} is not what `xar-scale sample` writes") from None
-    verdict = judge(images, labels)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(options.out, json.dumps(dataclasses.asdict(verdict), indent=1).encode())
-    print(f"samples read as the class asked for: {verdict.samples:.1%} of {verdict.sample_count}")
-    print(f"held-out real digits read rightly:   {verdict.held_out:.1%} of {verdict.held_out_count}")
+def _plan(options: argparse.Namespace) -> None:
+    from xar_scale.plan import files, text
+    from xar_scale.plan.hardware import Machines, find_gpu
+    from xar_scale.plan.search import search
+
+    gpu = find_gpu(options.gpu)
+    mfu, network = (1.0 if value is None else value for value in (options.mfu, options.network))
+    if min(options.gpus, options.gpus_per_node) < 1 or not (0 < mfu <= 1 and 0 < network < math.inf):
+        raise UsageError("--gpus and --gpus-per-node are at least 1, --mfu above 0 and at most 1, --network above 0")
+    values = merge(recipe(options.recipe), {"model": model_values(options.model)})
+    config = Config.from_dict(override(values, options.overrides))
+    fixed = [word.partition("=")[0] for word in options.overrides]
+    if "train.ds_config" in fixed:
+        raise UsageError("train.ds_config: the plan writes one (--out)")
+    if options.network is not None:
+        gpu = gpu._replace(network=options.network * 1e9)
+    machines = Machines(gpu, options.gpus, options.gpus_per_node)
+    machines = machines if options.mfu is None else machines._replace(mfu=options.mfu)
+    found = search(config, machines, fixed)
+    print(text.describe(found, options.model, options.gpu))
+    if options.out:
+        written = files.write(found.ways[0], found.weights, options.out)
+        print(f"written: {', '.join(map(str, written))}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from xar_scale.report.page import build_page
+
+    out = options.out or options.run / "report.html"
+    page = build_page(options.run).encode()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, page)
+    print(f"report of {options.run}: {out}, {len(page) / 1e3:,.0f} kB")
 
 
 def _replay(options: argparse.Namespace) -> None:

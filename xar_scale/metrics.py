@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import math
 import os
@@ -9,8 +10,9 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
@@ -85,6 +87,14 @@ class Metrics:
         if self._failing:
             print("metrics are written again", flush=True)
         self._failing = False
+
+    def show(self, step: int, pictures: dict[str, bytes], numbers: dict[str, float]) -> None:
+        """In TensorBoard: PNGs by name, and numbers that are not training's. A disk that takes none does without."""
+        try:
+            self._open()[1].add(step, {f"evaluate/{name}": value for name, value in numbers.items()}, pictures)
+        except OSError as error:
+            self._close()  # what comes next begins a file of its own: in this one a record may be cut
+            print(f"TensorBoard has no pictures and numbers of step {step}: {file_error(error)}", flush=True)
 
     def go_back(self, step: int) -> None:
         """The run goes on from ``step``: drop what was logged after it."""
@@ -161,9 +171,11 @@ class _Events:
                 self.close()
             raise
 
-    def add(self, step: int, scalars: dict[str, float]) -> None:
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
-        self._write(Event(step=step, summary=summary))
+    def add(self, step: int, scalars: dict[str, float], pictures: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        """``pictures``: PNGs."""
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        values += [Summary.Value(tag=tag, image=Summary.Image(encoded_image_string=png)) for tag, png in pictures.items()]
+        self._write(Event(step=step, summary=Summary(value=values)))
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -180,21 +192,27 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _step(line: bytes) -> float:
-    """The step of a log line; beyond every step where it cannot be read, so that it is dropped."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """What is logged in ``run``, a dictionary a line. Whole lines only: one that a crash or a full disk cut is left out."""
+    return [values for _, values in _whole_lines((run / METRICS_FILE).read_bytes())]
+
+
+def _whole_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Of a log's lines, up to the first that cannot be read: the size in bytes, and what it says."""
+    for line in content.splitlines(keepends=True):
+        try:
+            values = json.loads(line)
+            readable = line.endswith(b"\n") and math.isfinite(values["step"])
+        except (ValueError, KeyError, TypeError):
+            return
+        if not readable:
+            return
+        yield len(line), values
 
 
 def _end_of(path: Path, step: int) -> int:
-    """Of a log's whole lines up to ``step``, in bytes. One that a crash or a full disk cut is left out."""
+    """Of a log's whole lines up to ``step``, in bytes."""
     if not path.exists():
         return 0
-    end = 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n") or _step(line) > step:
-            break
-        end += len(line)
-    return end
+    lines = _whole_lines(path.read_bytes())
+    return sum(size for size, _ in itertools.takewhile(lambda line: line[1]["step"] <= step, lines))

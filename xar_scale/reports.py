@@ -3,7 +3,8 @@
 import json
 import math
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -145,30 +146,48 @@ class Recorded:
 
 def read(path: Path) -> Recorded:
     """Raises UsageError where there is no report, DataError where it or its batch is torn or of another format."""
+    with _opened(path) as values:
+        file = path.with_name(values["batch"]["file"])
+        try:
+            tensors = load_file(file)
+        except FileNotFoundError:
+            raise DataError(f"report {path}: its batch {file.name} is missing") from None
+        except SafetensorError as error:
+            raise DataError(f"report {path}: its batch cannot be read: {error}") from None
+        batch = Batch(**tensors, keys=("",) * len(tensors["labels"]))
+        batches = batch.split(values["batch"]["passes"])
+        first, rank = values["attempts"][0], values["batch"]["rank"]
+        config, summary = values["config"], _summary(values)
+        return Recorded(path, values["step"], first["mode"], first["loss_scale"], rank, batches, config, summary)
+
+
+def read_summary(path: Path) -> str:
+    """``Recorded.summary`` alone, without the batch. Raises UsageError and DataError likewise."""
+    with _opened(path) as values:
+        return _summary(values)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[dict[str, Any]]:
+    """What a report says; in the context, what is not in it as it should be is a DataError."""
     if not path.is_file():
         raise UsageError(f"no report at {path}")
     try:
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
             raise DataError(f"report {path} is of format {values['format']}, this version reads {FORMAT}")
-        file = path.with_name(values["batch"]["file"])
-        tensors = load_file(file)
-        batch = Batch(**tensors, keys=("",) * len(tensors["labels"]))
-        batches = batch.split(values["batch"]["passes"])
-        first, rank = values["attempts"][0], values["batch"]["rank"]
-        whose = RankReport(**values["ranks"][rank])
-        lines = [f"step {values['step']}, {_traced(whose)}:"]
-        for attempt in values["attempts"]:
-            what = " and ".join(attempt["bad"]) or "nothing"
-            lines.append(f"  {attempt['mode']}: not finite: {what}; {attempt['action']}, {attempt['reason']}")
-        summary = "\n".join(lines)
-        return Recorded(path, values["step"], first["mode"], first["loss_scale"], rank, batches, values["config"], summary)
-    except FileNotFoundError:
-        raise DataError(f"report {path}: its batch {values['batch']['file']} is missing") from None
+        yield values
     except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
         raise DataError(f"report {path} is torn or changed ({type(error).__name__})") from None
-    except SafetensorError as error:
-        raise DataError(f"report {path}: its batch cannot be read: {error}") from None
+
+
+def _summary(values: dict[str, Any]) -> str:
+    whose = RankReport(**values["ranks"][values["batch"]["rank"]])
+    lines = [f"step {values['step']}, {_traced(whose)}:"]
+    for attempt in values["attempts"]:
+        what = " and ".join(attempt["bad"]) or "nothing"
+        lines.append(f"  {attempt['mode']}: not finite: {what}; {attempt['action']}, {attempt['reason']}")
+    return "\n".join(lines)
 
 
 def names(bad: Bad) -> list[str]:

@@ -15,6 +15,7 @@ from xar_scale.model.xar import XAR
 
 Draw = Callable[[tuple[int, ...], torch.dtype], Tensor]
 Velocity = Callable[[Tensor, float], Tensor]
+Watch = Callable[[int, float, Tensor], None]
 
 # Below this time the score, velocity / t, is too stiff for a stochastic step: the last one is deterministic.
 LAST_STOCHASTIC_TIME = 0.04
@@ -30,15 +31,18 @@ def sample(
     guidance_schedule: str = "linear",
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     sampler: str = "euler_maruyama",
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     first_image: int = 0,
     draw: Draw | None = None,
+    watch: Watch | None = None,
 ) -> Tensor:
     """Latents (B, C, rows, columns) of one image a label.
 
-    Image i of the batch draws from a generator keyed by (seed, first_image + i), so it does not depend on its batch; when
-    ``draw(shape, dtype)`` is given, every random tensor comes from there instead: for each entity its start noise in
-    float32, then one float64 tensor a stochastic step.
+    Image i of the batch draws from a generator keyed by (seed, first_image + i), so it does not depend on its batch; with a
+    seed an image from one keyed by (seed[i], 0), as an image alone. When ``draw(shape, dtype)`` is given, every random tensor
+    comes from there instead: for each entity its start noise in float32, then one float64 tensor a stochastic step.
+    ``watch(entity, t, tokens)`` is shown each state of which a velocity is taken: the finished entities' tokens and those of
+    the one under way at time t (B, tokens so far, C).
 
     ``guidance_schedule`` says how guidance grows over the entities, from 1 to ``guidance``: "linear" (published) or "cosine";
     or "constant". With one entity it is ``guidance``. It acts at times t within ``guidance_interval`` (Kynkaanniemi et al.
@@ -57,12 +61,17 @@ def sample(
     device, layout = model.in_proj.weight.device, model.layout
     labels_B = torch.as_tensor(labels, dtype=torch.int64)
     numbers, batch = labels_B.tolist(), labels_B.shape[0]
+    keys = [(seed, first_image + image) for image in range(batch)] if isinstance(seed, int) else [(own, 0) for own in seed]
     if batch == 0 or min(numbers) < 0 or max(numbers) > model.null_class:
         raise UsageError(f"labels must be one or more numbers in 0..{model.null_class}, the last for no class")
+    if len(keys) != batch:
+        raise UsageError(f"{len(keys)} seeds for {batch} labels")
     labels_B = labels_B.to(device)
-    integrate, stochastic_steps = SAMPLERS[sampler]
-    draw = draw or _draw_per_image(seed, range(first_image, first_image + batch))
-    cache = model.new_cache(2 * batch if guidance > 1 else batch)
+    integrate, stochastic_steps, _ = SAMPLERS[sampler]
+    draw = draw or _draw_per_image(keys)
+    autocast = torch.is_autocast_enabled(device.type)
+    compute = torch.get_autocast_dtype(device.type) if autocast else model.in_proj.weight.dtype
+    cache = model.new_cache(2 * batch if guidance > 1 else batch, compute)
     layout.on(device)  # a compiled network that finds its layout's indices there needs no second graph
     was_training = model.training
     model.eval()
@@ -72,7 +81,9 @@ def sample(
             share = entity / (layout.entities - 1) if layout.entities > 1 else 1.0
             scale = 1 + (guidance - 1) * SCHEDULES[guidance_schedule](share)
             previous = finished[-1] if finished else None
-            velocity = _EntityVelocity(model, labels_B, entity, previous, scale, guidance_interval, cache)
+            velocity: Velocity = _EntityVelocity(model, labels_B, entity, previous, scale, guidance_interval, cache)
+            if watch is not None:
+                velocity = _watched(velocity, entity, finished, watch)
             shape = (batch, length, model.config.channels)
             x = draw(shape, torch.float32).to(device).double()
             # all at once, before the first step: to fetch each in its step would make the host wait for the device
@@ -189,18 +200,27 @@ def _adams_bashforth(velocity: Velocity, x: Tensor, steps: int, _noise: Tensor) 
 class _Sampler(NamedTuple):
     integrate: Callable[[Velocity, Tensor, int, Tensor], Tensor]  # from t = 1 to 0
     stochastic_steps: Callable[[int], int]
+    velocities: Callable[[int], int] = lambda steps: steps  # that it takes of an entity
 
 
 SAMPLERS = {
     "euler": _Sampler(_euler, lambda steps: 0),
     "euler_maruyama": _Sampler(_euler_maruyama, lambda steps: steps - 1),
-    "heun": _Sampler(_heun, lambda steps: 0),
+    "heun": _Sampler(_heun, lambda steps: 0, lambda steps: 2 * steps - 1),
     "adams_bashforth": _Sampler(_adams_bashforth, lambda steps: 0),
 }
 
 
-def _draw_per_image(seed: int, images: range) -> Draw:
-    generators = [rng.torch_generator(seed, "sample", image) for image in images]
+def _watched(velocity: Velocity, entity: int, finished: Sequence[Tensor], watch: Watch) -> Velocity:
+    def shown(x_BLC: Tensor, t: float) -> Tensor:
+        watch(entity, t, torch.cat([*finished, x_BLC.float()], dim=1))
+        return velocity(x_BLC, t)
+
+    return shown
+
+
+def _draw_per_image(keys: Sequence[tuple[int, int]]) -> Draw:
+    generators = [rng.torch_generator(seed, "sample", image) for seed, image in keys]
 
     def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.stack([torch.randn(shape[1:], generator=generator, dtype=dtype) for generator in generators])

@@ -24,6 +24,7 @@ from xar_scale.diagnosis import Activations
 from xar_scale.ema import EMA, POWER_KINDS, WIDTHS
 from xar_scale.engines import Engine, Verdict, create_engine
 from xar_scale.errors import DataError, XarScaleError
+from xar_scale.evaluate.previews import Previews
 from xar_scale.guard import Action, GuardState
 from xar_scale.memory import fallback_splits
 from xar_scale.metrics import Metrics, memory_gb
@@ -50,7 +51,7 @@ def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None =
     if config.train.engine != "single":
         dist.init(device)
     micro_batches(config.train, dist.world())  # refused before anything is built or written
-    with RunLock(run) as lock:
+    with RunLock(run, stops) as lock:
         dist.together(lambda: lock.take() if run.is_dir() else None)  # what it holds stays as it is looked at
         _train(config, run, resume, stops, device, lock)
 
@@ -69,7 +70,7 @@ def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.d
     model = meta_model(config.model)
     compute = MODES[config.train.precision].compute
     kernels = dist.together(lambda: model.use_kernels(config.kernels, device, compute, training=True))  # as each node has them
-    apply_recompute(model.blocks, config.train.recompute)
+    apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     with first_weights(model, config, checkpoint) as weights:
         engine = create_engine(model, weights, config, device)
     widths = WIDTHS if config.optim.ema_snapshots_every else ()
@@ -86,6 +87,7 @@ def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.d
             dist.say(f"{config.train.init_from} is not begun with: the run is under way")
         dist.say(f"resumed from {checkpoint.path} {where}; rank 0 read {count:,} of {checkpoint.manifest.bytes:,} bytes")
     store = dist.together(lambda: Store(run, engine, ema, config.train, mirror))
+    previews = Previews(config, run, engine, ema, dataset.shards.info)
     # only now is the run's folder touched: nothing is left to refuse
     metrics = dist.together(lambda: open_run(config, run, store, start, lock) if dist.rank() == 0 else None)
     dist.say(
@@ -96,7 +98,7 @@ def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.d
     with metrics or nullcontext(), Watchdog(run, config.train) as watchdog:
         shards = [shard.name for shard in dataset.shards.info.shards]
         recovery = Recovery(config, engine, ema, shards, store, guard, splits)
-        training = Training(config, engine, ema, dataset, bad, recovery, store, stops, watchdog, metrics)
+        training = Training(config, engine, ema, dataset, bad, recovery, store, stops, watchdog, previews, metrics)
         training.run(start)
     dist.say(f"done: {config.train.steps} steps; checkpoint {store.newest or (checkpoint and checkpoint.path)}")
 
@@ -122,11 +124,12 @@ class Training:
         store: Store,
         stops: Stops,
         watchdog: Watchdog,
+        previews: Previews,
         metrics: Metrics | None,
     ) -> None:
         self.config, self.engine, self.ema, self.dataset, self.bad = config, engine, ema, dataset, bad
         self.recovery, self.store, self.stops, self.metrics = recovery, store, stops, metrics
-        self.watchdog, self.stragglers = watchdog, Stragglers()
+        self.watchdog, self.previews, self.stragglers = watchdog, previews, Stragglers()
         self.ending: XarScaleError | None = None  # before the last step
         self.feed = Feed(dataset, config.train, engine.device)
 
@@ -182,11 +185,25 @@ class Training:
             self.store.save(*(replace(self._manifest(done), kinds=kinds) for kinds in saved))
         if looks is not None:
             self._log(done, resolved, rate, looks if resolved is verdict else None)
+        if self.previews.due(done) and (last or not verdict.stop):
+            self._preview(done)
         if self.metrics is not None:
             self.metrics.advance(done)
         if verdict.stop and not last:
             self.ending = self.stops.reason(f"stopped after step {done} of {self.config.train.steps}")
         return done
+
+    def _preview(self, done: int) -> None:
+        self.watchdog.rest()
+        self.store.newest_on_disk()  # whatever becomes of the pictures
+        begun = time.perf_counter()
+        preview = self.previews.take(done, done - self.recovery.state.skipped)
+        if self.metrics is not None:
+            self.metrics.show(done, preview.pictures, preview.numbers)
+        seconds = time.perf_counter() - begun
+        numbers = "".join(f", {name} {value:.4g}" for name, value in preview.numbers.items())
+        dist.say(f"step {done}: pictures of the averages{numbers} ({seconds:.0f} s)")
+        self.since += seconds  # no step's time
 
     def _due(self, done: int, *, stop: bool) -> list[tuple[str, ...]]:
         """The kinds of vectors of each folder that is written after ``done`` steps. A snapshot comes before a checkpoint, so

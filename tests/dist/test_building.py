@@ -44,7 +44,6 @@ print("RESULT", json.dumps({"whole": sum(parameters), "owned": owned, "grown": m
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
 def test_ranks_hold_their_shards_and_one_parameter_at_a_time(tmp_path, engine):
     ended = launch(WORLD, ["-c", PROGRAM, engine], tmp_path)
@@ -57,8 +56,7 @@ def test_ranks_hold_their_shards_and_one_parameter_at_a_time(tmp_path, engine):
 
 
 REFUSED_ON_RANK_1 = """
-import os, sys
-from xar_scale import cli
+import os
 from xar_scale.errors import ConfigError
 from xar_scale.model import xar
 
@@ -68,11 +66,10 @@ def refuse(wanted, device):
     return "torch"
 
 xar.choose_library = refuse
-sys.exit(cli.main())
+import xar_scale.__main__  # it begins there, and leaves as runs do
 """
 
 
-@pytest.mark.timeout(200)
 def test_kernels_that_one_node_lacks_end_all_ranks_with_the_reason(tmp_path):
     cache_digits(tmp_path / "data", samples_per_shard=500)
     words = ["train", "--recipe", "digits", "--run-dir", str(tmp_path / "run"), f"data.path={tmp_path / 'data'}"]

@@ -15,6 +15,7 @@ from xar_scale.checkpoint.manifest import read_manifest
 from xar_scale.cli import main
 from xar_scale.evaluate.digits import cache_digits
 
+pytestmark = pytest.mark.long
 STEPS = 16
 ENGINES = ("deepspeed", "fsdp2")
 SETTINGS = [
@@ -32,7 +33,6 @@ SETTINGS = [
     "guard.snapshot_every=3",
     "guard.hold_steps=3",
 ]
-pytestmark = pytest.mark.timeout(300)
 
 
 class Run:

@@ -16,6 +16,7 @@ from tests.dist.states import assert_bitwise, assert_near, state
 from tests.processes import finish, kill, launch, start
 from xar_scale.evaluate.digits import cache_digits
 
+pytestmark = pytest.mark.long
 STEPS = 20
 SETTINGS = [
     f"train.steps={STEPS}",
@@ -96,7 +97,6 @@ def test_weights_moments_and_ema_are_the_same_with_every_engine_on_any_number_of
     assert kinds == {"model", "ema", "ema-0.05", "ema-0.10", "exp_avg", "exp_avg_sq"}
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
 def test_bf16_is_near_fp32_and_not_it(folder, single, engine):
     run = train(folder, f"bf16-{engine}", 2, engine, "train.precision=bf16")
@@ -127,7 +127,6 @@ def test_the_average_follows_every_step(folder):
                 torch.testing.assert_close(after[average], 0.7 * before[average] + 0.3 * weight, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
 def test_10_and_10_steps_are_20_bitwise_on_as_many_ranks(folder, zero2, fsdp2, engine):
     run = zero2 if engine == "deepspeed" else fsdp2
@@ -137,7 +136,6 @@ def test_10_and_10_steps_are_20_bitwise_on_as_many_ranks(folder, zero2, fsdp2, e
     assert torch.equal(curve(resumed), curve(run)[10:])
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("before", "after", "world", "recompute"),
     [
@@ -157,7 +155,6 @@ def test_10_and_10_steps_are_20_with_another_engine_or_number_of_ranks(folder, r
     torch.testing.assert_close(curve(resumed), curve(run)[10:], rtol=1e-5, atol=0)
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("victims", [[0, 1], [1]])
 def test_killed_ranks_go_on_exactly_from_the_last_checkpoint(folder, zero2, victims):
     """Killed at a moment that differs by chance; of one that is killed the others are taken along by the launcher."""
@@ -184,7 +181,6 @@ def test_killed_ranks_go_on_exactly_from_the_last_checkpoint(folder, zero2, vict
     assert_bitwise(state(run, STEPS), state(zero2, STEPS))
 
 
-@pytest.mark.timeout(300)
 def test_a_damaged_checkpoint_is_passed_over_out_loud_and_replaced(folder, zero2):
     run = folder / "damaged"
     shutil.copytree(zero2, run)

@@ -1,20 +1,27 @@
 """Operators' programs, run as typed."""
 
 import hashlib
+import json
 import shutil
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.e2e.test_demo import command
+from tests.processes import launch
+from tests.unit.tiny_run import Run
+from tools import sweep
 from xar_scale.data.reader import LatentShards
 from xar_scale.evaluate.digits import cache_digits
+from xar_scale.evaluate.evaluation import image_set
+from xar_scale.evaluate.generate import open_generator
+from xar_scale.evaluate.trained import open_trained
 from xar_scale.model.entities import kinds
 
 
-@pytest.mark.timeout(300)
 def test_kinds_of_entity_are_compared_and_finished_runs_kept(tmp_path):
     small = ["train.steps=2", "optim.warmup_steps=1", "train.global_batch=16", "train.log_every=1", "data.workers=0"]
     words = [sys.executable, "tools/compare_entities.py", "--out", str(tmp_path), *small, "sample.steps=1"]
@@ -31,31 +38,108 @@ def test_kinds_of_entity_are_compared_and_finished_runs_kept(tmp_path):
     again = command(*words)
     assert again.returncode == 0 and "step 1/2" not in again.stdout
 
-    words = [sys.executable, "tools/compare_samplers.py", str(tmp_path / "cell"), "--out", str(tmp_path)]
-    done = command(*words, "--steps", "1,3", "--per-class", "2")
-    assert done.returncode == 0, done.stderr
-    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "table.md").read_text().splitlines()[2:]]
-    assert [row[:3] for row in rows if row[0] in ("heun", "euler")] == [
-        ["euler", "1", "1"],
-        ["euler", "3", "3"],
-        ["heun", "1", "1"],
-        ["heun", "3", "5"],
+
+SETS = ["euler-1-1.5", "euler-3-1.5", "heun-1-1.5", "heun-3-1.5"]
+
+
+def rows_of(table: str) -> list[list[str]]:
+    return [line.strip("| ").split(" | ") for line in table.splitlines() if "---" not in line]
+
+
+def without_speed(rows: list[list[str]]) -> list[list[str]]:
+    return [[*row[:4], *row[5:]] for row in rows]
+
+
+def test_a_sweep_goes_on_and_is_the_same_on_two_ranks(tmp_path):
+    run = Run(tmp_path / "run")
+    run.train(5)
+    run.save()
+    one, two, guided = tmp_path / "one", tmp_path / "two", "sample.guidance=1.5"
+
+    def words(out, images=300):
+        lists = ["--sampler", "euler,heun", "--steps", "1,3", "--images", str(images)]
+        return ["tools/sweep.py", str(tmp_path / "run"), guided, "--out", str(out), "--reference", "digits", *lists]
+
+    done = command(sys.executable, *words(one))
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = (one / "sweep.md").read_text()
+    assert done.stdout.endswith(table)
+    assert done.stdout.count("drawing on 1 x cpu") == 1 and done.stdout.count("0 of them there already") == 4
+    titles, *rows = rows_of(table)
+    assert titles[:6] == ["sampler", "steps", "guidance", "passes an image", "images/s", "frechet_distance"]
+    assert titles[6:] == ["precision", "recall", "read_as_class"]
+    wanted = [["euler", "1", "1.5", "8"], ["euler", "3", "1.5", "24"], ["heun", "1", "1.5", "8"], ["heun", "3", "1.5", "40"]]
+    assert [row[:4] for row in rows] == wanted and all(float(row[4]) > 0 for row in rows)
+    assert rows[0][5:] == rows[2][5:]  # one step is Euler's
+    distances = [float(row[5].strip("*")) for row in rows]
+    assert [row[5].startswith("**") for row in rows] == [distance == min(distances) for distance in distances]
+    results = json.loads((one / "sweep.json").read_text())
+    assert list(results) == SETS
+    for name, result in results.items():
+        assert json.loads((one / name / "evaluation.json").read_text()) == result and result["set"]["images"] == 300
+        assert np.load(one / name / "row.npy").shape == (10, 1, 8, 8) and not [*(one / name).glob("part-*")]
+    assert "<svg" in (one / "sweep.svg").read_text()
+    with Image.open(one / "samples.png") as sheet:
+        assert sheet.height == 4 * 52 + 4
+
+    again = command(sys.executable, *words(one))
+    assert again.returncode == 0 and again.stdout == table  # and nothing is drawn
+
+    # one set that is half drawn, and one that was compared with something else
+    (one / SETS[1] / "evaluation.json").unlink()
+    half = open_trained(tmp_path / "run", [guided, "sample.sampler=euler", "sample.steps=3"])
+    images = image_set(half, one / SETS[1], 300, 0)
+    images.draw(open_generator(half, torch.device("cpu")))
+    images.path(1).unlink()
+    results[SETS[3]]["reference"]["path"] = "other"
+    (one / SETS[3] / "evaluation.json").write_text(json.dumps(results[SETS[3]]))
+    (one / "samples.png").rename(one / "first.png")
+    gone_on = command(sys.executable, *words(one))
+    assert gone_on.returncode == 0, gone_on.stderr
+    assert [line.split(", ")[1] for line in gone_on.stdout.splitlines() if "there already" in line] == [
+        "1 of them there already",
+        "0 of them there already",
     ]
-    assert all(row[3].endswith("%") and float(row[4]) > 0 for row in rows)
-    assert {len(row) for row in rows if row[0] == "euler_maruyama"} == {5}  # it converges to no one image
-    off = {(row[0], row[1]): float(row[5]) for row in rows if row[0] != "euler_maruyama"}
-    assert off["euler", "1"] == off["heun", "1"] == off["adams_bashforth", "1"]  # one step is Euler's
-    assert 0 < off["heun", "3"] < off["adams_bashforth", "3"] < off["euler", "3"] < off["euler", "1"]
-    with Image.open(tmp_path / "samplers.png") as sheet:
-        assert sheet.height == 8 * 52 + 4
-    wrong = command(*words, "--steps", "1,x")
-    assert wrong.returncode == 64 and "--steps '1,x' is not numbers with commas" in wrong.stderr
-    for none in (["--steps", "0"], ["--per-class", "0"]):
-        wrong = command(*words, *none)
-        assert wrong.returncode == 64 and "--steps and --per-class are at least 1" in wrong.stderr
+    _, *now = rows_of((one / "sweep.md").read_text())
+    assert without_speed(now) == without_speed(rows) and now[0] == rows[0] and now[2] == rows[2]
+    assert now[1][4] == "" and float(now[3][4]) > 0  # only what is drawn in one go is timed
+    assert (one / "samples.png").read_bytes() == (one / "first.png").read_bytes() and not [*one.glob("*/part-*")]
+
+    ended = launch(2, words(two), tmp_path / "logs")
+    assert ended.codes == [0, 0], ended.text
+    assert without_speed(rows_of((two / "sweep.md").read_text())) == without_speed([titles, *rows])
+
+    other = command(sys.executable, *words(one, images=200))
+    assert other.returncode == 64 and other.stderr.startswith(f"sweep: {one / SETS[0]} holds another set: images is 300 there")
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "5,x"], "argument --steps: '5,x' is not numbers of at least 1 with commas"),
+        (["--steps", "0,5"], "argument --steps: '0,5' is not numbers of at least 1 with commas"),
+        (["--guidance", "1,nan"], "argument --guidance: '1,nan' is not numbers of at least 0 with commas"),
+        (["--guidance", ""], "argument --guidance: '' is not numbers of at least 0 with commas"),
+        (["--sampler", "euler,rk4"], "no sampler 'rk4'; there are: euler, euler_maruyama, heun, adams_bashforth"),
+        (["--images", "1"], "--images is at least 2"),
+        (["train.steps=3"], "train.steps=3: only sample.* and kernels.* can be changed"),
+        (["sample.steps=3"], "no checkpoint at nowhere"),
+    ],
+)
+def test_a_sweep_of_nothing_is_refused(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep", "nowhere", "--out", "x", "--reference", "digits", *words])
+    assert sweep.main() == 64
+    error = capsys.readouterr().err
+    assert error.startswith("sweep: ") and said in error and error.count("\n") == 1
+
+
+def test_a_sweep_needs_matplotlib_before_it_draws(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(sys, "argv", ["sweep", "nowhere", "--out", "x", "--reference", "digits"])
+    assert sweep.main() == 64
+    assert capsys.readouterr().err == "sweep: the plot is matplotlib's: pip install 'xar_scale[evaluate]'\n"
+
+
 def test_attention_and_recomputation_are_timed():
     small = ["--model", "nano", "--grid", "4", "--batch", "1"]
     done = command(sys.executable, "tools/bench.py", "attention", *small)
@@ -97,7 +181,6 @@ def test_wrong_words_end_in_one_line(words, tmp_path):
     assert done.stderr.startswith("cache_latents: ") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.timeout(300)
 def test_one_rank_of_many_is_built():
     done = command(sys.executable, "tools/bench.py", "build", "--model", "xar_b", "--ranks", "8")
     assert done.returncode == 0, done.stderr
@@ -110,7 +193,6 @@ def tool(name, *words):
     return command(sys.executable, f"tools/{name}.py", *map(str, words))
 
 
-@pytest.mark.timeout(200)
 def test_tars_get_the_index_they_had_and_damage_is_named(tmp_path):
     data, bare = tmp_path / "data", tmp_path / "bare"
     cache_digits(data, samples_per_shard=500)
@@ -168,7 +250,6 @@ def test_mars_cache_becomes_shards(tmp_path):
     assert absent.returncode == 64 and f"no folder at {tmp_path / 'absent'}" in absent.stderr
 
 
-@pytest.mark.timeout(200)
 def test_reading_and_the_order_are_timed(tmp_path):
     done = tool("bench", "loader", "--data", tmp_path, "--samples", 128)
     assert done.returncode == 0, done.stderr

@@ -3,6 +3,8 @@
 import fcntl
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 
@@ -17,10 +19,10 @@ from xar_scale.checkpoint.load import check_continues
 from xar_scale.checkpoint.manifest import read_manifest
 from xar_scale.cli import main
 from xar_scale.config import override
-from xar_scale.errors import ConfigError, DataError, FileError, UsageError
+from xar_scale.errors import ConfigError, DataError, FileError, PreemptedError, StoppedError
 from xar_scale.evaluate.digits import cache_digits
-from xar_scale.evaluate.generate import open_checkpoint
 from xar_scale.model.xar import meta_model
+from xar_scale.stopping import Stops
 
 SMALL = ("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
 HOLDER = """
@@ -45,7 +47,8 @@ def holder(tmp_path):
 
 def test_two_jobs_do_not_train_in_one_folder(tmp_path, holder, monkeypatch, capsys):
     monkeypatch.setattr(beginning.time, "sleep", lambda seconds: None)
-    with RunLock(tmp_path) as lock, pytest.raises(FileError, match="another process still trains here; end it, or use another"):
+    refused = pytest.raises(FileError, match="another process still trains here; end it, or use another")
+    with RunLock(tmp_path, Stops(tmp_path)) as lock, refused:
         lock.take()
     assert capsys.readouterr().out == f"{tmp_path}: another process trains here; waiting for it to end\n"
 
@@ -61,8 +64,9 @@ def test_one_that_is_ending_is_waited_for_and_the_lock_is_let_go_of(tmp_path, ho
 
     monkeypatch.setattr(beginning.time, "sleep", pause)
     for _ in range(2):
-        with RunLock(tmp_path) as lock:
+        with RunLock(tmp_path, Stops(tmp_path)) as lock:
             lock.take()
+            assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
             lock.take()
     assert len(pauses) == 3
 
@@ -90,12 +94,22 @@ def test_what_a_run_that_is_ending_still_writes_is_gone_on_from(tmp_path, monkey
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("damaged*")] == []
 
 
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, StoppedError), (signal.SIGUSR2, PreemptedError)])
+def test_whoever_waits_for_the_lock_and_is_asked_to_stop_does(tmp_path, holder, number, kind):
+    (tmp_path / "lock").write_text("process 7 on node3")
+    stops = Stops(tmp_path)
+    refused = pytest.raises(kind, match="stopped while process 7 on node3 trains in .*: nothing is begun")
+    with stops.listening(), RunLock(tmp_path, stops) as lock, refused:
+        os.kill(os.getpid(), number)
+        lock.take()
+
+
 def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
     def unsupported(*_):
         raise OSError(95, os.strerror(95))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with RunLock(tmp_path) as lock:
+    with RunLock(tmp_path, Stops(tmp_path)) as lock:
         lock.take()
     assert "cannot be locked, so that another job in it would go unnoticed: Operation not supported" in capsys.readouterr().out
 
@@ -116,12 +130,10 @@ def test_weights_that_are_not_as_they_were_written_are_not_begun_with(tmp_path, 
         pass
 
 
-def test_a_checkpoint_of_another_format_is_begun_from_and_neither_resumed_nor_sampled(tmp_path):
+def test_a_checkpoint_of_another_format_is_begun_from_and_not_resumed(tmp_path):
     run = Run(tmp_path / "run")
     run.save()
     assert reshard(tmp_path / "run", tmp_path / "universal", "--to", "universal") == 0
     assert reshard(tmp_path / "universal", tmp_path / "made", "--to", "xar-scale") == 0
     with pytest.raises(ConfigError, match="made of another format and knows no run: begin one, with --init-from"):
         check_continues(read_manifest(tmp_path / "made"), run.config, run.info)
-    with pytest.raises(UsageError, match="made of another format, and knows neither its model's config nor its tokenizer"):
-        open_checkpoint(tmp_path / "made")

@@ -2,14 +2,17 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.processes import ROOT
 from tests.unit.tiny_run import INFO, Run
+from xar_scale.checkpoint.manifest import newest_valid
 from xar_scale.cli import ending, main
 from xar_scale.errors import ProcessError
 from xar_scale.evaluate.digits import cache_digits
@@ -46,9 +49,13 @@ def assert_ends(capsys, arguments: list, code: int, *parts: str) -> None:
         (["train", "--recipe", "digits", "optim.lr=nan-ish"], 78, "optim.lr = 'nan-ish'"),
         (["train", "--recipe", "imagenet256_b", "train.engine=single"], 78, "data.path is not set"),
         (["sample", "nowhere", "--out", "x.png"], 64, "no checkpoint at nowhere"),
-        (["evaluate", "nowhere.npz", "--out", "x.json"], 64, "no samples at nowhere.npz"),
-        (["sample", "--out", "x.png", "sample.steps=3", "nowhere", "--per-class", "1"], 64, "no checkpoint at nowhere"),
-        (["evaluate", "train.steps=1", "--out", "x.json"], 64, "arguments are required: samples"),
+        (["evaluate", "nowhere.npz", "--reference", "digits", "--out", "x"], 64, "no images at nowhere.npz"),
+        (["evaluate", "nowhere", "--reference", "digits", "--out", "x"], 64, "no checkpoint at nowhere"),
+        (["evaluate", "nowhere", "--reference", "digits"], 64, "nowhere is no run: give --out, a folder for the numbers"),
+        (["evaluate", "nowhere", "--out", "x"], 64, "arguments are required: --reference"),
+        (["evaluate", "x", "--reference", "digits", "--out", "x", "--images", "1"], 64, "--images is at least 2"),
+        (["sample", "--out", "x.png", "sample.steps=3", "nowhere", "--seeds", "1"], 64, "no checkpoint at nowhere"),
+        (["evaluate", "train.steps=1", "--out", "x"], 64, "arguments are required: what"),
     ],
 )
 def test_wrong_words(capsys, arguments, code, part):
@@ -77,16 +84,48 @@ def test_the_rank_that_deepspeed_puts_before_the_command_is_taken(capsys):
 
 
 def test_samples_of_chosen_classes(capsys, run, tmp_path):
-    out = tmp_path / "new" / "grid.png"
-    assert main(["sample", run, "--classes", "3,7", "--per-class", "2", "--out", str(out), *FAST]) == 0
+    out = [tmp_path / "new" / name for name in ("grid.png", "all.npz", "view.gif", "single")]
+    words = [word for path in out for word in ("--out", str(path))]
+    assert main(["sample", run, "--classes", "3,7", "--seeds", "5,9", *words, *FAST]) == 0
     assert "4 images of" in capsys.readouterr().out
-    with np.load(out.with_suffix(".npz")) as archive:
-        assert archive["labels"].tolist() == [3, 3, 7, 7]
-    assert out.exists()
+    with np.load(out[1]) as archive:
+        assert archive["arr_1"].tolist() == [3, 3, 7, 7]
+        images = archive["arr_0"].astype(int)
+    assert out[0].exists() and out[2].exists() and len([*out[3].iterdir()]) == 4
+    assert main(["sample", run, "--classes", "7", "--seeds", "9", "--out", str(out[1]), *FAST]) == 0
+    with np.load(out[1]) as archive:
+        assert np.abs(archive["arr_0"][0].astype(int) - images[3]).max() <= 1  # a class and a seed are a picture
+
+
+def test_a_run_is_evaluated_in_its_own_folder_and_an_npz_elsewhere(capsys, run, tmp_path):
+    words = ["--reference", "digits", "--images", "30"]
+    assert main(["evaluate", run, *words, *FAST]) == 0
+    folder = Path(run) / "evaluations" / "step-00000000"
+    result = json.loads((folder / "digits" / "evaluation.json").read_text())
+    said = capsys.readouterr().out
+    assert f"frechet_distance                 {result['metrics']['frechet_distance']:.4f}" in said and str(folder) in said
+    assert result["set"]["images"] == 30 and result["set"]["sample"]["steps"] == 1 and result["weights"]["step"] == 0
+    assert result["features"]["name"] == "digits-svm" and "torch-fidelity" in result["versions"]
+    assert "these are no FID and no IS" in (folder / "digits" / "evaluation.md").read_text()
+    assert_ends(capsys, ["evaluate", run, *words], 64, "holds another set: sample is", "name another --out")
+    assert_ends(capsys, ["evaluate", run, *words, "train.steps=2"], 64, "train.steps=2: only sample.* and kernels.*")
+
+    every = np.concatenate([np.load(path) for path in sorted(folder.glob("part-*.npy"))])
+    np.savez(tmp_path / "x.npz", arr_0=every.transpose(0, 2, 3, 1), arr_1=np.arange(30) % 10)
+    assert main(["evaluate", str(tmp_path / "x.npz"), *words[:2], "--out", str(tmp_path / "of_npz")]) == 0
+    again = json.loads((tmp_path / "of_npz" / "digits" / "evaluation.json").read_text())
+    assert again["metrics"] == result["metrics"] and again["set"] == {"path": str(tmp_path / "x.npz"), "images": 30}
+    words = ["--reference", "digits"]
+    for more in ("sample.steps=2", "--images=30", "--seed=0"):
+        wrong = ["evaluate", tmp_path / "x.npz", *words, "--out", tmp_path / "w", more]
+        assert_ends(capsys, wrong, 64, f"{more.partition('=')[0]}", "holds images, and none are drawn")
+    np.savez(tmp_path / "y.npz", arr_0=every.transpose(0, 2, 3, 1))
+    assert_ends(capsys, ["evaluate", tmp_path / "y.npz", *words, "--out", tmp_path / "of_npz"], 64, "is of another set")
+    assert json.loads((tmp_path / "of_npz" / "digits" / "evaluation.json").read_text()) == again
 
 
 def test_kernels_are_named_when_sampling(capsys, run, tmp_path):
-    arguments = ["sample", run, "--classes", "3", "--per-class", "1", "--out", str(tmp_path / "grid.png"), *FAST]
+    arguments = ["sample", run, "--classes", "3", "--seeds", "1", "--out", str(tmp_path / "grid.png"), *FAST]
     for backend in ("flex", "prefix"):
         assert main([*arguments, f"kernels.attention={backend}"]) == 0
         assert f"attention {backend}" in capsys.readouterr().out
@@ -118,6 +157,19 @@ def test_a_resumed_run_draws_no_weights(train, monkeypatch):
     assert main([*train, "train.steps=3"]) == 0
 
 
+def test_pictures_come_after_the_checkpoint_of_their_step_and_not_before_an_end(capsys, train, tmp_path, monkeypatch):
+    assert main([*train, "sample.every=1", "--stop-after", "0s"]) == 76
+    assert newest_valid(tmp_path / "trained").manifest.step == 1 and not (tmp_path / "trained" / "samples").exists()
+
+    def fail(*_, **__):
+        raise RuntimeError("no room for pictures")
+
+    monkeypatch.setattr("xar_scale.evaluate.generate.Generator.draw", fail)
+    with pytest.raises(RuntimeError, match="no room"):
+        main([*train, "sample.every=2"])
+    assert newest_valid(tmp_path / "trained").manifest.step == 2
+
+
 def test_all_blocks_are_recomputed(train, monkeypatch):
     again, recomputed = recompute.checkpoint, []
     monkeypatch.setattr(recompute, "checkpoint", lambda *a, **settings: recomputed.append(1) or again(*a, **settings))
@@ -127,9 +179,9 @@ def test_all_blocks_are_recomputed(train, monkeypatch):
 
 def test_wrong_samples(capsys, run, tmp_path):
     out = tmp_path / "grid.png"
-    assert_ends(capsys, ["sample", run, "--out", tmp_path / "grid.jpg"], 64, "grid.jpg is not a .png")
-    assert_ends(capsys, ["sample", run, "--out", out, "--per-class", "0"], 64, "--per-class")
-    assert_ends(capsys, ["sample", run, "--out", out, "--classes", "cat"], 64, "--classes 'cat'")
+    assert_ends(capsys, ["sample", run, "--out", tmp_path / "grid.jpg"], 64, "grid.jpg is no .png")
+    assert_ends(capsys, ["sample", run, "--out", out, "--seeds", "x"], 64, "--seeds 'x'")
+    assert_ends(capsys, ["sample", run, "--out", out, "--classes", "cat"], 64, "class 'cat'")
     assert_ends(capsys, ["sample", run, "--out", out, "--classes", "10"], 64, "class 10 is outside 0..9")
     assert_ends(capsys, ["sample", run, "--out", out, "model.classes=3"], 64, "model.classes=3: only sample.* and kernels.*")
     assert_ends(capsys, ["sample", run, "--out", out, "sample.steps=0"], 78, "sample.steps = 0")
@@ -155,14 +207,17 @@ def test_wrong_tokenizer_weights(capsys, run, tmp_path):
 
 
 def test_wrong_archives(capsys, tmp_path):
+    words = ["--reference", "digits", "--out", tmp_path / "v"]
     for name, content in (("empty.npz", b""), ("text.npz", b"text")):
         (tmp_path / name).write_bytes(content)
-        assert_ends(capsys, ["evaluate", tmp_path / name, "--out", tmp_path / "v.json"], 65, name, "is not what")
+        assert_ends(capsys, ["evaluate", tmp_path / name, *words], 65, name, "is no npz of arrays, or torn")
     np.save(tmp_path / "array.npy", np.zeros(3))
-    assert_ends(capsys, ["evaluate", tmp_path / "array.npy", "--out", tmp_path / "v.json"], 65, "array.npy")
-    np.savez(tmp_path / "other.npz", images=np.zeros((2, 1, 8, 8)), labels=np.zeros(2, int))
-    assert_ends(capsys, ["evaluate", tmp_path / "other.npz", "--out", tmp_path / "v.json"], 65, "the samples are float64")
-    assert not (tmp_path / "v.json").exists()
+    assert_ends(capsys, ["evaluate", tmp_path / "array.npy", *words], 65, "array.npy")
+    np.savez(tmp_path / "other.npz", arr_0=np.zeros((2, 9, 8, 3), np.uint8), arr_1=np.zeros(2, int))
+    assert_ends(capsys, ["evaluate", tmp_path / "other.npz", *words], 65, "the images are uint8(3, 9, 8)")
+    np.savez(tmp_path / "other.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.array([3, 10]))
+    assert_ends(capsys, ["evaluate", tmp_path / "other.npz", *words], 65, "not one of 0..9 for each of 2 images")
+    assert not (tmp_path / "v").exists()
 
 
 def test_a_run_folder_that_is_a_file(capsys, tmp_path):
@@ -215,3 +270,10 @@ def test_a_rank_that_alone_meets_an_error_says_it(capsys, monkeypatch, error):
 
     assert ending("xar-scale", fail) in (71, 74)
     assert capsys.readouterr().err in ("xar-scale: workers died\n", "xar-scale: /a: Permission denied\n")
+
+
+def test_what_is_interrupted_says_so_in_a_line(capsys):
+    def run() -> None:
+        raise KeyboardInterrupt
+
+    assert ending("sweep", run) == 130 and capsys.readouterr().err == "sweep: interrupted\n"

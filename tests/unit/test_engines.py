@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import digits_config, random_batch
 from xar_scale.engines import create_engine
-from xar_scale.engines.base import set_steps
+from xar_scale.engines.base import set_steps, sum_of_squares
 from xar_scale.errors import ConfigError
 from xar_scale.guard import Bad
 from xar_scale.model.xar import initial_weights, meta_model
@@ -131,3 +131,10 @@ def test_precision_sets_the_matmul_mode():
             assert torch.get_float32_matmul_precision() == expected
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_squares_of_many_numbers_are_summed_exactly():
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.rand(size, generator=generator) for size in (3_000_001, (700, 4096), 7, 0)]
+    exact = sum(tensor.double().square().sum() for tensor in tensors)
+    assert sum_of_squares(tensors).item() == pytest.approx(exact.item(), rel=1e-6)

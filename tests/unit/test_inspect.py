@@ -225,10 +225,10 @@ def test_an_average_is_made_shown_and_sampled_and_not_gone_on_from(tmp_path, too
     )
     code, shown, _ = tool("show", made)
     assert code == 0 and facts(shown)["average"] == "sigma_rel 0.07, made of snapshots" and facts(shown)["kinds"] == "ema"
-    images = ["sample", str(made), "--classes", "3", "--per-class", "2", "--out", str(tmp_path / "grid.png"), "sample.steps=1"]
+    images = ["sample", str(made), "--classes", "3", "--seeds", "0,1", "--out", str(tmp_path / "grid.npz"), "sample.steps=1"]
     assert xar_scale(images) == 0
     with np.load(tmp_path / "grid.npz") as archive:
-        assert archive["images"].shape == (2, 1, 8, 8)
+        assert archive["arr_0"].shape == (2, 8, 8, 3)
     assert tool("ema", tmp_path / "run", "--std", "0.07", "--out", made)[0] == 64
     code, _, complaint = tool("ema", tmp_path / "run", "--std", "0.01", "--out", tmp_path / "short")
     assert code == 64 and "--std 0.01 cannot be made of 4 snapshots" in complaint and not (tmp_path / "short").exists()

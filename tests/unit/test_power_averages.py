@@ -168,7 +168,7 @@ def test_the_guard_looks_at_them_and_takes_them_back(tmp_path, kind, monkeypatch
 def test_their_memory_is_reckoned():
     off = replace(CONFIG, optim=replace(CONFIG.optim, ema_snapshots_every=None))
     device = torch.device("cpu")
-    more = rank_memory(CONFIG, "fp32", 8, 1, device) - rank_memory(off, "fp32", 8, 1, device)
+    more = rank_memory(CONFIG, "fp32", 8, 1, device).total - rank_memory(off, "fp32", 8, 1, device).total
     weights = sum(parameter.numel() for parameter in meta_model(CONFIG.model).parameters())
     assert more == pytest.approx(MARGIN * 2 * 4 * weights)
 

@@ -79,7 +79,9 @@ class Store:
         for folder, prefix in ((FOLDER, "damaged"), (AVERAGES, "superseded")):
             for path in checkpoint_paths(self.run, folder):
                 if step_of(path) > step:
-                    path.rename(free_name(path.with_name(f"{prefix}-{path.name}")))
+                    aside = free_name(path.with_name(f"{prefix}-{path.name}"))
+                    path.rename(aside)
+                    print(f"{path} is now {aside.name}", flush=True)
 
     def save(self, *manifests: Manifest) -> None:
         """Begin to write the state as it is now, of which each manifest describes some kinds of vectors, but for its files:

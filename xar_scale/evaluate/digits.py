@@ -1,6 +1,6 @@
 """The demonstration's images, scikit-learn's 1,797 handwritten digits, and its judge: a classifier fitted on them."""
 
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +8,13 @@ import numpy as np
 
 from xar_scale.data.shards import DatasetInfo, ShardWriter
 from xar_scale.errors import DataError, UsageError
+from xar_scale.evaluate.fidelity import register
 from xar_scale.tokenizers.pixel import PixelTokenizer
 
+NAME = "digits-svm"  # of the classifier as a feature extractor
 CLASSES = 10
 LEVELS = 16  # grey levels of the set, 0..16
 HELD_OUT = 0.25  # share of the real digits that the classifier is not fitted on
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Shares of images that the classifier reads as their class."""
-
-    samples: float
-    held_out: float  # real digits that it was not fitted on
-    sample_count: int
-    held_out_count: int
-    by_class: dict[int, float]
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -52,48 +43,67 @@ def cache_digits(folder: Path, samples_per_shard: int) -> tuple[int, int]:
     return len(latents), len(writer.shards)
 
 
-def judge(images: np.ndarray, labels: np.ndarray) -> Verdict:
-    """Fit a support vector classifier on three quarters of the real digits; read the rest, and ``images`` (N, 1, 8, 8).
+class Judge:
+    """A support vector classifier, fitted on three quarters of the real digits; the others are held out.
 
-    Raises DataError when images or labels are not the digits' kind.
+    ``images`` below are uint8 (N, 1, 8, 8), or (N, 3, 8, 8) with one channel three times.
     """
-    real, real_labels = load_digits()
-    if images.dtype != np.uint8 or images.shape[1:] != real.shape[1:] or not len(images):
-        raise DataError(f"the samples are {images.dtype}{images.shape}, digits are one or more of uint8{real.shape[1:]}")
-    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not np.isin(labels, range(CLASSES)).all():
-        raise DataError(
-            f"the labels are {labels.dtype}{labels.shape}, not one of 0..{CLASSES - 1} for each of {len(images)} images"
+
+    def __init__(self) -> None:
+        images, labels = load_digits()
+        split = _sklearn("model_selection").train_test_split(
+            images, labels, test_size=HELD_OUT, stratify=labels, random_state=0
         )
-    split = _sklearn("model_selection").train_test_split(
-        _features(real), real_labels, test_size=HELD_OUT, stratify=real_labels, random_state=0
-    )
-    fit_on, held_out, fit_labels, held_labels = split
-    classifier = _sklearn("svm").SVC(gamma=0.001).fit(fit_on, fit_labels)
-    right = classifier.predict(_features(images)) == labels
-    return Verdict(
-        samples=float(right.mean()),
-        held_out=float((classifier.predict(held_out) == held_labels).mean()),
-        sample_count=len(images),
-        held_out_count=len(held_labels),
-        by_class={int(label): float(right[labels == label].mean()) for label in np.unique(labels)},
-    )
+        self.fitted, self.held_out, fitted_labels, self.held_out_labels = split
+        self.classifier = _sklearn("svm").SVC(gamma=0.001, decision_function_shape="ovr")
+        self.classifier.fit(_pixels(self.fitted), fitted_labels)
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """float32 (N, 10): how far the classifier is for each class."""
+        found: np.ndarray = self.classifier.decision_function(_pixels(images)).astype(np.float32)
+        return found
+
+    def share_read(self, images: np.ndarray, labels: np.ndarray) -> float:
+        """Of images that the classifier reads as their class. Raises DataError where there is not one of theirs for each."""
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not np.isin(labels, range(CLASSES)).all():
+            given = f"{labels.dtype}{labels.shape}"
+            raise DataError(f"the labels are {given}, not one of 0..{CLASSES - 1} for each of {len(images)} images")
+        return float((self.classifier.predict(_pixels(images)) == labels).mean())
 
 
-def frechet_distance(images: np.ndarray) -> float:
-    """Between Gaussians fitted to the pixels of ``images`` (N, 1, 8, 8) and of all real digits, in the set's grey levels.
-
-    FID's formula (Heusel et al. 2017, equation 6) on pixels: for telling settings of one model apart, nothing else.
-    """
-    (mean, covariance), (real_mean, real_covariance) = (
-        (features.mean(axis=0), np.cov(features, rowvar=False)) for features in map(_features, (images, load_digits()[0]))
-    )
-    # the trace of the root of the product of two covariances, whose eigenvalues are real and not negative
-    root = np.sqrt(np.linalg.eigvals(covariance @ real_covariance).real.clip(min=0)).sum()
-    return float(((mean - real_mean) ** 2).sum() + np.trace(covariance) + np.trace(real_covariance) - 2 * root)
+@cache
+def judge() -> Judge:
+    return Judge()
 
 
-def _features(images: np.ndarray) -> np.ndarray:
-    return images.reshape(len(images), -1) * (LEVELS / 255)
+def register_features() -> None:
+    """Make the classifier's decisions known to torch-fidelity as the extractor ``NAME``."""
+    import torch
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    class Decisions(FeatureExtractorBase):  # type: ignore[misc]
+        def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
+            super().__init__(name, features_list)
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str, ...]:
+            return ("decisions",)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return {"fid": "decisions", "prc": "decisions"}[metric]  # KID is of features that are scaled as Inception's
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return (torch.from_numpy(judge().features(images.cpu().numpy())),)
+
+    register(NAME, Decisions)
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    """(N, 64) in the set's own levels, of the first channel. Raises DataError for images of another size."""
+    if images.dtype != np.uint8 or images.shape[1:] not in ((1, 8, 8), (3, 8, 8)):
+        raise DataError(f"the images are {images.dtype}{images.shape[1:]}, digits are uint8(1, 8, 8)")
+    return images[:, 0].reshape(len(images), -1) * (LEVELS / 255)
 
 
 def _sklearn(module: str) -> Any:

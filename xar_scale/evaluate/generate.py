@@ -1,77 +1,158 @@
-"""Images from a checkpoint: labels in, uint8 images out, and the labelled grid a person looks at."""
+"""Labels in, uint8 images out: the network on this rank's device, or shared by neighbours, and the tokenizer behind it."""
 
 import dataclasses
-from pathlib import Path
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
-from xar_scale.checkpoint.load import load_weights
-from xar_scale.checkpoint.manifest import FOLDER, Checkpoint, newest_valid, verify
-from xar_scale.config import Config, KernelConfig, SampleConfig
+from xar_scale import dist
+from xar_scale.checkpoint.interop.pretrained import check_shapes
+from xar_scale.config import SampleConfig
 from xar_scale.dist import say
-from xar_scale.errors import UsageError
-from xar_scale.model.xar import XAR
-from xar_scale.sampler import sample
-from xar_scale.tokenizers import create_tokenizer
+from xar_scale.errors import ConfigError
+from xar_scale.evaluate.trained import Trained
+from xar_scale.model.xar import XAR, meta_model
+from xar_scale.precision import FP32, MODES, apply_matmul_mode
+from xar_scale.sampler import Watch, sample
+from xar_scale.tokenizers import Tokenizer, create_tokenizer
+
+FRAMES = 48  # of an animation
+AHEAD = 2  # batches of latents that wait to be decoded
+SAMPLER = ("sampler", "steps", "guidance", "guidance_schedule", "guidance_interval")  # what sample() takes of the settings
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """A checkpoint's folder, or a run's: its newest valid one. Raises UsageError when there is none that knows its run."""
-    checkpoint = newest_valid(path) if (path / FOLDER).is_dir() else verify(path)
-    if checkpoint is None:
-        raise UsageError(f"no checkpoint in {path}")
-    if not checkpoint.manifest.config:
-        raise UsageError(
-            f"{checkpoint.path} was made of another format, and knows neither its model's config nor its tokenizer"
-        )
-    return checkpoint
+@dataclass(frozen=True)
+class Generator:
+    """Draws images with one set of weights. A batch is decoded while the next is drawn.
+
+    ``compute``: the dtype of autocast. ``shared``: ranks that share a copy of the weights call ``draw`` together, with as many
+    batches each.
+    """
+
+    model: XAR
+    settings: SampleConfig
+    tokenizer: Tokenizer
+    latent_scale: float
+    device: torch.device
+    compute: torch.dtype
+    shared: bool
+
+    def with_settings(self, settings: SampleConfig) -> "Generator":
+        """The same weights, drawn from with other settings of the sampler; the rest is as it was when they were opened."""
+        changed = {name: getattr(settings, name) for name in SAMPLER}
+        settings = dataclasses.replace(self.settings, **changed)
+        return replace(self, settings=settings)
+
+    def draw(self, labels: Sequence[int], seed: int | Sequence[int] = 0, first: int = 0, batches: int = 0) -> np.ndarray:
+        """uint8 images (N, I, H, W), one a label.
+
+        Image i depends on its label and on (seed, first + i), or with a seed an image on that alone; its batch tells in the
+        last bits. ``batches``: at least so many passes, as neighbours make; what they draw beyond the labels is nobody's.
+        """
+        size = self.settings.batch
+        starts = [*range(0, len(labels), size)]
+        with ThreadPoolExecutor(1) as decoder:
+            decoded: list[Future[np.ndarray]] = []
+            for number, start in enumerate(starts):
+                seeds = seed if isinstance(seed, int) else seed[start : start + size]
+                latents = self.latents(labels[start : start + size], seeds, first + start)
+                decoded.append(decoder.submit(self.tokenizer.decode, latents))
+                if number >= AHEAD:
+                    decoded[number - AHEAD].result()
+            for _ in range(batches - len(starts)):
+                self.latents([0], 0, 0)
+            return np.concatenate([part.result() for part in decoded]) if decoded else np.empty((0, 0, 0, 0), np.uint8)
+
+    def draw_over_ranks(self, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
+        """uint8 images (N, I, H, W), one a label and seed, on rank 0; elsewhere nothing of use. Every rank calls this."""
+        world, rank = dist.world(), dist.rank()
+        batches = math.ceil(math.ceil(len(labels) / world) / self.settings.batch) if self.shared else 0
+        mine = self.draw(labels[rank::world], seeds[rank::world], batches=batches)
+        of_ranks = [part for part in dist.gather_on_rank_0(mine) if len(part)]
+        if not of_ranks:
+            return mine
+        images = np.empty((len(labels), *of_ranks[0].shape[1:]), np.uint8)
+        for number, part in enumerate(of_ranks):
+            images[number::world] = part
+        return images
+
+    def latents(self, labels: Sequence[int], seed: int | Sequence[int], first: int = 0, watch: Watch | None = None) -> Tensor:
+        """One batch, in the tokenizer's own scale."""
+        options = {name: getattr(self.settings, name) for name in SAMPLER}
+        with torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute is not FP32):
+            drawn = sample(self.model, labels, seed=seed, first_image=first, watch=watch, **options)
+        return drawn / self.latent_scale
+
+    def frames(self, label: int, seed: int) -> Iterator[np.ndarray]:
+        """An image (I, H, W) as it comes to be, about ``FRAMES`` states and the end; what is not begun is flat.
+
+        Of entities on grids of several sizes only the finest is seen.
+        """
+        layout, states = self.model.layout, list[Tensor]()
+        spacing = layout.entities / FRAMES  # of t, between two states that are kept; more than 1: not every entity has one
+
+        def watch(entity: int, t: float, tokens_BTC: Tensor) -> None:
+            if entity + 1 - t < len(states) * spacing - 1e-9:  # how far all of it is; a predictor's state may be further
+                return
+            missing = tokens_BTC.new_zeros(1, layout.tokens - tokens_BTC.shape[1], tokens_BTC.shape[2])
+            states.append(layout.from_entities(torch.cat([tokens_BTC, missing], dim=1)) / self.latent_scale)
+
+        states.append(self.latents([label], [seed], watch=watch))
+        for state in states:
+            yield self.tokenizer.decode(state)[0]
 
 
-def generate(
-    checkpoint: Checkpoint,
-    labels: list[int],
-    settings: SampleConfig,
-    seed: int,
-    device: torch.device,
-    kernels: KernelConfig | None = None,
-) -> np.ndarray:
-    """uint8 images (N, I, H, W), one a label, from the averaged weights. Image i depends on (seed, i) and its label only."""
-    manifest = checkpoint.manifest
-    config = Config.from_dict(manifest.config)
-    if wrong := [label for label in labels if not 0 <= label < config.model.classes]:
-        raise UsageError(f"class {wrong[0]} is outside 0..{config.model.classes - 1}")
-    tokenizer = create_tokenizer(manifest.dataset["tokenizer"], settings.tokenizer_weights, device)
-    model = XAR(config.model)
-    model.load_state_dict(load_weights(checkpoint, "ema"))
-    model.to(device)
-    used = model.use_kernels(kernels or KernelConfig(), device, model.in_proj.weight.dtype, training=False)
-    say(f"{len(labels)} images on {device.type}; {used}")
-    images = []
-    for first in range(0, len(labels), settings.batch):
-        part = labels[first : first + settings.batch]
-        options = dataclasses.asdict(settings)
-        del options["batch"], options["tokenizer_weights"]
-        latents = sample(model, part, seed=seed, first_image=first, **options)
-        images.append(tokenizer.decode(latents / manifest.dataset["latent_scale"]))
-    return np.concatenate(images)
+def open_generator(trained: Trained, device: torch.device) -> Generator:
+    """Of weights on disk, of which each rank reads what it holds. Every rank calls this.
+
+    Raises ConfigError where the ranks do not share evenly, or the tokenizer lacks its weights.
+    """
+    settings = trained.sample
+    if dist.world() % settings.shard_ranks:
+        raise ConfigError(f"world {dist.world()} is not divisible by sample.shard_ranks {settings.shard_ranks}")
+
+    def build() -> tuple[XAR, Tokenizer]:
+        # one at a time on a CPU, where a picture then does not depend on the batch at all
+        at_once = 1 if device.type == "cpu" else settings.batch
+        tokenizer = create_tokenizer(trained.tokenizer, settings.tokenizer_weights, device, batch=at_once)
+        model = meta_model(trained.model)
+        wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+        check_shapes(trained.source.path, trained.source.names(trained.kind), wanted)
+        used = model.use_kernels(trained.kernels, device, MODES[settings.precision].compute, training=False)
+        copies = f", a copy over {settings.shard_ranks} ranks" if settings.shard_ranks > 1 else ""
+        say(f"drawing on {dist.world()} x {device.type}, {settings.precision}{copies}; {used}")
+        return model, tokenizer
+
+    model, tokenizer = dist.together(build)
+    apply_matmul_mode(settings.precision)
+    ranges = _place(model, settings, device)
+
+    def fill() -> None:
+        for name, (start, values) in ranges.items():
+            host = torch.empty(values.shape)
+            trained.source.read(f"{trained.kind}/{name}", start, host.view(-1))
+            values.copy_(host)
+
+    dist.together(fill)
+    compute = MODES[settings.precision].compute
+    return Generator(model, settings, tokenizer, trained.latent_scale, device, compute, settings.shard_ranks > 1)
 
 
-def draw_grid(rows: dict[str, np.ndarray], path: Path, cell: int = 48) -> None:
-    """A PNG with a named row for each entry: its images (N, I, H, W), uint8, side by side, each ``cell`` pixels wide."""
-    gap, font = 4, ImageFont.load_default(size=cell // 2)
-    margin = int(max(font.getlength(name) for name in rows)) + cell // 2
-    columns = max(len(images) for images in rows.values())
-    grey = all(images.shape[1] == 1 for images in rows.values())
-    size = (margin + columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap)
-    sheet = Image.new("L" if grey else "RGB", size, "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (name, images) in enumerate(rows.items()):
-        top = gap + row * (cell + gap)
-        pen.text((margin // 2, top + cell // 2), name, fill="black", font=font, anchor="mm")
-        for column, image in enumerate(images):
-            pixels = image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)
-            tile = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.BICUBIC)
-            sheet.paste(tile, (margin + column * (cell + gap), top))
-    sheet.save(path)
+def _place(model: XAR, settings: SampleConfig, device: torch.device) -> dict[str, tuple[int, Tensor]]:
+    """Give the parameters memory. Returns this rank's of each: the first element, and the tensor from there on."""
+    if settings.shard_ranks == 1:
+        model.to_empty(device=device).requires_grad_(False)
+        return {name: (0, parameter.data) for name, parameter in model.named_parameters()}
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    from xar_scale.engines.fsdp2 import owned_range, shard_model
+
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    policy = MixedPrecisionPolicy(MODES[settings.precision].gather, cast_forward_inputs=False)
+    shards = shard_model(model.requires_grad_(False), settings.shard_ranks, policy, device)
+    return {name: (owned_range(shapes[name], settings.shard_ranks)[0], shard) for name, shard in shards.items()}

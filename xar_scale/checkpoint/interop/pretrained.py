@@ -26,13 +26,27 @@ def load_official(source: str | Path | dict[str, Any], ema: bool = True, trust_p
         if kind not in opened.kinds:
             raise UsageError(f"{opened.path} holds {', '.join(opened.kinds)}, and no {kind}")
         shapes = opened.names(kind)
-        model = meta_model(_own_config(opened) or _preset_of(opened.path, shapes))
+        model = meta_model(config_of(opened, kind))
         wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-        for name in [*wanted, *shapes]:
-            if (there := shapes.get(name)) != (ours := wanted.get(name)):
-                raise DataError(f"{opened.path}: {name} is {_in_words(there)}, the model's is {_in_words(ours)}")
+        check_shapes(opened.path, shapes, wanted)
         model.load_state_dict({name: opened.whole(f"{kind}/{name}") for name in shapes}, assign=True)
     return model
+
+
+def config_of(source: Source, kind: str) -> ModelConfig:
+    """The model's whose weights these are. Those that come without a config are of the preset of their sizes.
+
+    Raises DataError where there is no such preset.
+    """
+    shapes = source.names(kind)
+    return _own_config(source) or ModelConfig(**model_values(preset_of(source.path, shapes)))
+
+
+def check_shapes(path: Path, there: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> None:
+    """Raises DataError that names the first parameter in which ``there`` is not ``wanted``."""
+    for name in [*wanted, *there]:
+        if (found := there.get(name)) != (ours := wanted.get(name)):
+            raise DataError(f"{path}: {name} is {_in_words(found)}, the model's is {_in_words(ours)}")
 
 
 def _of_state(state: dict[str, Any]) -> Source:
@@ -51,12 +65,13 @@ def _own_config(source: Source) -> ModelConfig | None:
     return validated(ModelConfig, config["model"], DataError, f"{source.path}: ") if config else None
 
 
-def _preset_of(path: Path, shapes: dict[str, torch.Size]) -> ModelConfig:
+def preset_of(path: Path, shapes: dict[str, torch.Size]) -> str:
+    """The name of the preset of these sizes. Raises DataError."""
     embedding = shapes.get("class_embed.weight", ())
     width = embedding[1] if len(embedding) == 2 else None
     depth = len({name.split(".")[1] for name in shapes if name.startswith("encoder.")})
     for name in MODELS:
         values = model_values(name)
         if (values["width"], values["depth_encoder"]) == (width, depth):
-            return ModelConfig(**values)
+            return name
     raise DataError(f"{path} is of no preset: its width is {width}, it has {depth} encoder blocks")

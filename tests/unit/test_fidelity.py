@@ -1,0 +1,327 @@
+"""Our numbers of images against torch-fidelity's own path and against hand-made ones; statistics, and whose weights."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch_fidelity
+from PIL import Image
+from torch import nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+from xar_scale.errors import DataError, UsageError
+from xar_scale.evaluate import fidelity
+from xar_scale.evaluate.evaluation import Comparison
+from xar_scale.evaluate.fidelity import Extractor, Reference, measure, read_statistics, statistics_of
+from xar_scale.evaluate.images import ImageFiles, ImagesInMemory, open_images
+
+CPU = torch.device("cpu")
+FEATURES, COUNT = 12, 300
+
+
+class Seeded(FeatureExtractorBase):
+    """Two random layers: features of pictures that nothing has to be fetched for."""
+
+    def __init__(self, name, features_list, **_):
+        super().__init__(name, features_list)
+        generator = torch.Generator().manual_seed(0)
+        self.kernel = nn.Parameter(torch.randn(FEATURES, 3, 5, 5, generator=generator) / 9)
+        self.head = nn.Parameter(torch.randn(10, FEATURES, generator=generator))
+
+    @staticmethod
+    def get_provided_features_list():
+        return "pooled", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "logits" if metric == "isc" else "pooled"
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        pooled = nn.functional.conv2d(images.float() / 128 - 1, self.kernel).relu().mean((2, 3))
+        found = {"pooled": pooled, "logits": pooled @ self.head.T}
+        return tuple(found[name] for name in self.features_list)
+
+
+fidelity.register("seeded", Seeded)
+
+
+def of_features(features, extractor) -> Reference:
+    return Reference(statistics_of(features, extractor), features)
+
+
+def pictures(seed: int, levels: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, levels, (COUNT, 3, 16, 16), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two sets of pictures as files."""
+    made = []
+    for seed, levels in ((1, 256), (2, 240)):
+        folder = tmp_path_factory.mktemp(f"set{seed}")
+        for number, picture in enumerate(pictures(seed, levels)):
+            Image.fromarray(picture.transpose(1, 2, 0)).save(folder / f"{number:04d}.png")
+        made.append(folder)
+    return made
+
+
+def test_every_number_is_that_of_torch_fidelitys_own_path(folders, monkeypatch):
+    monkeypatch.setattr(fidelity, "KID_SUBSET", 100)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=str(folders[0]),
+        input2=str(folders[1]),
+        feature_extractor="seeded",
+        fid=True,
+        isc=True,
+        kid=True,
+        prc=True,
+        kid_subset_size=100,
+        cuda=False,
+        verbose=False,
+        cache=False,
+        save_cpu_ram=True,
+    )
+    comparison = Comparison(str(folders[1]), "seeded", CPU)
+    ours = comparison.of(open_images(folders[0]), None, {})["metrics"]
+    names = {
+        "frechet_distance": "frechet_inception_distance",
+        "classifier_score": "inception_score_mean",
+        "classifier_score_std": "inception_score_std",
+        "kernel_distance": "kernel_inception_distance_mean",
+        "kernel_distance_std": "kernel_inception_distance_std",
+        "precision": "precision",
+        "recall": "recall",
+    }
+    assert set(ours) == set(names)  # none of them is called FID or IS
+    for name, theirs_name in names.items():
+        rounding = 1e-4 if "kernel" in name else 1e-6  # a matrix product in float32
+        assert ours[name] == pytest.approx(theirs[theirs_name], rel=rounding, abs=1e-9), name
+    assert ours["frechet_distance"] > 1e-3 and 0 < ours["precision"] < 1
+
+
+def gaussians() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    mixing = torch.randn(2, FEATURES, FEATURES, generator=generator)
+    drawn = torch.randn(2, 5000, FEATURES, generator=generator) @ mixing
+    return drawn[0], drawn[1] + 0.5
+
+
+def distance_by_hand(one: np.ndarray, other: np.ndarray) -> float:
+    """Of Gaussians (Frechet 1957): by the root of the product of their covariances."""
+    covariances = [np.cov(values, rowvar=False) for values in (one, other)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    return ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
+
+
+def test_the_distance_of_gaussians_is_the_one_computed_by_hand():
+    extractor = Extractor("seeded", CPU)
+    one, other = ({"pooled": values, "logits": torch.zeros(len(values), 10)} for values in gaussians())
+    found = measure(one, of_features(other, extractor), extractor)["frechet_distance"]
+    by_hand = distance_by_hand(*(values["pooled"].double().numpy() for values in (one, other)))
+    assert found == pytest.approx(by_hand, rel=1e-5) and found > 3
+    same = measure(one, of_features(one, extractor), extractor)
+    assert same["frechet_distance"] == pytest.approx(0, abs=1e-4) and same["precision"] == same["recall"] == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_statistics_of_either_type_are_loaded(tmp_path, dtype):
+    extractor = Extractor("seeded", CPU)
+    one, other = gaussians()
+    features = {"pooled": one, "logits": torch.zeros(len(one), 10)}
+    mu, sigma = other.double().numpy().mean(0), np.cov(other.double().numpy(), rowvar=False)
+    np.savez(tmp_path / "known.npz", mu=mu.astype(dtype), sigma=sigma.astype(dtype), other=1)
+    found = measure(features, Reference(read_statistics(tmp_path / "known.npz")), extractor)
+    assert found["frechet_distance"] == pytest.approx(distance_by_hand(one.double().numpy(), other.double().numpy()), rel=1e-4)
+    assert set(found) == {"frechet_distance", "classifier_score", "classifier_score_std"}  # no more without images
+
+
+def test_statistics_that_are_none_are_refused(tmp_path):
+    path = tmp_path / "known.npz"
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(3))
+    with pytest.raises(DataError, match=r"mu \(4,\) and sigma \(3, 3\) are no mean and covariance"):
+        read_statistics(path)
+    np.savez(path, mu=np.full(3, np.nan), sigma=np.eye(3))
+    with pytest.raises(DataError, match="no mean and covariance"):
+        read_statistics(path)
+    np.savez(path, mean=np.zeros(3))
+    with pytest.raises(DataError, match=r"known.npz holds no mu and sigma"):
+        read_statistics(path)
+    path.write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(DataError, match=r"known.npz is no npz of arrays, or torn"):
+        Comparison(str(path), "seeded", CPU)
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(DataError, match=r"known.npz is of 3 features, seeded has 12"):
+        Comparison(str(path), "seeded", CPU)  # before anything is drawn for it
+    with pytest.raises(UsageError, match="no reference at"):
+        Comparison(str(tmp_path / "nowhere"), "seeded", CPU)
+
+
+def test_what_goes_by_a_published_name_is_that_file(tmp_path, monkeypatch):
+    assert fidelity.git_sha1(b"what is up, doc?") == "bd9dbf5aae1a3862dd1526723246b20206e5fc37"  # git's own example
+    path = tmp_path / "adm_in256_stats.npz"
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(DataError, match=r"is not the published adm_in256_stats.npz: git's SHA-1 of it is .{40}, not 1da4"):
+        read_statistics(path)
+    monkeypatch.setitem(fidelity.PUBLISHED, path.name, fidelity.git_sha1(path.read_bytes()))
+    assert read_statistics(path)["mu"].shape == (3,)
+
+
+def test_inception_weights_that_are_nowhere_end_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(fidelity, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
+    said = r"no Inception weights at .*hub.*6726825d.pth, and .* cannot be had .*--inception-weights"
+    np.savez(tmp_path / "known.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(UsageError, match=said) as told:
+        Comparison(str(tmp_path / "known.npz"), fidelity.INCEPTION, CPU)
+    assert "\n" not in str(told.value) and not [*(tmp_path / "hub").rglob("*.pth")]
+    with pytest.raises(UsageError, match="no Inception weights at nowhere"):
+        Extractor(fidelity.INCEPTION, CPU, tmp_path.__class__("nowhere"))
+    with pytest.raises(UsageError, match="no feature extractor 'nosuch'; there are: .*seeded"):
+        Extractor("nosuch", CPU)
+    with pytest.raises(UsageError, match="--inception-weights are of inception-v3-compat, not of seeded"):
+        Extractor("seeded", CPU, tmp_path)
+
+
+def test_inception_weights_are_checked_before_they_are_unpickled(tmp_path, monkeypatch):
+    path = tmp_path / "mine.pth"
+    path.write_bytes(b"a pickle that does harm")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was unpickled"))
+    with pytest.raises(DataError, match=r"mine.pth is not weights-inception-2015-12-05-6726825d.pth: its SHA-256 is"):
+        Extractor(fidelity.INCEPTION, CPU, path)
+
+
+def test_with_inception_they_are_called_fid_and_is(tmp_path, monkeypatch):
+    """Its network is the real one; its weights are not, so that nothing has to be fetched."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    module = "torch_fidelity.feature_extractor_inceptionv3"
+    with monkeypatch.context() as unfilled:
+        unfilled.setattr(f"{module}.load_state_dict_from_url", lambda *_, **__: {})
+        unfilled.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        network = FeatureExtractorInceptionV3(fidelity.INCEPTION, ["2048"])
+    torch.save(network.state_dict(), tmp_path / "made.pth")
+    digest = hashlib.sha256((tmp_path / "made.pth").read_bytes()).hexdigest()
+    monkeypatch.setattr(fidelity, "INCEPTION_SHA256", digest)
+    extractor = Extractor(fidelity.INCEPTION, CPU, tmp_path / "made.pth")
+    assert extractor.sha256 == digest
+    assert extractor.layers == {"fid": "2048", "isc": "logits_unbiased", "kid": "2048", "prc": "2048"}
+    grey = pictures(1, 256)[:10, :1]
+    features, colour = extractor.of(grey), extractor.of(np.repeat(grey, 3, axis=1))
+    assert features["2048"].shape == (10, 2048) and torch.equal(features["2048"], colour["2048"])
+    monkeypatch.setattr(torch_fidelity.metric_fid, "fid_statistics_to_metric", lambda *_: {torch_fidelity.KEY_METRIC_FID: 1.0})
+    found = measure(features, of_features(features, extractor), extractor)
+    assert set(found) == {"fid", "inception_score", "inception_score_std", "kid", "kid_std", "precision", "recall"}
+
+
+def test_features_are_in_the_order_of_the_images():
+    images = pictures(1, 256)
+    extractor = Extractor("seeded", CPU)
+    together, parts = extractor.of(images), extractor.of_all(ImagesInMemory(images))
+    torch.testing.assert_close(parts["pooled"], together["pooled"])
+    assert len(parts["logits"]) == COUNT
+
+
+def test_pictures_of_others_are_read_and_what_is_none_is_named(tmp_path, folders):
+    found = open_images(folders[0])
+    assert isinstance(found, ImageFiles) and (found.count, found.parts) == (300, 2)
+    assert np.array_equal(np.concatenate([found.read(0), found.read(1)]), pictures(1, 256))
+    (tmp_path / "deep").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    Image.new("L", (16, 16), 7).save(tmp_path / "deep" / "b.JPG", format="jpeg")
+    assert open_images(tmp_path).read(0).shape == (2, 3, 16, 16)
+    Image.new("RGB", (16, 8)).save(tmp_path / "deep" / "c.png")
+    with pytest.raises(DataError, match=r"c.png is 16x8 pixels, a.png is 16x16: they must be of one size"):
+        open_images(tmp_path).read(0)
+    (tmp_path / "deep" / "c.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"c.png is no picture that can be read"):
+        open_images(tmp_path).read(0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no pictures in"):
+        open_images(tmp_path / "empty")
+    with pytest.raises(UsageError, match="no images at"):
+        open_images(tmp_path / "nowhere.npz")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "said"),
+    [
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "holds no images in arr_0"),
+        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"arr_0 is uint8\(2, 3, 8, 8\), not one or more of uint8 \(H, W, 3\)"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, "arr_0 is float32"),
+        ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "arr_0 is uint8"),
+        ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.zeros(3)}, r"\(3,\) labels for 2 images"),
+        ({"arr_0": np.array([{}], dtype=object)}, "is no npz of arrays"),
+    ],
+)
+def test_an_npz_of_something_else_is_refused(tmp_path, arrays, said):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(DataError, match=said):
+        open_images(tmp_path / "x.npz")
+
+
+def test_adms_batches_hold_statistics_and_images(tmp_path):
+    images = pictures(2, 240)
+    extractor = Extractor("seeded", CPU)
+    known = {name: 2 * value for name, value in statistics_of(extractor.of(images), extractor).items()}
+    np.savez(tmp_path / "batch.npz", arr_0=images.transpose(0, 2, 3, 1), mu=known["mu"], sigma=known["sigma"])
+    given = ImagesInMemory(pictures(1, 256))
+    found = Comparison(str(tmp_path / "batch.npz"), "seeded", CPU).of(given, None, {})["metrics"]
+    by_hand = measure(extractor.of(given.images), Reference(known), extractor)["frechet_distance"]
+    assert found["frechet_distance"] == pytest.approx(by_hand, rel=1e-6) and {"precision", "kernel_distance"} <= set(found)
+
+
+def test_images_in_an_npz_are_read_a_part_at_a_time(tmp_path):
+    images = pictures(1, 256)
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "x.npz", other=np.zeros(7), arr_0=images.transpose(0, 2, 3, 1), arr_1=np.arange(COUNT))
+        found = open_images(tmp_path / "x.npz")
+        base = found.images
+        while base.base is not None and not isinstance(base, np.memmap):
+            base = base.base
+        assert isinstance(base, np.memmap) == (save is np.savez)  # more than memory holds
+        assert np.array_equal(np.concatenate([found.read(0), found.read(1)]), images) and found.labels[-1] == COUNT - 1
+    content = (tmp_path / "x.npz").read_bytes()
+    np.savez(tmp_path / "x.npz", arr_0=images.transpose(0, 2, 3, 1))
+    content = (tmp_path / "x.npz").read_bytes()
+    (tmp_path / "x.npz").write_bytes(content[:1000])
+    with pytest.raises(DataError, match="is no npz of arrays, or torn"):
+        open_images(tmp_path / "x.npz")
+
+
+def test_one_image_is_nothing_to_compare_and_few_have_fewer_numbers(tmp_path):
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(UsageError, match="holds one image: numbers are of several"):
+        open_images(tmp_path / "x.npz")
+    extractor = Extractor("seeded", CPU)
+    few = {"pooled": torch.randn(3, FEATURES), "logits": torch.randn(3, 10)}
+    many = {"pooled": torch.randn(30, FEATURES), "logits": torch.randn(30, 10)}
+    assert set(measure(few, of_features(many, extractor), extractor)) == {
+        "frechet_distance",
+        "kernel_distance",
+        "kernel_distance_std",
+    }
+
+
+def test_features_are_in_float32_whatever_the_process_computes_in():
+    seen = []
+    extractor = Extractor("seeded", CPU)
+    extractor.network.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        extractor.of(pictures(1, 256)[:2])
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "CMYK"])
+def test_pictures_that_are_not_8_bits_a_channel_are_named(tmp_path, mode):
+    suffix = "jpg" if mode == "CMYK" else "png"
+    for name in "ab":
+        Image.new(mode, (8, 8)).save(tmp_path / f"{name}.{suffix}")
+    with pytest.raises(DataError, match=rf"a.{suffix} is of mode {mode}, not of 8 bits a channel without transparency"):
+        open_images(tmp_path)

@@ -1,0 +1,161 @@
+"""A set of generated images: what is in it, what is gone on with, what is refused; and what digits are judged by."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.tiny_run import Run
+from xar_scale.checkpoint.manifest import verify
+from xar_scale.errors import DataError, UsageError
+from xar_scale.evaluate import digits, imageset
+from xar_scale.evaluate.digits import judge, load_digits
+from xar_scale.evaluate.evaluation import Comparison, image_set
+from xar_scale.evaluate.generate import open_generator
+from xar_scale.evaluate.images import ImagesInMemory
+from xar_scale.evaluate.trained import open_trained
+
+CPU = torch.device("cpu")
+FEW = ["sample.sampler=euler", "sample.steps=1", "sample.guidance=1.0", "sample.batch=5"]
+COUNT = 23
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    monkeypatch.setattr("xar_scale.evaluate.imageset.PART", 8)
+    run = Run(tmp_path / "run")
+    run.train(3)
+    return open_trained(verify(run.save()).path, FEW)
+
+
+def everything(images) -> np.ndarray:
+    return np.concatenate([images.read(part) for part in range(images.parts)])
+
+
+def test_images_are_numbered_and_classes_take_turns(tmp_path, trained):
+    images, generator = image_set(trained, tmp_path / "set", COUNT, 4), open_generator(trained, CPU)
+    images.open()
+    images.draw(generator)
+    assert images.parts == 3 and images.missing() == [] and images.labels.tolist() == [n % 10 for n in range(COUNT)]
+    found = everything(images)
+    assert len(found) == COUNT
+    alone = generator.draw([7], 4, first=17)[0]
+    assert np.abs(found[17].astype(int) - alone).max() <= 1
+    larger = image_set(trained, tmp_path / "larger", COUNT + 9, 4)
+    larger.open()
+    larger.draw(generator)
+    assert np.abs(everything(larger)[:COUNT].astype(int) - found).max() <= 1
+
+
+def test_what_is_finished_is_kept(tmp_path, trained, monkeypatch):
+    images, generator = image_set(trained, tmp_path / "set", COUNT, 4), open_generator(trained, CPU)
+    images.open()
+    saved, cut = [], imageset._save
+
+    def killed(path, values):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(path.name)
+        cut(path, values)
+
+    monkeypatch.setattr(imageset, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        images.draw(generator)
+    assert images.missing() == [2]
+    before = {path.name: path.stat().st_mtime_ns for path in images.folder.glob("part-*")}
+    monkeypatch.setattr(imageset, "_save", cut)
+    images.open()
+    images.draw(generator)
+    after = {path.name: path.stat().st_mtime_ns for path in images.folder.glob("part-*")}
+    assert len(after) == 3 and {name: after[name] for name in before} == before
+    other = image_set(trained, tmp_path / "other", COUNT, 4)
+    other.open()
+    other.draw(generator)
+    assert np.array_equal(everything(images), everything(other))
+
+
+def test_a_folder_of_another_set_is_refused(tmp_path, trained):
+    image_set(trained, tmp_path / "set", COUNT, 4).open()
+    image_set(trained, tmp_path / "set", COUNT, 4).open()
+    for other, said in (
+        (image_set(trained, tmp_path / "set", COUNT + 1, 4), "images is 23 there, 24 here"),
+        (image_set(trained, tmp_path / "set", COUNT, 5), "seed is 4 there, 5 here"),
+        (image_set(open_trained(trained.source.path, [*FEW, "sample.guidance=2.0"]), tmp_path / "set", COUNT, 4), "sample is "),
+    ):
+        with pytest.raises(UsageError, match=f"holds another set: {said}"):
+            other.open()
+    with pytest.raises(UsageError, match="kernels is "):
+        image_set(open_trained(trained.source.path, [*FEW, "kernels.attention=flex"]), tmp_path / "set", COUNT, 4).open()
+    # what images do not depend on may change
+    image_set(open_trained(trained.source.path, [*FEW, "sample.every=3"]), tmp_path / "set", COUNT, 4).open()
+    image_set(open_trained(trained.source.path, [*FEW, "sample.batch=64"]), tmp_path / "set", COUNT, 4).open()
+    described = json.loads((tmp_path / "set" / "set.json").read_text())
+    assert described["weights"] == trained.sha256 and described["vectors"] == "ema"
+    assert (
+        described["drawn_with"]["device"] == "1 x cpu" and described["drawn_with"]["torch"] == torch.__version__.split("+")[0]
+    )
+
+
+def test_images_of_which_nothing_is_known_are_no_part_of_a_set(tmp_path, trained):
+    images = image_set(trained, tmp_path / "set", COUNT, 4)
+    images.open()
+    images.draw(open_generator(trained, CPU))
+    (tmp_path / "set" / "set.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"set.json is torn or changed"):
+        images.open()
+    (tmp_path / "set" / "set.json").unlink()
+    with pytest.raises(UsageError, match=r"holds images of a set that nothing describes: set.json is missing"):
+        images.open()
+
+
+def test_other_weights_are_another_set(tmp_path, trained):
+    run = Run(tmp_path / "longer")
+    run.train(4)
+    image_set(trained, tmp_path / "set", COUNT, 4).open()
+    with pytest.raises(UsageError, match="weights is "):
+        image_set(open_trained(verify(run.save()).path, FEW), tmp_path / "set", COUNT, 4).open()
+
+
+def test_a_part_that_is_torn_is_named(tmp_path, trained):
+    images = image_set(trained, tmp_path / "set", COUNT, 4)
+    images.open()
+    images.draw(open_generator(trained, CPU))
+    content = images.path(1).read_bytes()
+    images.path(1).write_bytes(content[:-9])
+    with pytest.raises(DataError, match=r"part-00001.npy is torn; without the file, its images are drawn anew"):
+        images.read(1)
+    np.save(images.path(1), np.zeros((3, 1, 8, 8), np.uint8))
+    with pytest.raises(DataError, match=r"part-00001.npy is uint8\(3, 1, 8, 8\), not 8 images"):
+        images.read(1)
+
+
+def test_progress_is_of_all_ranks_and_has_an_end(tmp_path, trained, monkeypatch, capsys):
+    monkeypatch.setattr(imageset, "SAY_EVERY_S", 0.0)
+    images = image_set(trained, tmp_path / "set", COUNT, 4)
+    images.open()
+    images.draw(open_generator(trained, CPU))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"{tmp_path / 'set'}: 23 images in 3 parts, 0 of them there already"
+    assert [line.split(" images")[0] for line in lines[2:]] == ["8/23", "16/23", "23/23"] and lines[-1].endswith("ETA 0 s")
+
+
+def test_the_judge_reads_real_digits_and_not_noise():
+    images, labels = load_digits()
+    assert judge().share_read(images, labels) > 0.98
+    assert judge().share_read(judge().held_out, judge().held_out_labels) > 0.97 and len(judge().held_out) == 450
+    noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 256, images.shape).astype(np.uint8)
+    assert judge().share_read(noise, labels) < 0.3
+    assert np.array_equal(judge().features(images[:5]), judge().features(np.repeat(images[:5], 3, axis=1)))
+
+
+def test_digits_are_compared_with_those_the_judge_was_fitted_on():
+    comparison = Comparison("digits", "inception-v3-compat", CPU)
+    held_out, labels = judge().held_out, judge().held_out_labels
+    real = comparison.of(ImagesInMemory(held_out, labels), labels, {})["metrics"]
+    for name in ("frechet_distance", "precision", "recall", "read_as_class"):
+        assert real[name] == pytest.approx(real[f"held_out_{name}"], rel=1e-6)
+    noise = np.random.default_rng(0).integers(0, 256, held_out.shape, dtype=np.uint8)
+    worse = comparison.of(ImagesInMemory(noise), None, {})["metrics"]
+    assert worse["frechet_distance"] > 10 * real["frechet_distance"] and worse["precision"] < 0.5 < real["precision"]
+    assert "read_as_class" not in worse and comparison.extractor.name == digits.NAME

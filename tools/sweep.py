@@ -1,0 +1,200 @@
+"""Quality of images against the cost of drawing them: samplers, steps and guidance in a table, a plot and a picture.
+
+python tools/sweep.py runs/demo --out runs/sweep --reference digits --sampler euler,heun --steps 5,10,25 --guidance 1,1.5,2
+torchrun --nproc-per-node 8 tools/sweep.py xAR-B.pth --out runs/sweep --reference adm_in256_stats.npz --guidance 2.3,2.7,3.1
+"""
+
+import argparse
+import functools
+import io
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xar_scale import dist
+from xar_scale.cli import Parser, ending
+from xar_scale.errors import UsageError
+from xar_scale.evaluate.evaluation import RESULT, Comparison, describe, image_set, write
+from xar_scale.evaluate.fidelity import INCEPTION
+from xar_scale.evaluate.generate import Generator, open_generator
+from xar_scale.evaluate.imageset import ImageSet
+from xar_scale.evaluate.pictures import draw_grid, png_bytes
+from xar_scale.evaluate.trained import Trained, open_trained
+from xar_scale.files import write_atomically
+from xar_scale.model.entities import create_layout
+from xar_scale.sampler import SAMPLERS
+
+SEED = 0
+ROW, SHOWN = "row.npy", 10  # the first images of a set, which the picture shows
+LINES = ("-", "--", ":", "-.")  # of the plot, by guidance; colours are by sampler
+
+Result = dict[str, Any]  # what a set's evaluation.json holds
+
+
+def main() -> int:
+    parser = Parser(prog="sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path, help="a run's folder, one checkpoint's, or a published file")
+    parser.add_argument("--out", type=Path, required=True, help="folder of sweep.md, .json, .svg, samples.png, and of the sets")
+    parser.add_argument("--reference", required=True, help="digits, an npz with mu and sigma or images, pictures")
+    parser.add_argument("--images", type=int, default=1000, help="of each set")
+    parser.add_argument("--sampler", type=_samplers, help=f"of {', '.join(SAMPLERS)}, with commas (default: the run's)")
+    parser.add_argument("--steps", type=functools.partial(_numbers, int, 1), help="with commas (default: the run's)")
+    parser.add_argument("--guidance", type=functools.partial(_numbers, float, 0), help="with commas (default: the run's)")
+    parser.add_argument("--features", default=INCEPTION, help="one of torch-fidelity's extractors")
+    parser.add_argument("--inception-weights", type=Path, help="path of torch-fidelity's file (default: where it keeps it)")
+    parser.add_argument("overrides", nargs="*", help="sample.key=value and kernels.key=value, for all sets")
+    return ending("sweep", lambda: sweep(parser.parse_intermixed_args()))
+
+
+def _samplers(text: str) -> list[str]:
+    if unknown := [name for name in text.split(",") if name not in SAMPLERS]:
+        raise argparse.ArgumentTypeError(f"no sampler {unknown[0]!r}; there are: {', '.join(SAMPLERS)}")
+    return list(dict.fromkeys(text.split(",")))
+
+
+def _numbers(kind: type[int] | type[float], least: int, text: str) -> list[float]:
+    try:
+        numbers = [kind(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(least <= number < math.inf for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers of at least {least} with commas")
+    return list(dict.fromkeys(numbers))
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Numbers that are in the folder are kept, so an interrupted sweep goes on. Every rank calls this."""
+    if options.images < 2:
+        raise UsageError("--images is at least 2")
+    device = dist.local_device()
+    if dist.world() > 1:
+        dist.init(device)
+    dist.together(_matplotlib)  # which is needed last, after hours
+    trained = open_trained(options.weights, options.overrides)
+    comparison = Comparison(options.reference, options.features, device, options.inception_weights)
+    generator = functools.cache(lambda: open_generator(trained, device))  # once, where anything is left to be drawn
+    own = trained.sample
+    lists = (options.sampler or [own.sampler], options.guidance or [own.guidance], options.steps or [own.steps])
+    results: dict[str, Result] = {}
+    for sampler, guidance, steps in itertools.product(*lists):
+        setting = replace(trained, sample=replace(own, sampler=sampler, guidance=guidance, steps=steps))
+        name = f"{sampler}-{steps}-{guidance:g}"
+        images = image_set(setting, options.out / name, options.images, SEED)
+        results[name] = evaluate(images, setting, comparison, generator)
+    dist.on_rank_0(lambda: publish(options.out, results))
+
+
+def evaluate(images: ImageSet, trained: Trained, comparison: Comparison, generator: Callable[[], Generator]) -> Result:
+    """The numbers of a set, which is drawn unless they are there already, and not kept: a sweep's would fill a disk."""
+    result = dist.on_rank_0(lambda: _read(images, comparison))
+    if result is None:
+        dist.on_rank_0(images.open)
+        missing = len(dist.on_rank_0(images.missing))
+        cost: dict[str, float] = {"passes": passes(trained)}
+        if missing:
+            drawing = generator().with_settings(trained.sample)
+            begun = time.perf_counter()
+            images.draw(drawing)
+            if missing == images.parts:  # else the time is that of some
+                cost["images_per_s"] = images.count / (time.perf_counter() - begun)
+        result = comparison.of(images, images.labels, describe(images, trained) | {"cost": cost})
+    return dist.on_rank_0(lambda: _keep(images, result))
+
+
+def passes(trained: Trained) -> int:
+    """Of the network, for an image: where guidance is more than 1, with its class and without. An approximation, as the first
+    entity's scale is 1 but with the constant schedule, and guidance may act at some times only: both cost less."""
+    sample = trained.sample
+    velocities = SAMPLERS[sample.sampler].velocities(sample.steps)
+    return create_layout(trained.model).entities * velocities * (2 if sample.guidance > 1 else 1)
+
+
+def _read(images: ImageSet, comparison: Comparison) -> Result | None:
+    """What the folder says, where it is of these very images and of this comparison."""
+    path = images.folder / RESULT
+    there: Result = json.loads(path.read_text()) if path.is_file() else {}
+    if "cost" not in there:  # another's
+        return None
+    drawn = {**there["set"], "weights": there["weights"]["sha256"]}
+    known = images.description.items() <= drawn.items()
+    return there if known and comparison.description.items() <= there.items() else None
+
+
+def _keep(images: ImageSet, result: Result) -> Result:
+    """Leave the numbers and the first images in the folder, and none of the others."""
+    if images.path(0).is_file():
+        np.save(images.folder / ROW, images.read(0)[:SHOWN])
+    write(images.folder, result)
+    for part in range(images.parts):
+        images.path(part).unlink(missing_ok=True)
+    return result
+
+
+def publish(out: Path, results: dict[str, Result]) -> None:
+    write_atomically(out / "sweep.json", json.dumps(results, indent=1).encode())
+    write_atomically(out / "sweep.md", f"{table([*results.values()])}\n".encode())
+    write_atomically(out / "sweep.svg", plot([*results.values()]))
+    rows = {name: np.load(out / name / ROW) for name in results}
+    write_atomically(out / "samples.png", png_bytes(draw_grid(rows)))
+    print(table([*results.values()]))
+
+
+def table(results: list[Result]) -> str:
+    """The best by the first metric in bold."""
+    first, *others = [name for name in results[0]["metrics"] if not name.startswith("held_out_")]
+    lines = [
+        f"| sampler | steps | guidance | passes an image | images/s | {' | '.join([first, *others])} |",
+        f"|{' --- |' * (6 + len(others))}",
+    ]
+    best = min(result["metrics"][first] for result in results)
+    for result in results:
+        sample, cost, metrics = result["set"]["sample"], result["cost"], result["metrics"]
+        rate = f"{cost['images_per_s']:.1f}" if "images_per_s" in cost else ""
+        quality = f"**{best:.4g}**" if metrics[first] == best else f"{metrics[first]:.4g}"
+        words = [sample["sampler"], sample["steps"], f"{sample['guidance']:g}", cost["passes"], rate, quality]
+        lines.append(f"| {' | '.join(map(str, [*words, *(f'{metrics[name]:.4g}' for name in others)]))} |")
+    return "\n".join(lines)
+
+
+def plot(results: list[Result]) -> bytes:
+    """The first metric against passes, as SVG: a line a sampler and guidance."""
+    first = next(iter(results[0]["metrics"]))
+    curves: dict[tuple[str, float], list[tuple[int, float]]] = {}
+    for result in results:
+        sample = result["set"]["sample"]
+        points = curves.setdefault((sample["sampler"], sample["guidance"]), [])
+        points.append((result["cost"]["passes"], result["metrics"][first]))
+    figure = _matplotlib().figure.Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    guidances = list(dict.fromkeys(guidance for _, guidance in curves))
+    for (sampler, guidance), points in curves.items():
+        colour, line = f"C{[*SAMPLERS].index(sampler)}", LINES[guidances.index(guidance) % len(LINES)]
+        axes.plot(*zip(*sorted(points), strict=True), line, marker="o", color=colour, label=f"{sampler}, guidance {guidance:g}")
+    axes.set(xlabel="passes of the network an image", ylabel=first.replace("_", " "))
+    for scale, axis in ((axes.set_xscale, axes.xaxis), (axes.set_yscale, axes.yaxis)):
+        scale("log", subs=(2, 3, 5))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    figure.legend(loc="outside right upper", frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg")
+    return buffer.getvalue()
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib.figure
+    except ImportError:
+        raise UsageError("the plot is matplotlib's: pip install 'xar_scale[evaluate]'") from None
+    return matplotlib
+
+
+if __name__ == "__main__":
+    dist.leave(main())  # as of ranks: an interpreter that is taken down around a process group may abort

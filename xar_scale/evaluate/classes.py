@@ -1,0 +1,83 @@
+"""Classes as a person writes them: numbers, names of ImageNet's, or WordNet's own (n02099601)."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from functools import cache
+
+from xar_scale.errors import UsageError
+
+IMAGENET_CLASSES = 1000
+
+
+def parse_classes(text: str, classes: int) -> list[int]:
+    """Of words with commas, each once, for a model of ``classes``. Raises UsageError that names the word and what is near."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(words):
+        raise UsageError(f"--classes {text!r}: there is nothing between two commas")
+    return list(dict.fromkeys(number for word in words for number in _numbers(word, classes)))
+
+
+def _numbers(word: str, classes: int) -> list[int]:
+    if span := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
+        first, last = int(span[1]), int(span[2] or span[1])
+        if not 0 <= first <= last < classes:
+            raise UsageError(f"class {word} is outside 0..{classes - 1}")
+        return [*range(first, last + 1)]
+    if classes != IMAGENET_CLASSES:
+        raise UsageError(f"class {word!r} is no number in 0..{classes - 1}; names are of ImageNet's {IMAGENET_CLASSES}")
+    known = _by_name()
+    found = known.get(word.lower())
+    if found is None:
+        near = difflib.get_close_matches(word.lower(), known, n=3)
+        raise UsageError(f"no class is called {word!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    if len(found) > 1:
+        choices = ", ".join(f"{number} ({', '.join(names(number))})" for number in found)
+        raise UsageError(f"{word!r} is {len(found)} classes, by number: {choices}")
+    return found
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Of numbers and ranges with commas, such as 0-9,17, each once. Raises UsageError."""
+    seeds: list[int] = []
+    for word in text.split(","):
+        span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word)
+        if span is None or int(span[2] or span[1]) < int(span[1]):
+            raise UsageError(f"--seeds {text!r} is not numbers and ranges with commas, such as 0-9,17")
+        seeds += range(int(span[1]), int(span[2] or span[1]) + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def title(number: int, classes: int) -> str:
+    """For a person to read: the number, and the first of its names where it is ImageNet's and names are there."""
+    try:
+        return f"{number} {names(number)[0]}" if classes == IMAGENET_CLASSES else str(number)
+    except UsageError:
+        return str(number)
+
+
+def names(number: int) -> Sequence[str]:
+    """Of an ImageNet class, the usual one first. Raises UsageError without timm."""
+    return _lists()[number][1:]
+
+
+@cache
+def _lists() -> list[list[str]]:
+    """Of each class WordNet's own name, then its others."""
+    try:
+        from timm.data import ImageNetInfo
+    except ImportError:
+        raise UsageError("names of classes are timm's: pip install 'xar_scale[evaluate]'") from None
+    known = ImageNetInfo("imagenet-1k")
+    return [
+        [known.index_to_label_name(n), *re.split(r",\s*", known.index_to_description(n))] for n in range(known.num_classes())
+    ]
+
+
+@cache
+def _by_name() -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for number, given in enumerate(_lists()):
+        for name in given:
+            found.setdefault(name.lower(), []).append(number)
+    return found

@@ -1,0 +1,187 @@
+"""Numbers of a set of images, beside all that is needed to have them again, as JSON and as a page of Markdown."""
+
+import json
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from xar_scale import dist
+from xar_scale.checkpoint.files import fingerprint
+from xar_scale.config import KernelConfig, SampleConfig
+from xar_scale.errors import DataError, UsageError
+from xar_scale.evaluate import digits
+from xar_scale.evaluate.fidelity import (
+    INCEPTION,
+    Extractor,
+    Images,
+    Reference,
+    Statistics,
+    fetch_inception,
+    measure,
+    read_statistics,
+    statistics_of,
+)
+from xar_scale.evaluate.images import ImagesInMemory, npz_names, open_images
+from xar_scale.evaluate.imageset import ImageSet
+from xar_scale.evaluate.trained import Trained
+from xar_scale.files import write_atomically
+from xar_scale.version import __version__
+
+DIGITS = "digits"  # as a reference
+RESULT, PAGE = "evaluation.json", "evaluation.md"
+PACKAGES = ("torch", "torch-fidelity", "numpy", "scikit-learn")
+PLACES = ("tokenizer_weights", "batch", "shard_ranks", "every", "shown")  # settings that images do not depend on
+SIDE = 32  # pixels of an image that only counts features
+
+
+def settings_of(sample: SampleConfig, kernels: KernelConfig, precision: str) -> dict[str, Any]:
+    """What images depend on beside weights, tokenizer and seed, as plain values."""
+    kept = {key: value for key, value in asdict(sample).items() if key not in PLACES}
+    values: dict[str, Any] = json.loads(json.dumps({"sample": {**kept, "precision": precision}, "kernels": asdict(kernels)}))
+    return values
+
+
+def image_set(trained: Trained, folder: Path, count: int, seed: int) -> ImageSet:
+    """What an evaluation draws."""
+    origin = {"weights": trained.sha256, "vectors": trained.kind, "tokenizer": trained.tokenizer}
+    origin |= settings_of(trained.sample, trained.kernels, trained.sample.precision)
+    return ImageSet(folder, count, trained.model.classes, seed, origin, versions(dist.local_device()))
+
+
+class Comparison:
+    """Of images with a reference: ``digits``, statistics (an npz with mu and sigma), or images, which tell more.
+
+    ADM's batches of images hold statistics as well: the distance is then to those.
+    """
+
+    def __init__(self, reference: str, features: str, device: torch.device, weights: Path | None = None) -> None:
+        """Every rank calls this. Raises UsageError, DataError."""
+        self.path, path = reference, Path(reference)
+        self.digits = reference == DIGITS
+        if self.digits:
+            digits.register_features()
+            features, opened = digits.NAME, _Opened(images=ImagesInMemory(digits.judge().fitted))
+        else:
+            opened = dist.together(lambda: _open_reference(path))
+        if features == INCEPTION and weights is None:
+            dist.together(fetch_inception)
+        self.extractor = dist.together(lambda: Extractor(features, device, weights))
+        hashed = not self.digits and path.is_file()
+        self.sha256 = dist.on_rank_0(lambda: fingerprint(path).sha256 if hashed else "")  # it may be of many gigabytes
+        found = {} if opened.images is None else self.extractor.of_all(opened.images)
+
+        def settle() -> None:
+            there = found or self.extractor.of(np.zeros((2, 3, SIDE, SIDE), np.uint8))
+            own = statistics_of(there, self.extractor)
+            statistics = own if opened.statistics is None else opened.statistics
+            if len(statistics["mu"]) != len(own["mu"]):
+                raise DataError(
+                    f"{reference} is of {len(statistics['mu'])} features, {self.extractor.name} has {len(own['mu'])}"
+                )
+            self.reference = Reference(statistics, found or None)
+            self.held_out = self._held_out() if self.digits else {}
+
+        dist.on_rank_0(settle)
+
+    @property
+    def name(self) -> str:
+        """For a folder of the numbers."""
+        return Path(self.path).stem
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What images are compared with, and by what."""
+        return {
+            "reference": {"path": self.path, "sha256": self.sha256},
+            "features": {"name": self.extractor.name, "sha256": self.extractor.sha256},
+        }
+
+    def of(self, images: Images, labels: np.ndarray | None, drawn: dict[str, Any]) -> dict[str, Any]:
+        """The numbers and what they are of. Every rank calls this.
+
+        ``drawn``: what the images are, and how they were made.
+        """
+        features = self.extractor.of_all(images)
+        metrics = dist.on_rank_0(lambda: measure(features, self.reference, self.extractor))
+        if self.digits:
+            metrics |= dist.on_rank_0(lambda: self._read(images, labels))
+        return {"metrics": metrics, **drawn, **self.description, "versions": versions(self.extractor.device)}
+
+    def _held_out(self) -> dict[str, float]:
+        """The numbers of real digits that the judge has not seen: what can be had at best."""
+        judge = digits.judge()
+        found = measure(self.extractor.of(judge.held_out), self.reference, self.extractor)
+        found["read_as_class"] = judge.share_read(judge.held_out, judge.held_out_labels)
+        return {f"held_out_{name}": value for name, value in found.items()}
+
+    def _read(self, images: Images, labels: np.ndarray | None) -> dict[str, float]:
+        """What only digits can be asked."""
+        if labels is None:
+            return self.held_out
+        every = np.concatenate([images.read(part) for part in range(images.parts)])
+        return self.held_out | {"read_as_class": digits.judge().share_read(every, labels)}
+
+
+class _Opened(NamedTuple):
+    statistics: Statistics | None = None
+    images: Images | None = None
+
+
+def _open_reference(path: Path) -> _Opened:
+    if not path.exists():
+        raise UsageError(f"no reference at {path}: it is {DIGITS}, an npz of statistics or images, or a folder of pictures")
+    names = npz_names(path) if path.suffix == ".npz" else []
+    statistics = read_statistics(path) if ("arr_0" not in names and names) or "mu" in names else None
+    return _Opened(statistics, open_images(path) if "arr_0" in names or not names else None)
+
+
+def describe(images: ImageSet, trained: Trained) -> dict[str, Any]:
+    """What was drawn, and with what."""
+    described = {name: value for name, value in images.description.items() if name != "weights"}
+    return {
+        "set": described | {"drawn_with": images.made_with()},
+        "weights": {"path": str(trained.source.path), "sha256": trained.sha256, "step": trained.source.step},
+    }
+
+
+def write(folder: Path, result: dict[str, Any]) -> None:
+    """As JSON and as a page. Raises UsageError where numbers of another set are there."""
+    there = folder / RESULT
+    if there.is_file() and json.loads(there.read_text())["set"] != json.loads(json.dumps(result["set"])):
+        raise UsageError(f"{there} is of another set; name another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / PAGE, _page(result).encode())
+    write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Of what is computed with, and where."""
+    found = {"xar_scale": __version__}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return found | {"device": f"{dist.world()} x {machine}"}
+
+
+def _page(result: dict[str, Any]) -> str:
+    lines = ["# Evaluation", "", "| metric | |", "| --- | --- |"]
+    lines += [f"| {name} | {value:.4f} |" for name, value in result["metrics"].items()]
+    if result["features"]["name"] != INCEPTION:
+        lines += ["", f"Of the features of {result['features']['name']}: these are no FID and no IS."]
+    lines += ["", "| what | |", "| --- | --- |"]
+    for section in [key for key in result if key != "metrics"]:
+        lines += [f"| {section}: {name} | {value} |" for name, value in _flat(result[section])]
+    return "\n".join(lines) + "\n"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        flat += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+    return flat

@@ -1,0 +1,214 @@
+"""FID, IS, KID, precision and recall by torch-fidelity's own functions, of features that ranks extract side by side."""
+
+import hashlib
+import os
+import urllib.error
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xar_scale import dist
+from xar_scale.checkpoint.files import fingerprint
+from xar_scale.errors import DataError, UsageError
+from xar_scale.evaluate.images import read_npz
+from xar_scale.precision import exact_matmuls
+
+INCEPTION = "inception-v3-compat"  # whose numbers alone are called FID and IS
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
+PUBLISHED = {"adm_in256_stats.npz": "1da4c17607fe959d54999fd098105649a0c05e15"}  # git's SHA-1 of files that go by these names
+BATCH = 64  # images a pass
+NEIGHBOURS = 3  # that a precision's or recall's neighbourhood reaches to
+SPLITS = 10  # of the images that IS is the mean over
+KID_SUBSET = 1000  # images; fewer where there are fewer
+METRICS = ("isc", "fid", "kid", "prc")  # as torch-fidelity calls them
+
+Statistics = dict[str, np.ndarray]  # "mu" (F,), "sigma" (F, F), float64
+Features = dict[str, Tensor]  # by layer (N, F), float32, on the CPU
+
+
+class Images(Protocol):
+    """Images in parts, any of which a rank may read."""
+
+    @property
+    def parts(self) -> int: ...
+
+    def read(self, part: int) -> np.ndarray:
+        """uint8 (N, I, H, W)."""
+
+
+def fidelity() -> Any:
+    """The library, which is imported where it is needed: it takes seconds."""
+    try:
+        import torch_fidelity
+        import torch_fidelity.metric_fid
+        import torch_fidelity.metric_isc
+        import torch_fidelity.metric_kid
+        import torch_fidelity.metric_prc
+        import torch_fidelity.registry
+        import torch_fidelity.utils
+    except ImportError:
+        raise UsageError("metrics of images are torch-fidelity's: pip install 'xar_scale[evaluate]'") from None
+    return torch_fidelity
+
+
+class Extractor:
+    """One of torch-fidelity's feature extractors, or one that is registered there, on this rank's device."""
+
+    def __init__(self, name: str, device: torch.device, weights: Path | None = None) -> None:
+        """``weights``: of Inception; none: where torch-fidelity keeps them. Raises UsageError without them or the name."""
+        library = fidelity()
+        kinds = library.registry.FEATURE_EXTRACTORS_REGISTRY
+        if name not in kinds:
+            raise UsageError(f"no feature extractor {name!r}; there are: {', '.join(kinds)}")
+        options: dict[str, Any] = {}
+        self.name, self.device, self.sha256 = name, device, ""
+        if name == INCEPTION:
+            path = inception_weights(weights)
+            options["feature_extractor_weights_path"] = str(path)
+            self.sha256 = fingerprint(path).sha256
+        elif weights is not None:
+            raise UsageError(f"--inception-weights are of {INCEPTION}, not of {name}")
+        self.layers = {metric: layer for metric in METRICS if (layer := _layer(kinds[name], metric)) is not None}
+        wanted = sorted(set(self.layers.values()))
+        cuda = device.type == "cuda"
+        try:
+            self.network = library.utils.create_feature_extractor(name, wanted, cuda=cuda, verbose=False, **options)
+        except (OSError, RuntimeError) as error:  # as without a network, where its weights are not there
+            raise UsageError(f"features {name} cannot be had: {' '.join(str(error).split())}") from None
+
+    @torch.no_grad()
+    def of(self, images_NIHW: np.ndarray) -> Features:
+        """Grey images are repeated as three channels."""
+        colour = np.repeat(images_NIHW, 3, axis=1) if images_NIHW.shape[1] == 1 else images_NIHW
+        found: list[dict[str, Tensor]] = []
+        with exact_matmuls():
+            for start in range(0, len(colour), BATCH):
+                batch = torch.tensor(colour[start : start + BATCH], device=self.device)
+                values = self.network.convert_features_tuple_to_dict(self.network(batch))
+                found.append({layer: value.cpu() for layer, value in values.items()})
+        return {layer: torch.cat([values[layer] for values in found]) for layer in found[0]}
+
+    def of_all(self, images: Images) -> Features:
+        """In the images' order, on rank 0; on others nothing. Every rank calls this, and takes its share of the parts."""
+
+        def extract() -> dict[int, Features]:
+            return {part: self.of(images.read(part)) for part in dist.mine(range(images.parts))}
+
+        gathered = dist.gather_on_rank_0(dist.together(extract))
+        by_part = {part: features for of_rank in gathered for part, features in of_rank.items()}
+        if not by_part:
+            return {}
+        return {layer: torch.cat([by_part[part][layer] for part in sorted(by_part)]) for layer in by_part[0]}
+
+
+def _layer(kind: Any, metric: str) -> str | None:
+    """The layer of which this extractor has a metric made; none where it is not made for it."""
+    try:
+        layer: str | None = kind.get_default_feature_layer_for_metric(metric)
+    except (KeyError, NotImplementedError):
+        return None
+    return layer
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What images are compared with: statistics, and where there are images, their features too."""
+
+    statistics: Statistics
+    features: Features | None = None
+
+
+def statistics_of(features: Features, extractor: Extractor) -> Statistics:
+    """torch-fidelity's mean and covariance, in float64: it compares only what is of one type."""
+    found = fidelity().metric_fid.fid_features_to_statistics(features[extractor.layers["fid"]])
+    return {name: value.astype(np.float64) for name, value in found.items()}
+
+
+def read_statistics(path: Path) -> Statistics:
+    """``mu`` and ``sigma`` of an npz, in float64. One that goes by a published file's name is that file.
+
+    Raises DataError where it is not, or they are missing or do not fit.
+    """
+    wanted = PUBLISHED.get(path.name)
+    if wanted is not None and (found := git_sha1(path.read_bytes())) != wanted:
+        raise DataError(f"{path} is not the published {path.name}: git's SHA-1 of it is {found}, not {wanted}")
+    arrays = read_npz(path, "mu", "sigma")
+    if len(arrays) < 2:
+        raise DataError(f"{path} holds no mu and sigma")
+    mu, sigma = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+    if mu.ndim != 1 or sigma.shape != (*mu.shape, *mu.shape) or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise DataError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no mean and covariance")
+    return {"mu": mu, "sigma": sigma}
+
+
+def git_sha1(content: bytes) -> str:
+    """What git knows a file by."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+def measure(features: Features, reference: Reference, extractor: Extractor) -> dict[str, float]:
+    """All that the extractor, the reference and the number of images allow, by name."""
+    library, layers = fidelity(), extractor.layers
+    inception = extractor.name == INCEPTION
+    metrics: dict[str, float] = {}
+    statistics = statistics_of(features, extractor)
+    distance = library.metric_fid.fid_statistics_to_metric(statistics, reference.statistics, False)
+    metrics["fid" if inception else "frechet_distance"] = distance[library.KEY_METRIC_FID]
+    if "isc" in layers and len(features[layers["isc"]]) >= SPLITS:
+        score = library.metric_isc.isc_features_to_metric(features[layers["isc"]], splits=SPLITS)
+        prefix = "inception_score" if inception else "classifier_score"
+        metrics[prefix] = score[library.KEY_METRIC_ISC_MEAN]
+        metrics[f"{prefix}_std"] = score[library.KEY_METRIC_ISC_STD]
+    if reference.features is not None and "kid" in layers:
+        pair = features[layers["kid"]], reference.features[layers["kid"]]
+        subset = min(KID_SUBSET, *map(len, pair))
+        kernel = library.metric_kid.kid_features_to_metric(*pair, kid_subset_size=subset, verbose=False)
+        prefix = "kid" if inception else "kernel_distance"
+        metrics[prefix] = kernel[library.KEY_METRIC_KID_MEAN]
+        metrics[f"{prefix}_std"] = kernel[library.KEY_METRIC_KID_STD]
+    if reference.features is not None and "prc" in layers:
+        pair = features[layers["prc"]], reference.features[layers["prc"]]
+        if min(map(len, pair)) <= NEIGHBOURS:
+            return metrics
+        shares = library.metric_prc.prc_features_to_metric(*pair, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+        metrics |= {name: shares[name] for name in (library.KEY_METRIC_PRECISION, library.KEY_METRIC_RECALL)}
+    return metrics
+
+
+def inception_weights(given: Path | None) -> Path:
+    """The file, given or where torch-fidelity keeps it, and checked: it is a pickle. Raises UsageError, DataError."""
+    path = given or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if not path.is_file():
+        raise UsageError(f"no Inception weights at {path}")
+    if (found := fingerprint(path).sha256) != INCEPTION_SHA256:
+        raise DataError(f"{path} is not {INCEPTION_FILE}: its SHA-256 is {found:.8}..., not {INCEPTION_SHA256:.8}...")
+    return path
+
+
+def fetch_inception() -> None:
+    """On one rank a node: have the file where torch-fidelity keeps it. Raises UsageError where it cannot be had."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if path.is_file() or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(INCEPTION_URL, str(path), progress=False)
+    except (urllib.error.URLError, OSError) as error:
+        reason = getattr(error, "reason", error)
+        raise UsageError(
+            f"no Inception weights at {path}, and {INCEPTION_URL} cannot be had ({reason}): --inception-weights is its path"
+        ) from None
+
+
+def register(name: str, kind: Callable[..., Any]) -> None:
+    """Make a feature extractor known to torch-fidelity, once."""
+    registry = fidelity().registry
+    if name not in registry.FEATURE_EXTRACTORS_REGISTRY:
+        registry.register_feature_extractor(name, kind)

@@ -1,0 +1,138 @@
+"""What the averages draw while training goes on: a grid of the same pictures each time, and the numbers of a small set."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from xar_scale import dist
+from xar_scale.config import Config
+from xar_scale.data.shards import DatasetInfo
+from xar_scale.ema import EMA
+from xar_scale.engines import Engine
+from xar_scale.errors import ConfigError, UsageError
+from xar_scale.evaluate.classes import title
+from xar_scale.evaluate.evaluation import Comparison, settings_of, write
+from xar_scale.evaluate.generate import Generator
+from xar_scale.evaluate.images import PART
+from xar_scale.evaluate.pictures import draw_grid, png_bytes
+from xar_scale.files import write_atomically
+from xar_scale.tokenizers import create_tokenizer
+
+FOLDER = "samples"
+BATCH = 16  # images at most: their caches lie beside all that training keeps
+CLASSES, SEEDS = 8, 4  # rows of a grid where none are named, and pictures in each
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Of one step: PNGs and numbers by name, on rank 0; elsewhere only the numbers."""
+
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
+
+
+class Previews:
+    """Weights stay where they are, cut over the ranks: the averages take their place, and are gathered block by block."""
+
+    def __init__(self, config: Config, run: Path, engine: Engine, ema: EMA, dataset: DatasetInfo) -> None:
+        """Every rank calls this.
+
+        Raises, before anything is trained, what it would raise later: ConfigError, UsageError, DataError.
+        """
+        self.config, self.run, self.engine, self.ema, self.dataset = config, run, engine, ema, dataset
+        if not (config.sample.every or config.evaluate.every):
+            return
+        self.tokenizer = dist.together(
+            lambda: create_tokenizer(dataset.tokenizer, config.sample.tokenizer_weights, engine.device)
+        )
+        if config.evaluate.every:
+            if config.evaluate.images < dist.world():
+                raise ConfigError(f"evaluate.images {config.evaluate.images} is less than one a rank, of {dist.world()}")
+            weights = Path(config.evaluate.inception_weights) if config.evaluate.inception_weights else None
+            self.comparison = Comparison(config.evaluate.reference, config.evaluate.features, engine.device, weights)
+
+    def due(self, done: int) -> bool:
+        return self._due(self.config.sample.every, done) or self._due(self.config.evaluate.every, done)
+
+    def _due(self, every: int | None, done: int) -> bool:
+        return every is not None and (done % every == 0 or done == self.config.train.steps)
+
+    def take(self, done: int, updates: int) -> Preview:
+        """After ``done`` steps, of which ``updates`` were taken. Every rank calls this."""
+        pictures: dict[str, bytes] = {}
+        numbers: dict[str, float] = {}
+        with self.engine.drawing(self.ema.averages["ema"], updates) as model:
+            device, compute = self.engine.device, self.engine.precision.compute
+            scale = self.dataset.latent_scale
+            settings = replace(self.config.sample, batch=min(self.config.sample.batch, BATCH))
+            generator = Generator(model, settings, self.tokenizer, scale, device, compute, shared=True)
+            if self._due(self.config.sample.every, done):
+                pictures = self._grid(generator, done)
+            if self._due(self.config.evaluate.every, done):
+                numbers = self._measure(generator, done)
+        return Preview(pictures, numbers)
+
+    def _grid(self, generator: Generator, done: int) -> dict[str, bytes]:
+        shown = self.config.sample.shown or _spread(self.config.model.classes)
+        labels = [label for label in shown for _ in range(SEEDS)]
+        images = generator.draw_over_ranks(labels, [*range(SEEDS)] * len(shown))
+        if dist.rank() != 0:
+            return {}
+        known = self.config.model.classes
+        rows = {title(label, known): images[number * SEEDS : (number + 1) * SEEDS] for number, label in enumerate(shown)}
+        picture = png_bytes(draw_grid(rows))
+        path = self.run / FOLDER / f"step-{done:08d}.png"
+        with _said(path):
+            path.parent.mkdir(exist_ok=True)
+            write_atomically(path, picture)
+        return {"samples": picture}
+
+    def _measure(self, generator: Generator, done: int) -> dict[str, float]:
+        settings = self.config.evaluate
+        images = _Drawn(generator, settings.images, self.config.model.classes)
+        set_ = {"images": settings.images, "classes": images.classes, "seed": 0, "vectors": "ema"}
+        set_ |= {"tokenizer": self.dataset.tokenizer, **settings_of(generator.settings, self.config.kernels, self.engine.mode)}
+        drawn = {"set": set_, "weights": {"path": str(self.run), "step": done}}
+        result = self.comparison.of(images, None, drawn)
+        folder = self.run / "evaluations" / f"training-step-{done:08d}"
+        if dist.rank() == 0:
+            with _said(folder):
+                write(folder, result)
+        return {name: value for name, value in result["metrics"].items() if not name.startswith("held_out")}
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Images that are drawn when they are read, and kept nowhere; as many parts for each rank."""
+
+    generator: Generator
+    count: int
+    classes: int
+
+    @property
+    def parts(self) -> int:
+        return dist.world() * -(-self.count // (dist.world() * PART))
+
+    def read(self, part: int) -> np.ndarray:
+        start, stop = (self.count * at // self.parts for at in (part, part + 1))
+        batches = math.ceil(math.ceil(self.count / self.parts) / self.generator.settings.batch)
+        return self.generator.draw([number % self.classes for number in range(start, stop)], 0, start, batches)
+
+
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """A disk that takes nothing is no reason to end a run."""
+    try:
+        yield
+    except (OSError, UsageError) as error:
+        said = dist.file_error(error) if isinstance(error, OSError) else error
+        print(f"{path} cannot be written: {said}", flush=True)
+
+
+def _spread(classes: int) -> Sequence[int]:
+    """Some of all, evenly."""
+    return sorted({round(number) for number in np.linspace(0, classes - 1, CLASSES)})

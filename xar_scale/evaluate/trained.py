@@ -1,0 +1,118 @@
+"""What images are drawn from: weights as they lie on disk, and what makes pictures of what their network draws."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from xar_scale import dist
+from xar_scale.checkpoint.files import fingerprint
+from xar_scale.checkpoint.interop import Source, open_source
+from xar_scale.checkpoint.interop.pretrained import config_of, preset_of
+from xar_scale.checkpoint.manifest import FOLDER, MANIFEST, Manifest, newest_valid, verify
+from xar_scale.checkpoint.reshard.writer import verify as verify_source
+from xar_scale.config import Config, KernelConfig, ModelConfig, SampleConfig, override, validated
+from xar_scale.errors import ConfigError, UsageError
+from xar_scale.evaluate.images import SUFFIXES
+from xar_scale.presets import RECIPES
+from xar_scale.tokenizers.kl16 import KL16Tokenizer
+
+WEIGHTS = (".safetensors", ".pth", ".pt")  # in a folder
+SECTIONS = ("sample.", "kernels.")  # of the config, that can be changed when images are drawn
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model's weights, the averaged ones where there are any, and the settings that images are drawn with."""
+
+    source: Source
+    kind: str  # of its vectors
+    sha256: str  # of the weights' files, all together
+    model: ModelConfig
+    sample: SampleConfig
+    kernels: KernelConfig
+    tokenizer: dict[str, Any]  # description
+    latent_scale: float
+
+
+def is_run(path: Path) -> bool:
+    return (path / FOLDER).is_dir()
+
+
+def holds_weights(path: Path) -> bool:
+    """Rather than images."""
+    if is_run(path) or (path / MANIFEST).is_file():
+        return True
+    if path.is_dir() and not any(file.suffix in WEIGHTS for file in path.iterdir()):
+        return not any(file.suffix.lower() in SUFFIXES for file in path.rglob("*"))
+    return path.suffix != ".npz"
+
+
+def open_trained(path: Path, overrides: list[str]) -> Trained:
+    """A run's newest valid checkpoint, one checkpoint, or published weights. Every rank calls this.
+
+    ``overrides``: of ``sample`` and ``kernels``, laid over the run's own config, or over that of the published model's recipe.
+    Raises UsageError where there are none, DataError where they are not as they were written, or of no known model.
+    """
+    if wrong := [word for word in overrides if not word.startswith(SECTIONS)]:
+        raise UsageError(f"{wrong[0]}: only {'* and '.join(SECTIONS)}* can be changed when images are drawn")
+    if is_run(path):
+        newest = newest_valid(path)
+        if newest is None:
+            raise UsageError(f"no checkpoint in {path}")
+        return _of_run(newest.path, newest.manifest, overrides)
+    if (path / MANIFEST).is_file():
+        return _of_run(path, dist.together(lambda: verify(path)).manifest, overrides)
+    trained = dist.together(lambda: _published(path, overrides))
+
+    def hashed() -> tuple[str, str]:
+        verify_source(trained.source, lambda count: None)
+        weights = (fingerprint(file).sha256 for file in trained.source.files)
+        return _digest(weights), fingerprint(Path(trained.sample.tokenizer_weights)).sha256
+
+    sha256, tokenizer = dist.on_rank_0(hashed)  # files of many gigabytes, once
+    return replace(trained, sha256=sha256, tokenizer={"name": "kl16", "sha256": tokenizer})
+
+
+def _of_run(path: Path, manifest: Manifest, overrides: list[str]) -> Trained:
+    if not manifest.config:
+        raise UsageError(f"{path} was made of another format, and knows neither its model's config nor its tokenizer")
+    config = Config.from_dict(override(manifest.config, overrides))
+    source = open_source(path)
+    return Trained(
+        source,
+        "ema" if "ema" in source.kinds else "model",
+        _digest(entry.sha256 for entry in manifest.files.values()),
+        config.model,
+        config.sample,
+        config.kernels,
+        manifest.dataset["tokenizer"],
+        manifest.dataset["latent_scale"],
+    )
+
+
+def _published(path: Path, overrides: list[str]) -> Trained:
+    """But for what is hashed."""
+    source = open_source(path)
+    kind = "ema" if "ema" in source.kinds else "model"
+    published = RECIPES.get(f"imagenet256_{preset_of(path, source.names(kind)).removeprefix('xar_')}", {})
+    values = override({"sample": published.get("sample", {}), "kernels": {}}, overrides)
+    settings = validated(SampleConfig, values["sample"], ConfigError, "sample: ")
+    if not settings.tokenizer_weights:
+        raise ConfigError(f"{path} draws latents of kl16: sample.tokenizer_weights is the path of kl16.ckpt")
+    if not Path(settings.tokenizer_weights).is_file():
+        raise UsageError(f"no kl16 weights at {settings.tokenizer_weights}")
+    return Trained(
+        source,
+        kind,
+        "",
+        config_of(source, kind),
+        settings,
+        validated(KernelConfig, values["kernels"], ConfigError, "kernels: "),
+        {},
+        KL16Tokenizer.latent_scale,
+    )
+
+
+def _digest(hashes: Any) -> str:
+    return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
