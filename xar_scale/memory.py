@@ -168,12 +168,14 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
     apply_recompute(model.blocks, config.train.recompute)
     layout.on(device)  # real, and made here: their making reads values
     gathered = FP32 if config.train.engine == "single" else precision.gather
+    # DeepSpeed gathers the weights of Linear layers in 16 bits, FSDP2 those of blocks
+    sources = model.blocks if config.train.engine == "fsdp2" else [model]
+    lowered = {layer for source in sources for layer in source.modules() if isinstance(layer, nn.Linear)}
     living = _Living(device)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for weight in blank_weights(model):
-            lowered = config.train.engine == "fsdp2" or isinstance(weight.module, nn.Linear)
-            cast = weight.value.to(gathered) if lowered else weight.value
+            cast = weight.value.to(gathered) if weight.module in lowered else weight.value
             weight._replace(value=cast).place(device).register_post_accumulate_grad_hook(_let_go)
         latents = torch.zeros(samples, config.model.channels, *layout.grid, device=device)
         noise = torch.zeros(samples, layout.tokens, config.model.channels, device=device)
@@ -228,7 +230,7 @@ def rank_memory(
         unreduced = bucket * sum(dtype.itemsize for dtype in {FP32, precision.gather}) + WEIGHT * weights.largest
         flat = min(share, ZERO3_LIVE)  # its sub-groups are as large
     elif engine == "fsdp2":
-        gathered, unreduced = (outside + 2 * inside) * precision.gather.itemsize, 2 * inside * precision.reduce.itemsize
+        gathered = outside * WEIGHT + 2 * inside * precision.gather.itemsize
         last = outside * precision.reduce.itemsize  # in no block: they come when all blocks' are reduced
     # AdamW's temporaries: fused, a GPU's, has none; a CPU's two of one tensor
     optimizer = 0 if device.type == "cuda" else 2 * (flat or weights.largest / ranks)
@@ -239,12 +241,17 @@ def rank_memory(
     }
     gradients, several = WEIGHT * share, micro_batches(train, world)[1] > 1
     peak = (passes or pass_memory)(config, mode, samples, device)
+    activations: float = peak.peak
+    if engine == "fsdp2":  # a block's gradients come as its activations go, and are sent beside the next block's pass
+        one, kept = inside * precision.reduce.itemsize, peak.saved / weights.blocks
+        times = (peak.peak, 0.0), (peak.peak - kept, one), (peak.saved - 2 * kept, 2 * one)
+        activations, unreduced = max(times, key=sum)
     passing = RankMemory(
         **state,
         gradients=gradients if several or engine == "deepspeed" else 0,  # else they come as activations go
         gathered=gathered,
         unreduced=unreduced,
-        activations=peak.peak,
+        activations=activations,
     )
     ending = passing._replace(gradients=gradients, unreduced=max(unreduced, last), activations=peak.peak - peak.saved)
     buckets = unreduced if engine == "deepspeed" else 0

@@ -76,10 +76,10 @@ def _chunk(tensor: Tensor, rank: int, world: int) -> Tensor:
 def named_ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict under our names."""
     ours = our_names(state)
-    return {ours[name]: tensor for name, tensor in state.items() if name in ours}
+    return {ours[name]: tensor.squeeze(0) if "_pos_" in name else tensor for name, tensor in state.items() if name in ours}
 
 
 def published(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Weights under published names, with the constants that the published code saves."""
-    named = {theirs: state[ours] for theirs, ours in official_names(config).items()}
+    named = {theirs: state[ours][None] if "_pos_" in theirs else state[ours] for theirs, ours in official_names(config).items()}
     return named | {"mask": torch.zeros(1, 1, 4, 4), "encoder_blocks.0.attn.rope.freqs": torch.zeros(2)}

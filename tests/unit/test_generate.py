@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.conftest import digits_config
+from tests.unit.foreign_checkpoints import published as as_published
 from tests.unit.foreign_checkpoints import reshard
 from tests.unit.tiny_run import CONFIG, INFO, Run
-from xar_scale.checkpoint.interop import official_names
 from xar_scale.checkpoint.load import load_weights
 from xar_scale.checkpoint.manifest import Checkpoint, read_manifest, verify
 from xar_scale.data.loader import LatentDataset
@@ -151,8 +151,8 @@ def test_published_weights_are_drawn_from_with_their_recipe(tmp_path, kl16_weigh
     monkeypatch.setitem(MODELS, "xar_b", sizes)
     model = create_model("xar_b", seed=3, grid=(16, 16), channels=16, classes=1000)
     published = tmp_path / "xAR-B.pth"
-    weights = dict(model.named_parameters())
-    state = {theirs: weights[ours].detach() for theirs, ours in official_names(model.config).items()}
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    state = as_published(weights, model.config)
     torch.save({"model": state, "model_ema": {name: 1.5 * value for name, value in state.items()}}, published)
     assert holds_weights(published)
     with pytest.raises(ConfigError, match=r"draws latents of kl16: sample.tokenizer_weights is the path of kl16.ckpt"):

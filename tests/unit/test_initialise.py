@@ -9,6 +9,7 @@ import torch
 from tests.conftest import TINY, digits_config, golden_parameter
 from tests.dist.states import assert_bitwise, state
 from tests.unit.foreign_checkpoints import named_ours
+from tests.unit.foreign_checkpoints import published as as_published
 from tests.unit.tiny_run import Run
 from xar_scale import cli
 from xar_scale.checkpoint.initialise import Initialisation, resize_positions
@@ -51,9 +52,9 @@ def saved(tmp_path) -> Path:
 def published(tmp_path_factory) -> Path:
     """A .pth of the tiny network, under published names."""
     shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(TINY).named_parameters()}
-    names = official_names(TINY)
+    state = {ours: golden_parameter(theirs, shapes[ours]) for theirs, ours in official_names(TINY).items()}
     path = tmp_path_factory.mktemp("published") / "tiny.pth"
-    torch.save({theirs: golden_parameter(theirs, shapes[ours]) for theirs, ours in names.items()}, path)
+    torch.save(as_published(state, TINY), path)
     return path
 
 
@@ -111,15 +112,15 @@ def test_positions_follow_their_tokens_into_another_order(saved, entity):
     averages = load_weights(read_manifest(saved), "ema")
     done = "resized" if entity == "scale" else "reordered"
     for name in ("encoder_pos", "decoder_pos"):
-        assert torch.equal(after.from_entities(weights[name]), before.from_entities(averages[name]))
+        assert torch.equal(after.from_entities(weights[name][None]), before.from_entities(averages[name][None]))
         assert f"  {done}: {name}: 4 entities on 4x4 there, {after.entities} entities on 4x4 here" in report
     assert torch.equal(weights["in_proj.weight"], averages["in_proj.weight"])
 
 
 def ramp(layout: EntityLayout) -> torch.Tensor:
-    """Positions (1, T, 2) that say where on the unit square their token's centre is."""
+    """Positions (T, 2) that say where on the unit square their token's centre is."""
     rows, columns = layout.grid
-    return ((layout.coordinates + 0.5) / torch.tensor([rows, columns]))[None]
+    return (layout.coordinates + 0.5) / torch.tensor([rows, columns])
 
 
 @pytest.mark.parametrize("kinds", [("cell", "cell"), ("cell", "subsample"), ("subsample", "patch"), ("patch", "cell")])
@@ -128,17 +129,17 @@ def test_on_another_grid_positions_are_where_they_were_on_the_image(kinds, sides
     before, after = (layout(kind, side) for kind, side in zip(kinds, sides, strict=True))
     wanted = ramp(after)
     found = resize_positions(ramp(before), before, after)
-    inside = ((wanted > 0.25) & (wanted < 0.75)).all(dim=2)
+    inside = ((wanted > 0.25) & (wanted < 0.75)).all(dim=1)
     torch.testing.assert_close(found[inside], wanted[inside], rtol=0, atol=1e-6)
     assert ((found - wanted).abs() < 0.05).all()  # at the edges
 
 
 def test_of_a_pyramid_the_grids_that_both_have_keep_their_positions():
     before, after = layout("scale", 8), layout("scale", 16)
-    positions = torch.randn(1, before.tokens, 3)
+    positions = torch.randn(before.tokens, 3)
     found = resize_positions(positions, before, after)
-    assert torch.equal(found[:, : before.tokens], positions)
-    assert found.shape == (1, after.tokens, 3)
+    assert torch.equal(found[: before.tokens], positions)
+    assert found.shape == (after.tokens, 3)
 
 
 def test_the_published_ones_are_cells_whatever_they_become(published):

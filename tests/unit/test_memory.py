@@ -161,11 +161,12 @@ def test_a_gpu_that_is_not_there_keeps_what_its_kernels_keep():
     assert full.saved - offload.saved == blocks * 4 * tokens * shape.width
 
 
-def test_every_weight_is_gathered_in_16_bits_by_fsdp2_so_that_activations_are():
-    cut, zero3 = (
-        pass_memory(config_of(*GRID, f"train.engine={engine}"), "bf16", 8, CUDA).saved for engine in ("fsdp2", "deepspeed")
-    )
-    assert cut < 0.95 * zero3
+def test_what_is_added_block_by_block_is_of_the_same_type_under_every_engine():
+    saved = {
+        engine: pass_memory(config_of(*GRID, f"train.engine={engine}", "train.recompute=full"), "bf16", 8, CUDA).saved
+        for engine in ("single", "fsdp2", "deepspeed")
+    }
+    assert saved["fsdp2"] == pytest.approx(saved["deepspeed"], rel=0.02) and saved["fsdp2"] < 1.1 * saved["single"]
 
 
 def test_gradients_come_as_activations_go_where_a_step_is_one_pass():

@@ -79,7 +79,7 @@ def test_averages_and_weights_load_whole(tmp_path):
 def test_another_model_is_not_filled_with_what_happens_to_fit(tmp_path):
     saved = verify(Run(tmp_path).save())
     wider = Run(tmp_path / "wide", config=digits_config("train.engine=single", "model.width=32", "model.heads=2"))
-    with pytest.raises(DataError, match=r"encoder_pos is \[1, 16, 16\], the model's is \[1, 16, 32\]"):
+    with pytest.raises(DataError, match=r"encoder_pos is \[16, 16\], the model's is \[16, 32\]"):
         load(saved, wider.engine, wider.ema)
     with open_vectors(saved) as opened:
         for key, start in (("model/in_norm.weight", 10), ("model/nothing", 0)):

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xar_scale.checkpoint.interop import Source
+from xar_scale.checkpoint.interop.official import POSITIONS
 from xar_scale.config import ModelConfig, validated
 from xar_scale.errors import DataError
 from xar_scale.model.entities import EntityLayout, create_layout
 
-POSITIONS = ("encoder_pos", "decoder_pos")  # (1, T, D) each
 LEAST = 0.1  # of the model's elements: with fewer it was another that was meant
 
 
@@ -54,12 +54,12 @@ class Initialisation:
     def _layout_there(self, name: str, config: ModelConfig) -> EntityLayout | None:
         """Weights that come without a config are taken for cells of a square grid, as the published ones are."""
         shape = self.there.get(name)
-        if shape is None or len(shape) != 3 or shape[2] != self.shapes[name][2]:
+        if shape is None or len(shape) != 2 or shape[1] != self.shapes[name][1]:
             return None
         if self.source.manifest is not None and (model := self.source.manifest.config.get("model")):
             return create_layout(validated(ModelConfig, model, DataError, f"{self.source.path}: "))
-        side = math.isqrt(shape[1])
-        if side * side != shape[1]:
+        side = math.isqrt(shape[0])
+        if side * side != shape[0]:
             return None
         return create_layout(replace(config, grid=(side, side), entity="cell", entity_size=None))
 
@@ -87,20 +87,20 @@ class Initialisation:
             yield f"  not used: {len(unused)}, first {unused[0]}"
 
 
-def resize_positions(positions_1TD: Tensor, before: EntityLayout, after: EntityLayout) -> Tensor:
-    """Learned positions (1, T, D) of one layout as those of another, whose grid may be finer or its entities others.
+def resize_positions(positions_TD: Tensor, before: EntityLayout, after: EntityLayout) -> Tensor:
+    """Learned positions (T, D) of one layout as those of another, whose grid may be finer or its entities others.
 
     A grid of the pyramid that both have keeps its own; others are interpolated (bicubic) from the finest one.
     """
     starts = accumulate((math.prod(grid) for grid in before.grids), initial=0)
-    raster = positions_1TD[:, torch.argsort(before.order)].transpose(1, 2)  # (1, D, T), grid after grid
+    raster = positions_TD[torch.argsort(before.order)].T[None]  # (1, D, T), grid after grid
     levels = {grid: raster[:, :, start : start + math.prod(grid)] for grid, start in zip(before.grids, starts, strict=False)}
     finest = levels[before.grid].unflatten(2, before.grid)
     found = [
         levels[grid] if grid in levels else F.interpolate(finest, grid, mode="bicubic", antialias=True).flatten(2)
         for grid in after.grids
     ]
-    return torch.cat(found, dim=2).transpose(1, 2)[:, after.order].contiguous()
+    return torch.cat(found, dim=2)[0].T[after.order].contiguous()
 
 
 def _same(one: EntityLayout, other: EntityLayout) -> bool:

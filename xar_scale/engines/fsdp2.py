@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -15,11 +16,12 @@ from xar_scale.engines.base import Engine, Shard, adam_state, set_steps
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
+from xar_scale.precision import FP32
 
 
 class FSDP2Engine(Engine):
     """Float32 shards by rows. A block's parameters are gathered for its passes, in the mode's dtype, and let go of after each;
-    gradients are reduced in float32.
+    those in no block in float32. Gradients are reduced in float32.
     """
 
     def __init__(self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> None:
@@ -42,8 +44,7 @@ class FSDP2Engine(Engine):
 
     def _apply_precision(self) -> None:
         self.network.reshard()  # type: ignore[operator]
-        policy = self._policy()
-        for module in (*self.model.blocks, self.model):
+        for module, policy in _policies(self.model, self._policy()):
             # torch 2.15: a module's state casts inputs and outputs, its parameters are cast one by one, and what they are
             # gathered in is made once, by the first gather
             state = module._get_fsdp_state()  # type: ignore[operator]
@@ -95,10 +96,17 @@ def shard_model(model: XAR, ranks: int, policy: MixedPrecisionPolicy, device: to
     # of two dimensions where there are several copies: gathered among neighbours, gradients reduced over all
     shape, names = ((ranks,), ("shard",)) if copies == 1 else ((copies, ranks), ("copy", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    for module in (*model.blocks, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+    for module, its_policy in _policies(model, policy):
+        fully_shard(module, mesh=mesh, mp_policy=its_policy)
     model.to_empty(device=device)  # of the shards
     return {name: _local(parameter) for name, parameter in model.named_parameters()}
+
+
+def _policies(model: XAR, policy: MixedPrecisionPolicy) -> Iterator[tuple[nn.Module, MixedPrecisionPolicy]]:
+    """Blocks by ``policy``; what is in none is gathered in float32: it is little, and from positions in 16 bits on all that is
+    added block by block would be of 16 bits, which under other engines is float32."""
+    yield from ((block, policy) for block in model.blocks)
+    yield model, replace(policy, param_dtype=FP32)
 
 
 def owned_range(shape: torch.Size, ranks: int) -> tuple[int, int]:

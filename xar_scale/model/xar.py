@@ -30,12 +30,12 @@ class XAR(nn.Module):
         self.class_embed = nn.Embedding(config.classes + 1, width)
         self.time_embed = TimeEmbedding(width, config.time_bins)
         self.in_proj = nn.Linear(config.channels, width)
-        self.encoder_pos = nn.Parameter(torch.empty(1, tokens, width))
+        self.encoder_pos = nn.Parameter(torch.empty(tokens, width))  # rows, which FSDP2 shards by
         self.in_norm = RMSNorm(width, affine=True)
         self.encoder = nn.ModuleList(Block(config, layout) for _ in range(config.depth_encoder))
         self.encoder_norm = RMSNorm(width, affine=True)
         self.mid_proj = nn.Linear(width, width)
-        self.decoder_pos = nn.Parameter(torch.empty(1, tokens, width))
+        self.decoder_pos = nn.Parameter(torch.empty(tokens, width))
         self.decoder = nn.ModuleList(Block(config, layout) for _ in range(config.depth_decoder))
         self.decoder_norm = RMSNorm(width, affine=True)
         self.out_proj = nn.Linear(width, config.channels)
@@ -81,10 +81,10 @@ class XAR(nn.Module):
         rotary = angles.cos(), angles.sin()
         caches: Sequence[LayerCache | None] = cache or [None] * len(self.blocks)
 
-        x = self.in_norm(self.in_proj(x_BTC) + self.encoder_pos[:, tokens])
+        x = self.in_norm(self.in_proj(x_BTC) + self.encoder_pos[tokens])
         for block, layer_cache in zip(self.encoder, caches, strict=False):
             x = block(x, condition, rotary, first, layer_cache)
-        x = self.mid_proj(self.encoder_norm(x)) + self.decoder_pos[:, tokens]
+        x = self.mid_proj(self.encoder_norm(x)) + self.decoder_pos[tokens]
         for block, layer_cache in zip(self.decoder, caches[len(self.encoder) :], strict=True):
             x = block(x, condition, rotary, first, layer_cache)
         return self.out_proj(self.decoder_norm(x))

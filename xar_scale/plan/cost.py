@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from xar_scale.config import Config, TrainConfig, micro_batches, shard_ranks
 from xar_scale.ema import WIDTHS
-from xar_scale.memory import WEIGHT, Weights
+from xar_scale.memory import WEIGHT, Weights, padded
 from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.plan.hardware import Machines
@@ -52,26 +52,29 @@ def link_of(machines: Machines, ranks: int) -> Link:
 def collectives(config: Config, weights: Weights, machines: Machines) -> list[Collective]:
     """Of one pass: weights are gathered for the forward pass and again for the backward pass, gradients reduced.
 
-    W weights, padded, in 16 bits or 32 (precision.gather), a call a block and one for what is in none. FSDP2 reduces in
-    float32, ZeRO-3 in the type it gathers in. ``shard_ranks``: FSDP2 gathers and reduces among neighbours, and all-reduces its
-    shard with the ranks of other nodes that have the same; ZeRO-3's hpZ gathers from neighbours in the backward pass alone.
+    W weights, padded, in 16 bits or 32 (precision.gather), a call a block and one for what is in none. FSDP2 gathers what is in
+    none in float32 and keeps it for the backward pass, and reduces in float32; ZeRO-3 reduces in the type it gathers in.
+    ``shard_ranks``: FSDP2 gathers and reduces among neighbours, and all-reduces its shard with the ranks of other nodes that
+    have the same; ZeRO-3's hpZ gathers from neighbours in the backward pass alone.
     """
     train, world, precision = config.train, machines.gpus, MODES[config.train.precision]
     if train.engine == "single" or world == 1:
         return []
     ranks, calls, everywhere = shard_ranks(train, world), weights.blocks + 1, link_of(machines, world)
     near = link_of(machines, ranks)
-    cut = weights.cut(train.engine, ranks)
-    gathered, reduced = cut * precision.gather.itemsize, cut * precision.reduce.itemsize
+    inside, outside = (padded(shapes, train.engine, ranks) for shapes in (weights.inside, weights.outside))
+    blocks = weights.blocks * inside * precision.gather.itemsize
     if train.engine == "deepspeed":
+        gathered = blocks + outside * precision.gather.itemsize
         return [
             Collective("gather forward", gathered, world, calls, everywhere),
             Collective("gather backward", gathered, ranks, calls, near),
             Collective("reduce", gathered, world, calls, everywhere),
         ]
+    reduced = (weights.blocks * inside + outside) * precision.reduce.itemsize
     found = [
-        Collective("gather forward", gathered, ranks, calls, near),
-        Collective("gather backward", gathered, ranks, calls, near),
+        Collective("gather forward", blocks + outside * WEIGHT, ranks, calls, near),
+        Collective("gather backward", blocks, ranks, weights.blocks, near),
         Collective("reduce", reduced, ranks, calls, near),
     ]
     if ranks != world:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from xar_scale.checkpoint.interop.official import our_shape
 from xar_scale.checkpoint.manifest import KINDS, Manifest
 
 
@@ -38,6 +39,9 @@ class Source:
     taken: int | None = None  # of them, those that the moments have seen
     groups: list[dict[str, Any]] = field(default_factory=list)  # settings of the optimizer's parameter groups
     manifest: Manifest | None = None  # of a checkpoint of ours
+
+    def __post_init__(self) -> None:
+        self.shapes = {key: our_shape(key.partition("/")[2], shape) for key, shape in self.shapes.items()}
 
     @property
     def kinds(self) -> tuple[str, ...]:

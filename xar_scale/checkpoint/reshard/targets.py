@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from xar_scale.checkpoint.files import FLOAT32, SUFFIX, Fingerprint, file_name, header_of
-from xar_scale.checkpoint.interop.official import their_names
+from xar_scale.checkpoint.interop.official import their_names, their_shape
 from xar_scale.checkpoint.interop.open import SUMS
 from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.interop.universal import OPTIMIZER, PLACES
@@ -116,7 +116,7 @@ def _pth(source: Source, weights: str | None, _: int) -> Plan:
 def _published(source: Source, kind: str) -> dict[str, Whole]:
     """A state dict, in the order of the published ones."""
     shapes = source.names(kind)
-    return {theirs: Whole(f"{kind}/{ours}", shapes[ours]) for ours, theirs in their_names(shapes).items()}
+    return {theirs: Whole(f"{kind}/{ours}", their_shape(ours, shapes[ours])) for ours, theirs in their_names(shapes).items()}
 
 
 def _universal(source: Source, weights: str | None, files: int) -> Plan:
