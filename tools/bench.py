@@ -27,7 +27,7 @@ from xar_scale.bench.plan import bench_memory, bench_scaling
 from xar_scale.bench.reshard import bench_reshard
 from xar_scale.bench.step import add_options, bench_sample, bench_step
 from xar_scale.cli import Parser, ending
-from xar_scale.config import AttentionBackend, Recompute
+from xar_scale.config import AttentionBackend, Recompute, TrainConfig
 from xar_scale.errors import UsageError
 from xar_scale.model.entities import kinds
 from xar_scale.precision import MODES, apply_matmul_mode
@@ -81,6 +81,7 @@ def main() -> int:
     step = commands.add_parser("step", help="a training step, beside a baseline of PyTorch's own and the published code")
     step.set_defaults(command=bench_step)
     step.add_argument("--engine", choices=("single", "fsdp2", "deepspeed"), default="single")
+    step.add_argument("--ds-config", default=TrainConfig.ds_config, help="of --engine deepspeed")
     step.add_argument("--recompute", choices=get_args(Recompute), default="none")
     step.add_argument("--dropout", type=float, default=0.1)
     step.add_argument("--trace", type=Path, help="a file for one step's trace, as chrome://tracing and Perfetto show it")

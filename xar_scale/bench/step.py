@@ -68,10 +68,11 @@ def bench_step(options: argparse.Namespace) -> None:
     feed.waited = 0.0
     seconds = in_turns(works, device, options.repeats)
     waited = feed.waited / (WARM_UP + options.repeats)
-    found = trace(ours, device, options.trace)
+    found = trace(ours, device, options.trace if dist.rank() == 0 else None)
+    zero = ["ds_config"] if options.engine == "deepspeed" else []
     record = Record(
         "step",
-        _settings(options, "engine", "dropout", "recompute", "attention", "compile"),
+        _settings(options, "engine", "dropout", "recompute", "attention", "compile", *zero),
         images=config.train.global_batch,
         seconds={name: [dist.largest(each) for each in taken] for name, taken in seconds.items()},
         flops=float(training_flops(config.model) * options.batch),
@@ -141,7 +142,7 @@ def _config(options: argparse.Namespace) -> Config:
     train: dict[str, Any] = {"global_batch": dist.world() * options.batch, "precision": options.precision}
     model = {**model_values(options.model), "grid": [options.grid] * 2}
     if hasattr(options, "engine"):
-        train |= {"engine": options.engine, "recompute": options.recompute}
+        train |= {"engine": options.engine, "recompute": options.recompute, "ds_config": options.ds_config}
         model["dropout"] = options.dropout
         kernels = {"attention": options.attention, "compile": options.compile}
     data = {"path": "synthetic:4096", "lanes": 1, "workers": 0}

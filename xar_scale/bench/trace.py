@@ -30,9 +30,9 @@ def trace(work: Callable[[], Any], device: torch.device, save: Path | None = Non
     if save is not None:
         seen.export_chrome_trace(str(save))
     kind = DeviceType.CUDA if cuda else DeviceType.CPU
-    # annotations of what takes place, on a GPU too, are no kernels
-    every = seen.profiler.kineto_results.events()
-    events = [event for event in every if event.device_type() == kind and not event.is_user_annotation()]
+    # annotations of what takes place, on a GPU too, are no kernels; gloo's are all that is seen of it
+    every = [event for event in seen.profiler.kineto_results.events() if event.device_type() == kind]
+    events = [event for event in every if event.name().startswith("gloo:") or not event.is_user_annotation()]
     spans = [(event.name(), (event.start_ns(), event.start_ns() + event.duration_ns())) for event in events]
     sent = [span for name, span in spans if name.startswith(("nccl", "gloo:"))]
     computed = [span for name, span in spans if (cuda or name.startswith("aten::")) and not _moves(name)]
