@@ -74,7 +74,8 @@ def main() -> int:
         command.add_argument("--engine", choices=("single", "fsdp2", "deepspeed"), default="deepspeed")
         command.add_argument("--precision", choices=MODES, default="fp32")
         command.add_argument("--recompute", choices=get_args(Recompute), default="none")
-        command.add_argument("--shard-ranks", type=int, help="that share one copy of the weights (default: all)")
+    memory.add_argument("--shard-ranks", type=int, help="that share one copy of the weights (default: all)")
+    scaling.set_defaults(shard_ranks=None)
     memory.add_argument("--ranks", type=int, help="this rank is 0 of, in a process group that sends nothing")
     for command in (attention, recompute):
         command.add_argument("--entity", help=f"one of {', '.join(kinds())} (attention: default all; recompute: cell)")

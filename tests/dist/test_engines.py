@@ -85,6 +85,7 @@ def two(folder):
     lowered = runs.run()
     runs.add_fresh(ALONE)  # in processes that never saw bf16
     runs.add_trained([*ALONE, "fsdp2/1"])
+    runs.add("fsdp2-compiled", "fsdp2", TRAINED, "kernels.compile=true")
     return lowered | runs.run()
 
 

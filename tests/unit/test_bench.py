@@ -1,5 +1,6 @@
 """Records of speed: their arithmetic, what they are compared by, the table in README, the trace's sums."""
 
+import argparse
 import dataclasses
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 from tools import bench_gpu, records
 from xar_scale.bench.published import Published
 from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, Record, SlowerError, compare, markdown, read_record
+from xar_scale.bench.step import _earlier
 from xar_scale.bench.timing import WARM_UP, in_turns
 from xar_scale.bench.trace import both, length, trace
 from xar_scale.errors import UsageError
@@ -49,6 +51,16 @@ def test_what_is_no_record_is_refused_by_name(tmp_path):
             read_record(tmp_path / "wrong.json")
     with pytest.raises(UsageError, match="cannot read .*nowhere.json"):
         read_record(tmp_path / "nowhere.json")
+
+
+def test_a_record_of_other_work_is_refused_before_any_is_done(tmp_path):
+    record(2.0).write(kept := tmp_path / "kept.json")
+    options = argparse.Namespace(repeats=1, reference=None, compare=kept)
+    assert _earlier(options, "step", SETTINGS) == read_record(kept)
+    with pytest.raises(UsageError, match="batch is 8, in the record compared with 4: not the same work"):
+        _earlier(options, "step", SETTINGS | {"batch": 8})
+    with pytest.raises(UsageError, match="what is 'sample'"):
+        _earlier(options, "sample", SETTINGS)
 
 
 @pytest.mark.parametrize("seconds", [{}, {OURS: [1.0]}, {OURS: [], BASELINE: []}, {OURS: [1.0], BASELINE: [1.0, 2.0]}])

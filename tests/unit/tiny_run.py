@@ -20,6 +20,7 @@ from xar_scale.data.shards import DatasetInfo, ShardInfo
 from xar_scale.ema import EMA, WIDTHS
 from xar_scale.engines import create_engine
 from xar_scale.guard import GuardState
+from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import initial_weights, meta_model
 
 CONFIG = digits_config("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
@@ -50,6 +51,7 @@ class Run:
     ) -> None:
         self.config, self.info = config, info
         model = meta_model(config.model)
+        apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
         self.engine = create_engine(model, initial_weights(model, seed), config, torch.device("cpu"))
         widths = WIDTHS if config.optim.ema_snapshots_every else ()
         self.ema = EMA([shard.master for shard in self.engine.shards()], 0.9, widths)

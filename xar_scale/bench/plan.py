@@ -127,7 +127,7 @@ def bench_scaling(options: argparse.Namespace) -> None:
     def machines(compute: float, optimizer: float) -> Machines:
         """Of which one has a peak and a memory bandwidth that give these seconds."""
         peak, read = options.batch * training_flops(config.model) / compute, optimizer_bytes(single, weights, 1) / optimizer
-        gpu = GPU(memory=0, bf16=peak, tf32=8 * peak, memory_bandwidth=read, nvlink=1, host=1, network=1)
+        gpu = GPU(memory=0, bf16=peak, tf32=peak, fp32=peak, memory_bandwidth=read, nvlink=1, host=1, network=1)
         return Machines(gpu, world, world, mfu=1.0, overlap=0.0, loader=1e12)
 
     sent = [

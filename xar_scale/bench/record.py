@@ -78,14 +78,19 @@ def read_record(path: Path) -> Record:
     return record
 
 
-def compare(now: Record, before: Record) -> str:
-    """What became of the time beside the baseline's. Raises SlowerError where it is more than SLOWER times as long, UsageError
-    where the two records are not of the same work."""
-    here, there = ({"what": record.what} | record.settings for record in (now, before))
+def check_same_work(what: str, settings: dict[str, Any], before: Record) -> None:
+    """Raises UsageError that names the first setting in which ``before`` is another."""
+    here, there = {"what": what} | settings, {"what": before.what} | before.settings
     for key in [*here, *there]:
         if here.get(key) != there.get(key):
             values = f"{key} is {here.get(key)!r}, in the record compared with {there.get(key)!r}"
             raise UsageError(f"{values}: not the same work")
+
+
+def compare(now: Record, before: Record) -> str:
+    """What became of the time beside the baseline's. Raises SlowerError where it is more than SLOWER times as long, UsageError
+    where the two records are not of the same work."""
+    check_same_work(now.what, now.settings, before)
     share, earlier = 1 / now.times(BASELINE), 1 / before.times(BASELINE)
     said = f"{share:.2f} of the baseline's time, {earlier:.2f} in the record of {before.date}: {share / earlier - 1:+.0%}"
     if share > SLOWER * earlier:

@@ -13,7 +13,7 @@ from xar_scale import dist
 from xar_scale.beginning import open_data
 from xar_scale.bench.memory import peak_resident
 from xar_scale.bench.published import Published
-from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, Record, compare, markdown, read_record
+from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, Record, check_same_work, compare, markdown, read_record
 from xar_scale.bench.timing import WARM_UP, in_turns, median_ms
 from xar_scale.bench.trace import trace
 from xar_scale.config import Config, merge
@@ -39,7 +39,9 @@ def bench_step(options: argparse.Namespace) -> None:
     device = dist.local_device()
     if options.engine != "single":
         dist.init(device)
-    earlier = _earlier(options)
+    zero = ["ds_config"] if options.engine == "deepspeed" else []
+    settings = _settings(options, "engine", "dropout", "recompute", "attention", "compile", *zero)
+    earlier = _earlier(options, "step", settings)
     apply_matmul_mode(options.precision)
     compute = MODES[options.precision].compute
     config = _config(options)
@@ -69,10 +71,9 @@ def bench_step(options: argparse.Namespace) -> None:
     seconds = in_turns(works, device, options.repeats)
     waited = feed.waited / (WARM_UP + options.repeats)
     found = trace(ours, device, options.trace if dist.rank() == 0 else None)
-    zero = ["ds_config"] if options.engine == "deepspeed" else []
     record = Record(
         "step",
-        _settings(options, "engine", "dropout", "recompute", "attention", "compile", *zero),
+        settings,
         images=config.train.global_batch,
         seconds={name: [dist.largest(each) for each in taken] for name, taken in seconds.items()},
         flops=float(training_flops(config.model) * options.batch),
@@ -93,7 +94,8 @@ def bench_step(options: argparse.Namespace) -> None:
 def bench_sample(options: argparse.Namespace) -> None:
     """Latents, of as many images as ``--batch``, by the published sampler with guidance."""
     device = dist.local_device()
-    earlier = _earlier(options)
+    settings = _settings(options, "steps", "guidance", "compile")
+    earlier = _earlier(options, "sample", settings)
     apply_matmul_mode(options.precision)
     compute = MODES[options.precision].compute
     before = _memory(device, reset=True)
@@ -115,7 +117,6 @@ def bench_sample(options: argparse.Namespace) -> None:
         published = Published(options.reference, options.model, 0.0, device)
         works[PUBLISHED] = lambda: published.sample(labels, options.steps, options.guidance, compute)
     seconds = in_turns(works, device, options.repeats)
-    settings = _settings(options, "steps", "guidance", "compile")
     record = Record("sample", settings, images=options.batch, seconds=seconds, memory_gb=memory / 1e9)
     print(
         f"{options.model}, {options.batch} images in {options.steps} steps, guidance {options.guidance}, {options.precision}\n"
@@ -123,8 +124,9 @@ def bench_sample(options: argparse.Namespace) -> None:
     _show(record, options, earlier)
 
 
-def _earlier(options: argparse.Namespace) -> Record | None:
-    """The record to compare with, read before minutes of work, and before --json writes to the same file."""
+def _earlier(options: argparse.Namespace, what: str, settings: dict[str, Any]) -> Record | None:
+    """The record to compare with, read and found to be of the same work before minutes of it, and before --json writes to the
+    same file."""
     if options.repeats < 1:
         raise UsageError("--repeats is at least 1")
     if options.reference and dist.world() > 1:
@@ -133,7 +135,11 @@ def _earlier(options: argparse.Namespace) -> Record | None:
         raise UsageError(
             f"the published code takes {PUBLISHED_GRID}x{PUBLISHED_GRID} tokens, not {options.grid}x{options.grid}"
         )
-    return read_record(options.compare) if options.compare else None
+    if not options.compare:
+        return None
+    earlier = read_record(options.compare)
+    check_same_work(what, settings, earlier)
+    return earlier
 
 
 def _config(options: argparse.Namespace) -> Config:

@@ -11,22 +11,23 @@ class GPU(NamedTuple):
     memory: float
     bf16: float
     tf32: float
+    fp32: float  # of no tensor core
     memory_bandwidth: float
     nvlink: float
     host: float  # PCIe or NVLink-C2C
     network: float  # of its own adapter
 
     def peak(self, mode: str) -> float:
-        """Of matrix products; fp16's is bf16's, and plain float32's is not of a tensor core."""
-        return {"bf16": self.bf16, "fp16": self.bf16, "tf32": self.tf32}.get(mode, self.tf32 / 8)
+        """Of matrix products; fp16's is bf16's."""
+        return {"bf16": self.bf16, "fp16": self.bf16, "tf32": self.tf32, "fp32": self.fp32}[mode]
 
 
 GPUS = {
-    #             memory   bf16     tf32     memory/s  nvlink/s  host/s  network/s
-    "a100": GPU(  80e9,    312e12,  156e12,  2.04e12,  300e9,    25e9,   25e9),
-    "h100": GPU(  80e9,    989e12,  495e12,  3.35e12,  450e9,    50e9,   50e9),
-    "h200": GPU( 141e9,    989e12,  495e12,  4.80e12,  450e9,    50e9,   50e9),
-    "b200": GPU( 180e9,   2250e12, 1125e12,  7.70e12,  900e9,    50e9,   50e9),
+    #             memory   bf16     tf32     fp32     memory/s  nvlink/s  host/s  network/s
+    "a100": GPU(  80e9,    312e12,  156e12,  19.5e12, 2.04e12,  300e9,    25e9,   25e9),
+    "h100": GPU(  80e9,    989e12,  495e12,  67e12,   3.35e12,  450e9,    50e9,   50e9),
+    "h200": GPU( 141e9,    989e12,  495e12,  67e12,   4.80e12,  450e9,    50e9,   50e9),
+    "b200": GPU( 180e9,   2250e12, 1125e12,  75e12,   7.70e12,  900e9,    50e9,   50e9),
 }  # fmt: skip
 
 

@@ -68,7 +68,7 @@ def bucket(weights: Weights) -> int:
 
 def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
     """Every engine, sharing, recomputation and micro batch but for what ``fixed`` (section.key) names; the fewest seconds a
-    step first, then what is computed again least, then the larger micro batch.
+    step first, then what is computed again least, then ZeRO-3 before FSDP2, then the larger micro batch.
 
     Raises ConfigError where the global batch does not divide, or nothing fits.
     """

@@ -133,7 +133,7 @@ def _why(found: Search, best: Way) -> str:
     time = best.time
     bound = max(("compute", "communication", "host", "data"), key=lambda part: getattr(time, part))
     same = sum(way.time.total <= time.total * 1.0005 for way in found.ways)
-    among = f"; of {same} as quick the least recomputation, then the largest micro batch" if same > 1 else ""
+    among = f"\n  of {same} as quick the least recomputation, then ZeRO-3, then the largest micro batch" if same > 1 else ""
     return (
         f"the fewest GPU-hours of {len(found.ways)} ways that fit{among}\n"
         f"  bound by {bound}; {_gb(best.memory.total)} of {_gb(found.room)} GB"
