@@ -212,7 +212,8 @@ def rank_memory(
 ) -> RankMemory:
     """What a rank of ``world`` needs for passes of ``samples`` in ``mode``; ``passes`` is used for ``pass_memory``.
 
-    Its share of the state, and the largest of what the beginning of the backward pass takes, its end, and the optimizer's step.
+    Its share of the state, and the largest of what the backward pass takes and the optimizer's step: the pass where it begins
+    and, under FSDP2, after a block or two, and where it ends.
     With engines that cut weights a pass has what is gathered at once and gradients before they are reduced: under FSDP2 of two
     blocks and of what is in no block; ZeRO-3 gathers up to its own bound, and has a bucket of gradients a dtype, of ``bucket``
     elements or as its file has it.
@@ -222,16 +223,17 @@ def rank_memory(
     owners = world if engine == "deepspeed" else ranks  # also where neighbours have copies of ZeRO-3's weights
     share = parameters = weights.cut(engine, owners) / owners
     outside, inside = (padded(shapes, engine, ranks) for shapes in (weights.outside, weights.inside))
-    gathered = unreduced = flat = last = 0.0
+    gathered = unreduced = flat = one = last = 0.0
     if engine == "deepspeed":
         bucket = bucket or reduce_bucket(train)
         parameters = 2 * share + (weights.whole / ranks if ranks != world else 0)
         gathered = WEIGHT * max(outside + 2 * inside, min(weights.whole, ZERO3_LIVE))  # in 16 bits on their way only
-        unreduced = bucket * sum(dtype.itemsize for dtype in {FP32, precision.gather}) + WEIGHT * weights.largest
+        unreduced = last = bucket * sum(dtype.itemsize for dtype in {FP32, precision.gather}) + WEIGHT * weights.largest
         flat = min(share, ZERO3_LIVE)  # its sub-groups are as large
     elif engine == "fsdp2":
         gathered = outside * WEIGHT + 2 * inside * precision.gather.itemsize
-        last = outside * precision.reduce.itemsize  # in no block: they come when all blocks' are reduced
+        one = inside * precision.reduce.itemsize
+        last = max(one, outside * precision.reduce.itemsize)  # in no block: they come when all blocks' are reduced
     # AdamW's temporaries: fused, a GPU's, has none; a CPU's two of one tensor
     optimizer = 0 if device.type == "cuda" else 2 * (flat or weights.largest / ranks)
     state = {
@@ -243,7 +245,7 @@ def rank_memory(
     peak = (passes or pass_memory)(config, mode, samples, device)
     activations: float = peak.peak
     if engine == "fsdp2":  # a block's gradients come as its activations go, and are sent beside the next block's pass
-        one, kept = inside * precision.reduce.itemsize, peak.saved / weights.blocks
+        kept = peak.saved / weights.blocks
         times = (peak.peak, 0.0), (peak.peak - kept, one), (peak.saved - 2 * kept, 2 * one)
         activations, unreduced = max(times, key=sum)
     passing = RankMemory(
@@ -253,7 +255,7 @@ def rank_memory(
         unreduced=unreduced,
         activations=activations,
     )
-    ending = passing._replace(gradients=gradients, unreduced=max(unreduced, last), activations=peak.peak - peak.saved)
+    ending = passing._replace(gradients=gradients, unreduced=last, activations=peak.peak - peak.saved)
     buckets = unreduced if engine == "deepspeed" else 0
     stepping = RankMemory(**state, gradients=gradients, unreduced=buckets, optimizer=WEIGHT * (flat + optimizer))
     return max(passing, ending, stepping, key=sum)

@@ -79,6 +79,10 @@ def test_published_weights_have_our_names_and_no_constants(tmp_path, weights, le
         assert ("read whole" in source.format) == legacy
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
     assert_bitwise(values(path), expected)
+    whole_rows = state["encoder_pos_embed_learned"]
+    torch.save(state | {"encoder_pos_embed_learned": torch.cat([whole_rows, whole_rows])}, path)
+    with open_source(path) as source:  # nothing is taken for its first part
+        assert source.shapes["model/encoder_pos"] == (2, *weights["encoder_pos"].shape)
     del state["pred.bias"]
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
     with pytest.raises(DataError, match="published weights lack 1 entries, first pred.bias"):

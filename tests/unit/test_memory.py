@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
@@ -126,7 +126,7 @@ def test_copies_of_weights_count_where_autocast_makes_them():
     """Not with an engine that gathers them in 16 bits; in float32 there are none."""
     config = config_of(*REDUCED_B)
     cut = dataclasses.replace(config, train=dataclasses.replace(config.train, engine="deepspeed"))
-    linear = sum(p.numel() for name, p in meta_model(config.model).named_parameters() if p.dim() == 2 and "embed.w" not in name)
+    linear = sum(layer.weight.numel() for layer in meta_model(config.model).modules() if isinstance(layer, nn.Linear))
     more = pass_memory(config, "bf16", SAMPLES, CPU).saved - pass_memory(cut, "bf16", SAMPLES, CPU).saved
     assert more == pytest.approx(2 * linear, rel=0.05)
     assert pass_memory(config, "tf32", SAMPLES, CPU) == pass_memory(cut, "tf32", SAMPLES, CPU)
@@ -167,6 +167,23 @@ def test_what_is_added_block_by_block_is_of_the_same_type_under_every_engine():
         for engine in ("single", "fsdp2", "deepspeed")
     }
     assert saved["fsdp2"] == pytest.approx(saved["deepspeed"], rel=0.02) and saved["fsdp2"] < 1.1 * saved["single"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "peak", "gone", "unreduced"),
+    [(400, 410, 0, 0), (0.4, 5.4, 0.1, 1), (0.4, 0.9, 0.7, 2)],
+    ids=["before any block's gradients", "beside one block's", "beside two"],
+)
+def test_under_fsdp2_a_block_s_gradients_come_as_its_activations_go(saved, peak, gone, unreduced):
+    """Sizes in a block's gradients; a block leaves saved / 4."""
+    config = config_of("train.engine=fsdp2", "train.global_batch=512", "train.micro_batch=1", *GRID)
+    weights = memory.weights_of(config.model)
+    one = 4 * memory.padded(weights.inside, "fsdp2", 512)
+    assert weights.blocks == 4
+    stub = PassMemory(round(saved * one), round(peak * one))
+    needed = memory.rank_memory(config, "tf32", 1, 512, CUDA, passes=lambda *_: stub)
+    assert needed.unreduced == unreduced * one
+    assert needed.activations == pytest.approx((peak - gone) * one)
 
 
 def test_gradients_come_as_activations_go_where_a_step_is_one_pass():

@@ -52,21 +52,37 @@ def test_weights_are_counted():
     [("fsdp2", None, 2, 4), ("deepspeed", None, 2, 2), ("fsdp2", 8, 2, 4), ("deepspeed", 8, 2, 2)],
 )
 def test_each_byte_is_sent_once_around_a_ring(engine, shared, gathered, reduced):
-    shape = config(f"train.engine={engine}", f"train.shard_ranks={shared or 'null'}", "train.micro_batch=1")
+    shape = config(f"train.engine={engine}", f"train.shard_ranks={shared or 'null'}", "train.micro_batch=128")  # one pass
     weights = weights_of(shape.model)
     sent = {each.name: each.sent for each in cost.collectives(shape, weights, H100)}
     far, near, whole = 15 / 16, 7 / 8 if shared else 15 / 16, weights.cut(engine, shared or 16)
     assert engine == "fsdp2" or whole == pytest.approx(weights.whole, rel=1e-3)
     if engine == "deepspeed":
         assert sent["gather forward"] == pytest.approx(gathered * whole * far)
-        assert sent["gather backward"] == pytest.approx(gathered * whole * near)
-        assert sent["reduce"] == pytest.approx(reduced * whole * far) and len(sent) == 3
+        assert sent["reduce"] == pytest.approx(reduced * whole * far)
+        assert {*sent} == {"gather forward", "reduce"}  # so small a network stays gathered
     else:
         root = whole - weights.blocks * padded(weights.inside, engine, shared or 16)  # in float32, and kept
         assert sent["gather forward"] == pytest.approx((gathered * (whole - root) + 4 * root) * near)
         assert sent["gather backward"] == pytest.approx(gathered * (whole - root) * near)
         assert sent["reduce"] == pytest.approx(reduced * whole * near)
         assert sent.get("reduce copies") == (pytest.approx(2 * reduced * whole / 8 / 2) if shared else None)
+
+
+@pytest.mark.parametrize(("shared", "near"), [(None, 15 / 16), (8, 7 / 8)])
+def test_zero3_gathers_again_what_it_does_not_keep_and_neighbours_from_each_other(shared, near):
+    """Of a step of two passes."""
+    words = ["train.engine=deepspeed", f"train.shard_ranks={shared or 'null'}", "train.micro_batch=64"]
+    shape = config(*words, model="xar_h")
+    weights = weights_of(shape.model)
+    sent = {each.name: each for each in cost.collectives(shape, weights, H100)}
+    whole, again = 2 * weights.cut("deepspeed", shared or 16), 1 - 0.5e9 / weights.whole
+    forward = sent["gather forward"].sent + (sent["gather forward near"].sent if shared else 0)
+    assert forward == pytest.approx((1 + (near * 16 / 15 if shared else 1)) * whole * 15 / 16)
+    assert sent["gather backward"].sent == pytest.approx(2 * whole * again * near)
+    assert sent["reduce"].sent == pytest.approx(2 * whole * 15 / 16)
+    calls = weights.blocks + 1
+    assert [each.calls for name, each in sent.items() if "forward" in name] == ([calls, calls] if shared else [2 * calls])
 
 
 def test_between_nodes_a_ring_is_as_quick_as_all_adapters_of_a_node():
@@ -127,6 +143,14 @@ def test_shares_and_powers_in_what_is_kept():
 def test_parts_of_whole_rows_are_padded(rows, ranks, kept):
     assert padded([torch.Size([rows, 5])], "fsdp2", ranks) == 5 * kept
     assert padded([torch.Size([rows, 5])], "deepspeed", ranks) == -(-rows * 5 // ranks) * ranks
+
+
+def test_zero3_is_not_planned_with_whole_weights_on_each_rank():
+    """Which training refuses: groups of one, also where a node has one GPU."""
+    shares = {way.config.train.shard_ranks for way in found("nano", 16, "h100", *FSDP2_FULL[2:], per_node=1).ways}
+    assert shares == {None}
+    ways = found("nano", 16, "h100", "train.shard_ranks=1", *FSDP2_FULL[2:]).ways
+    assert ways and {way.config.train.engine for way in ways} == {"fsdp2"}
 
 
 FSDP2_FULL = ("train.engine=fsdp2", "train.shard_ranks=null", "train.recompute=full")
@@ -229,6 +253,7 @@ def test_an_earlier_plan_is_replaced(tmp_path):
         (["train.ds_config=x.json"], 64, ["the plan writes one"]),
         (["--gpus", "3"], 78, ["global_batch 2048 is not divisible by 3 GPUs: 3 x 682 + 2"]),
         (["train.micro_batch=3"], 78, ["micro_batch 3"]),
+        (["train.engine=deepspeed", "train.precision=fp16"], 78, ["train.precision fp16 needs a loss scale"]),
         (["train.engine=single"], 78, ["single is one process, not 4"]),
         (["model.width=20480", "model.heads=160", *QUICK], 78, ["nothing fits 80 GB a GPU on 4", "leave train.micro_batch"]),
     ],

@@ -1,6 +1,7 @@
 """Checkpoints of one process: whole or absent, checked, kept and replaced as promised; and what resuming refuses."""
 
 import dataclasses
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from tests.conftest import digits_config
 from tests.unit.tiny_run import CONFIG, INFO, Run
 from xar_scale.checkpoint import files, store
+from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.load import check_continues, load, load_weights, state_vectors
 from xar_scale.checkpoint.manifest import FORMAT, newest_valid, read_manifest, verify
 from xar_scale.checkpoint.store import Store
@@ -85,6 +87,25 @@ def test_another_model_is_not_filled_with_what_happens_to_fit(tmp_path):
         for key, start in (("model/in_norm.weight", 10), ("model/nothing", 0)):
             with pytest.raises(DataError, match=f"{key} has no element {start + 6} in these files: it ends at"):
                 opened.read(key, start, torch.empty(7))
+
+
+def test_a_checkpoint_of_positions_in_one_row_is_gone_on_with(tmp_path):
+    """As they were: (1, T, D). Vectors are flat, only the manifest says it."""
+    run = Run(tmp_path)
+    run.train(2)
+    saved = run.save()
+    positions = run.engine.shapes["encoder_pos"]
+    checkpoint = read_manifest(saved)
+    shapes = checkpoint.manifest.shapes | {name: [1, *positions] for name in ("encoder_pos", "decoder_pos")}
+    (saved / "manifest.json").write_bytes(dataclasses.replace(checkpoint.manifest, shapes=shapes).to_json())
+    assert json.loads((saved / "manifest.json").read_text())["shapes"]["encoder_pos"] == [1, *positions]
+    other = Run(tmp_path / "other", seed=1)
+    load(verify(saved), other.engine, other.ema)
+    for one, two in zip(run.engine.shards(), other.engine.shards(), strict=True):
+        assert torch.equal(one.master, two.master) and torch.equal(one.exp_avg, two.exp_avg)
+    assert load_weights(verify(saved), "ema")["decoder_pos"].shape == positions
+    with open_source(saved) as source:
+        assert source.whole("model/encoder_pos").shape == positions
 
 
 def test_keeps_the_last_and_names_the_newest(tmp_path):

@@ -16,7 +16,7 @@ from xar_scale.bench.published import Published
 from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, Record, check_same_work, compare, markdown, read_record
 from xar_scale.bench.timing import WARM_UP, in_turns, median_ms
 from xar_scale.bench.trace import trace
-from xar_scale.config import Config, merge
+from xar_scale.config import Config, merge, read_settings
 from xar_scale.data.feed import Feed
 from xar_scale.ema import EMA
 from xar_scale.engines import create_engine
@@ -39,8 +39,9 @@ def bench_step(options: argparse.Namespace) -> None:
     device = dist.local_device()
     if options.engine != "single":
         dist.init(device)
-    zero = ["ds_config"] if options.engine == "deepspeed" else []
-    settings = _settings(options, "engine", "dropout", "recompute", "attention", "compile", *zero)
+    settings = _settings(options, "engine", "dropout", "recompute", "attention", "compile")
+    if options.engine == "deepspeed":
+        settings["zero"] = read_settings(options.ds_config).get("zero_optimization")
     earlier = _earlier(options, "step", settings)
     apply_matmul_mode(options.precision)
     compute = MODES[options.precision].compute

@@ -35,7 +35,13 @@ def trace(work: Callable[[], Any], device: torch.device, save: Path | None = Non
     events = [event for event in every if event.name().startswith("gloo:") or not event.is_user_annotation()]
     spans = [(event.name(), (event.start_ns(), event.start_ns() + event.duration_ns())) for event in events]
     sent = [span for name, span in spans if name.startswith(("nccl", "gloo:"))]
-    computed = [span for name, span in spans if (cuda or name.startswith("aten::")) and not _moves(name)]
+    sending = {event.start_thread_id() for event in events if event.name().startswith("gloo:")}  # they copy, too
+    apart = zip(events, spans, strict=True)
+    computed = [
+        span
+        for event, (name, span) in apart
+        if (cuda or (name.startswith("aten::") and event.start_thread_id() not in sending)) and not _moves(name)
+    ]
     rows = [row for row in seen.key_averages() if row.device_type == kind and not row.is_user_annotation]
     own = {row.key: (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e3 for row in rows}
     counts = {row.key: row.count for row in rows}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xar_scale.checkpoint.interop import Source
-from xar_scale.checkpoint.interop.official import POSITIONS
+from xar_scale.checkpoint.manifest import POSITIONS
 from xar_scale.config import ModelConfig, validated
 from xar_scale.errors import DataError
 from xar_scale.model.entities import EntityLayout, create_layout

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ FORMAT = 4
 FOLDER, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
 AVERAGES = "ema"  # the folder of snapshots of the averages, which are no checkpoints: no run goes on from them
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")  # of the vectors that training goes on from
+
+POSITIONS = ("encoder_pos", "decoder_pos")  # (T, D) each; published, and once ours, as (1, T, D)
+
+
+def our_shape(name: str, shape: Sequence[int]) -> list[int]:
+    """Of the parameter that we call ``name``, there of ``shape``: vectors are flat, so that it is a matter of words."""
+    return [*shape[1:]] if name in POSITIONS and len(shape) == 3 and shape[0] == 1 else [*shape]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +114,7 @@ def read_manifest(path: Path) -> Checkpoint:
             "position": Position(*values["position"]),
             "guard": GuardState.from_dict(values["guard"]),
             "kinds": tuple(values["kinds"]),
+            "shapes": {name: our_shape(name, shape) for name, shape in values["shapes"].items()},
             "files": {name: Fingerprint(**entry) for name, entry in values["files"].items()},
         }
         return Checkpoint(path, Manifest(**(values | typed)))

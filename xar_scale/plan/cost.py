@@ -1,10 +1,11 @@
 """Pure functions of a step: what is computed, sent, read and written, and the seconds that each takes."""
 
+import math
 from typing import NamedTuple
 
 from xar_scale.config import Config, TrainConfig, micro_batches, shard_ranks
 from xar_scale.ema import WIDTHS
-from xar_scale.memory import WEIGHT, Weights, padded
+from xar_scale.memory import WEIGHT, ZERO3_LIVE, Weights, padded
 from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.plan.hardware import Machines
@@ -19,7 +20,7 @@ class Link(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """One kind of collective of a pass, over ``ranks``, as ``calls`` of the same size that together move ``size`` bytes."""
+    """One kind of collective of a step, over ``ranks``, as ``calls`` of about one size that together move ``size`` bytes."""
 
     name: str
     size: float  # of what is gathered, or reduced
@@ -50,38 +51,45 @@ def link_of(machines: Machines, ranks: int) -> Link:
 
 
 def collectives(config: Config, weights: Weights, machines: Machines) -> list[Collective]:
-    """Of one pass: weights are gathered for the forward pass and again for the backward pass, gradients reduced.
+    """Of one step of p passes: in each weights are gathered for the forward pass and again for the backward pass, and
+    gradients reduced.
 
     W weights, padded, in 16 bits or 32 (precision.gather), a call a block and one for what is in none. FSDP2 gathers what is in
-    none in float32 and keeps it for the backward pass, and reduces in float32; ZeRO-3 reduces in the type it gathers in.
-    ``shard_ranks``: FSDP2 gathers and reduces among neighbours, and all-reduces its shard with the ranks of other nodes that
-    have the same; ZeRO-3's hpZ gathers from neighbours in the backward pass alone.
+    none in float32 and keeps it for the backward pass, and reduces in float32; ZeRO-3 reduces in the type it gathers in, and
+    keeps what the backward pass uses within ZERO3_LIVE weights. ``shard_ranks``: FSDP2 gathers and reduces among neighbours,
+    and all-reduces its shard with the ranks of other nodes that have the same; ZeRO-3's hpZ gathers from all ranks in a
+    step's first forward pass, else from neighbours.
     """
     train, world, precision = config.train, machines.gpus, MODES[config.train.precision]
     if train.engine == "single" or world == 1:
         return []
+    passes = micro_batches(train, world)[1]
     ranks, calls, everywhere = shard_ranks(train, world), weights.blocks + 1, link_of(machines, world)
     near = link_of(machines, ranks)
     inside, outside = (padded(shapes, train.engine, ranks) for shapes in (weights.inside, weights.outside))
     blocks = weights.blocks * inside * precision.gather.itemsize
     if train.engine == "deepspeed":
-        gathered = blocks + outside * precision.gather.itemsize
-        return [
-            Collective("gather forward", gathered, world, calls, everywhere),
-            Collective("gather backward", gathered, ranks, calls, near),
-            Collective("reduce", gathered, world, calls, everywhere),
+        whole = passes * (blocks + outside * precision.gather.itemsize)
+        again = max(0.0, 1 - ZERO3_LIVE / 2 / weights.whole)  # of it: it lies as far back as ahead
+        near_forward = whole * (1 - 1 / passes) if ranks != world else 0.0
+        found = [
+            Collective("gather forward", whole - near_forward, world, calls if near_forward else passes * calls, everywhere),
+            Collective("gather forward near", near_forward, ranks, (passes - 1) * calls, near),
+            Collective("gather backward", whole * again, ranks, math.ceil(passes * calls * again), near),
+            Collective("reduce", whole, world, passes * calls, everywhere),
         ]
-    reduced = (weights.blocks * inside + outside) * precision.reduce.itemsize
+        return [each for each in found if each.size]
+    reduced = passes * (weights.blocks * inside + outside) * precision.reduce.itemsize
     found = [
-        Collective("gather forward", blocks + outside * WEIGHT, ranks, calls, near),
-        Collective("gather backward", blocks, ranks, weights.blocks, near),
-        Collective("reduce", reduced, ranks, calls, near),
+        Collective("gather forward", passes * (blocks + outside * WEIGHT), ranks, passes * calls, near),
+        Collective("gather backward", passes * blocks, ranks, passes * weights.blocks, near),
+        Collective("reduce", reduced, ranks, passes * calls, near),
     ]
     if ranks != world:
         # ranks of other nodes by this one's own adapter; where all are in one node, by NVLink
         apart = Link(machines.gpu.network * machines.link_share, machines.hop)
         across = everywhere if world <= machines.per_node else apart
-        found.append(Collective("reduce copies", reduced / ranks, world // ranks, calls, across, rounds=2))
+        found.append(Collective("reduce copies", reduced / ranks, world // ranks, passes * calls, across, rounds=2))
     return found
 
 
@@ -112,7 +120,7 @@ def image_flops(config: Config) -> int:
 def step_time(config: Config, weights: Weights, machines: Machines, sent: list[Collective]) -> StepTime:
     """Each part by its formula; b samples a rank and pass, p passes.
 
-    compute = p b FLOPs / (peak x mfu); communication = p x the collectives of a pass; host = 2 p b x inputs of blocks / host;
+    compute = p b FLOPs / (peak x mfu); communication = that of all collectives; host = 2 p b x inputs of blocks / host;
     exposed = one call of the first gather and of the last reduction, and of the rest what is not overlapped;
     data = global batch / (loader x workers x ranks).
     """
@@ -122,7 +130,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
     if train.recompute == "offload":
         inputs = weights.blocks * create_layout(config.model).tokens * config.model.width * WEIGHT
     workers = max(config.data.workers, 1) * machines.gpus
-    communication = passes * sum(each.seconds for each in sent)
+    communication = sum(each.seconds for each in sent)
     ends = sum(each.seconds / each.calls for each in (sent[0], sent[-1])) if sent else 0.0
     return StepTime(
         compute=passes * samples * image_flops(config) / (gpu.peak(train.precision) * machines.mfu),

@@ -80,6 +80,10 @@ def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
         )
     if "train.engine" in fixed and train.engine == "single" and machines.gpus > 1:
         raise ConfigError(f"train.engine single is one process, not {machines.gpus}")
+    if "train.engine" in fixed and train.engine == "deepspeed" and MODES[train.precision].scaled:
+        raise ConfigError(
+            f"train.precision {train.precision} needs a loss scale, which ZeRO has not; use fsdp2 or leave it out"
+        )
     found = Search(config, machines, frozenset(fixed), weights_of(config.model), extrapolated_passes(), [])
     least: list[tuple[float, Config]] = []
     for candidate in _candidates(found):
@@ -116,13 +120,16 @@ def _candidates(found: Search) -> Iterator[Config]:
     train = config.train
     cut = ("fsdp2",) if MODES[train.precision].scaled else ("deepspeed", "fsdp2")  # ZeRO-3 has no loss scale
     engines = ("single",) if machines.gpus == 1 else cut
-    shares = (None, machines.per_node) if machines.nodes > 1 and machines.gpus % machines.per_node == 0 else (None,)
+    nodes = machines.nodes > 1 and machines.per_node > 1 and machines.gpus % machines.per_node == 0
+    shares = (None, machines.per_node) if nodes else (None,)
     for engine, share, recompute, micro in product(
         (train.engine,) if "train.engine" in fixed else engines,
         (train.shard_ranks,) if "train.shard_ranks" in fixed else shares,
         (train.recompute,) if "train.recompute" in fixed else RECOMPUTE,
         (train.micro_batch,) if "train.micro_batch" in fixed and train.micro_batch else _divisors(found),
     ):
+        if engine == "deepspeed" and share == 1 != machines.gpus:
+            continue  # whole weights on each rank, which ZeRO-3 does not have
         yield _with(config, engine=engine, shard_ranks=share, recompute=recompute, micro_batch=micro)
 
 

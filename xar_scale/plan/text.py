@@ -53,13 +53,9 @@ def _memory(found: Search, best: Way) -> str:
 def _communication(best: Way) -> str:
     if not best.sent:
         return "communication: none"
-    passes = round(best.time.communication / sum(each.seconds for each in best.sent))
     hidden = min(best.time.communication - best.time.exposed, max(best.time.compute, best.time.host))
-    rows = [
-        (each.name, str(each.ranks), str(each.calls * passes), _gb(each.sent * passes), f"{each.seconds * passes * 1e3:.1f}")
-        for each in best.sent
-    ]
-    sent = sum(each.sent for each in best.sent) * passes
+    rows = [(each.name, str(each.ranks), str(each.calls), _gb(each.sent), f"{each.seconds * 1e3:.1f}") for each in best.sent]
+    sent = sum(each.sent for each in best.sent)
     rows.append(("all", "", "", _gb(sent), f"{best.time.communication * 1e3:.1f}"))
     return (
         table(("communication a step", "ranks", "calls", "GB sent a GPU", "ms"), rows)

@@ -4,6 +4,7 @@ from collections.abc import Collection
 
 import torch
 
+from xar_scale.checkpoint.manifest import POSITIONS
 from xar_scale.config import ModelConfig
 from xar_scale.errors import DataError
 
@@ -41,7 +42,6 @@ _BLOCK = {
     "ada_lin.1.bias": "ada.bias",
 }
 _PUBLISHED = "class_emb.weight"  # a name by which published weights are known
-POSITIONS = ("encoder_pos", "decoder_pos")  # (T, D) each; published as (1, T, D)
 
 
 def official_names(config: ModelConfig) -> dict[str, str]:
@@ -76,12 +76,8 @@ def their_names(given: Collection[str]) -> dict[str, str]:
     return names
 
 
-def our_shape(name: str, shape: torch.Size) -> torch.Size:
-    """Of the parameter that we call ``name``, there of ``shape``."""
-    return torch.Size(shape[1:]) if name in POSITIONS and len(shape) == 3 else shape
-
-
 def their_shape(name: str, shape: torch.Size) -> torch.Size:
+    """Of the parameter that we call ``name``, as it is published."""
     return torch.Size((1, *shape)) if name in POSITIONS else shape
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from xar_scale.checkpoint.interop.official import our_shape
-from xar_scale.checkpoint.manifest import KINDS, Manifest
+from xar_scale.checkpoint.manifest import KINDS, Manifest, our_shape
 
 
 class Reader(Protocol):
@@ -41,7 +40,7 @@ class Source:
     manifest: Manifest | None = None  # of a checkpoint of ours
 
     def __post_init__(self) -> None:
-        self.shapes = {key: our_shape(key.partition("/")[2], shape) for key, shape in self.shapes.items()}
+        self.shapes = {key: torch.Size(our_shape(key.partition("/")[2], shape)) for key, shape in self.shapes.items()}
 
     @property
     def kinds(self) -> tuple[str, ...]:
