@@ -14,7 +14,7 @@ class Precision:
     """One mode. The attention backend follows from ``compute`` (model.attention.choose_backend)."""
 
     compute: torch.dtype  # of Linear layers and attention, under autocast
-    gather: torch.dtype  # of weights on their way to the ranks that compute with them
+    gather: torch.dtype  # of blocks' weights on their way to the ranks that compute with them
     reduce: torch.dtype  # of gradients on their way to their shards; ZeRO has one type for both ways, that of ``gather``
     matmul: str  # torch.set_float32_matmul_precision: "highest" is IEEE float32, "high" is TF32 where the device has it
     scaled: bool  # whether gradients would vanish without a loss scale
