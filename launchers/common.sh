@@ -39,10 +39,10 @@ run_folder() {
     echo "runs/$recipe"
 }
 
-# What the ranks ended with. torchrun says 1 whatever it was, srun the largest of them: they write it down as well.
-exit_code() { # of the launcher
-    if [ -s "$XAR_SCALE_EXIT_FILE" ]; then printf '%s\n' "$(<"$XAR_SCALE_EXIT_FILE")"; else echo "$1"; fi
-    rm -f "$XAR_SCALE_EXIT_FILE"
+# Set code to what the ranks ended with. torchrun says 1 whatever it was, srun the largest of them: they write it down as well, in
+# a file that a job's launchers share, and that whoever made it removes. No subshell: a signal to all processes would end it.
+take_exit_code() {
+    [ ! -s "$XAR_SCALE_EXIT_FILE" ] || read -r code <"$XAR_SCALE_EXIT_FILE" || true # read fails where no newline is
 }
 
 # Whether to start again after CODE: not where the next start would end alike, or somebody asked for the end; and at most
@@ -76,13 +76,15 @@ descendants() {
 launch() {
     local code launcher='' asked='' started=() process
     command -v pgrep >/dev/null || echo "pgrep (procps) is not installed: signals do not reach the ranks"
-    XAR_SCALE_EXIT_FILE=$(mktemp)
+    # shellcheck disable=SC2064
+    [ -n "${XAR_SCALE_EXIT_FILE-}" ] || { XAR_SCALE_EXIT_FILE=$(mktemp) && trap "rm -f '$XAR_SCALE_EXIT_FILE'" EXIT; }
     export XAR_SCALE_EXIT_FILE
     # shellcheck disable=SC2207
     trap 'asked=1; started=($(descendants $$)); kill -TERM "${started[@]}" 2>/dev/null || true' INT TERM
     # shellcheck disable=SC2046
     trap 'kill -USR2 $(descendants "$launcher") 2>/dev/null || true' USR2
     while true; do
+        : >"$XAR_SCALE_EXIT_FILE" # not of the start before; no rank runs before all launchers do
         (trap '' USR2 && exec "$@") &
         launcher=$!
         while true; do # a trap ends a wait
@@ -93,7 +95,7 @@ launch() {
         for process in "${started[@]}"; do
             while alive "$process"; do sleep 0.1; done
         done
-        code=$(exit_code "$code")
+        take_exit_code
         [ -z "$asked" ] || exit "$code"
         start_again "$RUN" "$code" || exit "$code"
         sleep "$PAUSE" &

@@ -39,11 +39,23 @@ def test_the_runs_folder_is_that_of_train(words, folder):
 
 def test_the_code_is_what_the_ranks_wrote_down(tmp_path):
     note = tmp_path / "note"
-    script = f'XAR_SCALE_EXIT_FILE={note}; exit_code "$1"'
+    script = f'XAR_SCALE_EXIT_FILE={note}; code=$1; take_exit_code; echo "$code"'
     assert bash(script, 137).stdout == "137\n"
     note.write_text("75")
-    assert bash(script, 1).stdout == "75\n" and not note.exists()
-    assert bash(script, 1).stdout == "1\n"  # not of the start before
+    assert bash(script, 1).stdout == "75\n"
+
+
+@pytest.mark.parametrize("of_a_job", [True, False])
+def test_launchers_of_a_job_share_what_its_ranks_wrote_down(tmp_path, of_a_job):
+    """One launcher a node: the first that ends has the others sent SIGTERM, before they have ended with the ranks' code."""
+    note, told = tmp_path / "note", tmp_path / "told"
+    given = f"XAR_SCALE_EXIT_FILE={note}" if of_a_job else "unset XAR_SCALE_EXIT_FILE"
+    rank = f'[ ! -s "$XAR_SCALE_EXIT_FILE" ] || exit 9; echo "$XAR_SCALE_EXIT_FILE" >{told}; echo 75 >"$XAR_SCALE_EXIT_FILE"'
+    note.write_text("78")  # of the start before
+    script = f"{given}; RUN={tmp_path} RESTARTS=0; launch bash -c '{rank}; exit 1'"
+    assert bash(script).returncode == 75
+    assert note.read_text() == ("75\n" if of_a_job else "78")
+    assert (told.read_text() == f"{note}\n") == of_a_job and Path(told.read_text().strip()).exists() == of_a_job
 
 
 AGAIN = 'RESTARTS=$1; run=$2; shift 2; for code; do start_again "$run" "$code" >/dev/null && echo yes || echo no; done'
