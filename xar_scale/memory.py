@@ -33,10 +33,15 @@ MARGIN = 1.1  # CUDA's context, NCCL's buffers, what the allocator cannot use
 
 class PassMemory(NamedTuple):
     """Bytes on the device, beside weights and their gradients: what the forward pass leaves for the backward pass, and the most
-    at any moment of the two."""
+    at any moment of each of the two."""
 
     saved: int
-    peak: int
+    forward: int
+    backward: int
+
+    @property
+    def peak(self) -> int:
+        return max(self.forward, self.backward)
 
 
 class Weights(NamedTuple):
@@ -185,11 +190,14 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
         stack.enter_context(living)
         with torch.autocast(device.type, dtype=precision.compute, enabled=precision.compute is not FP32):
             loss = velocity_loss(model, layout, latents, noise, t, labels)
-        saved = living.bytes
+        saved, forward = living.bytes, living.peak
+        living.peak = saved
         loss.backward()
+    backward = living.peak
     if absent and config.train.recompute == "offload":  # all but the one at work on are in the host's memory
-        return PassMemory(saved - sum(inputs), living.peak - sum(inputs) + max(inputs))
-    return PassMemory(saved, living.peak)
+        gone = sum(inputs) - max(inputs)
+        return PassMemory(saved - sum(inputs), forward - gone, backward - gone)
+    return PassMemory(saved, forward, backward)
 
 
 def _fused(forward: Callable[..., Any], *arguments: Any) -> Any:
@@ -267,46 +275,43 @@ def reduce_bucket(train: TrainConfig) -> int:
 
 
 Passes = Callable[[Config, str, int, torch.device], PassMemory]
-FEW, MORE = 4, 16  # samples
 SHALLOW, DEEPER = 1, 2  # blocks of the encoder, and of the decoder
 
 
 @cache
 def extrapolated_passes() -> Passes:
-    """``pass_memory`` of any depth and number of samples, from four small ones that are kept.
+    """``pass_memory`` of any depth and number of samples, from shallow ones of the powers of 8 around it, that are kept.
 
-    Bytes grow evenly with blocks, and with samples as soon as those outweigh what one layer's weights need.
+    Bytes of the forward pass grow evenly with blocks, and so do those of the backward pass. In samples each is the largest of
+    sums that grow evenly: between two sizes it lies below the line of theirs, and beyond them it may lie above.
     """
-    known: dict[Any, dict[tuple[int, int], PassMemory]] = {}
+    known: dict[Any, PassMemory] = {}
 
-    def corners(config: Config, mode: str, device: torch.device) -> dict[tuple[int, int], PassMemory]:
-        def at(depth: int, samples: int) -> PassMemory:
-            model = replace(config.model, depth_encoder=depth, depth_decoder=depth)
-            return pass_memory(replace(config, model=model), mode, samples, device)
-
-        return {(depth, samples): at(depth, samples) for depth in (SHALLOW, DEEPER) for samples in (FEW, MORE)}
+    def measured(config: Config, mode: str, samples: int, device: torch.device, depth: int) -> PassMemory:
+        lowered = config.train.engine if MODES[mode].gather is not FP32 else ""
+        model = replace(config.model, depth_encoder=depth, depth_decoder=depth)
+        key = (model, config.kernels, config.train.recompute, lowered, mode, device, samples)
+        if key not in known:
+            known[key] = pass_memory(replace(config, model=model), mode, samples, device)
+        return known[key]
 
     def passes(config: Config, mode: str, samples: int, device: torch.device) -> PassMemory:
-        model, train = config.model, config.train
-        lowered = train.engine if MODES[mode].gather is not FP32 else ""
-        key = (model, config.kernels, train.recompute, lowered, mode, device)
-        if key not in known:
-            known[key] = corners(config, mode, device)
-        deep = (model.depth_encoder + model.depth_decoder) / 2
+        few = 8 ** ((samples.bit_length() - 1) // 3)  # the largest power of 8 that is no more
+        share = (samples - few) / (7 * few)
+        deep = ((config.model.depth_encoder + config.model.depth_decoder) / 2 - SHALLOW) / (DEEPER - SHALLOW)
 
-        def line(low: float, high: float, share: float) -> float:
-            return low + (high - low) * share
+        def at(size: int) -> list[float]:
+            pairs = zip(*(measured(config, mode, size, device, depth) for depth in (SHALLOW, DEEPER)), strict=True)
+            return [_line(shallow, deeper, deep) for shallow, deeper in pairs]
 
-        def of(field: int) -> int:
-            small, large = (
-                line(known[key][SHALLOW, size][field], known[key][DEEPER, size][field], (deep - SHALLOW) / (DEEPER - SHALLOW))
-                for size in (FEW, MORE)
-            )
-            return round(line(small, large, (samples - FEW) / (MORE - FEW)))
-
-        return PassMemory(of(0), of(1))
+        ends = zip(at(few), at(8 * few) if share else at(few), strict=True)
+        return PassMemory(*(round(_line(low, high, share)) for low, high in ends))
 
     return passes
+
+
+def _line(low: float, high: float, share: float) -> float:
+    return low + (high - low) * share
 
 
 def plan_fallback(
@@ -335,17 +340,13 @@ def plan_fallback(
     least = need(fallback, 1)
     # The peak is the largest of sums that grow evenly with the samples: between two sizes it lies below the line of theirs
     divisors = (parts for parts in range(2, samples) if samples % parts == 0)
-    parts = next((parts for parts in divisors if _between(least, most, samples // parts, samples) <= room), samples)
+    parts = next((parts for parts in divisors if _line(least, most, (samples // parts - 1) / (samples - 1)) <= room), samples)
     if need(config.train.precision, samples) > room:
         return parts, ""
     needs = f"{fallback.upper()} after a fallback needs about {_gb(most)} of {_gb(room)}"
     if least > room:
         return samples, f"{needs}, with one sample a pass still {_gb(least)}: it may run out of memory"
     return parts, f"{needs}: it will run each pass in {parts} parts (micro_batch {samples} as {parts} x {samples // parts})"
-
-
-def _between(least: float, most: float, samples: int, whole: int) -> float:
-    return least + (most - least) * (samples - 1) / (whole - 1)
 
 
 def _gb(size: float) -> str:

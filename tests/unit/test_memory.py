@@ -53,8 +53,8 @@ def real_pass(config: Config, mode: str, device: torch.device = CPU):
     return model, forward
 
 
-def allocated(config: Config, mode: str) -> PassMemory:
-    """As the allocator of the CPU saw it."""
+def allocated(config: Config, mode: str) -> list[int]:
+    """As the allocator of the CPU saw it: left by the forward pass, its peak, that of both."""
     _, forward = real_pass(config, mode)
     forward().backward()  # what is made once is there
     sizes = []
@@ -68,9 +68,9 @@ def allocated(config: Config, mode: str) -> PassMemory:
         for event in sorted(events, key=lambda event: event.start_ns()):
             level += event.nbytes()
             highest = max(highest, level)
-        sizes.append(highest if backward else level)
+        sizes += [highest] if backward else [level, highest]
         del loss
-    return PassMemory(*sizes)
+    return sizes
 
 
 def hooked(config: Config, mode: str) -> int:
@@ -95,7 +95,7 @@ def hooked(config: Config, mode: str) -> int:
 def test_a_pass_takes_what_the_allocator_gives_it(sizes, recompute, mode):
     config = config_of(*sizes, f"train.recompute={recompute}")
     reckoned, measured = pass_memory(config, mode, SAMPLES, CPU), allocated(config, mode)
-    assert reckoned == pytest.approx(measured, rel=0.05)
+    assert [reckoned.saved, reckoned.forward, reckoned.peak] == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
@@ -139,11 +139,14 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own 
 
 @pytest.mark.parametrize("recompute", ["none", "full", "selective", "offload"])
 @pytest.mark.parametrize("mode", ["bf16", "tf32"])
-def test_small_passes_tell_of_large_ones(recompute, mode):
-    config = config_of(*IMAGES, f"train.recompute={recompute}", "model.dropout=0.1")
+def test_shallow_passes_tell_of_deep_ones(recompute, mode):
+    """Where activations count, and where copies of weights do: in bf16 a wide network's are most of a small pass."""
     passes = memory.extrapolated_passes()
-    for samples in (8, 24):
-        assert passes(config, mode, samples, CUDA) == pytest.approx(pass_memory(config, mode, samples, CUDA), rel=0.01)
+    for sizes, numbers in ([IMAGES, (1, 24, 600)], [[*REDUCED_B, *IMAGES[2:]], (3, 24)]):
+        config = config_of(*sizes, f"train.recompute={recompute}", "model.dropout=0.1")
+        for samples in numbers:
+            found, real = passes(config, mode, samples, CUDA), pass_memory(config, mode, samples, CUDA)
+            assert found == pytest.approx(real, rel=0.03) and min(a - b for a, b in zip(found, real, strict=True)) > -1e6
 
 
 @without_gpu
@@ -180,7 +183,7 @@ def test_under_fsdp2_a_block_s_gradients_come_as_its_activations_go(saved, peak,
     weights = memory.weights_of(config.model)
     one = 4 * memory.padded(weights.inside, "fsdp2", 512)
     assert weights.blocks == 4
-    stub = PassMemory(round(saved * one), round(peak * one))
+    stub = PassMemory(round(saved * one), 0, round(peak * one))
     needed = memory.rank_memory(config, "tf32", 1, 512, CUDA, passes=lambda *_: stub)
     assert needed.unreduced == unreduced * one
     assert needed.activations == pytest.approx((peak - gone) * one)
