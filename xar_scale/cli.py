@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, required=True, help="how many in all")
     plan.add_argument("--gpu", required=True, help="a100, h100, h200, b200")
     plan.add_argument("--recipe", default="imagenet256_h", help="of batch, steps and data (default: imagenet256_h)")
-    plan.add_argument("--gpus-per-node", type=int, default=8)
+    plan.add_argument("--gpus-per-node", type=int, default=8, help="(default: 8)")
     plan.add_argument("--mfu", type=float, help="of the peak, what matrix products reach (default: 0.40)")
     plan.add_argument("--network", type=float, help="GB/s of each GPU's own adapter between nodes (default: the usual one)")
     plan.add_argument("--out", type=Path, help="a folder for config.yaml and ds_config.json (default: none are written)")
@@ -272,9 +272,13 @@ def _plan(options: argparse.Namespace) -> None:
     from xar_scale.plan.search import search
 
     gpu = find_gpu(options.gpu)
-    mfu, network = (1.0 if value is None else value for value in (options.mfu, options.network))
-    if min(options.gpus, options.gpus_per_node) < 1 or not (0 < mfu <= 1 and 0 < network < math.inf):
-        raise UsageError("--gpus and --gpus-per-node are at least 1, --mfu above 0 and at most 1, --network above 0")
+    for name, count in (("--gpus", options.gpus), ("--gpus-per-node", options.gpus_per_node)):
+        if count < 1:
+            raise UsageError(f"{name} {count}: at least 1")
+    if options.mfu is not None and not 0 < options.mfu <= 1:
+        raise UsageError(f"--mfu {options.mfu:g}: above 0 and at most 1")
+    if options.network is not None and not 0 < options.network < math.inf:
+        raise UsageError(f"--network {options.network:g}: GB/s, above 0")
     values = merge(recipe(options.recipe), {"model": model_values(options.model)})
     config = Config.from_dict(override(values, options.overrides))
     fixed = [word.partition("=")[0] for word in options.overrides]
@@ -284,6 +288,8 @@ def _plan(options: argparse.Namespace) -> None:
         gpu = gpu._replace(network=options.network * 1e9)
     machines = Machines(gpu, options.gpus, options.gpus_per_node)
     machines = machines if options.mfu is None else machines._replace(mfu=options.mfu)
+    if options.out:
+        files.prepare(options.out)
     found = search(config, machines, fixed)
     print(text.describe(found, options.model, options.gpu))
     if options.out:

@@ -17,7 +17,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "xar_7b": dict(width=2560, depth_encoder=30, depth_decoder=30, heads=20),
 }
 
-_IMAGENET_STEPS_AN_EPOCH = 1_281_167 / 2048
+IMAGENET_IMAGES = 1_281_167  # of its training set
+_IMAGENET_STEPS_AN_EPOCH = IMAGENET_IMAGES / 2048
 
 
 def _imagenet256(model: str, steps: int, guidance: float) -> dict[str, Any]:

@@ -74,9 +74,19 @@ def test_15_percent_more_of_the_baseline_s_time_fails():
     before = record(1.0)
     assert "+14%" in compare(record(1.14), before)
     assert "-50%" in compare(record(0.5), before)
-    with pytest.raises(SlowerError, match=r"step became slower: 1.16 of the baseline's time, 1.00 in the record of .*: \+16%"):
+    with pytest.raises(
+        SlowerError, match=r"slower by more than 15%: 1.16 of the baseline's time, 1.00 in the record of .*: \+16%$"
+    ):
         compare(record(1.16), before)
     assert "+0%" in compare(record(3.0, baseline=3.0), before)  # the machine is slower, not ours
+
+
+def test_turns_that_differ_are_said():
+    before, sure = record(1.0), [1.0, 2.0, 4.0]
+    assert "surer" not in compare(record(1.0, seconds={OURS: sure, BASELINE: [1.0, 2.1, 4.4]}), before)
+    now = record(1.0, seconds={OURS: sure, BASELINE: [1.0, 2.0, 4.8]})
+    for one, other in ((now, before), (before, now)):
+        assert compare(one, other).endswith("(single turns differ by 20%: more --repeats make it surer)")
 
 
 def test_other_work_is_not_compared():

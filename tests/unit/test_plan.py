@@ -2,6 +2,7 @@
 there."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -194,12 +195,29 @@ def test_all_that_fit_are_found_and_what_does_not_is_not():
     said = text.describe(chosen, "nano", "small")
     assert max(map(len, said.splitlines())) <= 120
     assert f"chosen: {best.name}" in said and "assumed\n" in said and "runner-up: " in said
+    assert "1,024,933,888, 800.0 epochs of ImageNet" in said and "between nodes (--network)" in said
     assert f"{2048 / best.time.total:,.0f}, " in said and f"{weights_of(config().model).whole:,} in 4 blocks" in said
 
 
 def test_one_gpu_has_one_engine():
     chosen = found("nano", 1, "h100", "train.recompute=none", "train.micro_batch=64")
     assert [way.config.train.engine for way in chosen.ways] == ["single"] and chosen.ways[0].sent == []
+    said = text.describe(chosen, "nano", "h100")
+    assert not any(word in said for word in ("network", "overlap", "alone", "ZeRO", "nodes"))
+
+
+def test_the_parts_of_a_step_add_up():
+    for words in (["train.engine=fsdp2"], ["train.engine=deepspeed", "train.recompute=offload"]):
+        chosen = found("nano", 8, "h100", *words, "train.micro_batch=64", loader=1e9, hop=1e-2)
+        said = text.describe(chosen, "nano", "h100")
+        line = next(line for line in said.splitlines() if line.startswith("step "))
+        beside, alone, optimizer, total = map(float, re.fullmatch(r"step +(.*) \+ (.*) \+ (.*) = (.*) ms", line).groups())
+        assert beside + alone + optimizer == pytest.approx(total, abs=0.02)
+        assert total == pytest.approx(1e3 * chosen.ways[0].time.total, abs=0.01)
+        largest = max(float(each) for each in re.findall(r"^(?:compute|.* beside it) +(\S+) ms", said, re.MULTILINE))
+        assert largest == beside and "network: NVLink" in said and "between nodes" not in said
+    waiting = found("nano", 8, "h100", "train.engine=fsdp2", "train.micro_batch=64", loader=1.0)
+    assert "ms, the data's" in text.describe(waiting, "nano", "h100")
 
 
 def test_a_loss_scale_leaves_deepspeed_out():
@@ -230,8 +248,9 @@ def test_what_is_written_is_what_training_takes(engine, capsys, tmp_path):
         assert known == WEIGHT * (block + weights_of(planned.model).largest)
 
 
-def test_files_of_others_are_left_alone(capsys, tmp_path):
+def test_files_of_others_are_left_alone_and_that_is_said_before_the_work(capsys, tmp_path, monkeypatch):
     (tmp_path / "notes").write_text("mine")
+    monkeypatch.setattr("xar_scale.plan.search.search", lambda *_: pytest.fail("it was planned first"))
     assert_ends(capsys, [*PLAN, "--out", tmp_path, *QUICK], 64, "holds notes, which is not a plan's")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes"]
 
@@ -247,11 +266,14 @@ def test_an_earlier_plan_is_replaced(tmp_path):
     [
         (["--model", "xar_9b"], 64, ["no model 'xar_9b'; there are: nano, xar_b"]),
         (["--gpu", "v100"], 64, ["no GPU 'v100'; there are: a100, h100"]),
-        (["--gpus", "0"], 64, ["--gpus"]),
-        (["--mfu", "40"], 64, ["--mfu"]),
+        (["--gpus", "0"], 64, ["--gpus 0: at least 1"]),
+        (["--gpus-per-node", "0"], 64, ["--gpus-per-node 0: at least 1"]),
+        (["--mfu", "40"], 64, ["--mfu 40: above 0 and at most 1"]),
+        (["--network", "0"], 64, ["--network 0: GB/s, above 0"]),
         (["--recipe", "nosuch"], 64, ["no recipe 'nosuch'"]),
         (["train.ds_config=x.json"], 64, ["the plan writes one"]),
-        (["--gpus", "3"], 78, ["global_batch 2048 is not divisible by 3 GPUs: 3 x 682 + 2"]),
+        (["--gpus", "3"], 78, ["3 GPUs: 3 x 682 + 2; with data.lanes 128 the nearest are 1920 and 2304"]),
+        (["--gpus", "17", "--recipe", "digits"], 78, ["17 x 7 + 9; with data.lanes 8 the nearest is 136"]),
         (["train.micro_batch=3"], 78, ["micro_batch 3"]),
         (["train.engine=deepspeed", "train.precision=fp16"], 78, ["train.precision fp16 needs a loss scale"]),
         (["train.engine=single"], 78, ["single is one process, not 4"]),

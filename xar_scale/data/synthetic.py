@@ -9,8 +9,9 @@ from xar_scale import rng
 from xar_scale.config import ModelConfig
 from xar_scale.data.faults import Fault
 from xar_scale.data.shards import DatasetInfo, ShardInfo, shard_name
+from xar_scale.presets import IMAGENET_IMAGES
 
-SAMPLES, PER_SHARD = 1_281_167, 1024  # ImageNet's
+SAMPLES, PER_SHARD = IMAGENET_IMAGES, 1024
 SCALE, LOG_VARIANCE = 0.2325, -8.0  # of the KL-16 autoencoder; about what its posteriors have
 ARRAYS = 64  # that the samples are made of: drawing each its own would take longer than reading it
 

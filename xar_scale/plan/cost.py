@@ -104,10 +104,14 @@ class StepTime(NamedTuple):
     data: float  # until the loaders have a global batch
 
     @property
+    def beside(self) -> float:
+        """max(compute, communication - exposed, host)."""
+        return max(self.compute, self.communication - self.exposed, self.host)
+
+    @property
     def total(self) -> float:
-        """max(max(compute, communication - exposed, host) + exposed + optimizer, data)."""
-        beside = max(self.compute, self.communication - self.exposed, self.host)
-        return max(beside + self.exposed + self.optimizer, self.data)
+        """max(beside + exposed + optimizer, data)."""
+        return max(self.beside + self.exposed + self.optimizer, self.data)
 
 
 def image_flops(config: Config) -> int:

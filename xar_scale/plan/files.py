@@ -14,11 +14,15 @@ from xar_scale.plan.search import Way, bucket
 CONFIG, SETTINGS = "config.yaml", "ds_config.json"
 
 
-def write(way: Way, weights: Weights, folder: Path) -> list[Path]:
-    """Raises UsageError where the folder holds anything that is not a plan's."""
+def prepare(folder: Path) -> None:
+    """Make it. Raises UsageError where it holds anything that is not a plan's."""
     if foreign := sorted({path.name for path in folder.glob("*")} - {CONFIG, SETTINGS}):
         raise UsageError(f"{folder} holds {foreign[0]}, which is not a plan's: name another --out")
     folder.mkdir(parents=True, exist_ok=True)
+
+
+def write(way: Way, weights: Weights, folder: Path) -> list[Path]:
+    """Into a folder that is prepared, over an earlier plan."""
     config, written = way.config, {}
     if config.train.engine == "deepspeed":
         config = with_settings(config, folder / SETTINGS)

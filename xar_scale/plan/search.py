@@ -1,6 +1,7 @@
 """The ways to run a model on some GPUs, and the cheapest that fits."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -74,9 +75,12 @@ def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
     """
     train = config.train
     if train.global_batch % machines.gpus:
+        unit = math.lcm(machines.gpus, config.data.lanes)
+        below = train.global_batch // unit * unit
         raise ConfigError(
-            f"global_batch {train.global_batch} is not divisible by {machines.gpus} GPUs: "
-            f"{machines.gpus} x {train.global_batch // machines.gpus} + {train.global_batch % machines.gpus}"
+            f"train.global_batch {train.global_batch} is not divisible by {machines.gpus} GPUs: "
+            f"{machines.gpus} x {train.global_batch // machines.gpus} + {train.global_batch % machines.gpus}; "
+            f"with data.lanes {config.data.lanes} the nearest {f'are {below} and' if below else 'is'} {below + unit}"
         )
     if "train.engine" in fixed and train.engine == "single" and machines.gpus > 1:
         raise ConfigError(f"train.engine single is one process, not {machines.gpus}")

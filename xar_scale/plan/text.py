@@ -7,8 +7,10 @@ from xar_scale.doctor import table
 from xar_scale.memory import MARGIN, RankMemory
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.plan.cost import checkpoint, optimizer_bytes, sample_bytes, snapshot_bytes
+from xar_scale.plan.hardware import Machines
 from xar_scale.plan.search import RECOMPUTE, Search, Way
 from xar_scale.precision import MODES
+from xar_scale.presets import IMAGENET_IMAGES
 
 
 def describe(found: Search, model: str, gpu: str) -> str:
@@ -20,13 +22,15 @@ def describe(found: Search, model: str, gpu: str) -> str:
 
 def _model(found: Search, model: str, gpu: str) -> str:
     config, machines = found.config, found.machines
-    sizes = config.model
+    sizes, train = config.model, config.train
+    images = train.steps * train.global_batch
     rows = [
         ("parameters", f"{found.weights.whole:,} in {found.weights.blocks} blocks of {found.weights.block:,}"),
         ("entities", f"{sizes.entity} on {sizes.grid[0]}x{sizes.grid[1]} tokens"),
         ("TFLOP an image", f"{forward_flops(sizes) / 1e12:.2f} forward, {training_flops(sizes) / 1e12:.2f} in training"),
         ("GPUs", f"{machines.gpus} x {gpu}, {min(machines.gpus, machines.per_node)} a node"),
-        ("global batch", f"{config.train.global_batch:,}, {config.train.steps:,} steps in {config.train.precision}"),
+        ("global batch", f"{train.global_batch:,}, {train.steps:,} steps in {train.precision}"),
+        ("images trained on", f"{images:,}, {images / IMAGENET_IMAGES:,.1f} epochs of ImageNet"),
     ]
     return table((model, ""), rows)
 
@@ -53,23 +57,27 @@ def _memory(found: Search, best: Way) -> str:
 def _communication(best: Way) -> str:
     if not best.sent:
         return "communication: none"
-    hidden = min(best.time.communication - best.time.exposed, max(best.time.compute, best.time.host))
     rows = [(each.name, str(each.ranks), str(each.calls), _gb(each.sent), f"{each.seconds * 1e3:.1f}") for each in best.sent]
     sent = sum(each.sent for each in best.sent)
     rows.append(("all", "", "", _gb(sent), f"{best.time.communication * 1e3:.1f}"))
-    return (
-        table(("communication a step", "ranks", "calls", "GB sent a GPU", "ms"), rows)
-        + f"\nhidden behind computation: {hidden * 1e3:.1f} ms; never hidden: {best.time.exposed * 1e3:.1f} ms, "
-        "the first gather and the last reduction"
-    )
+    return table(("communication a step", "ranks", "calls", "GB sent a GPU", "ms"), rows)
 
 
 def _step(found: Search, best: Way) -> str:
     time, train = best.time, best.config.train
     hours = time.total * train.steps / 3600
-    rows = [(part, f"{seconds * 1e3:,.1f} ms") for part, seconds in time._asdict().items()]
+    rows = [("compute", f"{_ms(time.compute)} ms")]
+    if best.sent:
+        rows += [("communication beside it", f"{_ms(time.communication - time.exposed)} ms")]
+    if time.host:
+        rows += [("copies to and from the host beside it", f"{_ms(time.host)} ms")]
+    if best.sent:
+        rows += [("communication alone", f"{_ms(time.exposed)} ms: the first gather and the last reduction")]
+    rows += [("optimizer", f"{_ms(time.optimizer)} ms"), ("data for the next, beside all", f"{_ms(time.data)} ms")]
+    alone = [time.exposed] if best.sent else []
+    parts = " + ".join(map(_ms, [time.beside, *alone, time.optimizer]))
     rows += [
-        ("step", f"{time.total * 1e3:,.1f} ms"),
+        ("step", f"{_ms(time.total)} ms, the data's" if time.total == time.data else f"{parts} = {_ms(time.total)} ms"),
         (
             "images/s",
             f"{train.global_batch / time.total:,.0f}, {train.global_batch / time.total / found.machines.gpus:,.1f} a GPU",
@@ -100,11 +108,8 @@ def _assumed(found: Search, best: Way) -> str:
     lines = [
         f"memory: {gpu.memory / 1e9:.0f} GB a GPU; {MARGIN - 1:.0%} of what is reckoned is added for CUDA, NCCL and fragments",
         "memory: the moment of a step that needs most, a pass or the optimizer's step; attention and dropout as fused kernels",
-        f"compute: {machines.mfu:.0%} of {peak:,.0f} TFLOP/s, recomputed work included (--mfu)",
-        f"network: {gpu.network / 1e9:.0f} GB/s a GPU between nodes (--network), NVLink {gpu.nvlink / 1e9:.0f} GB/s; "
-        f"collectives reach {machines.link_share:.0%}, {machines.hop * 1e6:.0f} us a hop",
-        f"nodes: {machines.per_node} GPUs (--gpus-per-node), a ring through each of their adapters",
-        "overlap: collectives run beside computation, but for a step's first and last; nothing waits for a slow rank",
+        f"compute: {machines.mfu:.0%} of {peak:,.0f} TFLOP/s, recomputed work included, at any micro batch (--mfu)",
+        *(_assumed_of_links(machines) if best.sent else []),
         f"optimizer: {optimizer_bytes(best.config, found.weights, machines.gpus) / 1e9:.2f} GB read and written a GPU at "
         f"{gpu.memory_bandwidth / 1e12:.2f} TB/s; host link {gpu.host / 1e9:.0f} GB/s",
         f"data: {machines.loader:,.0f} samples/s a core, {max(data.workers, 1)} workers a GPU (data.workers)",
@@ -112,6 +117,21 @@ def _assumed(found: Search, best: Way) -> str:
         "not in it: restarts, evaluation, previews, the first steps' warm-up",
     ]
     return "\n".join(["assumed", *(f"  {line}" for line in lines)])
+
+
+def _assumed_of_links(machines: Machines) -> list[str]:
+    gpu, reached = machines.gpu, f"collectives reach {machines.link_share:.0%}"
+    links = [f"network: NVLink {gpu.nvlink / 1e9:.0f} GB/s; {reached}, {machines.hop / 10 * 1e6:g} us a hop"]
+    if machines.nodes > 1:
+        links = [
+            f"network: {gpu.network / 1e9:g} GB/s a GPU between nodes (--network), NVLink {gpu.nvlink / 1e9:.0f} GB/s in one; "
+            f"{reached}, {machines.hop * 1e6:g} us a hop",
+            f"nodes: {machines.per_node} GPUs (--gpus-per-node), a ring through each of their adapters",
+        ]
+    return [
+        *links,
+        "overlap: collectives run beside computation, but for a step's first and last; nothing waits for a slow rank",
+    ]
 
 
 def _chosen(found: Search) -> str:
@@ -128,8 +148,9 @@ def _chosen(found: Search) -> str:
 def _why(found: Search, best: Way) -> str:
     time = best.time
     bound = max(("compute", "communication", "host", "data"), key=lambda part: getattr(time, part))
-    same = sum(way.time.total <= time.total * 1.0005 for way in found.ways)
-    among = f"\n  of {same} as quick the least recomputation, then ZeRO-3, then the largest micro batch" if same > 1 else ""
+    same = [way.config.train.engine for way in found.ways if way.time.total <= time.total * 1.0005]
+    zero3 = "" if len({*same}) == 1 else ", then ZeRO-3"
+    among = f"\n  of {len(same)} as quick the least recomputation{zero3}, then the largest micro batch" if len(same) > 1 else ""
     return (
         f"the fewest GPU-hours of {len(found.ways)} ways that fit{among}\n"
         f"  bound by {bound}; {_gb(best.memory.total)} of {_gb(found.room)} GB"
@@ -146,6 +167,10 @@ def _runner_up(found: Search) -> Way | None:
     by_kind = (way for way in others if kind(way) != kind(best))
     by_recompute = (way for way in others if way.config.train.recompute != best.config.train.recompute)
     return next(by_kind, None) or next(by_recompute, None)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:,.2f}"
 
 
 def _gb(size: float) -> str:
