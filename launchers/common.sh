@@ -42,7 +42,9 @@ run_folder() {
 # Set code to what the ranks ended with. torchrun says 1 whatever it was, srun the largest of them: they write it down as well, in
 # a file that a job's launchers share, and that whoever made it removes. No subshell: a signal to all processes would end it.
 take_exit_code() {
-    [ ! -s "$XAR_SCALE_EXIT_FILE" ] || read -r code <"$XAR_SCALE_EXIT_FILE" || true # read fails where no newline is
+    local said=''
+    { read -r said <"$XAR_SCALE_EXIT_FILE"; } 2>/dev/null || true # read fails where no newline is; a rank may be writing, or none can
+    code=${said:-$code}
 }
 
 # Whether to start again after CODE: not where the next start would end alike, or somebody asked for the end; and at most
@@ -76,15 +78,16 @@ descendants() {
 launch() {
     local code launcher='' asked='' started=() process
     command -v pgrep >/dev/null || echo "pgrep (procps) is not installed: signals do not reach the ranks"
-    # shellcheck disable=SC2064
-    [ -n "${XAR_SCALE_EXIT_FILE-}" ] || { XAR_SCALE_EXIT_FILE=$(mktemp) && trap "rm -f '$XAR_SCALE_EXIT_FILE'" EXIT; }
+    [ -n "${XAR_SCALE_EXIT_FILE-}" ] || { XAR_SCALE_EXIT_FILE=$(mktemp) && trap 'rm -f "$XAR_SCALE_EXIT_FILE"' EXIT; }
     export XAR_SCALE_EXIT_FILE
     # shellcheck disable=SC2207
     trap 'asked=1; started=($(descendants $$)); kill -TERM "${started[@]}" 2>/dev/null || true' INT TERM
     # shellcheck disable=SC2046
     trap 'kill -USR2 $(descendants "$launcher") 2>/dev/null || true' USR2
     while true; do
-        : >"$XAR_SCALE_EXIT_FILE" # not of the start before; no rank runs before all launchers do
+        # not of the start before; no rank runs before all launchers do. Ranks do without it where it cannot be written
+        { : >"$XAR_SCALE_EXIT_FILE"; } 2>/dev/null || true
+        [ -z "$asked" ] || exit 76 # before there was anything to pass it on to
         (trap '' USR2 && exec "$@") &
         launcher=$!
         while true; do # a trap ends a wait

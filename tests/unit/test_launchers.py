@@ -82,6 +82,32 @@ def test_a_newer_checkpoint_begins_the_count_anew(tmp_path):
     assert said[-1] == "exit code 1; not started again: 1 restarts since checkpoint step-3" and done.returncode == 1
 
 
+@pytest.mark.parametrize("place", ["/nowhere/note", "{}/made/it's"])
+def test_a_note_that_cannot_be_written_or_has_a_strange_name_is_no_obstacle(tmp_path, place):
+    """Not the job's in a container that has another folder; and one of its own in any TMPDIR."""
+    folder = Path(place.format(tmp_path))
+    if own := str(tmp_path) in place.format(tmp_path):
+        folder.mkdir(parents=True)
+    given = f'unset XAR_SCALE_EXIT_FILE; export TMPDIR="{folder}"' if own else f"XAR_SCALE_EXIT_FILE={folder}"
+    rank = 'echo "${XAR_SCALE_EXIT_FILE}"; exit 75'
+    done = bash(f"{given}; RUN={tmp_path} RESTARTS=0; launch bash -c '{rank}'")
+    assert (done.returncode, done.stderr) == (75, "") and str(folder) in done.stdout
+    assert not own or not list(folder.iterdir())
+
+
+def test_a_code_that_is_being_written_is_not_taken_for_none(tmp_path):
+    """A rank of another node empties the file before it writes to it."""
+    (tmp_path / "note").write_text("")
+    script = f"XAR_SCALE_EXIT_FILE={tmp_path}/note; code=78; take_exit_code; echo $code; printf 75 >{tmp_path}/note; "
+    assert bash(script + "take_exit_code; echo $code").stdout == "78\n75\n"
+
+
+def test_asked_to_end_before_it_has_begun_it_does_not_begin(tmp_path):
+    asked = 'trap() { builtin trap "$@"; [ "${*: -1}" != TERM ] || kill -TERM $$; }'  # as soon as it listens
+    done = bash(f"{asked}; RUN={tmp_path} RESTARTS=3; launch touch {tmp_path}/begun")
+    assert done.returncode == 76 and not (tmp_path / "begun").exists()
+
+
 def test_asked_to_end_while_it_waits_to_start_again_it_ends(tmp_path):
     script = (
         f"source launchers/common.sh; RUN={tmp_path} RESTARTS=3 PAUSE=600; launch bash -c 'echo >>{tmp_path}/starts; exit 3'"

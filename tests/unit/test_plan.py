@@ -1,6 +1,7 @@
 """The plan: each formula, the choice, what is printed and written; and its memory beside real steps and 512 ranks that are not
 there."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -195,7 +196,7 @@ def test_all_that_fit_are_found_and_what_does_not_is_not():
     said = text.describe(chosen, "nano", "small")
     assert max(map(len, said.splitlines())) <= 120
     assert f"chosen: {best.name}" in said and "assumed\n" in said and "runner-up: " in said
-    assert "1,024,933,888, 800.0 epochs of ImageNet" in said and "between nodes (--network)" in said
+    assert "1,024,933,888, 800.0 times ImageNet" in said and "between nodes (--network)" in said
     assert f"{2048 / best.time.total:,.0f}, " in said and f"{weights_of(config().model).whole:,} in 4 blocks" in said
 
 
@@ -218,6 +219,24 @@ def test_the_parts_of_a_step_add_up():
         assert largest == beside and "network: NVLink" in said and "between nodes" not in said
     waiting = found("nano", 8, "h100", "train.engine=fsdp2", "train.micro_batch=64", loader=1.0)
     assert "ms, the data's" in text.describe(waiting, "nano", "h100")
+
+
+@pytest.mark.parametrize(
+    ("change", "bound"),
+    [({}, "compute"), ({"communication": 8}, "communication"), ({"host": 6}, "copies to the host"), ({"data": 9}, "data")],
+)
+def test_a_step_is_bound_by_what_runs_longest_beside_the_rest(change, bound):
+    """Not by communication whose ends are not hidden, nor by data that is there before the step has ended."""
+    chosen = found("nano", 8, "h100", "train.engine=fsdp2", "train.micro_batch=64")
+    time = cost.StepTime(compute=5, communication=6, host=1, exposed=2, optimizer=0.25, data=6)._replace(**change)
+    way = dataclasses.replace(chosen.ways[0], time=time)
+    assert f"bound by {bound};" in text.describe(dataclasses.replace(chosen, ways=[way]), "nano", "h100")
+
+
+def test_data_of_a_node_are_those_of_a_full_one():
+    chosen = found("nano", 12, "h100", "train.engine=fsdp2", "train.global_batch=1536", "train.micro_batch=128", loader=1e9)
+    samples = 8 * 128 / chosen.ways[0].time.total
+    assert f"{samples:,.0f} samples/s" in text.describe(chosen, "nano", "h100")
 
 
 def test_a_loss_scale_leaves_deepspeed_out():

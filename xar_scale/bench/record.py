@@ -99,7 +99,7 @@ def compare(now: Record, before: Record) -> str:
     share, earlier = 1 / now.times(BASELINE), 1 / before.times(BASELINE)
     said = f"{share:.2f} of the baseline's time, {earlier:.2f} in the record of {before.date}: {share / earlier - 1:+.0%}"
     if (scatter := max(now.scatter(BASELINE), before.scatter(BASELINE))) > SLOWER - 1:
-        said += f" (single turns differ by {scatter:.0%}: more --repeats make it surer)"
+        said += f" (single turns differ by {scatter:.0%})"
     if share > SLOWER * earlier:
         raise SlowerError(f"{now.what} became slower by more than {SLOWER - 1:.0%}: {said}")
     return said

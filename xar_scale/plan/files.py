@@ -15,7 +15,7 @@ CONFIG, SETTINGS = "config.yaml", "ds_config.json"
 
 
 def prepare(folder: Path) -> None:
-    """Make it. Raises UsageError where it holds anything that is not a plan's."""
+    """Make it, before the work: that it cannot be is known then. Raises UsageError where it holds what is not a plan's."""
     if foreign := sorted({path.name for path in folder.glob("*")} - {CONFIG, SETTINGS}):
         raise UsageError(f"{folder} holds {foreign[0]}, which is not a plan's: name another --out")
     folder.mkdir(parents=True, exist_ok=True)

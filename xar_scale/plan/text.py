@@ -30,7 +30,7 @@ def _model(found: Search, model: str, gpu: str) -> str:
         ("TFLOP an image", f"{forward_flops(sizes) / 1e12:.2f} forward, {training_flops(sizes) / 1e12:.2f} in training"),
         ("GPUs", f"{machines.gpus} x {gpu}, {min(machines.gpus, machines.per_node)} a node"),
         ("global batch", f"{train.global_batch:,}, {train.steps:,} steps in {train.precision}"),
-        ("images trained on", f"{images:,}, {images / IMAGENET_IMAGES:,.1f} epochs of ImageNet"),
+        ("images trained on", f"{images:,}, {images / IMAGENET_IMAGES:,.1f} times ImageNet"),
     ]
     return table((model, ""), rows)
 
@@ -90,7 +90,7 @@ def _step(found: Search, best: Way) -> str:
 def _kept(found: Search, best: Way) -> str:
     config, machines, weights = best.config, found.machines, found.weights
     kept, train = checkpoint(config, weights, machines), config.train
-    of_node = train.global_batch / best.time.total / machines.nodes
+    of_node = train.global_batch / best.time.total / machines.gpus * min(machines.per_node, machines.gpus)
     rows = [
         ("checkpoint", f"{kept.size / 1e9:,.1f} GB; {kept.copy:.2f} s to copy to the host, {kept.write:,.0f} s to write"),
         (
@@ -121,11 +121,12 @@ def _assumed(found: Search, best: Way) -> str:
 
 def _assumed_of_links(machines: Machines) -> list[str]:
     gpu, reached = machines.gpu, f"collectives reach {machines.link_share:.0%}"
-    links = [f"network: NVLink {gpu.nvlink / 1e9:.0f} GB/s; {reached}, {machines.hop / 10 * 1e6:g} us a hop"]
+    near = f"{machines.hop / 10 * 1e6:g} us"
+    links = [f"network: NVLink {gpu.nvlink / 1e9:.0f} GB/s; {reached}, {near} a hop"]
     if machines.nodes > 1:
         links = [
             f"network: {gpu.network / 1e9:g} GB/s a GPU between nodes (--network), NVLink {gpu.nvlink / 1e9:.0f} GB/s in one; "
-            f"{reached}, {machines.hop * 1e6:g} us a hop",
+            f"{reached}, {machines.hop * 1e6:g} us a hop and {near}",
             f"nodes: {machines.per_node} GPUs (--gpus-per-node), a ring through each of their adapters",
         ]
     return [
@@ -147,7 +148,8 @@ def _chosen(found: Search) -> str:
 
 def _why(found: Search, best: Way) -> str:
     time = best.time
-    bound = max(("compute", "communication", "host", "data"), key=lambda part: getattr(time, part))
+    beside = {"compute": time.compute, "communication": time.communication - time.exposed, "copies to the host": time.host}
+    bound = "data" if time.total == time.data else max(beside, key=beside.__getitem__)
     same = [way.config.train.engine for way in found.ways if way.time.total <= time.total * 1.0005]
     zero3 = "" if len({*same}) == 1 else ", then ZeRO-3"
     among = f"\n  of {len(same)} as quick the least recomputation{zero3}, then the largest micro batch" if len(same) > 1 else ""
