@@ -31,7 +31,9 @@ def adopt_launcher() -> None:
 
 
 def init(device: torch.device) -> None:
-    """Join the process group that the launcher's environment describes; a process without a launcher is a group of one."""
+    """Join the process group that the launcher's environment describes; a process without a launcher is a group of one. It
+    returns when all have joined: a rank that is refused what comes next leaves, and would break it for who is still joining.
+    """
     if torch_dist.is_initialized():
         return
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
@@ -44,6 +46,7 @@ def init(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    gather_objects(None)
 
 
 def rank() -> int:

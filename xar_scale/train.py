@@ -48,9 +48,9 @@ def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None =
     """
     stops = stops or Stops(run)
     device = dist.local_device()
+    micro_batches(config.train, dist.world())  # refused before anything is joined, built or written
     if config.train.engine != "single":
         dist.init(device)
-    micro_batches(config.train, dist.world())  # refused before anything is built or written
     with RunLock(run, stops) as lock:
         dist.together(lambda: lock.take() if run.is_dir() else None)  # what it holds stays as it is looked at
         _train(config, run, resume, stops, device, lock)
