@@ -53,12 +53,15 @@ class Record:
 
     def times(self, case: str) -> float:
         """How many times as long ``case`` takes as ours: the median of neighbours' ratios."""
-        return statistics.median(theirs / ours for theirs, ours in zip(self.seconds[case], self.seconds[OURS], strict=True))
+        return statistics.median(self._ratios(case))
 
     def scatter(self, case: str) -> float:
         """Of neighbours' ratios, the largest less the smallest, as a share of ``times``."""
-        ratios = [theirs / ours for theirs, ours in zip(self.seconds[case], self.seconds[OURS], strict=True)]
+        ratios = self._ratios(case)
         return (max(ratios) - min(ratios)) / self.times(case)
+
+    def _ratios(self, case: str) -> list[float]:
+        return [theirs / ours for theirs, ours in zip(self.seconds[case], self.seconds[OURS], strict=True)]
 
     @property
     def mfu(self) -> float | None:

@@ -6,7 +6,7 @@ from xar_scale.config import micro_batches
 from xar_scale.doctor import table
 from xar_scale.memory import MARGIN, RankMemory
 from xar_scale.model.flops import forward_flops, training_flops
-from xar_scale.plan.cost import checkpoint, optimizer_bytes, sample_bytes, snapshot_bytes
+from xar_scale.plan.cost import checkpoint, link_of, optimizer_bytes, sample_bytes, snapshot_bytes
 from xar_scale.plan.hardware import Machines
 from xar_scale.plan.search import RECOMPUTE, Search, Way
 from xar_scale.precision import MODES
@@ -121,7 +121,7 @@ def _assumed(found: Search, best: Way) -> str:
 
 def _assumed_of_links(machines: Machines) -> list[str]:
     gpu, reached = machines.gpu, f"collectives reach {machines.link_share:.0%}"
-    near = f"{machines.hop / 10 * 1e6:g} us"
+    near = f"{link_of(machines, 1).hop * 1e6:g} us"
     links = [f"network: NVLink {gpu.nvlink / 1e9:.0f} GB/s; {reached}, {near} a hop"]
     if machines.nodes > 1:
         links = [
