@@ -15,10 +15,10 @@ python tools/bench.py order --shards 100000 --samples-per-shard 1000
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import get_args
 
+from xar_scale import dist
 from xar_scale.bench.checkpoint import bench_checkpoint
 from xar_scale.bench.guard import bench_guard
 from xar_scale.bench.loader import bench_loader, bench_order
@@ -111,4 +111,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    dist.run(main)

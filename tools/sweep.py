@@ -197,4 +197,4 @@ def _matplotlib() -> Any:
 
 
 if __name__ == "__main__":
-    dist.leave(main())  # as of ranks: an interpreter that is taken down around a process group may abort
+    dist.run(main)

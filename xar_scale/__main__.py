@@ -1,18 +1,14 @@
-"""``python -m xar_scale``: what launchers start."""
+"""``python -m xar_scale``, which launchers start, and the command ``xar-scale``."""
 
-import atexit
-import traceback
-
-from torch.distributed import is_initialized
+from typing import NoReturn
 
 from xar_scale.cli import main
-from xar_scale.dist import leave
+from xar_scale.dist import run
 
-try:
-    code = main()
-except (Exception, KeyboardInterrupt) as error:  # a defect, or Ctrl-C
-    traceback.print_exc()
-    code = 130 if isinstance(error, KeyboardInterrupt) else 1
-if not (code and is_initialized()):  # the process group is not left where something failed
-    atexit._run_exitfuncs()
-leave(code)
+
+def command() -> NoReturn:
+    run(main)
+
+
+if __name__ == "__main__":
+    command()

@@ -356,7 +356,3 @@ def _doctor(options: argparse.Namespace) -> None:
     findings += surroundings.software(dict(facts))
     findings += surroundings.settings(os.environ, dist.local_world(), len(os.sched_getaffinity(0)))
     dist.say(doctor.table(("around it", "found", "what to do"), findings) if findings else "around it: nothing to be done")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,9 +1,11 @@
 """The process group: who this process is, and decisions that all ranks take together."""
 
+import atexit
 import contextlib
 import os
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from xar_scale import slurm
-from xar_scale.errors import FileError, XarScaleError
+from xar_scale.errors import INTERRUPTED, FileError, XarScaleError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of collectives: the watchdog comes before it, and says more
@@ -155,6 +157,22 @@ def is_lost_rank(error: RuntimeError) -> bool:
 def file_error(error: OSError) -> FileError:
     """One line for what the system said."""
     return FileError(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
+
+
+def run(main: Callable[[], int]) -> NoReturn:
+    """A program that may join a process group, from its beginning to its end: the process ends with ``main``'s code, of a
+    defect, whose traceback is shown, with 1, of Ctrl-C with 130; and at once, as ``leave`` does.
+    """
+    try:
+        code = main()
+    except (Exception, KeyboardInterrupt) as error:
+        traceback.print_exc()
+        code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+    except SystemExit as asked:  # what argparse does after its help
+        code = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
+    if not (code and torch_dist.is_initialized()):  # the process group is not left where something failed
+        atexit._run_exitfuncs()
+    leave(code)
 
 
 def leave(code: int) -> NoReturn:

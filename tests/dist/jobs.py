@@ -6,7 +6,6 @@ what came of each to FOLDER/NAME.json. An action is a list of words, of what ``J
 
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,5 +134,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
-    sys.stdout.flush()
-    os._exit(0)  # as ``xar_scale.__main__`` does: an interpreter that is taken down around PyTorch's threads may abort
+    dist.leave(0)

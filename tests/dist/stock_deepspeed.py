@@ -17,6 +17,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from torch import Tensor, nn
 
 from tests.unit.foreign_checkpoints import values
+from xar_scale.dist import leave
 
 
 def network(shapes: dict[str, torch.Size]) -> nn.Module:
@@ -133,3 +134,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave(0)

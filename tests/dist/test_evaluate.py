@@ -98,7 +98,7 @@ for block in generator.model.blocks:
     block.attn.register_forward_hook(look)
 generator.draw([1, 2, 3], 0)
 print("at once", most, flush=True)
-dist.close()
+dist.leave(0)
 """
 
 
