@@ -6,12 +6,15 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
-LIMIT_S = 240
+LIMIT_S = 500
 
 
 @dataclass
@@ -32,6 +35,40 @@ def environment() -> dict[str, str]:
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in names}
     return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+
+
+def ranks(run: Path, variable: str = "RANK", **others: str) -> dict[int, int]:
+    """Processes of a run that some launcher has started, without their data workers. By ``variable`` of their environment, in
+    which ``others`` are as well."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ", "ppid"]):
+        words, variables = process.info["cmdline"] or [""], process.info["environ"] or {}
+        if "python" in words[0] and str(run) in words and variable in variables and others.items() <= variables.items():
+            found.append(process)
+    pids = {process.pid for process in found}
+    return {int(process.info["environ"][variable]): process.pid for process in found if process.info["ppid"] not in pids}
+
+
+def wait_until_gone(pids: Iterable[int], limit_s: float) -> None:
+    """Until none of them runs; whoever is left is ended, and a failure."""
+    there = []
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            there.append(psutil.Process(pid))
+    begun = time.monotonic()
+    while there := [process for process in there if _runs(process)]:
+        if time.monotonic() - begun > limit_s:
+            for process in there:
+                process.kill()
+            raise AssertionError(f"{len(there)} are left: {there}")
+        time.sleep(0.01)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def free_port() -> int:

@@ -59,7 +59,7 @@ class Slurm:
 
     def run(self, *words: object) -> str:
         done = subprocess.run(
-            list(map(str, words)), env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=60
+            list(map(str, words)), env=self.environment, cwd=self.folder, capture_output=True, text=True, timeout=400
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -72,7 +72,7 @@ class Slurm:
             cwd=folder,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=400,
         )
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
@@ -87,7 +87,7 @@ class Slurm:
         self.until(lambda: self.state(job)["JobState"] == "PENDING")
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
-    def until(self, what: Callable[[], object], limit_s: float = 90, why: Callable[[], str] = str) -> None:
+    def until(self, what: Callable[[], object], limit_s: float = 300, why: Callable[[], str] = str) -> None:
         begun = time.monotonic()
         while not what():
             assert time.monotonic() - begun < limit_s, why()
@@ -127,7 +127,7 @@ def slurm(folder: Path) -> Iterator[Slurm]:
             process.send_signal(signal.SIGTERM)
         for process in started:
             try:
-                process.wait(timeout=20)
+                process.wait(timeout=100)
             except subprocess.TimeoutExpired:
                 process.kill()
 

@@ -61,7 +61,7 @@ def test_killed_in_the_middle_the_set_is_finished_by_another_number_of_ranks(che
     ranks = start(2, words(checkpoint, tmp_path / "set"), tmp_path / "logs")
 
     def kill() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         while not [*(tmp_path / "set").glob("part-*.npy")] and time.monotonic() < deadline:
             time.sleep(0.02)
         for rank in ranks:

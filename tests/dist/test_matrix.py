@@ -6,7 +6,7 @@ import torch
 from tests.dist.test_engines import Runs, job_name
 from tests.dist.jobs import write_ds_configs
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]  # whichever comes first starts all the launches
+pytestmark = pytest.mark.long  # whichever test comes first starts all the launches
 # odd shapes: parameters of 1, 10 and 33 elements, which neither 2 nor 3 ranks divide; decay that a lost group would show
 ODD = ["model.width=20", "model.heads=1", "model.mlp_ratio=1.65", "model.channels=1", "optim.weight_decay=3.0"]
 KINDS = ["zero1", "zero2", "zero3", "fsdp2"]

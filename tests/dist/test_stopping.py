@@ -36,7 +36,7 @@ def after_steps(run: Path, count: int, do):
     def wait(ranks) -> None:
         metrics, begun = run / "metrics.jsonl", time.monotonic()
         while not metrics.exists() or metrics.read_text().count("\n") < count:
-            assert time.monotonic() - begun < 60 and ranks[0].poll() is None
+            assert time.monotonic() - begun < 200 and ranks[0].poll() is None
             time.sleep(0.01)
         do(ranks)
 

@@ -79,7 +79,6 @@ def fsdp3(folder):
     return train(folder, "fsdp3", 3, "fsdp2")
 
 
-@pytest.mark.timeout(400)
 def test_every_engine_gives_the_same_losses_and_norms_on_2_and_3_ranks(single, zero2, zero3, fsdp2, fsdp3):
     assert curve(single)[-1] < 0.9 * curve(single)[0]  # they learn at all
     for run in (zero2, zero3, fsdp2, fsdp3):
@@ -165,7 +164,7 @@ def test_killed_ranks_go_on_exactly_from_the_last_checkpoint(folder, zero2, vict
         metrics, begun = run / "metrics.jsonl", time.monotonic()
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 13:
             assert all(rank.poll() is None for rank in ranks), [log.read_text() for log in logs.iterdir()]
-            assert time.monotonic() - begun < 120
+            assert time.monotonic() - begun < 200
             time.sleep(0.02)
         time.sleep(random.uniform(0, 0.05))
         for victim in victims:

@@ -18,7 +18,7 @@ KILLS = 50
 def test_fifty_kills_while_saving_cost_nothing_but_the_steps_since_the_last_checkpoint(tmp_path):
     cache_digits(tmp_path / "data", samples_per_shard=500)
     command = [sys.executable, "-m", "tests.e2e.kills", tmp_path, tmp_path / "data", str(KILLS)]
-    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     kills = told["kills"]

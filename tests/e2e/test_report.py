@@ -10,7 +10,7 @@ from tests.e2e.test_demo import command
 from xar_scale.evaluate.digits import cache_digits
 
 BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-LIMIT_S = 60
+LIMIT_S = 200
 SECTIONS = ("summary", "curves", "precision", "stragglers", "checkpoints", "samples", "evaluations", "config")
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium to look at the page with")

@@ -67,7 +67,6 @@ def test_a_defect_on_one_rank_ends_all_also_where_another_would_try_again(folder
     assert newest_valid(folder / "two").manifest.step == 20
 
 
-@pytest.mark.timeout(600)
 def test_ranks_that_are_killed_while_they_save_go_on_and_no_snapshot_is_missing(folder, undisturbed):
     run, logs = folder / "killed", folder / "logs" / "killed"
     for number in range(KILLS):

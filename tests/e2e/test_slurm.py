@@ -4,19 +4,18 @@ import json
 import os
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.processes import ROOT, launch
+from tests.processes import ROOT, launch, ranks
 from tests.slurm import missing, slurm
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, step_of
 from xar_scale.evaluate.digits import cache_digits
 
-pytestmark = [pytest.mark.timeout(400), pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 STEPS = 250
 SETTINGS = ["model.width=32", "model.heads=2", "train.global_batch=24", "train.log_every=1", "optim.warmup_steps=5"]
 SETTINGS += [f"train.steps={STEPS}", "train.engine=fsdp2", "train.checkpoint_every=1000", "data.workers=1"]
@@ -66,7 +65,7 @@ class Job:
     def said(self) -> str:
         return self.out.read_text() if self.out.exists() else ""
 
-    def until(self, what, limit_s: float = 90) -> None:
+    def until(self, what, limit_s: float = 300) -> None:
         self.here.until(what, limit_s, lambda: self.said)
 
     def of_start(self, start: int) -> str:
@@ -88,20 +87,9 @@ class Job:
 
     def rank(self, number: int) -> int:
         """Its process."""
-        for line in subprocess.run(
-            ["pgrep", "-f", f"xar_scale train.*{self.run}"], capture_output=True, text=True
-        ).stdout.split():
-            environ = Path(f"/proc/{line}/environ").read_bytes().split(b"\0")
-            parent = int(Path(f"/proc/{line}/stat").read_text().rsplit(")", 1)[1].split()[1])
-            mine = f"SLURM_PROCID={number}".encode() in environ and b"SLURM_STEP_NUM_TASKS=2" in environ
-            if mine and b"python" in Path(f"/proc/{line}/cmdline").read_bytes() and not _is_rank(parent, self.run):
-                return int(line)
-        raise AssertionError(self.said)
-
-
-def _is_rank(pid: int, run: Path) -> bool:
-    line = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    return "python" in line[0] and str(run) in line
+        found = ranks(self.run, "SLURM_PROCID", SLURM_STEP_NUM_TASKS="2")
+        assert number in found, self.said
+        return found[number]
 
 
 def newest(run: Path) -> int:
@@ -136,7 +124,7 @@ def test_a_job_that_is_warned_requeued_killed_and_given_fewer_nodes_is_the_undis
     os.kill(job.rank(1), signal.SIGKILL)
     code = job.ended(3)
     assert "rank 0 has lost another rank" in job.said and "Traceback" not in job.said
-    assert code in (71, 137) and time.monotonic() - begun < 15
+    assert code in (71, 137) and time.monotonic() - begun < 45
     job.until(lambda: f"exit code {code}; start again, number 1 since checkpoint step-{step:08d} (RESTARTS=3)" in job.said)
     here.until(lambda: here.state(job.number)["JobState"] == "PENDING")
 
@@ -159,21 +147,11 @@ def test_one_launcher_a_node_does_the_same(here, folder, undisturbed):
     assert job.ended(1) == 75
     here.now(job.number)
     job.steps(20)
-    os.kill(_ranks_of_torchrun(job)[1], signal.SIGKILL)
+    os.kill(ranks(job.run)[1], signal.SIGKILL)
     assert job.ended(2) not in (0, 75)
     here.now(job.number)
     assert job.ended(3) == 0
     assert curve(job.run) == undisturbed
-
-
-def _ranks_of_torchrun(job: Job) -> dict[int, int]:
-    found = {}
-    for line in subprocess.run(["pgrep", "-f", f"xar_scale train.*{job.run}"], capture_output=True, text=True).stdout.split():
-        environ = dict(word.split("=", 1) for word in Path(f"/proc/{line}/environ").read_text().split("\0") if "=" in word)
-        parent = int(Path(f"/proc/{line}/stat").read_text().rsplit(")", 1)[1].split()[1])
-        if "RANK" in environ and "torchrun" in Path(f"/proc/{parent}/cmdline").read_text():
-            found[int(environ["RANK"])] = int(line)
-    return found
 
 
 def test_a_job_that_gets_no_further_is_given_up(here, folder):

@@ -22,7 +22,6 @@ def losses(folder, name, *more, **environment):
     return [line["loss"] for line in logged(folder, name, *more, **environment)]
 
 
-@pytest.mark.timeout(600)
 def test_every_engine_learns_on_a_gpu_as_on_a_cpu(tmp_path):
     cache_digits(tmp_path / "data", samples_per_shard=500)
     cpu = losses(tmp_path, "cpu", "train.engine=single", CUDA_VISIBLE_DEVICES="")
@@ -35,7 +34,6 @@ def test_every_engine_learns_on_a_gpu_as_on_a_cpu(tmp_path):
             assert gpu == pytest.approx(cpu, rel=tolerance), name
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine", ["single", "deepspeed", "fsdp2"])
 def test_a_fault_of_bf16_alone_is_outlived_on_a_gpu(tmp_path, engine):
     cache_digits(tmp_path / "data", samples_per_shard=500)

@@ -34,7 +34,7 @@ def test_the_processes_of_a_node_download_a_file_once(store, url, tmp_path):
     for process in started:
         process.start()
     for process in started:
-        process.join(timeout=60)
+        process.join(timeout=400)
     assert [process.exitcode for process in started] == [0] * 4
     assert shard_gets(store) == [1] * 10
 
@@ -93,7 +93,7 @@ def test_a_download_that_is_killed_leaves_nothing_locked_or_lost(store, stored, 
     child.start()
     begun = time.monotonic()
     while not [path for path in (tmp_path / "cache" / "xar_scale-cache").glob("*.part") if path.stat().st_size > 4000]:
-        assert time.monotonic() - begun < 20
+        assert time.monotonic() - begun < 200
         time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     child.join()
@@ -176,7 +176,7 @@ def test_processes_with_a_cache_of_one_shard_get_on(store, stored, url, tmp_path
     for process in started:
         process.start()
     for process in started:
-        process.join(timeout=90)
+        process.join(timeout=400)
     assert [process.exitcode for process in started] == [0] * 4
 
 
@@ -221,7 +221,7 @@ def test_a_cache_that_cannot_be_written_is_named(url, tmp_path):
         NodeCache(tmp_path / "file", ROOM)
     child = multiprocessing.get_context("fork").Process(target=_read_with_a_full_disk, args=(url, tmp_path / "full"))
     child.start()
-    child.join(timeout=60)
+    child.join(timeout=400)
     assert child.exitcode == 0
     assert not list((tmp_path / "full").rglob("*.part"))
 

@@ -210,7 +210,7 @@ def test_rank_0_waits_for_the_others_and_they_for_its_plan(source, tmp_path, who
     assert not out.exists()
     ranks[0].start()
     for thread in ranks.values():
-        thread.join(timeout=60)
+        thread.join(timeout=400)
     assert files(out) == whole
     assert told[0].steps[-1] == (21, 21, 0) and [step[0] for step in told[0].steps] == sorted(s[0] for s in told[0].steps)
 

@@ -20,7 +20,7 @@ last = Last()
 
 def ended(program: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", TAKEN_DOWN + program, *words]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
 
 
 def test_a_program_s_code_is_the_process_s():

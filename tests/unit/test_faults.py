@@ -363,5 +363,5 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
     os.kill(pid, number)
 print(len([next(stream) for _ in range(6)]), flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=400)
     assert (done.returncode, done.stdout) == (0, "6\n"), done.stderr  # and it does not wait for them at its end

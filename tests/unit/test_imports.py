@@ -103,5 +103,5 @@ def test_importing_the_package_brings_no_library_that_only_some_commands_need():
         "import sys, xar_scale, xar_scale.cli, xar_scale.evaluate.generate, xar_scale.data.loader; "
         "print([m for m in ('deepspeed', 'tensorboard', 'sklearn', 'diffusers', 'matplotlib') if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=400, cwd=ROOT)
     assert done.stdout.strip() == "[]"

@@ -275,6 +275,6 @@ def peak(commands: list[list[str]]) -> int:
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     words = [sys.executable, "-c", program, json.dumps(commands)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=400, check=False)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1])

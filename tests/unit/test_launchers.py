@@ -14,7 +14,7 @@ from tests.processes import ROOT
 
 def bash(script: str, *words: object) -> subprocess.CompletedProcess[str]:
     command = ["bash", "-euo", "pipefail", "-c", f"source launchers/common.sh; {script}", "bash", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
@@ -115,7 +115,7 @@ def test_asked_to_end_while_it_waits_to_start_again_it_ends(tmp_path):
     shell = subprocess.Popen(["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert "start again, number 1" in shell.stdout.readline()
     shell.send_signal(signal.SIGTERM)
-    assert shell.wait(timeout=20) == 3 and (tmp_path / "starts").read_text() == "\n"  # not once more
+    assert shell.wait(timeout=100) == 3 and (tmp_path / "starts").read_text() == "\n"  # not once more
     shell.stdout.close()
 
 
@@ -128,7 +128,7 @@ def test_asked_to_end_it_waits_for_what_its_launcher_left_running(tmp_path):
     shell = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert shell.stdout.readline() == "up\n"
     shell.send_signal(signal.SIGTERM)
-    assert shell.wait(timeout=20) == 76 and (tmp_path / "checkpoint").read_text() == "written\n"
+    assert shell.wait(timeout=100) == 76 and (tmp_path / "checkpoint").read_text() == "written\n"
     shell.stdout.close()
 
 

@@ -8,7 +8,6 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from tests.conftest import digits_config
+from tests.processes import wait_until_gone
 from tests.unit.conftest import write_set
 from xar_scale.data import loader, reader
 from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches, check_fits
@@ -299,7 +299,10 @@ def test_starting_workers_draws_from_no_generator_that_dropout_draws_from(folder
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_killed_rank_leaves_no_workers(folder):
+def test_a_killed_rank_leaves_no_workers(folder, monkeypatch):
+    # after which they look for their parent by themselves
+    monkeypatch.setattr("torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL", 1000.0)
+
     def rank() -> None:
         batches_ = stream(folder, workers=2, steps=40)
         next(batches_)
@@ -313,10 +316,7 @@ def test_a_killed_rank_leaves_no_workers(folder):
     assert len(workers) == 2
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    begun = time.monotonic()
-    while any(Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in workers):
-        assert time.monotonic() - begun < 3  # after five seconds they would have looked for their parent by themselves
-        time.sleep(0.01)
+    wait_until_gone(workers, 60)
 
 
 def test_a_worker_that_starts_after_its_rank_was_killed_ends(folder, monkeypatch):

@@ -128,7 +128,7 @@ def test_shards_of_coming_windows_are_fetched_before_they_are_asked_for(store, u
     assert 8 < len(wanted) < 20
     begun = time.monotonic()
     while {path for path in store.gets if not path.endswith("dataset.json")} != wanted:
-        assert time.monotonic() - begun < 20
+        assert time.monotonic() - begun < 200
         time.sleep(0.01)
 
 
@@ -155,7 +155,7 @@ def test_what_fails_ahead_of_need_does_not_end_the_fetching(store, url, cache):
         shards.fetch_ahead(shard)
     begun = time.monotonic()
     while not all(store.gets[f"/{url[5:]}/latents-00000{n}.tar"] for n in (6, 7, 8, 9)):
-        assert time.monotonic() - begun < 20
+        assert time.monotonic() - begun < 200
         time.sleep(0.01)
 
 

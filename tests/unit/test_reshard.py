@@ -307,7 +307,7 @@ def test_killed_in_the_middle_it_goes_on_and_makes_the_same(tmp_path, own, zero,
     source, block = (zero, 64) if target == "universal" else (own, 4096)
     program = textwrap.dedent(KILLED.format(sync=12 * block, block=block, after=after))
     words = [source, tmp_path / "new", "--to", target]
-    done = subprocess.run([sys.executable, "-c", program, *map(str, words)], cwd=ROOT, env=environment(), timeout=60)
+    done = subprocess.run([sys.executable, "-c", program, *map(str, words)], cwd=ROOT, env=environment(), timeout=400)
     assert done.returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == [".new.partial"]
 
@@ -334,7 +334,7 @@ def test_killed_in_the_middle_it_goes_on_and_makes_the_same(tmp_path, own, zero,
 def test_what_was_interrupted_is_begun_anew_for_another_source_or_target(tmp_path, own, state):
     program = textwrap.dedent(KILLED.format(sync=40960, block=4096, after=60))
     words = [sys.executable, "-c", program, str(own), str(tmp_path / "new"), "--to", "xar-scale"]
-    assert subprocess.run(words, cwd=ROOT, env=environment(), timeout=60).returncode == -signal.SIGKILL
+    assert subprocess.run(words, cwd=ROOT, env=environment(), timeout=400).returncode == -signal.SIGKILL
     assert reshard(own, tmp_path / "new", "--to", "xar-scale", "--files", "2") == 0
     assert len(verify(tmp_path / "new").manifest.files) == 2
     assert_bitwise(values(tmp_path / "new"), state)
@@ -360,7 +360,7 @@ MEASURED = """
 def peak_mib(source: Path, destination: Path) -> float:
     """Of a process that makes all targets."""
     words = [sys.executable, "-c", textwrap.dedent(MEASURED), str(source), str(destination), *TARGETS]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=100)
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1]) / 1024
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -88,59 +89,64 @@ def test_a_process_that_was_stopped_itself_is_not_taken_for_one_that_hangs(tmp_p
 
 PROGRAM = """
 import sys, time
+from dataclasses import replace
 from pathlib import Path
 from tests.unit.test_watchdog import SETTINGS
 from xar_scale import watchdog
 watchdog.LOOK_S = 0.05
-with watchdog.Watchdog(Path("."), SETTINGS) as dog:
+with watchdog.Watchdog(Path("."), replace(SETTINGS, hang_seconds=2.0)) as dog:
     for step in range(8):
         dog.begin(step)
         time.sleep(0.02)
     dog.rest()
-    time.sleep(0.8)
+    time.sleep(2.5)
     print("rested", flush=True)
     dog.begin(8)
     def stuck():
-        time.sleep(30)
+        time.sleep(1000)
     stuck()
 """
 
 
 def test_a_process_that_hangs_ends_with_69_and_its_stacks_and_one_that_rests_does_not(tmp_path):
     note = tmp_path / "note"
-    begun = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         env=environment() | {"XAR_SCALE_EXIT_FILE": str(note)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=400,
     )
     assert (done.returncode, done.stdout) == (69, "rested\n"), done.stderr
-    assert time.monotonic() - begun < 25 and note.read_text() == "69"
-    assert (
-        done.stderr.startswith("hang: step 8 takes 1 s, the median step 0.0 s\n") and "is in stuck (<string>:16)" in done.stderr
-    )
+    assert note.read_text() == "69"
+    assert re.match(r"hang: step 8 takes [2-9] s, the median step 0.\d s\n", done.stderr)
+    assert "is in stuck (<string>:17)" in done.stderr
     report = (tmp_path / "hangs" / "step-00000008-rank-0.txt").read_text()
     assert "in stuck" in report and "Thread 0x" in report
     beat = json.loads((tmp_path / "heartbeat.json").read_text())
     assert beat["step"] in range(9) and abs(beat["time"] - time.time()) < 60 and set(beat) == {"step", "time", "host", "pid"}
 
 
-def test_the_time_of_layers_is_theirs_alone():
+def test_the_time_of_layers_is_theirs_alone(monkeypatch):
+    clock = [0]
+    monkeypatch.setattr(stragglers.time, "perf_counter", lambda: clock[0])
+
+    def take(seconds):
+        clock[0] += seconds
+
     class Layer(nn.Linear):
         def forward(self, x):
-            time.sleep(0.05)
+            take(1)
             return super().forward(x)
 
     network = nn.Sequential(Layer(3, 3), nn.ReLU(), Layer(3, 3))
-    network[1].register_forward_hook(lambda *_: time.sleep(0.2))  # what engines wait for
+    network[1].register_forward_hook(lambda *_: take(10))  # what engines wait for
     with ForwardTime(network, torch.device("cpu")) as measured:
         network(torch.ones(1, 3))
-    assert 0.1 <= measured.seconds < 0.2
+    assert measured.seconds == 2
     network(torch.ones(1, 3))
-    assert measured.seconds < 0.2  # its hooks are gone
+    assert measured.seconds == 2  # its hooks are gone
 
 
 @pytest.mark.parametrize("often", [2, 3])
@@ -166,8 +172,8 @@ def test_a_report_that_cannot_be_written_keeps_nobody_alive(tmp_path):
     (tmp_path / watchdog.FOLDER).mkdir()
     os.mkfifo(tmp_path / watchdog.FOLDER / "step-00000008-rank-0.txt")  # as a disk that hangs: to open it waits for a reader
     quick = PROGRAM.replace("watchdog.LOOK_S = 0.05", "watchdog.LOOK_S, watchdog.REPLY_S = 0.05, 0.3").replace(
-        "sleep(0.8)", "sleep(0)"
+        "sleep(2.5)", "sleep(0)"
     )
     command = [sys.executable, "-c", quick]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=25)
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=400)
     assert done.returncode == 69 and "hang: step 8 takes" in done.stderr
