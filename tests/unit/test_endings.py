@@ -8,7 +8,7 @@ import pytest
 from tests.processes import ROOT, environment
 
 TAKEN_DOWN = """
-import os, runpy, sys
+import os, runpy, signal, sys
 
 class Last:
     def __del__(self, abort=os.abort):
@@ -29,7 +29,7 @@ def test_a_program_s_code_is_the_process_s():
     assert done.returncode == 75 and done.stdout == "at last\n"
     done = ended("from xar_scale.dist import run; run(lambda: 1 // 0)")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("ZeroDivisionError")
-    done = ended("from xar_scale.dist import run; import signal; run(lambda: signal.raise_signal(signal.SIGINT))")
+    done = ended("from xar_scale.dist import run; run(lambda: signal.default_int_handler(2, None))")
     assert done.returncode == 130
 
 
