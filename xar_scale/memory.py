@@ -139,7 +139,7 @@ class _FusedKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else args[0].dtype
-            return _FLASH(*(tensor.to(dtype) for tensor in args), **kwargs)[0]
+            return _FLASH(*(tensor.to(dtype) for tensor in args), dropout_p=kwargs["dropout_p"])[0]  # a mask is little
         if function is F.dropout:
             x, share = args[0], kwargs["p"]
             return torch.native_dropout(x, share, True)[0] if share else x

@@ -256,7 +256,7 @@ class Training:
     @contextmanager
     def _looks(self, logged: bool) -> Iterator[Looks | None]:
         """What is looked at in an attempt at a step that will be logged."""
-        if not logged:
+        if not logged or self.engine.plays_records:
             yield None
             return
         model = self.engine.model

@@ -147,7 +147,7 @@ def test_attention_and_recomputation_are_timed():
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
     entities = zip(kinds(), ["16", "4", "4", "3", "1"], strict=True)
     assert [row[:2] for row in rows] == [list(entity) for entity in entities for _ in range(3)]
-    assert [row[2].split()[0] for row in rows] == ["dense", "prefix", "flex"] * len(kinds())
+    assert [row[2].split()[0] for row in rows] == ["dense", "masked", "prefix", "flex"] * len(kinds())
     assert sum(row[2].endswith(", chosen") for row in rows) == len(kinds())
     for row in rows:
         assert float(row[3]) > 0

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from xar_scale.precision import apply_matmul_mode
+
 HERE = Path(__file__).parent
 
 
@@ -20,10 +22,14 @@ def device() -> torch.device:
     return torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def exact():
+    """Engines set the process's mode, and leave it."""
+    apply_matmul_mode("fp32")
+
+
 @pytest.fixture(params=["highest", "high"], ids=["fp32", "tf32"])
-def matmul(request):
+def matmul(request, exact):
     """The float32 matmul mode; "high" is TF32."""
-    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(request.param)
-    yield request.param
-    torch.set_float32_matmul_precision(before)
+    return request.param

@@ -43,20 +43,20 @@ def check(layout, backend, dtype, head_width, tolerance, device):
 
 
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
-@pytest.mark.parametrize("backend", ["dense", "prefix", "flex"])
+@pytest.mark.parametrize("backend", ["dense", "masked", "prefix", "flex"])
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "patch"])
 def test_in_bf16(name, backend, head_width, device):
     check(LAYOUTS[name], backend, torch.bfloat16, head_width, BF16, device)
 
 
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
-@pytest.mark.parametrize("backend", ["dense", "prefix", "flex"])
+@pytest.mark.parametrize("backend", ["dense", "masked", "prefix", "flex"])
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "patch"])
 def test_in_float32_and_tf32(name, backend, head_width, device, matmul):
     check(LAYOUTS[name], backend, torch.float32, head_width, FP32 if matmul == "highest" else TF32, device)
 
 
-@pytest.mark.parametrize("backend", ["prefix", "flex"])
+@pytest.mark.parametrize("backend", ["masked", "prefix", "flex"])
 def test_entities_of_one_token(backend, device):
     check(LAYOUTS["patch"], backend, torch.bfloat16, 64, BF16, device)
 

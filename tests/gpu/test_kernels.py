@@ -31,7 +31,7 @@ def loss_of(model, device):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("backend", ["dense", "prefix"])
+@pytest.mark.parametrize("backend", ["dense", "masked", "prefix"])
 @pytest.mark.parametrize("mode", ["full", "selective", "offload"])
 def test_recomputation_with_dropout_changes_no_gradient(mode, backend, autocast, device):
     gradients = []
@@ -47,7 +47,7 @@ def test_recomputation_with_dropout_changes_no_gradient(mode, backend, autocast,
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("backend", ["dense", "prefix", "flex"])
+@pytest.mark.parametrize("backend", ["dense", "masked", "prefix", "flex"])
 def test_compiled_blocks_give_the_same_loss_and_gradients(backend, autocast, device):
     model = with_backend(nano_model(grid=(16, 16)).to(device), backend)
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):

@@ -15,7 +15,7 @@ VELOCITY = {"highest": 1e-4, "high": 1e-2, "bf16": 1e-1}
 GRADIENT = {"highest": 1e-3, "high": 2e-2, "bf16": 1e-1}  # relative, of norms
 
 
-@pytest.fixture(params=["dense", "prefix", "flex"])
+@pytest.fixture(params=["dense", "masked", "prefix", "flex"])
 def model(request, tiny_golden_model, device):
     yield with_backend(tiny_golden_model.to(device), request.param)
     with_backend(tiny_golden_model.to("cpu"), "auto").zero_grad()

@@ -16,8 +16,8 @@ from xar_scale.model import attention
 from xar_scale.model.attention import block_causal_attention, choose_backend
 from xar_scale.model.entities import create_layout, kinds
 
-BACKENDS = ["dense", "prefix", "flex"]
-WITH_BACKWARD = ["dense", "prefix"]  # on a CPU; tests/gpu has all
+BACKENDS = ["dense", "masked", "prefix", "flex"]
+WITH_BACKWARD = ["dense", "masked", "prefix"]  # on a CPU; tests/gpu has all
 LAYOUTS = {
     "equal": create_layout(ModelConfig(width=8, depth_encoder=1, depth_decoder=1, heads=1, grid=(4, 4), entity_size=2)),
     "unequal": unequal_layout(),
@@ -61,7 +61,7 @@ def test_every_backend_is_the_naive_sum(layout, backend):
 
 @pytest.mark.parametrize("head_width", [4, 64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("backend", ["prefix", "flex"])
+@pytest.mark.parametrize("backend", ["masked", "prefix", "flex"])
 def test_every_backend_is_dense_forward_and_backward(layout, backend, dtype, head_width):
     tolerance = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     for first in range(layout.entities):
@@ -141,7 +141,8 @@ def test_long_entities_get_a_call_each_and_short_ones_one_product(monkeypatch, e
         ("cpu", torch.bfloat16, True, "prefix"),
         ("cpu", torch.bfloat16, False, "prefix"),
         ("cpu", torch.float32, True, "prefix"),
-        ("cuda", torch.bfloat16, True, "prefix"),
+        ("cuda", torch.bfloat16, True, "masked"),
+        ("cuda", torch.float32, False, "masked"),
     ],
 )
 def test_the_choice_goes_by_device_type_and_direction(device, dtype, backward, expected):
@@ -150,12 +151,18 @@ def test_the_choice_goes_by_device_type_and_direction(device, dtype, backward, e
     assert choose_backend(layout, torch.device(device), dtype, 64, dropout=0.0, backward=backward, backend="prefix") == "prefix"
 
 
+def test_on_a_gpu_a_single_entity_has_nothing_to_mask():
+    kind = torch.device("cuda"), torch.bfloat16, 64
+    for entity, expected in (("image", "prefix"), ("patch", "masked"), ("scale", "masked")):
+        assert choose_backend(nano_model(entity=entity).layout, *kind, dropout=0.0, backward=True) == expected
+
+
 def test_a_backend_that_cannot_serve_is_refused_with_the_reason():
     layout = LAYOUTS["equal"]
     q, k, v = qkv(layout, dtype=torch.float32)
-    with pytest.raises(ConfigError, match=r"flex has no dropout, model.dropout is 0.1; use prefix or dense"):
+    with pytest.raises(ConfigError, match=r"flex has no dropout, model.dropout is 0.1; use masked, prefix or dense"):
         block_causal_attention(q, k, v, layout, backend="flex", dropout=0.1)
-    with pytest.raises(ConfigError, match="flex has no backward pass on a CPU; use prefix or dense"):
+    with pytest.raises(ConfigError, match="flex has no backward pass on a CPU; use masked, prefix or dense"):
         block_causal_attention(q.requires_grad_(), k, v, layout, backend="flex")
     flex = partial(choose_backend, layout, torch.device("cuda"), torch.bfloat16, backward=True, backend="flex")
     assert flex(16, dropout=0.0) == "flex"
@@ -207,10 +214,23 @@ def test_prefix_is_one_call_an_entity_fed(monkeypatch):
     assert lengths == [3, 2]
 
 
+def test_masked_is_one_call_and_has_no_mask_where_nothing_is_hidden(monkeypatch):
+    layout, calls, kernel = unequal_layout(), [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *kv, **how: calls.append((q.shape[2], how)) or kernel(q, *kv, **how)
+    )
+    for first, last in ((1, 2), (2, 2)):
+        block_causal_attention(*qkv(layout, first, last), layout, first=first, backend="masked")
+    (length, how), (last_length, last_how) = calls
+    assert (length, last_length) == (5, 2) and last_how["attn_mask"] is None
+    assert how["attn_mask"].tolist() == [[True] * 4 + [False] * 2] * 3 + [[True] * 6] * 2
+
+
 def test_whose_kernel_it_is_is_said():
     cuda = torch.device("cuda")
     for backend, device, says in (
         ("dense", cuda, "dense (a mask and a softmax)"),
+        ("masked", cuda, "masked (PyTorch scaled_dot_product_attention)"),
         ("flex", cuda, "flex (PyTorch's FlexAttention, compiled)"),
         ("flex", CPU, "flex (PyTorch's FlexAttention, not compiled)"),
     ):

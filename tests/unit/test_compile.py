@@ -30,7 +30,7 @@ def loss_of(model):
     return velocity_loss(model, layout, normal(0, 2, 4, 4, 4, dtype=torch.float32), noise, t, torch.tensor([1, 2]))
 
 
-@pytest.mark.parametrize("backend", ["dense", "prefix"])
+@pytest.mark.parametrize("backend", ["dense", "masked", "prefix"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_blocks_are_one_graph_in_training(kind, backend, counted):
     model = with_backend(nano_model(entity=kind), backend).train()

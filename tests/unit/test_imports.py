@@ -19,7 +19,7 @@ LAYERS = [
     ["dist"],
     ["flow", "sampler", "tokenizers"],
     ["data"],
-    ["optim", "ema", "precision", "staging", "background", "stopping", "stragglers", "watchdog", "surroundings"],
+    ["optim", "ema", "precision", "staging", "background", "stopping", "stragglers", "watchdog", "surroundings", "graphs"],
     ["guard", "diagnosis", "memory"],
     ["engines"],
     ["checkpoint", "snapshots", "reports"],

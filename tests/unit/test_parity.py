@@ -23,7 +23,7 @@ from xar_scale.sampler import sample
 from xar_scale.tokenizers import kl16 as autoencoder
 
 
-@pytest.fixture(params=["dense", "prefix", "flex"])
+@pytest.fixture(params=["dense", "masked", "prefix", "flex"])
 def backend(request):
     return request.param
 

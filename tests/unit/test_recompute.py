@@ -39,7 +39,7 @@ def trained(mode: str, kind: str = "cell", backend: str = "auto", dropout: float
 
 
 @pytest.mark.parametrize("kind", ["cell", "scale"])
-@pytest.mark.parametrize("backend", ["dense", "prefix"])
+@pytest.mark.parametrize("backend", ["dense", "masked", "prefix"])
 @pytest.mark.parametrize("mode", MODES)
 def test_losses_and_gradients_are_those_without(mode, kind, backend):
     loss, gradients, _ = trained("none", kind, backend)

@@ -31,7 +31,7 @@ class Published:
         if model not in NAMES:
             raise UsageError(f"the published code has no {model}; it has: {', '.join(NAMES)}")
         self.device = device
-        with self._as_it_expects():
+        with self._as_it_expects(), device:  # made there: a billion weights drawn by one core take half a minute
             create = getattr(_import(folder), NAMES[model])
             self.network: torch.nn.Module = create(attn_dropout=dropout, proj_dropout=dropout).to(device)
         self.weights = list(self.network.parameters())

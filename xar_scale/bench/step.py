@@ -1,13 +1,14 @@
 """A training step, and sampling: beside a fixed baseline of PyTorch's own, and beside the published code."""
 
 import argparse
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from xar_scale import dist
 from xar_scale.beginning import open_data
@@ -21,9 +22,10 @@ from xar_scale.data.feed import Feed
 from xar_scale.ema import EMA
 from xar_scale.engines import create_engine
 from xar_scale.errors import UsageError
+from xar_scale.evaluate.generate import prepare
 from xar_scale.model.flops import training_flops
 from xar_scale.model.recompute import apply_recompute
-from xar_scale.model.xar import create_model, initial_weights, meta_model
+from xar_scale.model.xar import XAR, Weight, initial_weights, meta_model
 from xar_scale.plan.hardware import GPUS
 from xar_scale.precision import FP32, MODES, apply_matmul_mode
 from xar_scale.presets import model_values, recipe
@@ -31,6 +33,7 @@ from xar_scale.sampler import sample
 
 BASELINE_LAYERS = 2
 PUBLISHED_GRID = 16
+CHANNELS, CLASSES = 16, 1000  # of the recipe, which are the published code's
 SQUARE = 4096  # rows of the matrices whose product says what this machine reaches
 
 
@@ -46,12 +49,13 @@ def bench_step(options: argparse.Namespace) -> None:
     apply_matmul_mode(options.precision)
     compute = MODES[options.precision].compute
     config = _config(options)
+    published, apart = _published(options, device, lambda: _published_step(options, device))
     dataset = open_data(config)
     model = meta_model(config.model)
     kernels = model.use_kernels(config.kernels, device, compute, training=True)
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     before = _memory(device, reset=True)
-    engine = create_engine(model, initial_weights(model, 0), config, device)
+    engine = create_engine(model, _quick_weights(model, device), config, device)
     averages = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     feed = Feed(dataset, config.train, device)
     feed.seek(0)
@@ -60,16 +64,13 @@ def bench_step(options: argparse.Namespace) -> None:
         engine.step(1e-4, engine.attempt(0, feed.take()))
         averages.update(1)
 
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP + 1):
         ours()
     memory = _memory(device) - before
-    works: dict[str, Callable[[], Any]] = {OURS: ours, BASELINE: _baseline(options, device, train=True)}
-    if options.reference:
-        published = Published(options.reference, options.model, options.dropout, device)
-        batch = feed.take()[0]
-        works[PUBLISHED] = lambda: published.step(batch.latents, batch.labels.float(), compute)
+    works: Works = {OURS: ours, BASELINE: _baseline(options, device, train=True)}
+    works |= published
     feed.waited = 0.0
-    seconds = in_turns(works, device, options.repeats)
+    seconds = in_turns(works, device, options.repeats) | apart
     waited = feed.waited / (WARM_UP + options.repeats)
     found = trace(ours, device, options.trace if dist.rank() == 0 else None)
     record = Record(
@@ -99,13 +100,14 @@ def bench_sample(options: argparse.Namespace) -> None:
     earlier = _earlier(options, "sample", settings)
     apply_matmul_mode(options.precision)
     compute = MODES[options.precision].compute
+    labels = [7 * image % CLASSES for image in range(options.batch)]
+    published, apart = _published(options, device, lambda: _published_sampling(options, labels, device))
     before = _memory(device, reset=True)
-    model = create_model(options.model, grid=(options.grid, options.grid)).to(device).eval()
-    model.use_kernels(_config(options).kernels, device, compute, training=False)
-    if options.compile:
-        torch._dynamo.config.recompile_limit = 4 * model.layout.entities  # docs/sampling.md: a graph each kind of call
-        model.compile(fullgraph=True, dynamic=False)
-    labels = [7 * image % model.config.classes for image in range(options.batch)]
+    model = meta_model(_config(options).model).eval()
+    for weight in _quick_weights(model, device):
+        weight.place(device)
+    kernels = model.use_kernels(_config(options).kernels, device, compute, training=False)
+    prepare(model, device, compute, compiled=options.compile)
 
     def ours() -> None:
         with torch.autocast(device.type, dtype=compute, enabled=compute is not FP32):
@@ -113,16 +115,54 @@ def bench_sample(options: argparse.Namespace) -> None:
 
     ours()
     memory = _memory(device) - before
-    works: dict[str, Callable[[], Any]] = {OURS: ours, BASELINE: _baseline(options, device, train=False)}
-    if options.reference:
-        published = Published(options.reference, options.model, 0.0, device)
-        works[PUBLISHED] = lambda: published.sample(labels, options.steps, options.guidance, compute)
-    seconds = in_turns(works, device, options.repeats)
+    works: Works = {OURS: ours, BASELINE: _baseline(options, device, train=False)}
+    works |= published
+    seconds = in_turns(works, device, options.repeats) | apart
     record = Record("sample", settings, images=options.batch, seconds=seconds, memory_gb=memory / 1e9)
-    print(
-        f"{options.model}, {options.batch} images in {options.steps} steps, guidance {options.guidance}, {options.precision}\n"
-    )
+    how = f"{options.steps} steps, guidance {options.guidance}, {options.precision}"
+    print(f"{options.model}, {options.batch} images in {how}; {kernels}\n")
     _show(record, options, earlier)
+
+
+Works = dict[str, Callable[[], Any]]
+
+
+def _published(
+    options: argparse.Namespace, device: torch.device, make: Callable[[], Callable[[], Any]]
+) -> tuple[Works, dict[str, list[float]]]:
+    """The published code's work, to take turns with ours; or the seconds it took, on a GPU, whose memory may not suffice for
+    both."""
+    if not options.reference:
+        return {}, {}
+    works = {PUBLISHED: make()}
+    if device.type != "cuda":
+        return works, {}
+    seconds = in_turns(works, device, options.repeats)
+    works.clear()
+    gc.collect()
+    return {}, seconds
+
+
+def _published_step(options: argparse.Namespace, device: torch.device) -> Callable[[], Any]:
+    published = Published(options.reference, options.model, options.dropout, device)
+    latents = torch.randn(options.batch, CHANNELS, options.grid, options.grid, device=device)
+    labels = torch.arange(options.batch, device=device) % CLASSES
+    return lambda: published.step(latents, labels.float(), MODES[options.precision].compute)
+
+
+def _published_sampling(options: argparse.Namespace, labels: list[int], device: torch.device) -> Callable[[], Any]:
+    published = Published(options.reference, options.model, 0.0, device)
+    return lambda: published.sample(labels, options.steps, options.guidance, MODES[options.precision].compute)
+
+
+def _quick_weights(model: XAR, device: torch.device) -> Iterator[Weight]:
+    """Matrices drawn on the device: on one core a billion numbers take a quarter of a minute."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def drawn(name: str) -> Tensor | None:
+        return torch.empty(shapes[name], device=device).normal_(std=0.02) if len(shapes[name]) > 1 else None
+
+    return initial_weights(model, 0, drawn)
 
 
 def _earlier(options: argparse.Namespace, what: str, settings: dict[str, Any]) -> Record | None:
@@ -152,7 +192,8 @@ def _config(options: argparse.Namespace) -> Config:
         train |= {"engine": options.engine, "recompute": options.recompute, "ds_config": options.ds_config}
         model["dropout"] = options.dropout
         kernels = {"attention": options.attention, "compile": options.compile}
-    data = {"path": "synthetic:4096", "lanes": 1, "workers": 0}
+    workers = 4 if dist.local_device().type == "cuda" else 0  # on a CPU they would take what computes
+    data = {"path": "synthetic:4096", "lanes": 1, "workers": workers}
     changes = {"model": model, "train": train, "kernels": kernels, "data": data}
     return Config.from_dict(merge(recipe("imagenet256_h"), changes))
 

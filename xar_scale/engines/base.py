@@ -68,6 +68,11 @@ class Engine(ABC):
     def precision(self) -> Precision:
         return MODES[self.mode]
 
+    @property
+    def plays_records(self) -> bool:
+        """Whether passes are CUDA graphs, in which nothing can be looked at."""
+        return False
+
     def set_precision(self, mode: str, splits: int = 1) -> None:
         """Between steps: compute in ``mode`` from here on, each pass as ``splits`` smaller ones, one after another."""
         self.mode, self.splits = mode, splits

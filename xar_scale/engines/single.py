@@ -1,17 +1,22 @@
 """One process, whole tensors, plain PyTorch: the engine that the others are held to."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from xar_scale import dist
 from xar_scale.config import Config
+from xar_scale.data.loader import Batch
 from xar_scale.engines.base import Engine, Shard, adam_state, set_steps
 from xar_scale.errors import ConfigError
+from xar_scale.graphs import Graphs
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
+
+FIRST, ADDED = "first", "added"  # passes of a step: what they do with gradients
 
 
 class SingleEngine(Engine):
@@ -25,12 +30,45 @@ class SingleEngine(Engine):
         self.parameters = dict(model.named_parameters())
         library = choose_library(config.kernels.library, device)
         self.optimizer = create_adamw(self.parameters, self.shapes, config.optim, library)
+        self._apply_precision()
+
+    @property
+    def plays_records(self) -> bool:
+        # a loss scale changes, and recomputation sets the generator back: neither can be recorded
+        compiled = self.config.kernels.compile and self.config.train.recompute == "none"
+        return self.device.type == "cuda" and compiled and not self.precision.scaled
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Compiled passes are recorded on a GPU, but for those that hooks look into."""
+        if not self.plays_records:
+            return super().forward_backward(batch)
+        if any(module._forward_hooks for module in self.model.modules()):
+            self._graphs = Graphs(self.device)  # whose memory such a pass needs
+            return super().forward_backward(batch)
+        parameters = [*self.parameters.values()]
+        first = parameters[0].grad is None
+        if not first and not self._graphs.knows(FIRST):  # the gradients that it adds to are not yet where they will stay
+            return super().forward_backward(batch)
+
+        def work(latents: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Sequence[Tensor | None]:
+            held = replace(batch, latents=latents, labels=labels, t=t, noise=noise)
+            loss = super(SingleEngine, self).forward_backward(held)
+            return [loss, *(parameter.grad for parameter in parameters)]
+
+        kind = FIRST if first else ADDED
+        loss, *gradients = self._graphs.play(kind, work, batch.latents, batch.labels, batch.t, batch.noise)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        assert loss is not None
+        return loss.clone()
 
     def gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
 
     def _apply_precision(self) -> None:
-        pass  # autocast is all there is
+        """Autocast is all there is, and what was recorded in another precision goes."""
+        if self.plays_records:
+            self._graphs = Graphs(self.device)
 
     def _optimizer_step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -1,6 +1,7 @@
 """Labels in, uint8 images out: the network on this rank's device, or shared by neighbours, and the tokenizer behind it."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xar_scale import dist
 from xar_scale.checkpoint.interop.pretrained import check_shapes
@@ -16,6 +17,8 @@ from xar_scale.config import SampleConfig
 from xar_scale.dist import say
 from xar_scale.errors import ConfigError
 from xar_scale.evaluate.trained import Trained
+from xar_scale.graphs import Graphs
+from xar_scale.model.kv_cache import KVCache
 from xar_scale.model.xar import XAR, meta_model
 from xar_scale.precision import FP32, MODES, apply_matmul_mode
 from xar_scale.sampler import Watch, sample
@@ -140,7 +143,37 @@ def open_generator(trained: Trained, device: torch.device) -> Generator:
 
     dist.together(fill)
     compute = MODES[settings.precision].compute
+    if settings.shard_ranks == 1:
+        prepare(model, device, compute, compiled=trained.kernels.compile)
     return Generator(model, settings, tokenizer, trained.latent_scale, device, compute, settings.shard_ranks > 1)
+
+
+def prepare(model: XAR, device: torch.device, compute: torch.dtype, *, compiled: bool) -> None:
+    """Make a network that only draws fast: Linear layers' weights in the dtype of autocast, which casts them at each call
+    otherwise, blocks as graphs of torch.compile where that is asked for, and on a GPU each kind of call recorded.
+    """
+    model.requires_grad_(False)
+    if compute is not FP32:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.to(compute)
+    if compiled:
+        torch._dynamo.config.recompile_limit = 4 * model.layout.entities  # docs/sampling.md: a graph each kind of call
+        for block in model.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    if device.type == "cuda":
+        graphs, forward = Graphs(device), model.forward
+
+        def play(x: Tensor, t: Tensor, labels: Tensor, first: int = 0, cache: KVCache | None = None) -> Tensor:
+            def work(x: Tensor, t: Tensor, labels: Tensor) -> list[Tensor]:
+                return [forward(x, t, labels, first, cache)]
+
+            (velocity,) = graphs.play((first, id(cache)), work, x, t, labels)
+            assert velocity is not None
+            return velocity.clone()
+
+        model.forward = play  # type: ignore[assignment]
+        model.new_cache = functools.cache(model.new_cache)  # type: ignore[method-assign]  # where records know it
 
 
 def _place(model: XAR, settings: SampleConfig, device: torch.device) -> dict[str, tuple[int, Tensor]]:

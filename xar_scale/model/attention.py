@@ -1,4 +1,4 @@
-"""block_causal_attention: entity k sees entities 0 to k. One readable reference (dense), two fast twins (prefix, flex)."""
+"""block_causal_attention: entity k sees entities 0 to k. A readable reference (dense), fast twins (masked, prefix, flex)."""
 
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -18,9 +18,9 @@ from xar_scale.model.entities import EntityLayout
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-Backend = Literal["dense", "prefix", "flex"]
+Backend = Literal["dense", "masked", "prefix", "flex"]
 
-# Shorter entities make more and smaller calls than their unmasked work saves (docs/benchmarks, measured on a CPU only)
+# On a CPU shorter entities make more and smaller calls than their unmasked work saves (docs/benchmarks)
 MIN_PREFIX_LENGTH = 16
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_WIDTH = 256  # the widest that FlashAttention-2 takes
@@ -58,16 +58,19 @@ def choose_backend(
     backward: bool,
     backend: AttentionBackend = "auto",
 ) -> Backend:
-    """The one named, or of the two that serve everywhere the faster (docs/benchmarks): prefix, a call an entity, where entities
-    are long on average, and dense, one masked product, where they are short. Raises ConfigError with the reason against the one
+    """The one named, or the fastest of those that serve everywhere (docs/benchmarks). On a GPU that is masked, one fused kernel
+    for all entities, but for a single one, which has nothing to hide. On a CPU it is prefix, a call an entity, where entities
+    are long on average, and dense, plain products, where they are short. Raises ConfigError with the reason against the one
     named.
     """
+    if backend == "auto" and device.type == "cuda":
+        return "masked" if layout.entities > 1 else "prefix"
     if backend == "auto":
         return "prefix" if layout.tokens >= MIN_PREFIX_LENGTH * layout.entities else "dense"
     if backend == "flex" and dropout > 0:
-        raise ConfigError(f"attention flex has no dropout, model.dropout is {dropout}; use prefix or dense")
+        raise ConfigError(f"attention flex has no dropout, model.dropout is {dropout}; use masked, prefix or dense")
     if backend == "flex" and backward and device.type == "cpu":
-        raise ConfigError("attention flex has no backward pass on a CPU; use prefix or dense")
+        raise ConfigError("attention flex has no backward pass on a CPU; use masked, prefix or dense")
     if backend == "flex" and head_width < FLEX_HEAD_WIDTH and device.type == "cuda":
         raise ConfigError(f"attention flex takes heads of at least {FLEX_HEAD_WIDTH} channels, not {head_width}")
     return backend
@@ -79,14 +82,20 @@ def describe(backend: Backend, device: torch.device, dtype: torch.dtype, head_wi
         return "dense (a mask and a softmax)"
     if backend == "flex":
         return f"flex (PyTorch's FlexAttention, {'compiled' if device.type == 'cuda' else 'not compiled'})"
+    if backend == "masked":
+        return "masked (PyTorch scaled_dot_product_attention)"
     return f"prefix ({'flash_attn' if _flash_serves(device, dtype, head_width) else 'PyTorch scaled_dot_product_attention'})"
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dropout: float) -> Tensor:
     """The reference: every score, a mask, a softmax."""
-    begin, end = layout.offsets[first], k.shape[2]
-    entity = layout.on(q.device).entity[:end]
-    return _attend(q, k, v, dropout, hidden=entity > entity[begin:, None])
+    return _attend(q, k, v, dropout, hidden=_hidden(layout, first, k))
+
+
+def _hidden(layout: EntityLayout, first: int, k: Tensor) -> Tensor:
+    """Which of the keys (columns) a query (rows, from entity ``first`` on) does not see."""
+    entity = layout.on(k.device).entity[: k.shape[2]]
+    return entity > entity[layout.offsets[first] :, None]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, hidden: Tensor | None = None) -> Tensor:
@@ -94,6 +103,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, hidden: Tensor | 
     if hidden is not None:
         scores = scores.masked_fill(hidden, float("-inf"))
     return dropout(scores.softmax(dim=-1), dropout_p) @ v
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dropout: float) -> Tensor:
+    """One call of PyTorch's fused kernel, which on a GPU is cuDNN's or a kernel like FlashAttention-2 that takes a mask.
+
+    It computes what is hidden as well, and still takes less time than a call an entity, whose gradients are put together
+    again from slices of keys and values.
+    """
+    last = layout.offsets.index(k.shape[2]) - 1
+    visible = None if first == last else ~_hidden(layout, first, k)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
 
 
 def _prefix(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dropout: float) -> Tensor:
@@ -187,4 +207,4 @@ def _compiled_flex() -> Callable[..., Any]:
     return more(torch.compile(flex_attention, dynamic=False, fullgraph=True))
 
 
-_FUNCTIONS = {"dense": _dense, "prefix": _prefix, "flex": _flex}
+_FUNCTIONS = {"dense": _dense, "masked": _masked, "prefix": _prefix, "flex": _flex}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from xar_scale.config import AttentionBackend, KernelLibrary, ModelConfig
 from xar_scale.model import apex
+from xar_scale.model.aligned import NarrowingLinear, WideningLinear
 from xar_scale.model.attention import block_causal_attention
 from xar_scale.model.dropout import Dropout
 from xar_scale.model.entities import EntityLayout
@@ -66,9 +67,9 @@ class GatedMLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden = mlp_width(config)
-        self.gate = nn.Linear(config.width, hidden)
-        self.up = nn.Linear(config.width, hidden)
-        self.down = nn.Linear(hidden, config.width)
+        self.gate = WideningLinear(config.width, hidden)
+        self.up = WideningLinear(config.width, hidden)
+        self.down = NarrowingLinear(hidden, config.width)
         self.drop = Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:

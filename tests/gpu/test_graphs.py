@@ -1,0 +1,108 @@
+"""CUDA graphs: what is played again is what would have been computed anew."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.conftest import digits_config, random_batch
+from tests.unit.conftest import nano_model
+from xar_scale.diagnosis import Activations
+from xar_scale.engines.single import FIRST, SingleEngine
+from xar_scale.evaluate.generate import prepare
+from xar_scale.model.recompute import apply_recompute
+from xar_scale.model.xar import initial_weights, meta_model
+from xar_scale.precision import FP32
+from xar_scale.sampler import sample
+
+COMPILED = ["train.engine=single", "kernels.compile=true", "model.dropout=0.1"]
+STEPS = 5
+
+
+def random_batches(step, passes, device):
+    return [random_batch(passes * step + number).to(device) for number in range(passes)]
+
+
+class Course:
+    """Steps of one engine: losses, and what the weights are in the end."""
+
+    def __init__(self, device, passes, *more):
+        torch._dynamo.reset()
+        batch = [f"train.global_batch={8 * passes}", "train.micro_batch=8"]
+        config = digits_config(*COMPILED, *batch, *more)
+        model = meta_model(config.model)
+        model.use_kernels(config.kernels, device, torch.float32, training=True)
+        apply_recompute(model.blocks, config.train.recompute, compiled=True)
+        self.engine = SingleEngine(model, initial_weights(model, 0), config, device)
+        self.losses = []
+        self.passes, self.device = passes, device
+
+    def step(self, number):
+        verdict = self.attempt(number)
+        self.engine.step(1e-3, verdict)
+        self.losses.append(verdict.loss)
+
+    def attempt(self, number):
+        return self.engine.attempt(number, random_batches(number, self.passes, self.device))
+
+    def weights(self):
+        return torch.cat([shard.master for shard in self.engine.shards()])
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_recorded_passes_train_as_others_do(passes, precision, device, monkeypatch):
+    courses = []
+    for recorded in (False, True):
+        with monkeypatch.context() as patch:
+            if not recorded:
+                patch.setattr(SingleEngine, "plays_records", False)
+            course = Course(device, passes, f"train.precision={precision}")
+            for number in range(2 * STEPS):
+                course.step(number)
+                assert not recorded or course.engine._graphs.knows(FIRST) == (number >= 2)
+            courses.append(course)
+    plain, played = courses
+    assert played.losses == pytest.approx(plain.losses, rel=1e-5)
+    torch.testing.assert_close(played.weights(), plain.weights(), rtol=1e-3, atol=1e-5)
+
+
+def test_other_precisions_discarded_attempts_and_looks_come_between(device, monkeypatch):
+    courses = []
+    for recorded in (False, True):
+        with monkeypatch.context() as patch:
+            if not recorded:
+                patch.setattr(SingleEngine, "plays_records", False)
+            course = Course(device, 2, "train.precision=bf16")
+            for number in range(3):
+                course.step(number)
+            course.attempt(3)
+            course.engine.discard()
+            course.step(3)
+            course.engine.set_precision("tf32")
+            for number in range(4, 8):
+                course.step(number)
+            with Activations(course.engine.model) as seen:
+                course.step(8)
+            assert len(seen.largest) == len(course.engine.model.blocks)
+            course.engine.set_precision("bf16", splits=2)
+            for number in range(9, 13):
+                course.step(number)
+            courses.append(course)
+    plain, played = courses
+    assert played.losses == pytest.approx(plain.losses, rel=1e-5)
+    torch.testing.assert_close(played.weights(), plain.weights(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("compute", "tolerance"), [(FP32, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("entity", ["cell", "scale", "image"])
+def test_recorded_networks_draw_what_others_do(entity, compute, tolerance, compiled, device):
+    torch._dynamo.reset()
+    plain = nano_model(entity=entity, grid=(8, 8)).to(device)
+    fast = copy.deepcopy(plain)
+    prepare(fast, device, compute, compiled=compiled)
+    for seed, labels in enumerate(([1, 2, 3], [4, 5, 6], [7, 8])):
+        with torch.autocast("cuda", dtype=compute, enabled=compute is not FP32):
+            expected, found = (sample(model, labels, steps=6, guidance=2.0, seed=seed) for model in (plain, fast))
+        assert (found - expected).norm() <= tolerance * expected.norm()

@@ -1,0 +1,76 @@
+"""Products with zeros for further channels: the same function, as on a GPU, on a CPU's tensors that stand for its."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.unit.conftest import normal
+from xar_scale.config import ModelConfig
+from xar_scale.model.aligned import WideningLinear
+from xar_scale.model.cpu import standing_for_a_gpu
+from xar_scale.model.layers import GatedMLP
+
+HIDDEN = 53  # of 20 channels, which are no multiple of 8 either
+
+
+@pytest.fixture
+def mlp():
+    return GatedMLP(ModelConfig(width=20, depth_encoder=1, depth_decoder=1, heads=1, dropout=0.2)).eval()
+
+
+def results(mlp, x):
+    """The output, and the gradients of input and weights."""
+    mlp.zero_grad()
+    x = x.clone().requires_grad_()
+    out = mlp(x)
+    out.backward(normal(1, *out.shape, dtype=out.dtype))
+    return [out, x.grad, *(parameter.grad for parameter in mlp.parameters())]
+
+
+def test_hidden_channels_up_to_a_multiple_of_8_are_zero(mlp):
+    x = normal(0, 2, 3, 20, dtype=torch.float32)
+    assert mlp.gate.out_features == HIDDEN and mlp.gate(x).shape == (2, 3, HIDDEN)
+    with standing_for_a_gpu():
+        hidden = mlp.gate(x)
+    assert hidden.shape == (2, 3, 56) and (hidden[..., HIDDEN:] == 0).all()
+    torch.testing.assert_close(hidden[..., :HIDDEN], mlp.gate(x))
+
+
+def test_the_mlp_is_the_same_function_with_the_same_gradients(mlp):
+    mlp, x = mlp.double(), normal(0, 2, 3, 20)
+    expected = results(mlp, x)
+    with standing_for_a_gpu():
+        found = results(mlp, x)
+    assert found[0].shape == x.shape
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-13, rtol=1e-13)
+
+
+def test_under_autocast_it_computes_in_16_bits_as_linear_does(mlp):
+    x = normal(0, 64, 20, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = results(mlp, x)
+        with standing_for_a_gpu():
+            found = results(mlp, x)
+    assert found[0].dtype == torch.bfloat16 and found[2].dtype == torch.float32
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-2 * other.norm()
+
+
+def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(mlp):
+    """Engines that share weights let go of them after a block and gather them anew."""
+    with standing_for_a_gpu():
+        kept = mlp.gate(normal(0, 2, 20, dtype=torch.float32)).grad_fn.saved_tensors
+    assert any(tensor.data_ptr() == mlp.gate.weight.data_ptr() for tensor in kept)
+    assert {tensor.shape for tensor in kept} == {(HIDDEN, 20), (2, 20)}
+
+
+def test_multiples_of_8_are_plain_products():
+    layer = WideningLinear(20, 48)
+    plain = nn.Linear(20, 48)
+    plain.load_state_dict(copy.deepcopy(layer.state_dict()))
+    x = normal(0, 2, 20, dtype=torch.float32)
+    with standing_for_a_gpu():
+        assert torch.equal(layer(x), plain(x)) and layer(x).grad_fn.name() == plain(x).grad_fn.name()

@@ -1,0 +1,69 @@
+"""CUDA graphs: work on a GPU that is recorded once and played again, one launch of the host's in place of thousands."""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Work = Callable[..., Sequence[Tensor | None]]
+WARM_UP = 2  # times that work is done as it is first: what is compiled, chosen or made once must not be recorded
+
+
+class _Record(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    outputs: Sequence[Tensor | None]
+
+
+class Graphs:
+    """Records of one device, by kind of work.
+
+    A network of many layers makes thousands of launches a pass; where the host makes them more slowly than the GPU works them
+    off, that is what a pass takes. Work that is recorded reads and writes the same memory each time: it waits for nothing,
+    takes no decision, and finds what it uses beside its inputs (weights, caches) where it was. Random numbers are the
+    generator's, as ever.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None  # of all records: only one plays at a time
+        self._done = Counter[Hashable]()
+        self._records: dict[Hashable, _Record] = {}
+
+    def play(self, kind: Hashable, work: Work, *inputs: Tensor) -> Sequence[Tensor | None]:
+        """What ``work(*inputs)`` returns; from its third time on, by kind and shapes, from a record. Then the outputs are in
+        the record's memory, until anything is played again."""
+        key = kind, *((tensor.shape, tensor.dtype) for tensor in inputs)
+        if self._done[key] < WARM_UP:
+            self._done[key] += 1
+            return self._aside(work, inputs)
+        if key not in self._records:
+            self._records[key] = self._record(work, inputs)
+        record = self._records[key]
+        for held, given in zip(record.inputs, inputs, strict=True):
+            held.copy_(given)
+        record.graph.replay()
+        return record.outputs
+
+    def knows(self, kind: Hashable) -> bool:
+        """Whether there is a record of that kind."""
+        return any(known[0] == kind for known in self._records)  # type: ignore[index]
+
+    def _aside(self, work: Work, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """On the stream that is recorded: what is made once is made for it."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            outputs = work(*inputs)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return outputs
+
+    def _record(self, work: Work, inputs: Sequence[Tensor]) -> _Record:
+        held = [tensor.clone() for tensor in inputs]
+        graph = torch.cuda.CUDAGraph()
+        # other threads (data, checkpoints, the watchdog) may use the device meanwhile
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            outputs = work(*held)
+        self._pool = self._pool or graph.pool()
+        return _Record(graph, held, outputs)
