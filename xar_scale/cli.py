@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", required=True, help="a100, h100, h200, b200")
     plan.add_argument("--recipe", default="imagenet256_h", help="of batch, steps and data (default: imagenet256_h)")
     plan.add_argument("--gpus-per-node", type=int, default=8, help="(default: 8)")
-    plan.add_argument("--mfu", type=float, help="of the peak, what matrix products reach (default: 0.40)")
+    plan.add_argument("--mfu", type=float, help="of the peak, what passes reach (default: 0.30)")
     plan.add_argument("--network", type=float, help="GB/s of each GPU's own adapter between nodes (default: the usual one)")
     plan.add_argument("--out", type=Path, help="a folder for config.yaml and ds_config.json (default: none are written)")
     plan.set_defaults(run_command=_plan, overridable=True)

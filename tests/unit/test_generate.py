@@ -1,11 +1,13 @@
 """Images from weights on disk: whose they are, what they depend on, and on what not."""
 
 import dataclasses
+import functools
 import threading
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 
 from tests.conftest import digits_config
 from tests.unit.foreign_checkpoints import published as as_published
@@ -17,7 +19,7 @@ from xar_scale.data.loader import LatentDataset
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DatasetInfo, ShardWriter
 from xar_scale.errors import ConfigError, DataError, UsageError
-from xar_scale.evaluate.generate import Generator, open_generator
+from xar_scale.evaluate.generate import Generator, open_generator, prepare
 from xar_scale.evaluate.trained import holds_weights, open_trained
 from xar_scale.files import write_atomically
 from xar_scale.model.xar import XAR, create_model
@@ -26,6 +28,7 @@ from xar_scale.sampler import sample
 from xar_scale.tokenizers.pixel import PixelTokenizer
 
 CPU = torch.device("cpu")
+SIZES = {"grid": (4, 4), "channels": 4, "classes": 10}
 FEW = ["sample.sampler=euler", "sample.steps=2", "sample.guidance=1.5", "sample.batch=64"]
 
 
@@ -51,6 +54,25 @@ def test_images_are_drawn_from_the_averaged_weights(checkpoint):
     assert images.shape == (2, 1, 8, 8) and images.dtype == np.uint8
     assert np.array_equal(images, expected["ema"])
     assert not np.array_equal(images, expected["model"])
+
+
+def test_linear_layers_hold_weights_in_16_bits_and_draw_what_autocast_draws():
+    plain, prepared = create_model("nano", **SIZES), create_model("nano", **SIZES)
+    prepare(prepared, CPU, torch.bfloat16, compiled=False)
+    assert {parameter.dtype for parameter in prepared.blocks[0].parameters()} == {torch.bfloat16}
+    assert prepared.encoder_pos.dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        drawn, expected = (sample(model, [3, 7], steps=3, guidance=1.5, seed=4) for model in (prepared, plain))
+    assert torch.equal(drawn, expected)
+
+
+def test_blocks_that_draw_are_compiled_where_it_is_asked_for(checkpoint, monkeypatch):
+    torch._dynamo.reset()
+    counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counted))
+    images = [generator(checkpoint.path, f"kernels.compile={word}").draw([3, 7], 4).astype(int) for word in ("false", "true")]
+    assert np.abs(images[0] - images[1]).max() <= 1
+    assert counted.frame_count == 7  # four cells: each alone, and each but the first beside the one before
 
 
 def test_neither_the_batch_nor_the_company_matters(checkpoint):
