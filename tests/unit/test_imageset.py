@@ -1,5 +1,6 @@
 """A set of generated images: what is in it, what is gone on with, what is refused; and what digits are judged by."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -97,6 +98,17 @@ def test_a_folder_of_another_set_is_refused(tmp_path, trained):
     )
 
 
+def test_all_who_drew_of_a_set_are_named(tmp_path, trained):
+    begun = dataclasses.replace(image_set(trained, tmp_path / "set", COUNT, 4), here={"torch": "2.11.0", "device": "8 x A"})
+    begun.open()
+    for device in ("1 x B", "1 x B", "8 x A"):
+        dataclasses.replace(begun, here={"torch": "2.11.0", "device": device, "new": "1"}).open()
+    assert begun.made_with() == {"torch": "2.11.0", "device": "8 x A, 1 x B", "new": "1"}
+    begun.draw(open_generator(trained, CPU))
+    dataclasses.replace(begun, here={"torch": "3.0", "device": "8 x C"}).open()  # who only measures
+    assert begun.made_with()["torch"] == "2.11.0"
+
+
 def test_images_of_which_nothing_is_known_are_no_part_of_a_set(tmp_path, trained):
     images = image_set(trained, tmp_path / "set", COUNT, 4)
     images.open()
@@ -159,3 +171,5 @@ def test_digits_are_compared_with_those_the_judge_was_fitted_on():
     worse = comparison.of(ImagesInMemory(noise), None, {})["metrics"]
     assert worse["frechet_distance"] > 10 * real["frechet_distance"] and worse["precision"] < 0.5 < real["precision"]
     assert "read_as_class" not in worse and comparison.extractor.name == digits.NAME
+    with pytest.raises(UsageError, match="--features dinov2-vit-l-14: digits are judged by digits-svm"):
+        Comparison("digits", "dinov2-vit-l-14", CPU)
