@@ -13,7 +13,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from xar_scale.errors import DataError, UsageError
 from xar_scale.evaluate import fidelity
-from xar_scale.evaluate.evaluation import Comparison
+from xar_scale.evaluate.evaluation import Comparison, check_folder, sha256_of, write
 from xar_scale.evaluate.fidelity import Extractor, Reference, measure, read_statistics, statistics_of
 from xar_scale.evaluate.images import ImageFiles, ImagesInMemory, open_images
 
@@ -146,6 +146,13 @@ def test_statistics_that_are_none_are_refused(tmp_path):
     np.savez(path, mu=np.full(3, np.nan), sigma=np.eye(3))
     with pytest.raises(DataError, match="no mean and covariance"):
         read_statistics(path)
+    for sigma in (np.tril(np.full((3, 3), 0.5)), -np.eye(3)):  # a root of one, and no variances
+        np.savez(path, mu=np.zeros(3), sigma=sigma)
+        with pytest.raises(DataError, match="no mean and covariance"):
+            read_statistics(path)
+    np.savez(path, mu=np.zeros(3, np.float16), sigma=np.eye(3))
+    with pytest.raises(DataError, match=r"known.npz: mu float16, sigma float64: statistics are of float32 or float64"):
+        read_statistics(path)
     np.savez(path, mean=np.zeros(3))
     with pytest.raises(DataError, match=r"known.npz holds no mu and sigma"):
         read_statistics(path)
@@ -272,6 +279,30 @@ def test_adms_batches_hold_statistics_and_images(tmp_path):
     found = Comparison(str(tmp_path / "batch.npz"), "seeded", CPU).of(given, None, {})["metrics"]
     by_hand = measure(extractor.of(given.images), Reference(known), extractor)["frechet_distance"]
     assert found["frechet_distance"] == pytest.approx(by_hand, rel=1e-6) and {"precision", "kernel_distance"} <= set(found)
+
+
+def test_numbers_of_something_else_are_not_written_over(tmp_path, folders):
+    images, named = ImagesInMemory(pictures(3, 256)[:20]), {"set": {"path": "x", "images": 20, "sha256": "1"}}
+    comparison = Comparison(str(folders[1]), "seeded", CPU)
+    assert comparison.name == f"{folders[1].name}-seeded" and comparison.sha256 == sha256_of(folders[1])
+    result = comparison.of(images, None, named)
+    write(tmp_path / "numbers", result)
+    check_folder(tmp_path / "nowhere", named)
+    moved = {"set": named["set"] | {"path": "y"}, "reference": result["reference"] | {"path": "z"}}
+    write(tmp_path / "numbers", result | moved)
+    for section, change in (("set", {"sha256": "2"}), ("reference", {"sha256": ""}), ("features", {"name": "other"})):
+        with pytest.raises(UsageError, match=f"evaluation.json is of another {section}; name another --out"):
+            check_folder(tmp_path / "numbers", result | {section: result[section] | change})
+
+
+def test_a_folder_of_pictures_is_known_by_what_is_in_them(tmp_path):
+    for number in range(3):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+    before = sha256_of(tmp_path)
+    (tmp_path / "list.txt").write_text("0 1 2")
+    assert sha256_of(tmp_path) == before
+    Image.new("L", (8, 8), 7).save(tmp_path / "1.png")
+    assert sha256_of(tmp_path) != before
 
 
 def test_images_in_an_npz_are_read_a_part_at_a_time(tmp_path):
