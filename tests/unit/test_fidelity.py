@@ -340,13 +340,29 @@ def test_one_image_is_nothing_to_compare_and_few_have_fewer_numbers(tmp_path):
 def test_features_are_in_float32_whatever_the_process_computes_in():
     seen = []
     extractor = Extractor("seeded", CPU)
-    extractor.network.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    extractor.network.register_forward_hook(
+        lambda *_: seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+    )
     torch.set_float32_matmul_precision("high")
     try:
         extractor.of(pictures(1, 256)[:2])
-        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+        assert seen == [("highest", False)] and torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_distances_between_all_images_are_taken_by_all_cores(monkeypatch):
+    seen, torchs = [], torch.get_num_threads()
+    monkeypatch.setattr(fidelity.os, "sched_getaffinity", lambda _: range(torchs + 1))
+    monkeypatch.setattr(
+        torch_fidelity.metric_prc,
+        "prc_features_to_metric",
+        lambda *_, **__: seen.append(torch.get_num_threads()) or {"precision": 0.0, "recall": 0.0},
+    )
+    extractor = Extractor("seeded", CPU)
+    features = extractor.of(pictures(1, 256)[:20])
+    measure(features, of_features(features, extractor), extractor)
+    assert seen == [torchs + 1] and torch.get_num_threads() == torchs
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "CMYK"])

@@ -82,12 +82,13 @@ def test_a_folder_of_another_set_is_refused(tmp_path, trained):
     for other, said in (
         (image_set(trained, tmp_path / "set", COUNT + 1, 4), "images is 23 there, 24 here"),
         (image_set(trained, tmp_path / "set", COUNT, 5), "seed is 4 there, 5 here"),
-        (image_set(open_trained(trained.source.path, [*FEW, "sample.guidance=2.0"]), tmp_path / "set", COUNT, 4), "sample is "),
     ):
         with pytest.raises(UsageError, match=f"holds another set: {said}"):
             other.open()
-    with pytest.raises(UsageError, match="kernels is "):
-        image_set(open_trained(trained.source.path, [*FEW, "kernels.attention=flex"]), tmp_path / "set", COUNT, 4).open()
+    changed = ["sampler=heun", "steps=2", "guidance=2.0", "guidance_schedule=cosine", "guidance_interval=[0.1,1]"]
+    for word in [*(f"sample.{word}" for word in [*changed, "precision=fp32"]), "kernels.attention=flex"]:
+        with pytest.raises(UsageError, match=f"holds another set: {word.partition('.')[0]} is "):
+            image_set(open_trained(trained.source.path, [*FEW, word]), tmp_path / "set", COUNT, 4).open()
     # what images do not depend on may change
     image_set(open_trained(trained.source.path, [*FEW, "sample.every=3"]), tmp_path / "set", COUNT, 4).open()
     image_set(open_trained(trained.source.path, [*FEW, "sample.batch=64"]), tmp_path / "set", COUNT, 4).open()
@@ -156,6 +157,7 @@ def test_the_judge_reads_real_digits_and_not_noise():
     images, labels = load_digits()
     assert judge().share_read(images, labels) > 0.98
     assert judge().share_read(judge().held_out, judge().held_out_labels) > 0.97 and len(judge().held_out) == 450
+    assert judge().classifier.shape_fit_ == (1347, 64)  # not these
     noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 256, images.shape).astype(np.uint8)
     assert judge().share_read(noise, labels) < 0.3
     assert np.array_equal(judge().features(images[:5]), judge().features(np.repeat(images[:5], 3, axis=1)))
