@@ -1,17 +1,20 @@
 """What averages draw in training, on one process: the checkpoint's numbers; and what there is none of ends no run."""
 
 import json
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from tests.unit.tiny_run import CONFIG, INFO, Run
+from xar_scale import dist
 from xar_scale.checkpoint.manifest import verify
 from xar_scale.config import EvaluateConfig
 from xar_scale.evaluate.evaluation import Comparison, image_set
 from xar_scale.evaluate.generate import open_generator
-from xar_scale.evaluate.previews import Previews
+from xar_scale.evaluate.previews import Previews, _Drawn
 from xar_scale.evaluate.trained import open_trained
 
 COUNT = 23
@@ -30,8 +33,29 @@ def previews(run, folder) -> Previews:
     return Previews(DRAWING, folder, run.engine, run.ema, INFO)
 
 
+def test_images_are_those_of_a_set_on_any_number_of_ranks(monkeypatch):
+    """Classes in turn, and the noise of their numbers; each rank makes as many passes."""
+    drawn = []
+
+    class Drawing:
+        settings = replace(SAMPLE, batch=4)
+
+        def draw(self, labels, seed, first, batches):
+            drawn.extend(zip(labels, range(first, first + len(labels)), strict=True))
+            assert seed == 0 and math.ceil(len(labels) / 4) <= batches == math.ceil(math.ceil(COUNT / images.parts) / 4)
+            return np.zeros((len(labels), 1, 8, 8), np.uint8)
+
+    for world in (1, 3):
+        monkeypatch.setattr(dist, "world", lambda world=world: world)
+        images = _Drawn(Drawing(), COUNT, 10)
+        assert images.parts == world
+        assert sum(len(images.read(part)) for part in range(images.parts)) == COUNT
+        assert drawn == [(number % 10, number) for number in range(COUNT)]
+        drawn.clear()
+
+
 def test_the_numbers_are_those_of_the_checkpoint(tmp_path, run):
-    """Its averages, its classes in turn and the same noise."""
+    """Its averages and its settings."""
     trained = open_trained(verify(run.save()).path, [])
     images = image_set(trained, tmp_path / "set", COUNT, 0)
     images.open()
