@@ -105,7 +105,7 @@ def test_every_number_is_that_of_torch_fidelitys_own_path(folders, monkeypatch):
 def gaussians() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(4)
     mixing = torch.randn(2, FEATURES, FEATURES, generator=generator)
-    drawn = torch.randn(2, 5000, FEATURES, generator=generator) @ mixing
+    drawn = torch.randn(2, 500, FEATURES, generator=generator) @ mixing
     return drawn[0], drawn[1] + 0.5
 
 
