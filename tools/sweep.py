@@ -21,7 +21,7 @@ import numpy as np
 from xar_scale import dist
 from xar_scale.cli import Parser, ending
 from xar_scale.errors import UsageError
-from xar_scale.evaluate.evaluation import RESULT, Comparison, describe, image_set, write
+from xar_scale.evaluate.evaluation import RESULT, Comparison, check_folder, describe, image_set, write
 from xar_scale.evaluate.fidelity import INCEPTION
 from xar_scale.evaluate.generate import Generator, open_generator
 from xar_scale.evaluate.imageset import ImageSet
@@ -96,6 +96,7 @@ def evaluate(images: ImageSet, trained: Trained, comparison: Comparison, generat
     result = dist.on_rank_0(lambda: _read(images, comparison))
     if result is None:
         dist.on_rank_0(images.open)
+        dist.on_rank_0(lambda: check_folder(images.folder, describe(images, trained) | comparison.description))
         missing = len(dist.on_rank_0(images.missing))
         cost: dict[str, float] = {"passes": passes(trained)}
         if missing:

@@ -231,7 +231,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from xar_scale import dist
-    from xar_scale.evaluate.evaluation import PAGE, RESULT, Comparison, describe, image_set, write
+    from xar_scale.evaluate.evaluation import PAGE, RESULT, Comparison, check_folder, describe, image_set, sha256_of, write
     from xar_scale.evaluate.generate import open_generator
     from xar_scale.evaluate.images import open_images
     from xar_scale.evaluate.trained import holds_weights, is_run, open_trained
@@ -244,11 +244,17 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.out is None and not is_run(options.what):
         raise UsageError(f"{options.what} is no run: give --out, a folder for the numbers")
     compare = partial(Comparison, options.reference, options.features, device, options.inception_weights)
+
+    def refuse_others(comparison: Comparison, folder: Path, drawn: dict[str, Any]) -> None:
+        """Before hours go into it."""
+        dist.on_rank_0(lambda: check_folder(folder / comparison.name, drawn | comparison.description))
+
     if holds_weights(options.what):
         trained = open_trained(options.what, options.overrides)
         folder = options.out or options.what / "evaluations" / f"step-{trained.source.step:08d}"
         images, comparison = image_set(trained, folder, options.images or 50_000, options.seed or 0), compare()
         dist.on_rank_0(images.open)
+        refuse_others(comparison, folder, describe(images, trained))
         if dist.on_rank_0(images.missing):
             images.draw(open_generator(trained, device))
         result = comparison.of(images, images.labels, describe(images, trained))
@@ -257,8 +263,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         if drawing:
             raise UsageError(f"{drawing[0]}: {options.what} holds images, and none are drawn")
         folder, given = options.out, dist.together(lambda: open_images(options.what))
-        comparison = compare()
-        result = comparison.of(given, given.labels, {"set": {"path": str(options.what), "images": given.count}})
+        comparison, sha256 = compare(), dist.on_rank_0(lambda: sha256_of(options.what))
+        set_ = {"path": str(options.what), "images": given.count, "sha256": sha256}
+        refuse_others(comparison, folder, {"set": set_})
+        result = comparison.of(given, given.labels, {"set": set_})
     folder /= comparison.name  # beside the numbers of other references
     dist.on_rank_0(lambda: write(folder, result))
     for name, value in result["metrics"].items():

@@ -33,7 +33,7 @@ class HangError(XarScaleError):
 
 
 class NonFiniteError(XarScaleError):
-    """A loss or gradient is NaN or infinite; the weights on disk are those before it."""
+    """A loss, a gradient or an image is NaN or infinite; the weights on disk are those before it."""
 
     exit_code = 70
 

@@ -134,3 +134,11 @@ def test_a_part_that_one_rank_cannot_read_ends_all(checkpoint, alone, tmp_path):
     torn.write_bytes(torn.read_bytes()[:-1])
     ended = launch(2, words(checkpoint, tmp_path / "set"), tmp_path / "logs")
     assert ended.codes == [65, 65] and ended.text.count("part-00001.npy is torn") == 1 and "Traceback" not in ended.text
+
+
+def test_a_part_that_one_rank_cannot_write_ends_all(checkpoint, alone, tmp_path):
+    (tmp_path / "set" / "part-00001.npy").mkdir(parents=True)
+    (tmp_path / "set" / "set.json").write_bytes((alone / "set.json").read_bytes())
+    ended = launch(2, words(checkpoint, tmp_path / "set"), tmp_path / "logs")
+    assert ended.codes == [74, 74] and ended.text.count("part-00001.npy: Is a directory") == 1 and "Traceback" not in ended.text
+    assert [path.name for path in (tmp_path / "set").glob("part-*") if path.is_file()] == ["part-00000.npy"]

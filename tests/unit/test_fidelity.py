@@ -13,7 +13,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from xar_scale.errors import DataError, UsageError
 from xar_scale.evaluate import fidelity
-from xar_scale.evaluate.evaluation import Comparison
+from xar_scale.evaluate.evaluation import Comparison, check_folder, sha256_of, write
 from xar_scale.evaluate.fidelity import Extractor, Reference, measure, read_statistics, statistics_of
 from xar_scale.evaluate.images import ImageFiles, ImagesInMemory, open_images
 
@@ -105,7 +105,7 @@ def test_every_number_is_that_of_torch_fidelitys_own_path(folders, monkeypatch):
 def gaussians() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(4)
     mixing = torch.randn(2, FEATURES, FEATURES, generator=generator)
-    drawn = torch.randn(2, 5000, FEATURES, generator=generator) @ mixing
+    drawn = torch.randn(2, 500, FEATURES, generator=generator) @ mixing
     return drawn[0], drawn[1] + 0.5
 
 
@@ -145,6 +145,13 @@ def test_statistics_that_are_none_are_refused(tmp_path):
         read_statistics(path)
     np.savez(path, mu=np.full(3, np.nan), sigma=np.eye(3))
     with pytest.raises(DataError, match="no mean and covariance"):
+        read_statistics(path)
+    for sigma in (np.tril(np.full((3, 3), 0.5)), -np.eye(3)):  # a root of one, and no variances
+        np.savez(path, mu=np.zeros(3), sigma=sigma)
+        with pytest.raises(DataError, match="no mean and covariance"):
+            read_statistics(path)
+    np.savez(path, mu=np.zeros(3, np.float16), sigma=np.eye(3))
+    with pytest.raises(DataError, match=r"known.npz: mu float16, sigma float64: statistics are of float32 or float64"):
         read_statistics(path)
     np.savez(path, mean=np.zeros(3))
     with pytest.raises(DataError, match=r"known.npz holds no mu and sigma"):
@@ -274,6 +281,30 @@ def test_adms_batches_hold_statistics_and_images(tmp_path):
     assert found["frechet_distance"] == pytest.approx(by_hand, rel=1e-6) and {"precision", "kernel_distance"} <= set(found)
 
 
+def test_numbers_of_something_else_are_not_written_over(tmp_path, folders):
+    images, named = ImagesInMemory(pictures(3, 256)[:20]), {"set": {"path": "x", "images": 20, "sha256": "1"}}
+    comparison = Comparison(str(folders[1]), "seeded", CPU)
+    assert comparison.name == f"{folders[1].name}-seeded" and comparison.sha256 == sha256_of(folders[1])
+    result = comparison.of(images, None, named)
+    write(tmp_path / "numbers", result)
+    check_folder(tmp_path / "nowhere", named)
+    moved = {"set": named["set"] | {"path": "y"}, "reference": result["reference"] | {"path": "z"}}
+    write(tmp_path / "numbers", result | moved)
+    for section, change in (("set", {"sha256": "2"}), ("reference", {"sha256": ""}), ("features", {"name": "other"})):
+        with pytest.raises(UsageError, match=f"evaluation.json is of another {section}; name another --out"):
+            check_folder(tmp_path / "numbers", result | {section: result[section] | change})
+
+
+def test_a_folder_of_pictures_is_known_by_what_is_in_them(tmp_path):
+    for number in range(3):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+    before = sha256_of(tmp_path)
+    (tmp_path / "list.txt").write_text("0 1 2")
+    assert sha256_of(tmp_path) == before
+    Image.new("L", (8, 8), 7).save(tmp_path / "1.png")
+    assert sha256_of(tmp_path) != before
+
+
 def test_images_in_an_npz_are_read_a_part_at_a_time(tmp_path):
     images = pictures(1, 256)
     for save in (np.savez, np.savez_compressed):
@@ -309,13 +340,29 @@ def test_one_image_is_nothing_to_compare_and_few_have_fewer_numbers(tmp_path):
 def test_features_are_in_float32_whatever_the_process_computes_in():
     seen = []
     extractor = Extractor("seeded", CPU)
-    extractor.network.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    extractor.network.register_forward_hook(
+        lambda *_: seen.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+    )
     torch.set_float32_matmul_precision("high")
     try:
         extractor.of(pictures(1, 256)[:2])
-        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "high"
+        assert seen == [("highest", False)] and torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_distances_between_all_images_are_taken_by_all_cores(monkeypatch):
+    seen, torchs = [], torch.get_num_threads()
+    monkeypatch.setattr(fidelity.os, "sched_getaffinity", lambda _: range(torchs + 1))
+    monkeypatch.setattr(
+        torch_fidelity.metric_prc,
+        "prc_features_to_metric",
+        lambda *_, **__: seen.append(torch.get_num_threads()) or {"precision": 0.0, "recall": 0.0},
+    )
+    extractor = Extractor("seeded", CPU)
+    features = extractor.of(pictures(1, 256)[:20])
+    measure(features, of_features(features, extractor), extractor)
+    assert seen == [torchs + 1] and torch.get_num_threads() == torchs
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "CMYK"])

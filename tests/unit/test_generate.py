@@ -18,7 +18,7 @@ from xar_scale.checkpoint.manifest import Checkpoint, read_manifest, verify
 from xar_scale.data.loader import LatentDataset
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DatasetInfo, ShardWriter
-from xar_scale.errors import ConfigError, DataError, UsageError
+from xar_scale.errors import ConfigError, DataError, NonFiniteError, UsageError
 from xar_scale.evaluate.generate import Generator, open_generator, prepare
 from xar_scale.evaluate.trained import holds_weights, open_trained
 from xar_scale.files import write_atomically
@@ -103,6 +103,20 @@ def test_more_passes_than_labels_change_nothing(checkpoint):
     passes = len(calls)
     assert np.array_equal(drawing.draw([1, 2, 3], 0, batches=4), images) and len(calls) == 3 * passes
     assert len(drawing.draw([], 0, batches=2)) == 0 and len(calls) == 4 * passes
+
+
+def test_an_image_that_is_no_number_is_refused_when_neighbours_have_had_their_passes(checkpoint):
+    drawing = generator(checkpoint.path, "sample.batch=1")
+    calls = []
+
+    def break_the_second(model, inputs, velocity):
+        calls.append(1)
+        return velocity * float("nan") if len(calls) == 9 else velocity  # an image has four entities of two steps
+
+    drawing.model.register_forward_hook(break_the_second)
+    with pytest.raises(NonFiniteError, match="1 of 1 images are NaN or infinite"):
+        drawing.draw([1, 2, 3, 4, 5], 0, batches=6)
+    assert len(calls) == 6 * 8
 
 
 def test_other_settings_need_no_other_generator(checkpoint):

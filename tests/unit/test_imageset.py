@@ -1,5 +1,6 @@
 """A set of generated images: what is in it, what is gone on with, what is refused; and what digits are judged by."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -81,12 +82,13 @@ def test_a_folder_of_another_set_is_refused(tmp_path, trained):
     for other, said in (
         (image_set(trained, tmp_path / "set", COUNT + 1, 4), "images is 23 there, 24 here"),
         (image_set(trained, tmp_path / "set", COUNT, 5), "seed is 4 there, 5 here"),
-        (image_set(open_trained(trained.source.path, [*FEW, "sample.guidance=2.0"]), tmp_path / "set", COUNT, 4), "sample is "),
     ):
         with pytest.raises(UsageError, match=f"holds another set: {said}"):
             other.open()
-    with pytest.raises(UsageError, match="kernels is "):
-        image_set(open_trained(trained.source.path, [*FEW, "kernels.attention=flex"]), tmp_path / "set", COUNT, 4).open()
+    changed = ["sampler=heun", "steps=2", "guidance=2.0", "guidance_schedule=cosine", "guidance_interval=[0.1,1]"]
+    for word in [*(f"sample.{word}" for word in [*changed, "precision=fp32"]), "kernels.attention=flex"]:
+        with pytest.raises(UsageError, match=f"holds another set: {word.partition('.')[0]} is "):
+            image_set(open_trained(trained.source.path, [*FEW, word]), tmp_path / "set", COUNT, 4).open()
     # what images do not depend on may change
     image_set(open_trained(trained.source.path, [*FEW, "sample.every=3"]), tmp_path / "set", COUNT, 4).open()
     image_set(open_trained(trained.source.path, [*FEW, "sample.batch=64"]), tmp_path / "set", COUNT, 4).open()
@@ -95,6 +97,17 @@ def test_a_folder_of_another_set_is_refused(tmp_path, trained):
     assert (
         described["drawn_with"]["device"] == "1 x cpu" and described["drawn_with"]["torch"] == torch.__version__.split("+")[0]
     )
+
+
+def test_all_who_drew_of_a_set_are_named(tmp_path, trained):
+    begun = dataclasses.replace(image_set(trained, tmp_path / "set", COUNT, 4), here={"torch": "2.11.0", "device": "8 x A"})
+    begun.open()
+    for device in ("1 x B", "1 x B", "8 x A"):
+        dataclasses.replace(begun, here={"torch": "2.11.0", "device": device, "new": "1"}).open()
+    assert begun.made_with() == {"torch": "2.11.0", "device": "8 x A, 1 x B", "new": "1"}
+    begun.draw(open_generator(trained, CPU))
+    dataclasses.replace(begun, here={"torch": "3.0", "device": "8 x C"}).open()  # who only measures
+    assert begun.made_with()["torch"] == "2.11.0"
 
 
 def test_images_of_which_nothing_is_known_are_no_part_of_a_set(tmp_path, trained):
@@ -144,6 +157,7 @@ def test_the_judge_reads_real_digits_and_not_noise():
     images, labels = load_digits()
     assert judge().share_read(images, labels) > 0.98
     assert judge().share_read(judge().held_out, judge().held_out_labels) > 0.97 and len(judge().held_out) == 450
+    assert judge().classifier.shape_fit_ == (1347, 64)  # not these
     noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 256, images.shape).astype(np.uint8)
     assert judge().share_read(noise, labels) < 0.3
     assert np.array_equal(judge().features(images[:5]), judge().features(np.repeat(images[:5], 3, axis=1)))
@@ -159,3 +173,5 @@ def test_digits_are_compared_with_those_the_judge_was_fitted_on():
     worse = comparison.of(ImagesInMemory(noise), None, {})["metrics"]
     assert worse["frechet_distance"] > 10 * real["frechet_distance"] and worse["precision"] < 0.5 < real["precision"]
     assert "read_as_class" not in worse and comparison.extractor.name == digits.NAME
+    with pytest.raises(UsageError, match="--features dinov2-vit-l-14: digits are judged by digits-svm"):
+        Comparison("digits", "dinov2-vit-l-14", CPU)

@@ -221,6 +221,7 @@ def test_a_torn_picture_and_another_file_among_the_samples(run):
 def test_evaluations_by_step_of_their_weights(run):
     def write(where: str, step: int | None, **metrics) -> None:
         values = {"metrics": metrics, "weights": {"step": step, "path": "p"}, "features": {"name": "some-features"}}
+        values |= {} if step is None else {"set": {"images": 100 * step}}
         (run / where).mkdir(parents=True)
         (run / where / "evaluation.json").write_text(json.dumps(values))
 
@@ -233,8 +234,9 @@ def test_evaluations_by_step_of_their_weights(run):
     (run / "evaluations" / "list" / "evaluation.json").write_text("[]")
     page = text_of(build_page(run))
     assert (
-        "Step fid inception score recall Folder 300 12.5 evaluations/deep/er 700 2.31 301.2 ± 3.1 evaluations/a ? 0.5" in page
-    )
+        "Step Images fid inception score recall Folder 300 30,000 12.5 evaluations/deep/er "
+        "700 70,000 2.31 301.2 ± 3.1 evaluations/a ? ? 0.5"
+    ) in page
     assert "some-features" in page
     assert page.count("is torn or no evaluation") == 2
 
@@ -261,7 +263,8 @@ def test_text_from_files_is_escaped(run):
     (run / "config.yaml").write_text(config)
     (run / "heartbeat.json").write_text(json.dumps({"step": 1, "time": 0, "host": bad, "pid": bad}))
     (run / "evaluations" / "a").mkdir(parents=True)
-    (run / "evaluations" / "a" / "evaluation.json").write_text(json.dumps({"metrics": {bad: bad}, "set": bad}))
+    evaluated = {"metrics": {bad: bad}, "set": {"images": bad}}
+    (run / "evaluations" / "a" / "evaluation.json").write_text(json.dumps(evaluated))
     write_run(run.parent / "other", [logged(10, precision=f'"{bad}')])
     shutil.copy(run.parent / "other" / "metrics.jsonl", run)
     page = build_page(run)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xar_scale.errors import ConfigError, DataError
+from xar_scale.errors import ConfigError, DataError, NonFiniteError
 from xar_scale.tokenizers import create_tokenizer
 from xar_scale.tokenizers.pixel import PixelTokenizer
 
@@ -52,6 +52,14 @@ def test_a_token_is_a_patch_row_by_row():
 def test_levels_beyond_black_and_white_are_clipped():
     latents = torch.tensor([-3.0, -1.0, 1.0, 3.0]).view(1, 1, 2, 2)
     assert PixelTokenizer(patch=1).decode(latents).flatten().tolist() == [0, 0, 255, 255]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_has_no_level(value):
+    latents = torch.zeros(3, 1, 2, 2)
+    latents[1, 0, 1, 0] = value
+    with pytest.raises(NonFiniteError, match="1 of 3 images are NaN or infinite"):
+        PixelTokenizer(patch=1).decode(latents)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 5, 4), (1, 1, 4, 5), (1, 3, 4, 4)])

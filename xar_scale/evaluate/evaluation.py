@@ -26,9 +26,9 @@ from xar_scale.evaluate.fidelity import (
     read_statistics,
     statistics_of,
 )
-from xar_scale.evaluate.images import ImagesInMemory, npz_names, open_images
-from xar_scale.evaluate.imageset import ImageSet
-from xar_scale.evaluate.trained import Trained
+from xar_scale.evaluate.images import ImagesInMemory, npz_names, open_images, pictures_in
+from xar_scale.evaluate.imageset import MADE_WITH, ImageSet
+from xar_scale.evaluate.trained import Trained, digest
 from xar_scale.files import write_atomically
 from xar_scale.version import __version__
 
@@ -63,6 +63,8 @@ class Comparison:
         """Every rank calls this. Raises UsageError, DataError."""
         self.path, path = reference, Path(reference)
         self.digits = reference == DIGITS
+        if self.digits and features not in (INCEPTION, digits.NAME):
+            raise UsageError(f"--features {features}: {DIGITS} are judged by {digits.NAME}")
         if self.digits:
             digits.register_features()
             features, opened = digits.NAME, _Opened(images=ImagesInMemory(digits.judge().fitted))
@@ -71,8 +73,7 @@ class Comparison:
         if features == INCEPTION and weights is None:
             dist.together(fetch_inception)
         self.extractor = dist.together(lambda: Extractor(features, device, weights))
-        hashed = not self.digits and path.is_file()
-        self.sha256 = dist.on_rank_0(lambda: fingerprint(path).sha256 if hashed else "")  # it may be of many gigabytes
+        self.sha256 = "" if self.digits else dist.on_rank_0(lambda: sha256_of(path))  # it may be of many gigabytes
         found = {} if opened.images is None else self.extractor.of_all(opened.images)
 
         def settle() -> None:
@@ -91,7 +92,8 @@ class Comparison:
     @property
     def name(self) -> str:
         """For a folder of the numbers."""
-        return Path(self.path).stem
+        stem, features = Path(self.path).stem, self.extractor.name
+        return stem if features in (INCEPTION, digits.NAME) else f"{stem}-{features}"
 
     @property
     def description(self) -> dict[str, Any]:
@@ -127,6 +129,11 @@ class Comparison:
         return self.held_out | {"read_as_class": digits.judge().share_read(every, labels)}
 
 
+def sha256_of(path: Path) -> str:
+    """Of a file; of a folder, of its pictures in the order of their names."""
+    return fingerprint(path).sha256 if path.is_file() else digest(fingerprint(file).sha256 for file in pictures_in(path))
+
+
 class _Opened(NamedTuple):
     statistics: Statistics | None = None
     images: Images | None = None
@@ -144,16 +151,26 @@ def describe(images: ImageSet, trained: Trained) -> dict[str, Any]:
     """What was drawn, and with what."""
     described = {name: value for name, value in images.description.items() if name != "weights"}
     return {
-        "set": described | {"drawn_with": images.made_with()},
+        "set": described | {MADE_WITH: images.made_with()},
         "weights": {"path": str(trained.source.path), "sha256": trained.sha256, "step": trained.source.step},
     }
 
 
-def write(folder: Path, result: dict[str, Any]) -> None:
-    """As JSON and as a page. Raises UsageError where numbers of another set are there."""
+def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
+    """Raises UsageError where ``folder`` holds numbers of another set, reference or features than those ``wanted``."""
     there = folder / RESULT
-    if there.is_file() and json.loads(there.read_text())["set"] != json.loads(json.dumps(result["set"])):
-        raise UsageError(f"{there} is of another set; name another --out")
+    if not there.is_file():
+        return
+    kept, wanted = json.loads(there.read_text()), json.loads(json.dumps(wanted))
+    for section in ("set", "reference", "features"):
+        known = {*kept[section], *wanted[section]} - {"path", MADE_WITH}  # which tell nothing of what they are
+        if any(kept[section].get(name) != wanted[section].get(name) for name in known):
+            raise UsageError(f"{there} is of another {section}; name another --out")
+
+
+def write(folder: Path, result: dict[str, Any]) -> None:
+    """As JSON and as a page. Raises UsageError where numbers of something else are there."""
+    check_folder(folder, result)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / PAGE, _page(result).encode())
     write_atomically(folder / RESULT, json.dumps(result, indent=1).encode())

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,6 +56,7 @@ class Generator:
 
         Image i depends on its label and on (seed, first + i), or with a seed an image on that alone; its batch tells in the
         last bits. ``batches``: at least so many passes, as neighbours make; what they draw beyond the labels is nobody's.
+        What cannot be decoded is raised after all passes, without which neighbours would wait.
         """
         size = self.settings.batch
         starts = [*range(0, len(labels), size)]
@@ -66,7 +67,7 @@ class Generator:
                 latents = self.latents(labels[start : start + size], seeds, first + start)
                 decoded.append(decoder.submit(self.tokenizer.decode, latents))
                 if number >= AHEAD:
-                    decoded[number - AHEAD].result()
+                    wait([decoded[number - AHEAD]])
             for _ in range(batches - len(starts)):
                 self.latents([0], 0, 0)
             return np.concatenate([part.result() for part in decoded]) if decoded else np.empty((0, 0, 0, 0), np.uint8)
@@ -75,7 +76,7 @@ class Generator:
         """uint8 images (N, I, H, W), one a label and seed, on rank 0; elsewhere nothing of use. Every rank calls this."""
         world, rank = dist.world(), dist.rank()
         batches = math.ceil(math.ceil(len(labels) / world) / self.settings.batch) if self.shared else 0
-        mine = self.draw(labels[rank::world], seeds[rank::world], batches=batches)
+        mine = dist.together(lambda: self.draw(labels[rank::world], seeds[rank::world], batches=batches))
         of_ranks = [part for part in dist.gather_on_rank_0(mine) if len(part)]
         if not of_ranks:
             return mine

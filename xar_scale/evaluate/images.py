@@ -85,8 +85,7 @@ def open_images(path: Path) -> ImagesInMemory | ImageFiles:
     """An npz as ADM's evaluator reads it (``arr_0`` (N, H, W, 3), and labels in ``arr_1`` or none), or a folder of pictures and
     those in folders below. Raises UsageError where there is nothing, DataError where it is something else."""
     if path.is_dir():
-        paths = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        if not paths:
+        if not (paths := pictures_in(path)):
             raise UsageError(f"no pictures in {path} ({', '.join(SUFFIXES)})")
         with _opened(paths[0]) as first:
             return _several(path, ImageFiles(paths, first.size))
@@ -100,6 +99,10 @@ def open_images(path: Path) -> ImagesInMemory | ImageFiles:
     if labels is not None and labels.shape != images.shape[:1]:
         raise DataError(f"{path}: {labels.shape} labels for {len(images)} images")
     return _several(path, ImagesInMemory(images.transpose(0, 3, 1, 2), labels))
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
 def _several(path: Path, images: T) -> T:

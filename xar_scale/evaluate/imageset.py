@@ -3,7 +3,9 @@
 import io
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ class ImageSet:
 
     So neither the number of ranks nor an end in the middle tells in it, and any first images are as balanced as can be.
     ``origin``: all else that they depend on, in plain values, which the folder keeps. ``here``: versions and device, which it
-    keeps too, of whoever begins the set.
+    keeps too, of all that have drawn of the set.
     """
 
     folder: Path
@@ -79,16 +81,22 @@ class ImageSet:
                 if there.get(key) != wanted.get(key):
                     differ = f"{key} is {there.get(key)} there, {wanted.get(key)} here"
                     raise UsageError(f"{self.folder} holds another set: {differ}; name another --out")
+            if self.missing():
+                self._describe(_both(there[MADE_WITH], self.here))
             return
         if any(self.folder.glob("part-*.npy")):
             raise UsageError(f"{self.folder} holds images of a set that nothing describes: {DESCRIPTION} is missing")
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.folder / DESCRIPTION, json.dumps(wanted | {MADE_WITH: self.here}, indent=1).encode())
+        self._describe(self.here)
 
     def made_with(self) -> dict[str, str]:
         """Versions and device, as the folder has them."""
         found: dict[str, str] = self._described()[MADE_WITH]
         return found
+
+    def _describe(self, made_with: dict[str, str]) -> None:
+        content = json.dumps(self.description | {MADE_WITH: made_with}, indent=1)
+        write_atomically(self.folder / DESCRIPTION, content.encode())
 
     def _described(self) -> dict[str, Any]:
         """Nothing where there is none."""
@@ -111,16 +119,19 @@ class ImageSet:
         batches = -(-PART // generator.settings.batch) if generator.shared else 0
         for first in range(0, len(missing), dist.world()):
             mine = missing[first : first + dist.world()][dist.rank() :][:1]
-            for part in mine:
-                numbers = self.numbers(part)
-                labels = self.labels[numbers.start : numbers.stop].tolist()
-                _save(self.path(part), generator.draw(labels, self.seed, numbers.start, batches))
-            if generator.shared and not mine:
-                generator.draw([], batches=batches)
-            dist.gather_objects(None)  # nobody is so far behind that others give up waiting; at the end all parts are there
+            # nobody is so far behind that others give up waiting, nor waits for one who failed; at the end all parts are there
+            dist.together(partial(self._draw, generator, mine, batches))
             if dist.rank() == 0 and time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
                 self._say(missing, said - begun)
+
+    def _draw(self, generator: Generator, mine: Sequence[int], batches: int) -> None:
+        for part in mine:
+            numbers = self.numbers(part)
+            labels = self.labels[numbers.start : numbers.stop].tolist()
+            _save(self.path(part), generator.draw(labels, self.seed, numbers.start, batches))
+        if generator.shared and not mine:
+            generator.draw([], batches=batches)
 
     def _say(self, missing: list[int], seconds: float) -> None:
         """How far all ranks are, and when they will be done: after ``seconds``, ``missing`` parts at first."""
@@ -128,6 +139,12 @@ class ImageSet:
         left = images(self.missing())
         rate = (images(missing) - left) / seconds
         print(f"{self.count - left:,}/{self.count:,} images  {rate:.1f} images/s  ETA {left / rate:.0f} s", flush=True)
+
+
+def _both(there: dict[str, str], here: dict[str, str]) -> dict[str, str]:
+    """Versions and devices of those who drew before and of who goes on."""
+    values = {name: [*there.get(name, "").split(", "), here.get(name, "")] for name in {**there, **here}}
+    return {name: ", ".join(dict.fromkeys(filter(None, given))) for name, given in values.items()}
 
 
 def _save(path: Path, images: np.ndarray) -> None:

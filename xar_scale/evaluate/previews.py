@@ -13,7 +13,7 @@ from xar_scale.config import Config
 from xar_scale.data.shards import DatasetInfo
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
-from xar_scale.errors import ConfigError, UsageError
+from xar_scale.errors import ConfigError, DataError, NonFiniteError, UsageError
 from xar_scale.evaluate.classes import title
 from xar_scale.evaluate.evaluation import Comparison, settings_of, write
 from xar_scale.evaluate.generate import Generator
@@ -71,9 +71,11 @@ class Previews:
             settings = replace(self.config.sample, batch=min(self.config.sample.batch, BATCH))
             generator = Generator(model, settings, self.tokenizer, scale, device, compute, shared=True)
             if self._due(self.config.sample.every, done):
-                pictures = self._grid(generator, done)
+                with _said(f"step {done}: no pictures"):
+                    pictures = self._grid(generator, done)
             if self._due(self.config.evaluate.every, done):
-                numbers = self._measure(generator, done)
+                with _said(f"step {done}: no numbers"):
+                    numbers = self._measure(generator, done)
         return Preview(pictures, numbers)
 
     def _grid(self, generator: Generator, done: int) -> dict[str, bytes]:
@@ -86,7 +88,7 @@ class Previews:
         rows = {title(label, known): images[number * SEEDS : (number + 1) * SEEDS] for number, label in enumerate(shown)}
         picture = png_bytes(draw_grid(rows))
         path = self.run / FOLDER / f"step-{done:08d}.png"
-        with _said(path):
+        with _said(f"{path} cannot be written"):
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, picture)
         return {"samples": picture}
@@ -100,7 +102,7 @@ class Previews:
         result = self.comparison.of(images, None, drawn)
         folder = self.run / "evaluations" / f"training-step-{done:08d}"
         if dist.rank() == 0:
-            with _said(folder):
+            with _said(f"{folder} cannot be written"):
                 write(folder, result)
         return {name: value for name, value in result["metrics"].items() if not name.startswith("held_out")}
 
@@ -124,13 +126,12 @@ class _Drawn:
 
 
 @contextmanager
-def _said(path: Path) -> Iterator[None]:
-    """A disk that takes nothing is no reason to end a run."""
+def _said(what: str) -> Iterator[None]:
+    """Neither a disk that takes nothing nor an image that is none is a reason to end a run."""
     try:
         yield
-    except (OSError, UsageError) as error:
-        said = dist.file_error(error) if isinstance(error, OSError) else error
-        print(f"{path} cannot be written: {said}", flush=True)
+    except (OSError, UsageError, DataError, NonFiniteError) as error:  # those that all ranks meet alike, or rank 0 in writing
+        dist.say(f"{what}: {dist.file_error(error) if isinstance(error, OSError) else error}")
 
 
 def _spread(classes: int) -> Sequence[int]:

@@ -1,6 +1,7 @@
 """What images are drawn from: weights as they lie on disk, and what makes pictures of what their network draws."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def open_trained(path: Path, overrides: list[str]) -> Trained:
     def hashed() -> tuple[str, str]:
         verify_source(trained.source, lambda count: None)
         weights = (fingerprint(file).sha256 for file in trained.source.files)
-        return _digest(weights), fingerprint(Path(trained.sample.tokenizer_weights)).sha256
+        return digest(weights), fingerprint(Path(trained.sample.tokenizer_weights)).sha256
 
     sha256, tokenizer = dist.on_rank_0(hashed)  # files of many gigabytes, once
     return replace(trained, sha256=sha256, tokenizer={"name": "kl16", "sha256": tokenizer})
@@ -82,7 +83,7 @@ def _of_run(path: Path, manifest: Manifest, overrides: list[str]) -> Trained:
     return Trained(
         source,
         "ema" if "ema" in source.kinds else "model",
-        _digest(entry.sha256 for entry in manifest.files.values()),
+        digest(entry.sha256 for entry in manifest.files.values()),
         config.model,
         config.sample,
         config.kernels,
@@ -114,5 +115,6 @@ def _published(path: Path, overrides: list[str]) -> Trained:
     )
 
 
-def _digest(hashes: Any) -> str:
+def digest(hashes: Iterable[str]) -> str:
+    """One of several."""
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

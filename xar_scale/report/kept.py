@@ -39,10 +39,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation.json; ``step``: of the weights."""
+    """One evaluation.json; ``step``: of the weights; ``images``: of which the numbers are, and with which they change."""
 
     name: str  # of its folder, in the run's
     step: int | None
+    images: int | None
     metrics: dict[str, Any]
     details: str  # all that it says
     problem: str
@@ -99,7 +100,8 @@ def _evaluation(run: Path, path: Path) -> Evaluation:
     try:
         values = json.loads(path.read_text())
         metrics = dict(values["metrics"])
-        step = values.get("weights", {}).get("step")
+        step, images = values.get("weights", {}).get("step"), dict(values.get("set", {})).get("images")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return Evaluation(name, None, {}, "", f"{path} is torn or no evaluation ({type(error).__name__})")
-    return Evaluation(name, step if isinstance(step, int) else None, metrics, json.dumps(values, indent=1), "")
+        return Evaluation(name, None, None, {}, "", f"{path} is torn or no evaluation ({type(error).__name__})")
+    step, images = (value if isinstance(value, int) else None for value in (step, images))
+    return Evaluation(name, step, images, metrics, json.dumps(values, indent=1), "")

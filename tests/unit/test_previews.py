@@ -1,0 +1,91 @@
+"""What averages draw in training, on one process: the checkpoint's numbers; and what there is none of ends no run."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.tiny_run import CONFIG, INFO, Run
+from xar_scale import dist
+from xar_scale.checkpoint.manifest import verify
+from xar_scale.config import EvaluateConfig
+from xar_scale.evaluate.evaluation import Comparison, image_set
+from xar_scale.evaluate.generate import open_generator
+from xar_scale.evaluate.previews import Previews, _Drawn
+from xar_scale.evaluate.trained import open_trained
+
+COUNT = 23
+SAMPLE = replace(CONFIG.sample, every=1, sampler="euler", steps=2, guidance=1.5)
+DRAWING = replace(CONFIG, sample=SAMPLE, evaluate=EvaluateConfig(every=1, images=COUNT, reference="digits"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = Run(tmp_path, config=DRAWING)
+    made.train(3)
+    return made
+
+
+def previews(run, folder) -> Previews:
+    return Previews(DRAWING, folder, run.engine, run.ema, INFO)
+
+
+def test_images_are_those_of_a_set_on_any_number_of_ranks(monkeypatch):
+    """Classes in turn, and the noise of their numbers; each rank makes as many passes."""
+    drawn = []
+
+    class Drawing:
+        settings = replace(SAMPLE, batch=4)
+
+        def draw(self, labels, seed, first, batches):
+            drawn.extend(zip(labels, range(first, first + len(labels)), strict=True))
+            assert seed == 0 and math.ceil(len(labels) / 4) <= batches == math.ceil(math.ceil(COUNT / images.parts) / 4)
+            return np.zeros((len(labels), 1, 8, 8), np.uint8)
+
+    for world in (1, 3):
+        monkeypatch.setattr(dist, "world", lambda world=world: world)
+        images = _Drawn(Drawing(), COUNT, 10)
+        assert images.parts == world
+        assert sum(len(images.read(part)) for part in range(images.parts)) == COUNT
+        assert drawn == [(number % 10, number) for number in range(COUNT)]
+        drawn.clear()
+
+
+def test_the_numbers_are_those_of_the_checkpoint(tmp_path, run):
+    """Its averages and its settings."""
+    trained = open_trained(verify(run.save()).path, [])
+    images = image_set(trained, tmp_path / "set", COUNT, 0)
+    images.open()
+    images.draw(open_generator(trained, torch.device("cpu")))
+    later = Comparison("digits", "digits-svm", torch.device("cpu")).of(images, None, {})["metrics"]
+    numbers = previews(run, tmp_path).take(3, 3).numbers
+    assert numbers["frechet_distance"] == pytest.approx(later["frechet_distance"], rel=1e-3)  # but for a grey level
+    assert set(numbers) == {"frechet_distance", "precision", "recall"}
+
+
+def test_averages_that_draw_nothing_end_no_run(tmp_path, run, capsys):
+    run.ema.averages["ema"][0].fill_(float("nan"))
+    before = run.state()
+    shown = previews(run, tmp_path).take(3, 3)
+    assert shown.pictures == {} and shown.numbers == {} and not (tmp_path / "samples").exists()
+    said = capsys.readouterr().out
+    assert said.count("step 3: no pictures: ") == said.count("step 3: no numbers: ") == 1 and "NaN or infinite" in said
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, run.state(), strict=True))
+
+
+def test_a_disk_that_takes_nothing_ends_no_run(tmp_path, run, capsys):
+    for name in ("samples", "evaluations"):
+        (tmp_path / name).write_text("in the way")
+    shown = previews(run, tmp_path).take(3, 3)
+    assert shown.pictures.keys() == {"samples"} and "recall" in shown.numbers
+    assert capsys.readouterr().out.count("cannot be written: ") == 2
+
+
+def test_what_is_measured_again_after_a_restart_takes_its_place(tmp_path, run):
+    for _ in range(2):
+        numbers = previews(run, tmp_path).take(3, 3).numbers
+    kept = json.loads((tmp_path / "evaluations" / "training-step-00000003" / "evaluation.json").read_text())
+    assert numbers.items() <= kept["metrics"].items()
