@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -126,6 +127,48 @@ def test_a_process_that_hangs_ends_with_69_and_its_stacks_and_one_that_rests_doe
     assert "in stuck" in report and "Thread 0x" in report
     beat = json.loads((tmp_path / "heartbeat.json").read_text())
     assert beat["step"] in range(9) and abs(beat["time"] - time.time()) < 60 and set(beat) == {"step", "time", "host", "pid"}
+
+
+class CountingStore(dict):
+    """What ranks exchange through, as far as they use it."""
+
+    def __init__(self) -> None:
+        super().__init__(answers=0)
+        self.lock, self.read = threading.Lock(), 0
+
+    def set(self, key, value):
+        self[key] = value
+
+    def add(self, key, value):
+        with self.lock:
+            self[key] += value
+            return self[key]
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def get(self, key):
+        with self.lock:
+            self.read += 1
+        return self[key]
+
+
+@pytest.mark.parametrize("silent", [0, 5, None])
+def test_the_lowest_rank_that_answers_reads_what_all_see_and_the_others_only_who_it_is(tmp_path, monkeypatch, silent):
+    world, store = 40, CountingStore()
+    monkeypatch.setattr(dist, "world", lambda: world)
+    monkeypatch.setattr(watchdog, "REPLY_S", 0.5 if silent is not None else 100.0)
+    dog = Watchdog(tmp_path, SETTINGS)
+    dog._store = store
+    found = {rank: {rank: seen(rank, {"all": 9})} for rank in range(world) if rank != silent}
+    asking = [threading.Thread(target=dog._exchange, args=(of[rank], of)) for rank, of in found.items()]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    lowest = min(found)
+    assert list(found[lowest]) == list(found) and all(set(of) == {rank, lowest} for rank, of in found.items() if rank != lowest)
+    assert store.read == 2 * (len(found) - 1)  # not a square
 
 
 def test_the_time_of_layers_is_theirs_alone(monkeypatch):
