@@ -196,19 +196,32 @@ def test_the_time_of_layers_is_theirs_alone(monkeypatch):
 def test_a_rank_is_named_once_when_it_is_slow_several_times_in_a_row(monkeypatch, capsys, often):
     times = [1.0, 1.1, 1.0, 2.0]
     monkeypatch.setattr(stragglers, "OFTEN", often)
-    monkeypatch.setattr(dist, "gather_objects", lambda mine: [(value, f"host{rank}") for rank, value in enumerate(times)])
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [(value, 0.5, f"host{rank}") for rank, value in enumerate(times)])
     compared = Stragglers()
     for _ in range(often + 2):
-        assert compared.compare(1.0) == times
+        assert compared.compare(1.0, 0.5, 2.0) == times
     assert capsys.readouterr().out == "rank 3 (host3) is slow: its layers compute 2.0 times as long as the median rank's\n"
     times[3] = 1.2
-    compared.compare(1.0)
+    compared.compare(1.0, 0.5, 2.0)
     times[3] = 2.0
     for _ in range(often - 1):
-        compared.compare(1.0)
+        compared.compare(1.0, 0.5, 2.0)
     assert capsys.readouterr().out == ""
-    compared.compare(1.0)
+    compared.compare(1.0, 0.5, 2.0)
     assert "rank 3" in capsys.readouterr().out
+
+
+def test_a_rank_that_waits_for_data_while_others_wait_for_it_is_named(monkeypatch, capsys):
+    waits = [0.0, 0.01, 0.35]  # of a second, which the step takes
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [(1.0, wait, f"host{rank}") for rank, wait in enumerate(waits)])
+    compared = Stragglers()
+    for _ in range(stragglers.OFTEN + 2):
+        compared.compare(1.0, 0.0, 1.0)
+    assert capsys.readouterr().out == "rank 2 (host2) is slow: it waits 0.35 s a step for data, the median rank 0.01 s\n"
+    waits[:] = [0.9, 0.9, 0.9]  # all wait for the same storage: the metrics show it
+    for _ in range(stragglers.OFTEN):
+        compared.compare(1.0, 0.0, 1.0)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_report_that_cannot_be_written_keeps_nobody_alive(tmp_path):
