@@ -17,7 +17,7 @@ count=$(tr ',' '\n' <<<"$gpus" | grep -c . || true)
 if [ "$count" -eq 0 ]; then export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
 if [ -n "${HOSTFILE-}" ]; then
     # DeepSpeed would take this machine alone, and not say so
-    [ -r "$HOSTFILE" ] || { echo "HOSTFILE=$HOSTFILE: no file that can be read" >&2 && exit 64; }
+    [ -f "$HOSTFILE" ] || { echo "HOSTFILE=$HOSTFILE: no such file" >&2 && exit 64; }
     ranks=(--hostfile "$HOSTFILE")
     port=29500
     if [ -n "${NODE_RANK-}" ]; then

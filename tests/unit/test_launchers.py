@@ -237,7 +237,7 @@ def test_a_job_that_is_submitted_from_elsewhere_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"HOSTFILE": "/nowhere/hosts"}, "HOSTFILE=/nowhere/hosts: no file that can be read"),  # DeepSpeed would not say it
+        ({"HOSTFILE": "/nowhere/hosts"}, "HOSTFILE=/nowhere/hosts: no such file"),  # DeepSpeed would not say it
         ({"HOSTFILE": "launchers/hostfile.example", "NODE_RANK": "0"}, "MASTER_ADDR: with NODE_RANK, the address of the first"),
     ],
 )
