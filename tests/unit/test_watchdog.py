@@ -171,6 +171,20 @@ def test_the_lowest_rank_that_answers_reads_what_all_see_and_the_others_only_who
     assert store.read == 2 * (len(found) - 1)  # not a square
 
 
+def test_an_alarm_of_another_rank_ends_one_that_rests_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.01)
+    dog, ended = Watchdog(tmp_path, SETTINGS), []
+    dog._store = CountingStore()
+    monkeypatch.setattr(dog, "_end", lambda current: ended.append(current) or dog._ended.set())
+    with dog:
+        dog.rest()  # while it saves, say
+        time.sleep(0.1)
+        assert ended == []
+        dog._store.set("alarm", "1")
+        assert dog._ended.wait(60)
+    assert ended == [None]
+
+
 def test_the_time_of_layers_is_theirs_alone(monkeypatch):
     clock = [0]
     monkeypatch.setattr(stragglers.time, "perf_counter", lambda: clock[0])
