@@ -5,12 +5,12 @@
 network_settings() {
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"                                          # INFO: which interfaces and plugins NCCL takes
     export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"                        # flight recorder: how many of the last collectives
-    export TORCH_FR_DUMP_ON_TIMEOUT="${TORCH_FR_DUMP_ON_TIMEOUT:-1}"                   # written when one times out
+    export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"               # written when one times out
     export TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC="${TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC:-600}" # after which a stuck NCCL thread ends its process
     local name
     # interfaces: NCCL and gloo each take the first one that is up, on some clusters the wrong one; NCCL_IB_HCA names InfiniBand adapters
     for name in NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME NCCL_IB_HCA NCCL_DEBUG TORCH_FR_BUFFER_SIZE \
-        TORCH_FR_DUMP_ON_TIMEOUT TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC; do
+        TORCH_NCCL_DUMP_ON_TIMEOUT TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC; do
         echo "  $name=${!name-}"
     done
 }
@@ -45,6 +45,17 @@ take_exit_code() {
     local said=''
     { read -r said <"$XAR_SCALE_EXIT_FILE"; } 2>/dev/null || true # read fails where no newline is; a rank may be writing, or none can
     code=${said:-$code}
+}
+
+# Wait for a process, whatever signals come, and set code to its own
+wait_for() { # PROCESS
+    local interrupted
+    while true; do # a trap ends a wait
+        wait "$1" && interrupted=0 || interrupted=$?
+        kill -0 "$1" 2>/dev/null || break
+    done
+    wait "$1" && code=0 || code=$?         # once more: not that of a wait that a trap ended
+    [ "$code" -ge 0 ] || code=$interrupted # bash 5.2 loses it where a signal comes in the moment that it ends
 }
 
 # Whether to start again after CODE: not where the next start would end alike, or somebody asked for the end; and at most
@@ -90,11 +101,7 @@ launch() {
         [ -z "$asked" ] || exit 76 # before there was anything to pass it on to
         (trap '' USR2 && exec "$@") &
         launcher=$!
-        while true; do # a trap ends a wait
-            wait "$launcher" || true
-            kill -0 "$launcher" 2>/dev/null || break
-        done
-        wait "$launcher" && code=0 || code=$? # the launcher's own: a wait that a trap ended has another
+        wait_for "$launcher"
         for process in "${started[@]}"; do
             while alive "$process"; do sleep 0.1; done
         done

@@ -16,9 +16,13 @@ gpus=$(gpus_here)
 count=$(tr ',' '\n' <<<"$gpus" | grep -c . || true)
 if [ "$count" -eq 0 ]; then export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
 if [ -n "${HOSTFILE-}" ]; then
+    # DeepSpeed would take this machine alone, and not say so
+    [ -f "$HOSTFILE" ] || { echo "HOSTFILE=$HOSTFILE: no such file" >&2 && exit 64; }
     ranks=(--hostfile "$HOSTFILE")
     port=29500
-    if [ -n "${NODE_RANK-}" ]; then ranks+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR"); fi
+    if [ -n "${NODE_RANK-}" ]; then
+        ranks+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:?with NODE_RANK, the address of the first machine}")
+    fi
 else
     port=$(free_port)
     if [ "$count" -eq 0 ]; then

@@ -358,7 +358,7 @@ def _doctor(options: argparse.Namespace) -> None:
     titles = ("mode", "TFLOP/s", "compute", "gather", "reduce", "matmul", "attention", "engines", "finding")
     modes = doctor.modes(machine)
     dist.say(doctor.table(titles, modes) + "\n")
-    findings = [*surroundings.network(device), *surroundings.clocks()]
+    findings = [*surroundings.arithmetic(modes), *surroundings.network(device), *surroundings.clocks()]
     findings += surroundings.disk("run", options.run_dir, written=True) if options.run_dir else []
     findings += surroundings.disk("data", options.data, written=False) if options.data else []
     findings += surroundings.software(dict(facts))

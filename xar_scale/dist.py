@@ -16,7 +16,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from xar_scale import slurm
-from xar_scale.errors import INTERRUPTED, FileError, XarScaleError
+from xar_scale.errors import INTERRUPTED, ConfigError, FileError, XarScaleError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=30)  # of collectives: the watchdog comes before it, and says more
@@ -66,9 +66,15 @@ def local_world() -> int:
 
 
 def local_device() -> torch.device:
-    """This rank's device: its GPU where there is one, else the CPU."""
+    """This rank's device: its GPU where there is one, else the CPU. Raises ConfigError where a node has too few of them."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if number >= gpus:
+            host = socket.gethostname()
+            error = ConfigError(f"{host} has {local_world()} ranks and {gpus} GPUs: none for local rank {number}")
+            error.rank = rank()
+            raise error
+        return torch.device("cuda", number)
     return torch.device("cpu")
 
 

@@ -31,6 +31,7 @@ WARM_UP, REPEATS = 2, 5
 ERRORS = {"bf16": (1.5e-3, 1e-2), "fp16": (1e-4, 1.5e-3), "tf32": (1e-4, 1.5e-3), "fp32": (0.0, 2e-6)}
 TENSOR_CORES = (8, 0)  # the first compute capability with bfloat16 and TF32
 NAMES = {"bf16": "bfloat16", "tf32": "TF32"}
+REFUSED = "-"  # in place of a rate
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _mode(mode: str, machine: Machine) -> Mode:
         str(dtype).removeprefix("torch.") for dtype in (precision.compute, precision.gather, precision.reduce)
     )
     if reason := refusal(mode, machine):
-        tflops, engines, finding = "-", "none", f"refused: {reason}"
+        tflops, engines, finding = REFUSED, "none", f"refused: {reason}"
     else:
         with _matmul_mode(mode):
             tflops = f"{_teraflops(mode, machine.device):.3g}"

@@ -1,5 +1,5 @@
-"""Which ranks compute more slowly than others. A step is as long on all of them: what differs is the time that the arithmetic
-itself takes, without what is waited for."""
+"""Which ranks are slower than others. A step is as long on all of them: what differs is the time that the arithmetic itself
+takes, without what is waited for, and the time that data are waited for."""
 
 import socket
 import statistics
@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from xar_scale import dist
 
-SLOW = 1.3  # times the median rank's
+SLOW = 1.3  # times the median rank's arithmetic; so much longer, for its data, would a step be
 OFTEN = 3  # measurements in a row, before it is said
 
 
@@ -66,16 +66,21 @@ class Stragglers:
     """Names ranks that are slow in several measurements one after another, once."""
 
     def __init__(self) -> None:
-        self._slow = Counter[int]()
+        self._slow = Counter[tuple[int, str]]()
 
-    def compare(self, seconds: float) -> list[float]:
-        """This rank's time with all others'; every rank calls this. Returns everybody's."""
-        found = dist.gather_objects((seconds, socket.gethostname()))
-        median = statistics.median_low(value for value, _ in found)
-        for rank, (value, host) in enumerate(found):
-            self._slow[rank] = self._slow[rank] + 1 if value > SLOW * median else 0
-            if self._slow[rank] == OFTEN:
-                dist.say(
-                    f"rank {rank} ({host}) is slow: its layers compute {value / median:.1f} times as long as the median rank's"
-                )
-        return [value for value, _ in found]
+    def compare(self, computed: float, waited: float, step: float) -> list[float]:
+        """This rank's seconds of arithmetic, and of waiting for the data of a step, which takes ``step``, with all others'.
+        Returns everybody's of arithmetic. Every rank calls this."""
+        found = dist.gather_objects((computed, waited, socket.gethostname()))
+        computing, waiting = (statistics.median_low(values) for values in ([of[0] for of in found], [of[1] for of in found]))
+        for rank, (computed, waited, host) in enumerate(found):
+            slow = f"rank {rank} ({host}) is slow"
+            if self._often(rank, "arithmetic", computed > SLOW * computing):
+                dist.say(f"{slow}: its layers compute {computed / computing:.1f} times as long as the median rank's")
+            if self._often(rank, "data", waited - waiting > (SLOW - 1) * step):
+                dist.say(f"{slow}: it waits {waited:.2f} s a step for data, the median rank {waiting:.2f} s")
+        return [of[0] for of in found]
+
+    def _often(self, rank: int, what: str, slow: bool) -> bool:
+        self._slow[rank, what] = self._slow[rank, what] + 1 if slow else 0
+        return self._slow[rank, what] == OFTEN

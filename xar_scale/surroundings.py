@@ -1,4 +1,4 @@
-"""What a run stands on beside its devices: the network between ranks, disks, clocks, settings; and what to do where one is bad.
+"""What a run stands on beside one device: other ranks', the network, disks, clocks, settings; and what to do where one is bad.
 
 Every rank makes the same calls. All of it takes seconds.
 """
@@ -9,7 +9,7 @@ import shutil
 import socket
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ import torch.distributed as torch_dist
 from packaging.version import Version
 
 from xar_scale import dist
+from xar_scale.doctor import REFUSED, Mode
+from xar_scale.stragglers import SLOW
 
 DEEPSPEED = "0.19.8"  # before it ZeRO-3 lets a NaN of one rank into every rank's weights
 MESSAGES = (1 << 20, 1 << 26)  # bytes
@@ -26,6 +28,9 @@ DISK_BYTES = 1 << 28
 FREE_GB = 100  # of a run's folder: a few checkpoints of xar_h
 SKEW_S = 1.0
 FILES = 4096  # that a process may have open
+
+
+_all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor  # its name since torch 2.14
 
 
 class Finding(NamedTuple):
@@ -48,7 +53,7 @@ def network(device: torch.device) -> list[Finding]:
             "all-reduce": (2 * (world - 1) / world, lambda whole=whole: torch_dist.all_reduce(whole)),  # type: ignore[misc]
             "all-gather": (
                 (world - 1) / world,
-                lambda whole=whole, share=share: torch_dist.all_gather_into_tensor(whole, share),  # type: ignore[misc]
+                lambda whole=whole, share=share: _all_gather(whole, share),  # type: ignore[misc]
             ),
         }
         for name, (moved, call) in calls.items():
@@ -132,6 +137,23 @@ def clocks() -> list[Finding]:
     return [Finding("clocks", f"within {skew:.2f} s", advice)]
 
 
+def arithmetic(modes: Sequence[Mode]) -> list[Finding]:
+    """Ranks whose device is slow in a precision, or does not compute it as it should; of rank 0 its own table says that."""
+    told = dist.gather_objects((socket.gethostname(), {row.mode: (row.tflops, row.finding) for row in modes}))
+    findings = []
+    for mode in told[0][1]:
+        rates = {rank: float(rows[mode][0]) for rank, (_, rows) in enumerate(told) if rows[mode][0] != REFUSED}
+        median = statistics.median(rates.values()) if rates else 0.0
+        for rank, (host, rows) in enumerate(told):
+            what, (tflops, finding) = f"{mode} of rank {rank} ({host})", rows[mode]
+            if rank in rates and rates[rank] * SLOW < median:
+                advice = "it is throttled, or something else runs on it: have it looked at, or take the node out"
+                findings.append(Finding(what, f"{tflops} TFLOP/s, the median rank {median:.3g}", advice))
+            if rank and finding.startswith(("is NOT", "refused")):
+                findings.append(Finding(what, finding, "another device than the others', or a broken one: take the node out"))
+    return findings
+
+
 # name: when it hurts, and why
 SETTINGS: dict[str, tuple[Callable[[str], bool], str]] = {
     "NCCL_P2P_DISABLE": (lambda value: value == "1", "GPUs of a node exchange through the host's memory: unset it"),
@@ -151,6 +173,10 @@ def settings(environ: Mapping[str, str], local_world: int, cores: int) -> list[F
     findings = [
         Finding(name, environ[name], why) for name, (hurts, why) in SETTINGS.items() if name in environ and hurts(environ[name])
     ]
+    there = [name for _, name in socket.if_nameindex()]
+    for name, found in (("NCCL_SOCKET_IFNAME", _nccl_takes), ("GLOO_SOCKET_IFNAME", _gloo_takes)):
+        if (value := environ.get(name)) and not found(value, there):
+            findings.append(Finding(name, value, f"no such interface here, there are {', '.join(there)}: name one of them"))
     threads = int(environ.get("OMP_NUM_THREADS", str(cores)).split(",")[0])
     if threads * local_world > cores and local_world > 1:
         findings.append(
@@ -169,6 +195,17 @@ def settings(environ: Mapping[str, str], local_world: int, cores: int) -> list[F
             Finding("/dev/shm", f"{shm >> 20} MB", "data workers hand batches over in it: docker run --shm-size=8g")
         )
     return findings
+
+
+def _nccl_takes(value: str, there: Sequence[str]) -> bool:
+    """Whether it finds one: beginnings of names; after = whole names, after ^ those that are not taken."""
+    names = value.lstrip("=^").split(",")
+    named = [name for name in there if (name in names if value[0] == "=" else name.startswith(tuple(names)))]
+    return len(named) < len(there) if value[0] == "^" else bool(named)
+
+
+def _gloo_takes(value: str, there: Sequence[str]) -> bool:
+    return set(value.split(",")) <= set(there)  # all of them
 
 
 def software(versions: Mapping[str, str]) -> list[Finding]:

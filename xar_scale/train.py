@@ -266,7 +266,7 @@ class Training:
     def _log(self, done: int, verdict: Verdict, rate: float, looks: Looks | None) -> None:
         """``looks``: at the attempt that was taken, where that was the first."""
         settings, steps, state = self.config.train, done - self.logged, self.recovery.state
-        seconds = (time.perf_counter() - self.since) / steps
+        seconds, waited = (time.perf_counter() - self.since) / steps, self.feed.waited / steps
         values = {
             "loss": verdict.loss,
             "lr": rate,
@@ -274,7 +274,7 @@ class Training:
             "images_per_s": settings.global_batch / seconds,
             "tflops_per_s": settings.global_batch / seconds * training_flops(self.config.model) / 1e12,
             "step_s": seconds,
-            "data_wait_s": self.feed.waited / steps,
+            "data_wait_s": dist.largest(waited),
             "memory_gb": memory_gb(self.engine.device),
             "bad_samples": len(self.bad.known),
             "epoch": done * settings.global_batch / self.dataset.order.samples,
@@ -284,7 +284,7 @@ class Training:
         }
         if looks is not None:
             values["largest_activation"] = dist.largest(max(looks.activations.largest.values()))
-            values["forward_s"] = self.stragglers.compare(looks.forward.seconds)
+            values["forward_s"] = self.stragglers.compare(looks.forward.seconds, waited, seconds)
         if self.metrics is not None:
             self.metrics.log(done, values)
         self.since, self.logged, self.feed.waited, self.store.stalled = time.perf_counter(), done, 0.0, 0.0

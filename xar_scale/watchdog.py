@@ -132,9 +132,10 @@ class Watchdog:
         seen = {mine.rank: mine}
         asking = threading.Thread(target=self._exchange, args=(mine, seen), daemon=True)
         asking.start()
-        asking.join(REPLY_S + LOOK_S)
-        folder = self.run / FOLDER
-        if mine.rank == min(seen):
+        asking.join(1.5 * REPLY_S)
+        folder, seen = self.run / FOLDER, dict(seen)
+        tells = mine.rank == min(seen)
+        if tells:
             took = (
                 f"step {mine.step} takes {time.monotonic() - current[1]:.0f} s"
                 if current
@@ -149,22 +150,27 @@ class Watchdog:
                 file.write(json.dumps(vars(mine), indent=1) + "\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
+        if self._store is not None:  # which may be in this process, and others ask; and launchers end all when the first leaves
+            time.sleep(LOOK_S if tells else 2 * LOOK_S)
         dist.leave(HangError.exit_code)
 
     def _exchange(self, mine: Seen, seen: dict[int, Seen]) -> None:
-        """Put into ``seen`` what the ranks see that answer in time."""
+        """Put into ``seen`` what the ranks see that answer in time: all into that of the lowest, which tells; into the others'
+        whose that is. If each read all, a thousand ranks would take minutes."""
         store, until = self._store, time.monotonic() + REPLY_S
         with contextlib.suppress(Exception):  # a store that is gone
             if store is None:
                 return
             store.set(f"rank{mine.rank}", json.dumps(vars(mine)))
             store.set("alarm", "1")
-            while len(seen) < dist.world() and time.monotonic() < until:
-                for rank in sorted(set(range(dist.world())) - set(seen)):
-                    if store.check([f"rank{rank}"]):
-                        seen[rank] = Seen(**json.loads(store.get(f"rank{rank}")))
+            store.add("answers", 1)
+            while store.add("answers", 0) < dist.world() and time.monotonic() < until:
                 time.sleep(0.1)
-            time.sleep(0.5)  # for those that read what rank 0's process holds
+            for rank in range(dist.world()):
+                if rank != mine.rank and store.check([f"rank{rank}"]):
+                    seen[rank] = Seen(**json.loads(store.get(f"rank{rank}")))
+                    if rank < mine.rank:
+                        return
 
 
 def look(step: int | None) -> Seen:

@@ -55,9 +55,9 @@ def undisturbed(folder):
 class Job:
     """One of launchers/slurm.sbatch, and what it has said."""
 
-    def __init__(self, here, folder: Path, name: str, *more: str, nodes: int = 2, **environment: str) -> None:
+    def __init__(self, here, folder: Path, name: str, *more: str, nodes: int = 2, tasks: int = 1, **environment: str) -> None:
         self.here, self.run, self.out = here, folder / name, folder / f"{name}.out"
-        options = [f"--nodes={nodes}", "--ntasks-per-node=1", f"--output={self.out}"]
+        options = [f"--nodes={nodes}", f"--ntasks-per-node={tasks}", f"--output={self.out}"]
         command = [*options, SCRIPT, *words(folder, self.run, *more)]
         self.number = here.submit(ROOT, *command, MASTER_ADDR="127.0.0.1", **environment)
 
@@ -141,7 +141,7 @@ def test_a_job_that_is_warned_requeued_killed_and_given_fewer_nodes_is_the_undis
 
 
 def test_one_launcher_a_node_does_the_same(here, folder, undisturbed):
-    job = Job(here, folder, "two", LAUNCH="torchrun", PROCESSES="1")
+    job = Job(here, folder, "two", tasks=2, LAUNCH="torchrun", PROCESSES="1")  # tasks: as the other way to launch has them
     job.steps(20)
     here.run("scancel", "--batch", "--signal=USR2", job.number)
     assert job.ended(1) == 75

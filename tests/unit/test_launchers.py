@@ -1,5 +1,7 @@
 """What the launchers' shell code decides: the run's folder, its exit code, whether to start again. And that it is clean."""
 
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -8,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.processes import ROOT
+from tests.processes import ROOT, environment
 
 
 def bash(script: str, *words: object) -> subprocess.CompletedProcess[str]:
@@ -43,6 +46,12 @@ def test_the_code_is_what_the_ranks_wrote_down(tmp_path):
     assert bash(script, 137).stdout == "137\n"
     note.write_text("75")
     assert bash(script, 1).stdout == "75\n"
+
+
+def test_a_process_that_ends_in_the_moment_of_a_signal_has_its_code_or_the_signals():
+    script = "trap : TERM; for _ in {1..40}; do bash -c 'kill -TERM $PPID; exit 76' & wait_for $!; echo $code; done"
+    done = bash(script)
+    assert done.returncode == 0 and set(done.stdout.split()) <= {"76", "143"} and len(done.stdout.split()) == 40
 
 
 @pytest.mark.parametrize("of_a_job", [True, False])
@@ -142,3 +151,104 @@ def test_a_process_that_ended_unnoticed_is_not_waited_for():
     assert bash('alive "$1" && echo yes || echo no', running.pid).stdout == "yes\n"
     running.kill()
     running.wait()
+
+
+class Batch:
+    """launchers/slurm.sbatch beside a SLURM that does nothing: an srun that ends with ``code``, a job that ``preempted``."""
+
+    SRUN = """echo "srun CPUS=${SRUN_CPUS_PER_TASK-} $*" >>"$CALLS"
+[ "$CODE" -gt 128 ] || echo "$CODE" >"$XAR_SCALE_EXIT_FILE" # as ranks do
+[ -z "$ASKED" ] || kill -TERM $PPID
+exit $CODE"""
+    SCONTROL = """case "$1 $2" in
+'show hostnames') echo n0 ;;
+'show job') echo "JobId=7 StartTime=2026-01-01T10:00:00 PreemptTime=$PREEMPTED Restarts=0" ;;
+*) echo "scontrol $*" >>"$CALLS" ;;
+esac"""
+
+    def __init__(self, folder: Path, code: int, *, asked: bool = False, preempted: str = "None", **more: str) -> None:
+        programs, calls, self.run = folder / "bin", folder / "calls", folder / "run"
+        programs.mkdir(exist_ok=True)
+        for name, script in (("srun", self.SRUN), ("scontrol", self.SCONTROL)):
+            (programs / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+            (programs / name).chmod(0o755)
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[0-1]", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "12"}
+        job |= {"SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_SUBMIT_DIR": str(ROOT)}
+        told = {"CALLS": str(calls), "CODE": str(code), "ASKED": "1" if asked else "", "PREEMPTED": preempted}
+        path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+        self.done = subprocess.run(
+            ["bash", ROOT / "launchers" / "slurm.sbatch", "train", "--run-dir", self.run],
+            env=environment() | job | told | path | more,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        self.calls = calls.read_text().splitlines() if calls.exists() else []
+        self.requeued = "scontrol requeue 7" in self.calls
+
+
+def test_a_job_is_a_task_a_rank_or_one_launcher_a_node_that_has_its_cores(tmp_path):
+    assert Batch(tmp_path, 0).calls == [f"srun CPUS=12 --kill-on-bad-exit=1 python -m xar_scale train --run-dir {tmp_path}/run"]
+    (_, call) = Batch(tmp_path, 0, LAUNCH="torchrun").calls
+    assert call.startswith("srun CPUS= --kill-on-bad-exit=1 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none ")
+    batch = Batch(tmp_path, 0, LAUNCH="mpirun")
+    assert batch.done.returncode == 64 and "LAUNCH=mpirun is neither srun nor torchrun" in batch.done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "asked", "preempted", "again"),
+    [
+        (75, False, "None", True),
+        (76, True, "None", False),
+        (143, True, "None", False),  # it was cancelled before its ranks listened
+        (143, False, "None", True),
+        (76, True, "2026-01-01T10:00:30", True),
+        (143, True, "2026-01-01T10:00:30", True),  # preempted before they did
+        (76, True, "2026-01-01T09:00:00", False),  # an earlier start was
+        (78, True, "2026-01-01T10:00:30", False),
+    ],
+)
+def test_a_job_is_queued_again_unless_somebody_asked_for_its_end(tmp_path, code, asked, preempted, again):
+    batch = Batch(tmp_path, code, asked=asked, preempted=preempted)
+    assert batch.requeued == again and f"ended with {code}" in batch.done.stdout
+    assert batch.done.returncode == (75 if again and code == 76 else code)
+    assert (batch.run / "restarts").exists() == again
+
+
+def test_a_job_whose_restarts_cannot_be_counted_is_not_queued_again_for_ever(tmp_path):
+    for restarts in (1, 2, 3):
+        assert Batch(tmp_path, 71).requeued and (tmp_path / "run" / "restarts").read_text() == f"none {restarts}\n"
+        (tmp_path / "calls").unlink()
+    batch = Batch(tmp_path, 71)
+    assert not batch.requeued and "not started again: 3 restarts since checkpoint none" in batch.done.stdout
+    batch.run.rmdir()
+    batch.run.touch()  # no folder can be made, as on a disk that is full
+    batch = Batch(tmp_path, 71)
+    assert not batch.requeued and f"not started again: {batch.run}/restarts cannot be written" in batch.done.stdout
+
+
+def test_a_job_that_is_submitted_from_elsewhere_says_so(tmp_path):
+    batch = Batch(tmp_path, 0, SLURM_SUBMIT_DIR=str(tmp_path))
+    assert batch.done.returncode == 64 and batch.calls == []
+    assert batch.done.stdout == f"{tmp_path} is no checkout: sbatch is called from one\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"HOSTFILE": "/nowhere/hosts"}, "HOSTFILE=/nowhere/hosts: no such file"),  # DeepSpeed would not say it
+        ({"HOSTFILE": "launchers/hostfile.example", "NODE_RANK": "0"}, "MASTER_ADDR: with NODE_RANK, the address of the first"),
+    ],
+)
+def test_machines_that_are_not_described_are_refused(given, said):
+    command = ["launchers/deepspeed.sh", "train", "--recipe", "digits"]
+    done = subprocess.run(command, env=environment() | given, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0 and said in done.stderr and done.stdout == ""
+
+
+def test_what_the_launchers_set_for_torch_is_known_to_it():
+    headers = Path(torch.__file__).parent / "include" / "torch" / "csrc" / "distributed" / "c10d"
+    known = "".join(path.read_text() for path in headers.glob("*.hpp"))
+    names = set(re.findall(r"TORCH_[A-Z_]+", (ROOT / "launchers" / "common.sh").read_text()))
+    assert len(names) >= 3 and not [name for name in names if f'"{name}"' not in known]

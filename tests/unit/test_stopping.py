@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from xar_scale import cli, dist, slurm, stopping
-from xar_scale.errors import PreemptedError, StoppedError, UsageError
+from xar_scale.errors import ConfigError, PreemptedError, StoppedError, UsageError
 from xar_scale.stopping import Stops
 
 
@@ -127,6 +128,18 @@ def test_a_task_of_sruns_is_a_rank():
 def test_a_batch_script_and_a_shell_are_none():
     assert slurm.rank_variables({name: TASK[name] for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID")}) == {}
     assert slurm.rank_variables({}) == {}
+
+
+def test_more_ranks_than_gpus_on_a_node_are_refused_with_the_numbers(monkeypatch):
+    monkeypatch.setattr(dist.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(dist.socket, "gethostname", lambda: "node16")
+    monkeypatch.setattr(os, "environ", {"RANK": "12", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8", "WORLD_SIZE": "16"})
+    assert dist.local_device() == torch.device("cuda", 3)
+    os.environ |= {"RANK": "13", "LOCAL_RANK": "4"}
+    with pytest.raises(ConfigError, match="^node16 has 8 ranks and 4 GPUs: none for local rank 4$") as raised:
+        dist.local_device()
+    assert raised.value.rank == 13  # which says it
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,34 @@ def test_settings_that_hurt_are_named_with_what_to_do(name):
     assert name not in named(settings(HERE | {name: "WARN"}, 1, 8)) and name not in named(settings(HERE, 1, 8))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "good"),
+    [
+        *(("GLOO_SOCKET_IFNAME", value, good) for value, good in (("eth0", True), ("eth", False), ("eth0,ib0", False))),
+        *(("NCCL_SOCKET_IFNAME", value, good) for value, good in (("eth", True), ("=eth", False), ("ib,=eth", False))),
+        *(("NCCL_SOCKET_IFNAME", value, good) for value, good in (("=ib0,eth0", True), ("^lo", True), ("^lo,eth", False))),
+    ],
+)
+def test_an_interface_that_is_not_there_is_named_with_those_that_are(monkeypatch, name, value, good):
+    monkeypatch.setattr(surroundings.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    said = "no such interface here, there are lo, eth0: name one of them"
+    assert named(settings(HERE | {name: value}, 1, 8)).get(name) == (None if good else said)
+
+
+def test_a_rank_whose_device_is_slow_or_another_is_named(monkeypatch):
+    rows = {"bf16": ("600", "is bf16 (error 3e-03)"), "tf32": ("-", "refused: compute capability 7.5 has no TF32")}
+    told = [("a", rows), ("a", rows), ("b", rows | {"bf16": ("400", "is NOT bf16: error 3e-04")})]
+    monkeypatch.setattr(dist, "gather_objects", lambda _: told)
+    found = surroundings.arithmetic([])
+    assert [finding.what for finding in found if finding.what.startswith("bf16")] == ["bf16 of rank 2 (b)"] * 2
+    assert found[0].found == "400 TFLOP/s, the median rank 600" and "throttled" in found[0].advice
+    assert found[1].found == "is NOT bf16: error 3e-04" and "take the node out" in found[1].advice
+    assert {finding.what for finding in found[2:]} == {"tf32 of rank 1 (a)", "tf32 of rank 2 (b)"}
+    told[1:] = [told[0]]
+    rows.pop("tf32")
+    assert surroundings.arithmetic([]) == []
+
+
 def test_more_threads_than_cores_are_named():
     assert "OMP_NUM_THREADS" not in named(settings({"OMP_NUM_THREADS": "2"}, 4, 8))
     found = named(settings({"OMP_NUM_THREADS": "3"}, 4, 8))

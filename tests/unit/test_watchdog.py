@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -128,6 +129,62 @@ def test_a_process_that_hangs_ends_with_69_and_its_stacks_and_one_that_rests_doe
     assert beat["step"] in range(9) and abs(beat["time"] - time.time()) < 60 and set(beat) == {"step", "time", "host", "pid"}
 
 
+class CountingStore(dict):
+    """What ranks exchange through, as far as they use it."""
+
+    def __init__(self) -> None:
+        super().__init__(answers=0)
+        self.lock, self.read = threading.Lock(), 0
+
+    def set(self, key, value):
+        self[key] = value
+
+    def add(self, key, value):
+        with self.lock:
+            self[key] += value
+            return self[key]
+
+    def check(self, keys):
+        return all(key in self for key in keys)
+
+    def get(self, key):
+        with self.lock:
+            self.read += 1
+        return self[key]
+
+
+@pytest.mark.parametrize("silent", [0, 5, None])
+def test_the_lowest_rank_that_answers_reads_what_all_see_and_the_others_only_who_it_is(tmp_path, monkeypatch, silent):
+    world, store = 40, CountingStore()
+    monkeypatch.setattr(dist, "world", lambda: world)
+    monkeypatch.setattr(watchdog, "REPLY_S", 0.5 if silent is not None else 100.0)
+    dog = Watchdog(tmp_path, SETTINGS)
+    dog._store = store
+    found = {rank: {rank: seen(rank, {"all": 9})} for rank in range(world) if rank != silent}
+    asking = [threading.Thread(target=dog._exchange, args=(of[rank], of)) for rank, of in found.items()]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    lowest = min(found)
+    assert list(found[lowest]) == list(found) and all(set(of) == {rank, lowest} for rank, of in found.items() if rank != lowest)
+    assert store.read == 2 * (len(found) - 1)  # not a square
+
+
+def test_an_alarm_of_another_rank_ends_one_that_rests_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.01)
+    dog, ended = Watchdog(tmp_path, SETTINGS), []
+    dog._store = CountingStore()
+    monkeypatch.setattr(dog, "_end", lambda current: ended.append(current) or dog._ended.set())
+    with dog:
+        dog.rest()  # while it saves, say
+        time.sleep(0.1)
+        assert ended == []
+        dog._store.set("alarm", "1")
+        assert dog._ended.wait(60)
+    assert ended == [None]
+
+
 def test_the_time_of_layers_is_theirs_alone(monkeypatch):
     clock = [0]
     monkeypatch.setattr(stragglers.time, "perf_counter", lambda: clock[0])
@@ -153,19 +210,32 @@ def test_the_time_of_layers_is_theirs_alone(monkeypatch):
 def test_a_rank_is_named_once_when_it_is_slow_several_times_in_a_row(monkeypatch, capsys, often):
     times = [1.0, 1.1, 1.0, 2.0]
     monkeypatch.setattr(stragglers, "OFTEN", often)
-    monkeypatch.setattr(dist, "gather_objects", lambda mine: [(value, f"host{rank}") for rank, value in enumerate(times)])
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [(value, 0.5, f"host{rank}") for rank, value in enumerate(times)])
     compared = Stragglers()
     for _ in range(often + 2):
-        assert compared.compare(1.0) == times
+        assert compared.compare(1.0, 0.5, 2.0) == times
     assert capsys.readouterr().out == "rank 3 (host3) is slow: its layers compute 2.0 times as long as the median rank's\n"
     times[3] = 1.2
-    compared.compare(1.0)
+    compared.compare(1.0, 0.5, 2.0)
     times[3] = 2.0
     for _ in range(often - 1):
-        compared.compare(1.0)
+        compared.compare(1.0, 0.5, 2.0)
     assert capsys.readouterr().out == ""
-    compared.compare(1.0)
+    compared.compare(1.0, 0.5, 2.0)
     assert "rank 3" in capsys.readouterr().out
+
+
+def test_a_rank_that_waits_for_data_while_others_wait_for_it_is_named(monkeypatch, capsys):
+    waits = [0.0, 0.01, 0.35]  # of a second, which the step takes
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [(1.0, wait, f"host{rank}") for rank, wait in enumerate(waits)])
+    compared = Stragglers()
+    for _ in range(stragglers.OFTEN + 2):
+        compared.compare(1.0, 0.0, 1.0)
+    assert capsys.readouterr().out == "rank 2 (host2) is slow: it waits 0.35 s a step for data, the median rank 0.01 s\n"
+    waits[:] = [0.9, 0.9, 0.9]  # all wait for the same storage: the metrics show it
+    for _ in range(stragglers.OFTEN):
+        compared.compare(1.0, 0.0, 1.0)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_report_that_cannot_be_written_keeps_nobody_alive(tmp_path):
