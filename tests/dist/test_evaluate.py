@@ -116,6 +116,7 @@ def test_neighbours_that_share_the_weights_draw_the_same(checkpoint, alone, tmp_
     assert max(np.abs(a.astype(int) - b).max() for a, b in zip(parts(tmp_path / "set"), parts(alone), strict=True)) <= 1
 
 
+@pytest.mark.long
 def test_pictures_are_shared_out_and_put_together(checkpoint, tmp_path):
     drawn = ["-m", "xar_scale", "sample", checkpoint, "--classes", "3,7", "--seeds", "0-2", *FEW]
     for world, more in ((1, []), (3, []), (2, ["sample.shard_ranks=2"])):

@@ -31,7 +31,7 @@ def run(folder: Path, name: str, engine: str, fault: dict, *more: str, steps: in
     return finish(ranks, logs, meanwhile and (lambda: meanwhile(ranks)))
 
 
-@pytest.mark.parametrize(("engine", "world"), [("fsdp2", 2), ("deepspeed", 3)])
+@pytest.mark.parametrize(("engine", "world"), [("fsdp2", 2), pytest.param("deepspeed", 3, marks=pytest.mark.long)])
 def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_stack(folder, engine, world):
     ended = run(folder, engine, engine, {"kind": "sleep", "step": 12, "value": 1000.0}, world=world)
     assert ended.codes == [69] * world, ended.text
@@ -46,7 +46,7 @@ def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_stack(folde
     assert "in sleep" in (folder / engine / "hangs" / "step-00000012-rank-1.txt").read_text()
 
 
-@pytest.mark.parametrize("stopped", [0, 1])
+@pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_rank_that_is_stopped_is_named_and_the_others_end(folder, stopped):
     name = f"stopped{stopped}"
 

@@ -12,6 +12,7 @@ from tests.processes import launch
 from tests.unit.foreign_checkpoints import assert_bitwise, reshard, values
 from xar_scale.checkpoint.interop import open_source
 
+pytestmark = pytest.mark.long
 STAGES = (1, 2, 3)
 STEPS = 2
 

@@ -139,6 +139,7 @@ def test_a_worker_killed_in_training_is_not_noticed_in_the_losses(folder, undist
     assert "rank 0: " in ended.text and "; starting its data workers again" in ended.text
 
 
+@pytest.mark.long
 def test_a_job_killed_at_random_moments_sees_what_an_undisturbed_one_sees(folder, undisturbed):
     logs, run = folder / "logs" / "killed", folder / "killed"
     arguments = words(folder, "killed", folder / "data", *SINGLE, "train.checkpoint_every=3")

@@ -67,6 +67,7 @@ def test_a_defect_on_one_rank_ends_all_also_where_another_would_try_again(folder
     assert newest_valid(folder / "two").manifest.step == 20
 
 
+@pytest.mark.long
 def test_ranks_that_are_killed_while_they_save_go_on_and_no_snapshot_is_missing(folder, undisturbed):
     run, logs = folder / "killed", folder / "logs" / "killed"
     for number in range(KILLS):
@@ -93,6 +94,7 @@ def test_ranks_that_are_killed_while_they_save_go_on_and_no_snapshot_is_missing(
     assert_same_end(run, undisturbed)
 
 
+@pytest.mark.long
 def test_a_full_disk_costs_a_run_the_checkpoints_of_that_time_and_no_more(folder, small_disk):
     disk = small_disk("24m")
     more = [*SMALL, "train.steps=900", "train.engine=single", "train.checkpoint_every=100", "optim.ema_snapshots_every=20"]

@@ -140,6 +140,7 @@ def test_a_job_that_is_warned_requeued_killed_and_given_fewer_nodes_is_the_undis
     assert not (job.run / "restarts").exists() and not list(ROOT.glob(".exit-*"))
 
 
+@pytest.mark.long
 def test_one_launcher_a_node_does_the_same(here, folder, undisturbed):
     job = Job(here, folder, "two", tasks=2, LAUNCH="torchrun", PROCESSES="1")  # tasks: as the other way to launch has them
     job.steps(20)

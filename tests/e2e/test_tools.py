@@ -22,6 +22,7 @@ from xar_scale.evaluate.trained import open_trained
 from xar_scale.model.entities import kinds
 
 
+@pytest.mark.long
 def test_kinds_of_entity_are_compared_and_finished_runs_kept(tmp_path):
     small = ["train.steps=2", "optim.warmup_steps=1", "train.global_batch=16", "train.log_every=1", "data.workers=0"]
     words = [sys.executable, "tools/compare_entities.py", "--out", str(tmp_path), *small, "sample.steps=1"]
@@ -146,14 +147,14 @@ def test_attention_and_recomputation_are_timed():
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
     entities = zip(kinds(), ["16", "4", "4", "3", "1"], strict=True)
-    assert [row[:2] for row in rows] == [list(entity) for entity in entities for _ in range(3)]
+    assert [row[:2] for row in rows] == [list(entity) for entity in entities for _ in range(4)]
     assert [row[2].split()[0] for row in rows] == ["dense", "masked", "prefix", "flex"] * len(kinds())
     assert sum(row[2].endswith(", chosen") for row in rows) == len(kinds())
     for row in rows:
         assert float(row[3]) > 0
         assert "no backward pass" in row[4] if row[2].startswith("flex") else float(row[4]) > 0
     done = command(sys.executable, "tools/bench.py", "attention", *small, "--entity", "scale")
-    assert done.stdout.count("| scale | 3 |") == 3 and "| cell |" not in done.stdout
+    assert done.stdout.count("| scale | 3 |") == 4 and "| cell |" not in done.stdout
     done = command(sys.executable, "tools/bench.py", "recompute", "--model", "nano", "--grid", "8", "--batch", "16")
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]

@@ -182,6 +182,7 @@ def test_step_and_sample_are_timed_and_compared(tmp_path):
     assert sampled.returncode == 0 and "| ours |" in sampled.stdout and read_record(kept).settings["steps"] == 2
 
 
+@pytest.mark.long
 def test_every_case_of_a_gpu_s_bench_is_a_command(tmp_path):
     """One of them is run, small, and the page says of the others that no time was left."""
     command = [sys.executable, "tools/bench_gpu.py", "--small", "--minutes", "0.0001", "--out", str(tmp_path)]

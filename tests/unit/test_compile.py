@@ -100,7 +100,7 @@ def test_flex_attention_is_part_of_the_graph(counted):
     assert counted.frame_count == 1
 
 
-@pytest.mark.parametrize("kind", ["cell", "scale"])
+@pytest.mark.parametrize("kind", ["cell", pytest.param("scale", marks=pytest.mark.long)])
 def test_a_compiled_network_samples_the_same_in_one_graph_a_kind_of_call(kind, counted):
     settings = {"steps": 4, "guidance": 2.0, "sampler": "heun", "seed": 3}
     expected = sample(nano_model(entity=kind), [1, 2], **settings)

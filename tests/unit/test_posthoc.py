@@ -86,7 +86,7 @@ def test_a_stored_average_is_found_again_and_factors_sum_to_one():
     assert twice.residual == pytest.approx(other.residual, rel=1e-6)
 
 
-@pytest.mark.parametrize("count", [2, 8, 32, 128])
+@pytest.mark.parametrize("count", [2, 8, 32, pytest.param(128, marks=pytest.mark.long)])
 def test_the_widths_in_the_docs_are_those_that_fit(count):
     stored = [Profile(1000 * number, sigma_rel) for number in range(1, count + 1) for sigma_rel in WIDTHS]
     fits = [width for width in WIDTHS_TRIED if fit(stored, Profile(1000 * count, width)).residual <= LARGEST_RESIDUAL]

@@ -11,12 +11,12 @@ _own_ways = True
 
 def goes_own_way(x: Tensor) -> bool:
     """Not in a graph, which makes its own kernels, nor where a CPU's tensors stand for a GPU's."""
-    return not torch.compiler.is_compiling() and not on_a_gpu(x)
+    return not torch.compiler.is_compiling() and x.device.type == "cpu" and _own_ways
 
 
 def on_a_gpu(x: Tensor) -> bool:
     """Or as if it were."""
-    return x.device.type != "cpu" or not _own_ways
+    return x.device.type == "cuda" or (x.device.type == "cpu" and not _own_ways)
 
 
 @contextmanager
