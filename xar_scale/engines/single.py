@@ -30,6 +30,7 @@ class SingleEngine(Engine):
         self.parameters = dict(model.named_parameters())
         library = choose_library(config.kernels.library, device)
         self.optimizer = create_adamw(self.parameters, self.shapes, config.optim, library)
+        self._graphs: Graphs | None = None
         self._apply_precision()
 
     @property
@@ -40,14 +41,15 @@ class SingleEngine(Engine):
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Compiled passes are recorded on a GPU, but for those that hooks look into."""
-        if not self.plays_records:
+        graphs = self._graphs
+        if graphs is None:
             return super().forward_backward(batch)
         if any(module._forward_hooks for module in self.model.modules()):
             self._graphs = Graphs(self.device)  # whose memory such a pass needs
             return super().forward_backward(batch)
         parameters = [*self.parameters.values()]
         first = parameters[0].grad is None
-        if not first and not self._graphs.knows(FIRST):  # the gradients that it adds to are not yet where they will stay
+        if not first and not graphs.knows(FIRST):  # the gradients that it adds to are not yet where they will stay
             return super().forward_backward(batch)
 
         def work(latents: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Sequence[Tensor | None]:
@@ -56,7 +58,7 @@ class SingleEngine(Engine):
             return [loss, *(parameter.grad for parameter in parameters)]
 
         kind = FIRST if first else ADDED
-        loss, *gradients = self._graphs.play(kind, work, batch.latents, batch.labels, batch.t, batch.noise)
+        loss, *gradients = graphs.play(kind, work, batch.latents, batch.labels, batch.t, batch.noise)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         assert loss is not None
@@ -67,8 +69,7 @@ class SingleEngine(Engine):
 
     def _apply_precision(self) -> None:
         """Autocast is all there is, and what was recorded in another precision goes."""
-        if self.plays_records:
-            self._graphs = Graphs(self.device)
+        self._graphs = Graphs(self.device) if self.plays_records else None
 
     def _optimizer_step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
