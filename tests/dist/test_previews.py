@@ -29,7 +29,9 @@ def logged(run) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
 
 
-@pytest.mark.parametrize(("engine", "world", "precision"), [("deepspeed", 2, "bf16"), ("fsdp2", 3, "fp32")])
+@pytest.mark.parametrize(
+    ("engine", "world", "precision"), [("deepspeed", 2, "bf16"), pytest.param("fsdp2", 3, "fp32", marks=pytest.mark.long)]
+)
 def test_a_run_that_draws_is_the_run_that_does_not(tmp_path, engine, world, precision):
     cache_digits(tmp_path / "data", samples_per_shard=500)
     more = [f"train.engine={engine}", f"train.precision={precision}"]

@@ -88,7 +88,9 @@ def undisturbed(folder):
     return found
 
 
-@pytest.mark.parametrize(("launcher", "engine"), [("deepspeed.sh", "deepspeed"), ("torchrun.sh", "fsdp2")])
+@pytest.mark.parametrize(
+    ("launcher", "engine"), [("deepspeed.sh", "deepspeed"), pytest.param("torchrun.sh", "fsdp2", marks=pytest.mark.long)]
+)
 def test_signals_to_a_launcher_end_all_ranks_with_a_checkpoint(folder, launcher, engine):
     run = f"{launcher}-signals"
     for number, code in ((signal.SIGTERM, 76), (signal.SIGUSR2, 75)):
