@@ -45,11 +45,12 @@ class FSDP2Engine(Engine):
     def _apply_precision(self) -> None:
         self.network.reshard()  # type: ignore[operator]
         for module, policy in _policies(self.model, self._policy()):
-            # torch 2.15: a module's state casts inputs and outputs, its parameters are cast one by one, and what they are
-            # gathered in is made once, by the first gather
+            # torch 2.15: a module's state casts inputs and outputs, its parameters are cast one by one, up to 2.14 by their
+            # group's policy, and what they are gathered in is made once, by the first gather
             state = module._get_fsdp_state()  # type: ignore[operator]
             state._mp_policy = policy
             for group in state._fsdp_param_groups:
+                group.mp_policy = policy
                 for parameter in group.fsdp_params:
                     parameter.mp_policy = policy
                     parameter.all_gather_outputs = []
