@@ -66,12 +66,13 @@ def test_linear_layers_hold_weights_in_16_bits_and_draw_what_autocast_draws():
     assert torch.equal(drawn, expected)
 
 
-def test_blocks_that_draw_are_compiled_where_it_is_asked_for(checkpoint, monkeypatch):
+def test_blocks_that_draw_are_compiled_where_it_is_asked_for(checkpoint, monkeypatch, capsys):
     torch._dynamo.reset()
     counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counted))
     images = [generator(checkpoint.path, f"kernels.compile={word}").draw([3, 7], 4).astype(int) for word in ("false", "true")]
     assert np.abs(images[0] - images[1]).max() <= 1
+    assert capsys.readouterr().out.count(", blocks compiled\n") == 1
     assert counted.frame_count == 7  # four cells: each alone, and each but the first beside the one before
 
 
