@@ -85,9 +85,12 @@ class Job:
         self.until(lambda: "ended with" in self.of_start(start))
         return int(re.findall(r"ended with (\d+)", self.of_start(start))[0])
 
+    def ranks(self) -> dict[int, int]:
+        """Their processes."""
+        return ranks(self.run, "SLURM_PROCID", SLURM_STEP_NUM_TASKS="2")
+
     def rank(self, number: int) -> int:
-        """Its process."""
-        found = ranks(self.run, "SLURM_PROCID", SLURM_STEP_NUM_TASKS="2")
+        found = self.ranks()
         assert number in found, self.said
         return found[number]
 
@@ -197,7 +200,7 @@ def test_a_job_that_others_preempt_writes_first_and_goes_on_after_them(here, fol
 
 def test_a_job_that_is_cancelled_as_it_starts_ends_by_itself(here, folder):
     job = Job(here, folder, "seven")
-    job.until(lambda: "start 1, " in job.said)
+    job.until(lambda: len(job.ranks()) == 2)  # earlier, srun would wait past KillWait for a step that it was launching
     here.run("scancel", job.number)
     here.until(lambda: here.state(job.number)["JobState"] == "CANCELLED")
     job.until(lambda: "ended with" in job.said)  # which it does not say where SLURM kills it after KillWait
