@@ -16,7 +16,7 @@ from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, step_o
 from xar_scale.evaluate.digits import cache_digits
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
-STEPS = 250
+STEPS = 200
 SETTINGS = ["model.width=32", "model.heads=2", "train.global_batch=24", "train.log_every=1", "optim.warmup_steps=5"]
 SETTINGS += [f"train.steps={STEPS}", "train.engine=fsdp2", "train.checkpoint_every=1000", "data.workers=1"]
 SCRIPT = ROOT / "launchers" / "slurm.sbatch"

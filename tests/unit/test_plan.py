@@ -201,8 +201,11 @@ def test_all_that_fit_are_found_and_what_does_not_is_not():
     assert f"{2048 / best.time.total:,.0f}, " in said and f"{weights_of(config().model).whole:,} in 4 blocks" in said
 
 
+FEW = ("train.global_batch=8", "data.lanes=8")  # few sizes of batch, each of which is measured
+
+
 def test_one_gpu_has_one_engine():
-    chosen = found("nano", 1, "h100", "train.recompute=none", "train.micro_batch=64")
+    chosen = found("nano", 1, "h100", *FEW, "train.recompute=none", "train.micro_batch=8")
     assert [way.config.train.engine for way in chosen.ways] == ["single"] and chosen.ways[0].sent == []
     said = text.describe(chosen, "nano", "h100")
     assert not any(word in said for word in ("network", "overlap", "alone", "ZeRO", "nodes"))
@@ -210,7 +213,7 @@ def test_one_gpu_has_one_engine():
 
 def test_the_parts_of_a_step_add_up():
     for words in (["train.engine=fsdp2"], ["train.engine=deepspeed", "train.recompute=offload"]):
-        chosen = found("nano", 8, "h100", *words, "train.micro_batch=64", loader=1e9, hop=1e-2)
+        chosen = found("nano", 8, "h100", *FEW, *words, "train.micro_batch=1", loader=1e9, hop=1e-2)
         said = text.describe(chosen, "nano", "h100")
         line = next(line for line in said.splitlines() if line.startswith("step "))
         beside, alone, optimizer, total = map(float, re.fullmatch(r"step +(.*) \+ (.*) \+ (.*) = (.*) ms", line).groups())
@@ -218,7 +221,7 @@ def test_the_parts_of_a_step_add_up():
         assert total == pytest.approx(1e3 * chosen.ways[0].time.total, abs=0.01)
         largest = max(float(each) for each in re.findall(r"^(?:compute|.* beside it) +(\S+) ms", said, re.MULTILINE))
         assert largest == beside and "network: NVLink" in said and "between nodes" not in said
-    waiting = found("nano", 8, "h100", "train.engine=fsdp2", "train.micro_batch=64", loader=1.0)
+    waiting = found("nano", 8, "h100", *FEW, "train.engine=fsdp2", "train.micro_batch=1", loader=1.0)
     assert "ms, the data's" in text.describe(waiting, "nano", "h100")
 
 
