@@ -1,6 +1,6 @@
 # make demo: install, train on real images under ZeRO-3, sample, judge.   make test: install, lint, every test.
 # make test-long: those that take half an hour and more, most of them of several ranks.
-# make bench-gpu: what a GPU here does, in eight minutes; REFERENCE=DIR, a checkout of the published code, is timed beside.
+# make bench-gpu: what a GPU here does, no case begun after eight minutes; REFERENCE=DIR, a checkout of the published code, is timed beside.
 # make demo-nan: a run that falls back from bf16 to TF32 and returns.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv

@@ -85,6 +85,7 @@ def _run(case: Case, options: argparse.Namespace, file: Path) -> Done:
         words += ["--grid", "8"]
     elif case.published and options.reference:
         words += ["--reference", str(options.reference)]
+    file.unlink(missing_ok=True)  # of an earlier run of that day
     done = subprocess.run([sys.executable, str(BENCH), *words, "--json", str(file)], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
@@ -107,10 +108,11 @@ def _page(done: list[Done], day: str) -> str:
     where = measured[0].record.machine if measured and measured[0].record else "nothing was measured"
     head = "| `tools/bench.py` | ms | images/s | MFU | GB | times the published code's |\n| --- | --- | --- | --- | --- | --- |"
     rows = "\n".join(_row(each) for each in done)
-    longest = next((LONGEST + each.said.partition(LONGEST)[2].rstrip() for each in measured if LONGEST in each.said), "")
+    shown = next((each for each in measured if LONGEST in each.said), None)
+    longest = f"Longest in `{shown.words}`:\n\n{LONGEST}{shown.said.partition(LONGEST)[2].rstrip()}\n" if shown else ""
     title = f"# {day}: training steps and sampling on one device"
     how = f"{where}. `make bench-gpu`; medians, each case in a process of its own."
-    return f"{title}\n\n{how}\n\n{head}\n{rows}\n\nThe longest operations of a step of the first case:\n\n{longest}\n"
+    return f"{title}\n\n{how}\n\n{head}\n{rows}\n\n{longest}"
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ class Graphs:
         self._done = Counter[Hashable]()
         self._records: dict[Hashable, _Record] = {}
 
-    def play(self, kind: Hashable, work: Work, *inputs: Tensor) -> Sequence[Tensor | None]:
-        """What ``work(*inputs)`` returns; from its third time on, by kind and shapes, from a record. Then the outputs are in
+    def play(self, kind: Hashable, work: Work, *inputs: Tensor, warm_up: int = WARM_UP) -> Sequence[Tensor | None]:
+        """What ``work(*inputs)`` returns; after ``warm_up`` times, by kind and shapes, from a record. Then the outputs are in
         the record's memory, until anything is played again."""
-        key = kind, *((tensor.shape, tensor.dtype) for tensor in inputs)
-        if self._done[key] < WARM_UP:
+        key = _key(kind, inputs)
+        if self._done[key] < warm_up:
             self._done[key] += 1
             return self._aside(work, inputs)
         if key not in self._records:
@@ -47,16 +47,17 @@ class Graphs:
         record.graph.replay()
         return record.outputs
 
-    def knows(self, kind: Hashable) -> bool:
-        """Whether there is a record of that kind."""
-        return any(known[0] == kind for known in self._records)  # type: ignore[index]
+    def knows(self, kind: Hashable, *inputs: Tensor) -> bool:
+        """Whether there is a record of that kind, and of such inputs."""
+        return _key(kind, inputs) in self._records
 
     def _aside(self, work: Work, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """On the stream that is recorded: what is made once is made for it."""
-        self._stream.wait_stream(torch.cuda.current_stream())
+        current = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             outputs = work(*inputs)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        current.wait_stream(self._stream)
         return outputs
 
     def _record(self, work: Work, inputs: Sequence[Tensor]) -> _Record:
@@ -67,3 +68,7 @@ class Graphs:
             outputs = work(*held)
         self._pool = self._pool or graph.pool()
         return _Record(graph, held, outputs)
+
+
+def _key(kind: Hashable, inputs: Sequence[Tensor]) -> Hashable:
+    return kind, *((tensor.shape, tensor.dtype) for tensor in inputs)

@@ -92,14 +92,19 @@ class Recovery:
         return Resolved(decision.action, verdict)
 
     def _again(self, step: int, batches: Sequence[Batch], report: Report) -> Verdict:
-        """Attempt it under observation, unless it is only the loss scale that is tried."""
+        """Attempt it under observation, unless it is only the loss scale that is tried. Observed blocks are not compiled, and
+        then round and drop otherwise: where they are, they are attempted as they were, and observed if that fails again."""
         if self.state.rung is Rung.FIRST:
             return self.attempt(step, batches)
         self.engine.shards_written(step - self.state.skipped)  # what is computed with comes anew from the shards
+        compiled = self.attempt(step, batches) if self.config.kernels.compile else None
+        if compiled is not None and not compiled.bad:
+            return compiled
+        self.engine.discard()
         with Watch(self.engine.model) as watch, Activations(self.engine.model) as activations:
-            verdict = self.attempt(step, batches)
+            observed = self.attempt(step, batches)
         report.saw(watch, activations)
-        return verdict
+        return compiled or observed  # a bad one, whose gradients nobody takes, or that of the gradients at hand
 
     def _event(self, step: int, batches: Sequence[Batch], verdict: Verdict) -> Event:
         if not verdict.bad or not self.config.guard.enabled:

@@ -22,22 +22,32 @@ def losses(folder, name, *more, **environment):
     return [line["loss"] for line in logged(folder, name, *more, **environment)]
 
 
-def test_every_engine_learns_on_a_gpu_as_on_a_cpu(tmp_path):
-    cache_digits(tmp_path / "data", samples_per_shard=500)
-    cpu = losses(tmp_path, "cpu", "train.engine=single", CUDA_VISIBLE_DEVICES="")
-    for engine in ("single", "deepspeed", "fsdp2"):
-        for precision, tolerance in (("fp32", 1e-4), ("tf32", 1e-2), ("bf16", 5e-2), ("fp16", 5e-2)):
-            if (engine, precision) == ("deepspeed", "fp16"):
-                continue  # refused
-            name = f"{engine}-{precision}"
-            gpu = losses(tmp_path, name, f"train.engine={engine}", f"train.precision={precision}", DS_ACCELERATOR="cuda")
-            assert gpu == pytest.approx(cpu, rel=tolerance), name
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engines")
+    cache_digits(folder / "data", samples_per_shard=500)
+    return folder
 
 
+@pytest.fixture(scope="module")
+def cpu(folder):
+    return losses(folder, "cpu", "train.engine=single", CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("tf32", 1e-2), ("bf16", 5e-2), ("fp16", 5e-2)])
 @pytest.mark.parametrize("engine", ["single", "deepspeed", "fsdp2"])
-def test_a_fault_of_bf16_alone_is_outlived_on_a_gpu(tmp_path, engine):
-    cache_digits(tmp_path / "data", samples_per_shard=500)
+def test_every_engine_learns_on_a_gpu_as_on_a_cpu(folder, cpu, engine, precision, tolerance):
+    if (engine, precision) == ("deepspeed", "fp16"):
+        pytest.skip("refused")
+    name = f"{engine}-{precision}"
+    gpu = losses(folder, name, f"train.engine={engine}", f"train.precision={precision}", DS_ACCELERATOR="cuda")
+    assert gpu == pytest.approx(cpu, rel=tolerance)
+
+
+@pytest.mark.parametrize("words", [["single"], ["single", "kernels.compile=true", "sample.every=2"], ["deepspeed"], ["fsdp2"]])
+def test_a_fault_of_bf16_alone_is_outlived_on_a_gpu(folder, words):
+    engine, *others = words
     fault = json.dumps([{"kind": "activation", "step": 1, "until": 2, "rank": 0}])
-    more = [f"train.engine={engine}", "train.precision=bf16", "guard.hold_steps=2"]
-    lines = logged(tmp_path, "run", *more, program=("-m", "tests.injected", fault), DS_ACCELERATOR="cuda")
+    more = [f"train.engine={engine}", *others, "train.precision=bf16", "guard.hold_steps=2"]
+    lines = logged(folder, "-".join(["fault", *words]), *more, program=("-m", "tests.injected", fault), DS_ACCELERATOR="cuda")
     assert [line["precision"] for line in lines] == ["bf16", "tf32", "tf32", "tf32", "bf16"]

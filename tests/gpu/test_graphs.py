@@ -8,7 +8,7 @@ import torch
 from tests.conftest import digits_config, random_batch
 from tests.unit.conftest import nano_model
 from xar_scale.diagnosis import Activations
-from xar_scale.engines.single import FIRST, SingleEngine
+from xar_scale.engines.single import ADDED, FIRST, SingleEngine
 from xar_scale.evaluate.generate import prepare
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import initial_weights, meta_model
@@ -45,6 +45,10 @@ class Course:
     def attempt(self, number):
         return self.engine.attempt(number, random_batches(number, self.passes, self.device))
 
+    def knows(self, kind):
+        batch = random_batch(0).to(self.device)
+        return self.engine._graphs.knows(kind, batch.latents, batch.labels, batch.t, batch.noise)
+
     def weights(self):
         return torch.cat([shard.master for shard in self.engine.shards()])
 
@@ -60,7 +64,8 @@ def test_recorded_passes_train_as_others_do(passes, precision, device, monkeypat
             course = Course(device, passes, f"train.precision={precision}")
             for number in range(2 * STEPS):
                 course.step(number)
-                assert not recorded or course.engine._graphs.knows(FIRST) == (number >= 2)
+                assert not recorded or course.knows(FIRST) == (number >= 2)
+                assert not recorded or course.knows(ADDED) == (number >= 2 and passes > 1)  # as soon as it can be
             courses.append(course)
     plain, played = courses
     assert played.losses == pytest.approx(plain.losses, rel=1e-5)
@@ -94,6 +99,20 @@ def test_other_precisions_discarded_attempts_and_looks_come_between(device, monk
     torch.testing.assert_close(played.weights(), plain.weights(), rtol=1e-3, atol=1e-5)
 
 
+def test_what_draws_in_between_has_the_memory_of_the_records(device):
+    course = Course(device, 1, "train.precision=bf16")
+    averages = [torch.zeros_like(shard.master) for shard in course.engine.shards()]
+    for number in range(4):
+        course.step(number)
+    held, weights = torch.cuda.memory_allocated(), course.weights()
+    with course.engine.drawing(averages, 4):
+        assert torch.cuda.memory_allocated() < held and not course.knows(FIRST)
+    assert torch.equal(course.weights(), weights)
+    for number in range(4, 8):
+        course.step(number)
+    assert course.knows(FIRST)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("compute", "tolerance"), [(FP32, 1e-4), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("entity", ["cell", "scale", "image"])
@@ -102,7 +121,8 @@ def test_recorded_networks_draw_what_others_do(entity, compute, tolerance, compi
     plain = nano_model(entity=entity, grid=(8, 8)).to(device)
     fast = copy.deepcopy(plain)
     prepare(fast, device, compute, compiled=compiled)
-    for seed, labels in enumerate(([1, 2, 3], [4, 5, 6], [7, 8])):
+    for seed, labels in enumerate(([1, 2, 3], [4, 5, 6], [7, 8], [1, 2, 3], [4, 5, 6, 7, 8])):
+        guided = {"guidance": 2.0, "guidance_interval": (0.2, 0.8), "seed": seed}
         with torch.autocast("cuda", dtype=compute, enabled=compute is not FP32):
-            expected, found = (sample(model, labels, steps=6, guidance=2.0, seed=seed) for model in (plain, fast))
+            expected, found = (sample(model, labels, steps=6, **guided) for model in (plain, fast))
         assert (found - expected).norm() <= tolerance * expected.norm()

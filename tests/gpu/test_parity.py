@@ -7,6 +7,7 @@ from tests.conftest import draw, golden
 from tests.unit.conftest import with_backend
 from xar_scale.checkpoint.interop import official_names
 from xar_scale.flow import velocity_loss
+from xar_scale.precision import apply_matmul_mode
 from xar_scale.sampler import sample
 from xar_scale.tokenizers.kl16 import KL16Tokenizer
 
@@ -49,8 +50,9 @@ def test_forward_and_backward_in_bf16(model, golden_json, device):
     forward_backward(model, golden_json, device, "bf16")
 
 
-def test_the_autoencoder(kl16_weights, device):
-    """Convolutions multiply in TF32 unless told otherwise."""
+@pytest.mark.parametrize("mode", ["fp32", "tf32"])
+def test_the_autoencoder(kl16_weights, device, mode):
+    apply_matmul_mode(mode)
     kl16, case = KL16Tokenizer(kl16_weights, device), golden("kl16")
     image = torch.from_numpy(draw("public/kl16/image", (1, 3, 64, 64))).tanh().float()
     latent = torch.from_numpy(draw("public/kl16/latent", (1, 16, 4, 4))).float()

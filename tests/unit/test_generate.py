@@ -19,6 +19,7 @@ from xar_scale.data.loader import LatentDataset
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DatasetInfo, ShardWriter
 from xar_scale.errors import ConfigError, DataError, NonFiniteError, UsageError
+from xar_scale.evaluate import generate
 from xar_scale.evaluate.generate import Generator, open_generator, prepare
 from xar_scale.evaluate.trained import holds_weights, open_trained
 from xar_scale.files import write_atomically
@@ -74,6 +75,41 @@ def test_blocks_that_draw_are_compiled_where_it_is_asked_for(checkpoint, monkeyp
     assert np.abs(images[0] - images[1]).max() <= 1
     assert capsys.readouterr().out.count(", blocks compiled\n") == 1
     assert counted.frame_count == 7  # four cells: each alone, and each but the first beside the one before
+
+
+def test_kinds_of_calls_are_compiled_beyond_pytorch_s_limit(checkpoint, monkeypatch):
+    """Of a last batch that is smaller, and of calls without guidance where it acts at some times only: that limit is 8."""
+    torch._dynamo.reset()
+    counted = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counted))
+    own = ("sample.batch=2", "sample.steps=6", "sample.guidance_interval=[0.2,0.8]")
+    images = [generator(checkpoint.path, *own, f"kernels.compile={word}").draw([3, 7, 4], 4) for word in ("false", "true")]
+    assert np.abs(images[0].astype(int) - images[1]).max() <= 1
+    assert counted.frame_count == 20
+
+
+class Unrecorded:
+    """In place of records, which need a GPU: does the work anew each time."""
+
+    def __init__(self, device) -> None:
+        self.kinds = set()
+
+    def play(self, kind, work, *inputs):
+        self.kinds.add((kind, inputs[0].shape))
+        return work(*inputs)
+
+
+def test_batches_of_any_size_share_the_cache_that_records_know(monkeypatch):
+    monkeypatch.setattr(generate, "Graphs", Unrecorded)
+    recorded = generate._Recorded(model := create_model("nano", **SIZES).eval(), CPU)
+    plain, made = create_model("nano", **SIZES), []
+    model.forward, model.new_cache = recorded.forward, lambda *of: made.append(recorded.new_cache(*of)) or made[-1]
+    for labels, graphs in (([3, 7], 7), ([5], 14), ([1, 2, 3], 7), ([4, 6], 14)):
+        options = {"steps": 3, "guidance": 1.5, "seed": len(labels)}
+        assert torch.equal(sample(model, labels, **options), sample(plain, labels, **options))
+        assert len(recorded._graphs.kinds) == graphs  # a larger cache is another: what knew the one before is gone
+    sizes = [len(cache[0].keys) for cache in made]
+    assert sizes == [4, 4, 6, 6] and made[0] is made[1] and made[2] is made[3]
 
 
 def test_neither_the_batch_nor_the_company_matters(checkpoint):

@@ -26,6 +26,22 @@ def test_a_second_attempt_is_the_first_one_bitwise(tmp_path, monkeypatch):
     assert run.recovery.state == GuardState(transients=1, discarded=1)
 
 
+@pytest.mark.parametrize(("failing", "observed"), [(1, [False, False]), (2, [False, False, True, False])])
+def test_compiled_blocks_are_attempted_as_they_were_before_they_are_observed(tmp_path, monkeypatch, failing, observed):
+    """Observed they are not compiled: then dropout and rounding are others, and what depends on them would be gone."""
+    run = Guarded(tmp_path, "train.precision=bf16", "kernels.compile=true")
+    run.spoil(monkeypatch, failing, when=lambda engine: not hooked(engine))
+    attempt, seen = run.engine.attempt, []
+    monkeypatch.setattr(run.engine, "attempt", lambda *of: seen.append(hooked(run.engine)) or attempt(*of))
+    resolved = run.resolve()
+    assert seen == observed and resolved.action is Action.STEP and not resolved.verdict.bad
+    assert run.engine.mode == ("bf16" if failing == 1 else "tf32")
+
+
+def hooked(engine) -> bool:
+    return any(module._forward_hooks for module in engine.model.modules())
+
+
 def test_what_bf16_cannot_take_is_taken_in_tf32_as_if_it_had_been_the_runs(tmp_path, monkeypatch):
     run, exact = Guarded(tmp_path, "train.precision=bf16"), Guarded(tmp_path / "exact", "train.precision=tf32")
     run.spoil(monkeypatch, 99, when=lambda engine: engine.mode == "bf16")

@@ -11,7 +11,7 @@ from xar_scale.config import Config
 from xar_scale.data.loader import Batch
 from xar_scale.engines.base import Engine, Shard, adam_state, set_steps
 from xar_scale.errors import ConfigError
-from xar_scale.graphs import Graphs
+from xar_scale.graphs import WARM_UP, Graphs
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
@@ -48,8 +48,9 @@ class SingleEngine(Engine):
             self._graphs = Graphs(self.device)  # whose memory such a pass needs
             return super().forward_backward(batch)
         parameters = [*self.parameters.values()]
+        inputs = batch.latents, batch.labels, batch.t, batch.noise
         first = parameters[0].grad is None
-        if not first and not graphs.knows(FIRST):  # the gradients that it adds to are not yet where they will stay
+        if not first and not graphs.knows(FIRST, *inputs):  # the gradients that it adds to are not yet where they will stay
             return super().forward_backward(batch)
 
         def work(latents: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Sequence[Tensor | None]:
@@ -57,8 +58,9 @@ class SingleEngine(Engine):
             loss = super(SingleEngine, self).forward_backward(held)
             return [loss, *(parameter.grad for parameter in parameters)]
 
-        kind = FIRST if first else ADDED
-        loss, *gradients = graphs.play(kind, work, batch.latents, batch.labels, batch.t, batch.noise)
+        # what is added is warm by then, and unrecorded would need its activations beside those of the records
+        kind, warm_up = (FIRST, WARM_UP) if first else (ADDED, 0)
+        loss, *gradients = graphs.play(kind, work, *inputs, warm_up=warm_up)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         assert loss is not None
@@ -68,7 +70,7 @@ class SingleEngine(Engine):
         return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
 
     def _apply_precision(self) -> None:
-        """Autocast is all there is, and what was recorded in another precision goes."""
+        """Autocast is all there is. What was recorded in another precision goes, and with it its memory."""
         self._graphs = Graphs(self.device) if self.plays_records else None
 
     def _optimizer_step(self, learning_rate: float) -> None:
@@ -89,3 +91,4 @@ class SingleEngine(Engine):
     def shards_written(self, steps: int) -> None:
         for parameter in self.parameters.values():
             set_steps(self.optimizer, parameter, steps)
+        self._apply_precision()  # whoever writes may draw next, and needs the records' memory

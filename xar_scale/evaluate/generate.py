@@ -1,7 +1,6 @@
 """Labels in, uint8 images out: the network on this rank's device, or shared by neighbours, and the tokenizer behind it."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,6 +17,7 @@ from xar_scale.dist import say
 from xar_scale.errors import ConfigError
 from xar_scale.evaluate.trained import Trained
 from xar_scale.graphs import Graphs
+from xar_scale.model.compiled import compiled as graph_of
 from xar_scale.model.kv_cache import KVCache
 from xar_scale.model.xar import XAR, meta_model
 from xar_scale.precision import FP32, MODES, apply_matmul_mode
@@ -161,22 +161,38 @@ def prepare(model: XAR, device: torch.device, compute: torch.dtype, *, compiled:
             if isinstance(module, nn.Linear):
                 module.to(compute)
     if compiled:
-        torch._dynamo.config.recompile_limit = 4 * model.layout.entities  # docs/sampling.md: a graph each kind of call
         for block in model.blocks:
-            block.compile(fullgraph=True, dynamic=False)
+            block.forward = graph_of(block.forward, fullgraph=True)  # type: ignore[method-assign]
     if device.type == "cuda":
-        graphs, forward = Graphs(device), model.forward
+        recorded = _Recorded(model, device)
+        model.forward, model.new_cache = recorded.forward, recorded.new_cache  # type: ignore[method-assign, assignment]
 
-        def play(x: Tensor, t: Tensor, labels: Tensor, first: int = 0, cache: KVCache | None = None) -> Tensor:
-            def work(x: Tensor, t: Tensor, labels: Tensor) -> list[Tensor]:
-                return [forward(x, t, labels, first, cache)]
 
-            (velocity,) = graphs.play((first, id(cache)), work, x, t, labels)
-            assert velocity is not None
-            return velocity.clone()
+class _Recorded:
+    """A network's calls, each kind of them recorded. It has one cache, where its records know it, for the largest batch yet."""
 
-        model.forward = play  # type: ignore[assignment]
-        model.new_cache = functools.cache(model.new_cache)  # type: ignore[method-assign]  # where records know it
+    def __init__(self, model: XAR, device: torch.device) -> None:
+        self._forward, self._new_cache, self._device = model.forward, model.new_cache, device
+        self._graphs = Graphs(device)
+        self._cache: KVCache = []
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, first: int = 0, cache: KVCache | None = None) -> Tensor:
+        def work(x: Tensor, t: Tensor, labels: Tensor) -> list[Tensor]:
+            return [self._forward(x, t, labels, first, cache)]
+
+        if cache is not self._cache:
+            (velocity,) = work(x, t, labels)
+            return velocity
+        (played,) = self._graphs.play(first, work, x, t, labels)
+        assert played is not None
+        return played.clone()
+
+    def new_cache(self, batch: int, dtype: torch.dtype | None = None) -> KVCache:
+        keys = self._cache[0].keys if self._cache else torch.empty(0)
+        if len(keys) < batch or keys.dtype != dtype:
+            self._cache, self._graphs = [], Graphs(self._device)  # the memory of both goes first
+            self._cache = self._new_cache(batch, dtype)
+        return self._cache
 
 
 def _place(model: XAR, settings: SampleConfig, device: torch.device) -> dict[str, tuple[int, Tensor]]:

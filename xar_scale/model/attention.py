@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xar_scale.config import AttentionBackend
 from xar_scale.errors import ConfigError
+from xar_scale.model.compiled import compiled
 from xar_scale.model.cpu import goes_own_way
 from xar_scale.model.dropout import dropout
 from xar_scale.model.entities import EntityLayout
@@ -199,12 +200,10 @@ _known_block_mask = lru_cache(maxsize=128)(_block_mask)
 
 @cache
 def _compiled_flex() -> Callable[..., Any]:
-    """Uncompiled it computes every score. Each mask and batch size is a graph of its own: beyond PyTorch's limit of 8 the
-    rest would run uncompiled, with a warning; this has more, and then fails."""
+    """Uncompiled it computes every score. Each mask and batch size is a graph of its own."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    more = torch._dynamo.config.patch({"recompile_limit": 1024, "accumulated_recompile_limit": 1024})
-    return more(torch.compile(flex_attention, dynamic=False, fullgraph=True))
+    return compiled(flex_attention, fullgraph=True)
 
 
 _FUNCTIONS = {"dense": _dense, "masked": _masked, "prefix": _prefix, "flex": _flex}

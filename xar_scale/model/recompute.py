@@ -11,6 +11,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from xar_scale.config import Recompute
+from xar_scale.model.compiled import compiled as graph_of
 
 _aten = torch.ops.aten
 # Matrix products and attention: most of the time of a block, little of its memory. What is not PyTorch's own, flash_attn's
@@ -35,11 +36,11 @@ def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute, *, compiled: b
     """
     for block in blocks:
         if compiled and mode != "selective":
-            block.forward = torch.compile(block.forward, dynamic=False)
+            block.forward = graph_of(block.forward)
         if mode != "none":
             block.forward = partial(_recomputed, block.forward, mode)
         if compiled and mode == "selective":
-            block.forward = torch.compile(block.forward, dynamic=False)
+            block.forward = graph_of(block.forward)
 
 
 def _recomputed(forward: Callable[..., Any], mode: Recompute, *arguments: Any) -> Any:
