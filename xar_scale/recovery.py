@@ -97,10 +97,12 @@ class Recovery:
         if self.state.rung is Rung.FIRST:
             return self.attempt(step, batches)
         self.engine.shards_written(step - self.state.skipped)  # what is computed with comes anew from the shards
-        compiled = self.attempt(step, batches) if self.config.kernels.compile else None
-        if compiled is not None and not compiled.bad:
-            return compiled
-        self.engine.discard()
+        compiled = None
+        if self.config.kernels.compile:
+            compiled = self.attempt(step, batches)
+            if not compiled.bad:
+                return compiled
+            self.engine.discard()
         with Watch(self.engine.model) as watch, Activations(self.engine.model) as activations:
             observed = self.attempt(step, batches)
         report.saw(watch, activations)

@@ -49,7 +49,7 @@ class FSDP2Engine(Engine):
             # group's policy, and what they are gathered in is made once, by the first gather
             state = module._get_fsdp_state()  # type: ignore[operator]
             state._mp_policy = policy
-            # up to torch 2.12 a state has one group at most
+            # in torch 2.11 a state has one group
             for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
                 group.mp_policy = policy
                 for parameter in group.fsdp_params:
