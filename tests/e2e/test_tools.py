@@ -51,6 +51,7 @@ def without_speed(rows: list[list[str]]) -> list[list[str]]:
     return [[*row[:4], *row[5:]] for row in rows]
 
 
+@pytest.mark.long
 def test_a_sweep_goes_on_and_is_the_same_on_two_ranks(tmp_path):
     run = Run(tmp_path / "run")
     run.train(5)
@@ -141,6 +142,7 @@ def test_a_sweep_needs_matplotlib_before_it_draws(monkeypatch, capsys):
     assert capsys.readouterr().err == "sweep: the plot is matplotlib's: pip install 'xar_scale[evaluate]'\n"
 
 
+@pytest.mark.long
 def test_attention_and_recomputation_are_timed():
     small = ["--model", "nano", "--grid", "4", "--batch", "1"]
     done = command(sys.executable, "tools/bench.py", "attention", *small)

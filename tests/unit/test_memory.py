@@ -136,15 +136,14 @@ def test_copies_of_weights_count_where_autocast_makes_them():
     assert pass_memory(config, "tf32", SAMPLES, CPU) == pass_memory(cut, "tf32", SAMPLES, CPU)
 
 
+LONG = pytest.mark.long
 CUDA = torch.device("cuda", 0)
 IMAGES = [*GRID, "model.depth_encoder=3", "model.depth_decoder=4"]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own kernels stand there")
 
 
-@pytest.mark.parametrize(
-    "recompute", ["none", "full", *(pytest.param(mode, marks=pytest.mark.long) for mode in ("selective", "offload"))]
-)
-@pytest.mark.parametrize("mode", ["bf16", "tf32"])
+@pytest.mark.parametrize("recompute", ["full", *(pytest.param(mode, marks=LONG) for mode in ("none", "selective", "offload"))])
+@pytest.mark.parametrize("mode", ["bf16", pytest.param("tf32", marks=LONG)])
 def test_shallow_passes_tell_of_deep_ones(recompute, mode):
     """Where activations count, and where copies of weights do: in bf16 a wide network's are most of a small pass."""
     passes = memory.extrapolated_passes()
