@@ -16,6 +16,7 @@ from torch import Tensor
 from xar_scale.checkpoint.interop import official_names
 from xar_scale.config import Config, ModelConfig, override
 from xar_scale.data.loader import Batch
+from xar_scale.evaluate.digits import cache_digits
 from xar_scale.model.xar import XAR
 from xar_scale.presets import recipe
 from xar_scale.tokenizers.kl16 import KL16Tokenizer
@@ -51,6 +52,14 @@ def draw(name: str, shape: tuple[int, ...]) -> np.ndarray:
 def golden(name: str) -> dict[str, Tensor]:
     with np.load(GOLDEN / f"{name}.npz") as file:
         return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A module's, for its runs; in ``data`` are the digits."""
+    folder: Path = tmp_path_factory.mktemp("runs")
+    cache_digits(folder / "data", samples_per_shard=500)
+    return folder
 
 
 @pytest.fixture

@@ -66,10 +66,8 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(folder):
     """Runs by name, each made once."""
-    folder = tmp_path_factory.mktemp("guard")
-    cache_digits(folder / "data", samples_per_shard=500)
 
     @cache
     def run(name: str, engine: str) -> Run:

@@ -10,17 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.processes import Ended, finish, start
-from xar_scale.evaluate.digits import cache_digits
 
 SETTINGS = ["model.width=16", "model.heads=2", "train.global_batch=24", "optim.warmup_steps=5", "train.log_every=1"]
 SETTINGS += ["train.hang_after=5", "train.hang_seconds=6", "train.ds_config=tests/dist/zero3.json"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hangs")
-    cache_digits(folder / "data", samples_per_shard=500)
-    return folder
 
 
 def run(folder: Path, name: str, engine: str, fault: dict, *more: str, steps: int = 4000, meanwhile=None, world: int = 2) -> Ended:

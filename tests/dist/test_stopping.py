@@ -11,18 +11,10 @@ import pytest
 
 from tests.processes import Ended, finish, start
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, step_of
-from xar_scale.evaluate.digits import cache_digits
 
 STEPS = 120
 SETTINGS = ["model.width=16", "model.heads=2", "train.global_batch=24", "optim.warmup_steps=5", "train.log_every=1"]
 SETTINGS += [f"train.steps={STEPS}", "train.engine=fsdp2", "train.checkpoint_every=1000", "optim.ema_snapshots_every=50"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("stopping")
-    cache_digits(folder / "data", samples_per_shard=500)
-    return folder
 
 
 def train(folder: Path, name: str, *more: str, meanwhile=None, world: int = 2) -> Ended:

@@ -14,7 +14,6 @@ import torch
 
 from tests.dist.states import assert_bitwise, assert_near, state
 from tests.processes import finish, kill, launch, start
-from xar_scale.evaluate.digits import cache_digits
 
 pytestmark = pytest.mark.long
 STEPS = 20
@@ -28,13 +27,6 @@ SETTINGS = [
     "optim.ema_snapshots_every=7",  # so that the power-function averages are held to all of the below
     "train.ds_config=tests/dist/zero3.json",
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
-    cache_digits(folder / "data", samples_per_shard=500)
-    return folder
 
 
 def arguments(folder: Path, run: str, engine: str, *more: str) -> list[str]:

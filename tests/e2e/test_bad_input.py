@@ -12,17 +12,10 @@ import pytest
 from tests.processes import launch
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import ShardWriter
-from xar_scale.evaluate.digits import cache_digits, load_digits
+from xar_scale.evaluate.digits import load_digits
 from xar_scale.tokenizers.pixel import PixelTokenizer
 
 SMALL = ["train.steps=4", "optim.warmup_steps=1", "train.global_batch=8", "train.log_every=1", "train.checkpoint_every=2"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bad")
-    cache_digits(folder / "data", samples_per_shard=500)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,10 @@ import pytest
 
 from tests.processes import ROOT, environment, free_port, ranks
 from xar_scale.checkpoint.manifest import checkpoint_paths, step_of
-from xar_scale.evaluate.digits import cache_digits
 
 STEPS = 80
 SETTINGS = ["model.width=16", "model.heads=2", "train.global_batch=24", "train.log_every=1", "optim.warmup_steps=5"]
 SETTINGS += [f"train.steps={STEPS}", "train.checkpoint_every=1000", "data.workers=1"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("launchers")
-    cache_digits(folder / "data", samples_per_shard=500)
-    return folder
 
 
 class Launched:

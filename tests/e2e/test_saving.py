@@ -10,19 +10,11 @@ import pytest
 from tests.dist.states import assert_bitwise, state
 from tests.processes import Ended, finish, kill, launch, start
 from xar_scale.checkpoint.manifest import AVERAGES, checkpoint_paths, newest_valid, verify
-from xar_scale.evaluate.digits import cache_digits
 
 STEPS = 60
 SMALL = ["model.width=16", "model.heads=2", "train.global_batch=8", "optim.warmup_steps=5", "train.log_every=5"]
 TWO = [*SMALL, f"train.steps={STEPS}", "train.engine=fsdp2", "train.checkpoint_every=10", "optim.ema_snapshots_every=4"]
 KILLS = 4
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saving")
-    cache_digits(folder / "data", samples_per_shard=500)
-    return folder
 
 
 def words(folder: Path, run: Path, *more: str) -> list[str]:

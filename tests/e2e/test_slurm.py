@@ -13,20 +13,12 @@ import torch
 from tests.processes import ROOT, launch, ranks
 from tests.slurm import missing, slurm
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, step_of
-from xar_scale.evaluate.digits import cache_digits
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 STEPS = 200
 SETTINGS = ["model.width=32", "model.heads=2", "train.global_batch=24", "train.log_every=1", "optim.warmup_steps=5"]
 SETTINGS += [f"train.steps={STEPS}", "train.engine=fsdp2", "train.checkpoint_every=1000", "data.workers=1"]
 SCRIPT = ROOT / "launchers" / "slurm.sbatch"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs")
-    cache_digits(folder / "data", samples_per_shard=500)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from tests.processes import launch
-from xar_scale.evaluate.digits import cache_digits
 
 STEPS = ["train.steps=5", "train.global_batch=32", "train.log_every=1", "optim.warmup_steps=1", "data.workers=0"]
 
@@ -20,13 +19,6 @@ def logged(folder, name, *more, program=("-m", "xar_scale"), **environment):
 
 def losses(folder, name, *more, **environment):
     return [line["loss"] for line in logged(folder, name, *more, **environment)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("engines")
-    cache_digits(folder / "data", samples_per_shard=500)
-    return folder
 
 
 @pytest.fixture(scope="module")

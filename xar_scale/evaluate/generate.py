@@ -17,7 +17,7 @@ from xar_scale.dist import say
 from xar_scale.errors import ConfigError
 from xar_scale.evaluate.trained import Trained
 from xar_scale.graphs import Graphs
-from xar_scale.model.compiled import compiled as graph_of
+from xar_scale.model.compiled import graph_of
 from xar_scale.model.kv_cache import KVCache
 from xar_scale.model.xar import XAR, meta_model
 from xar_scale.precision import FP32, MODES, apply_matmul_mode
@@ -188,8 +188,8 @@ class _Recorded:
         return played.clone()
 
     def new_cache(self, batch: int, dtype: torch.dtype | None = None) -> KVCache:
-        keys = self._cache[0].keys if self._cache else torch.empty(0)
-        if len(keys) < batch or keys.dtype != dtype:
+        fits = self._cache and self._cache[0].keys.shape[0] >= batch and self._cache[0].keys.dtype == dtype
+        if not fits:
             self._cache, self._graphs = [], Graphs(self._device)  # the memory of both goes first
             self._cache = self._new_cache(batch, dtype)
         return self._cache

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xar_scale.config import AttentionBackend
 from xar_scale.errors import ConfigError
-from xar_scale.model.compiled import compiled
+from xar_scale.model.compiled import graph_of
 from xar_scale.model.cpu import goes_own_way
 from xar_scale.model.dropout import dropout
 from xar_scale.model.entities import EntityLayout
@@ -203,7 +203,7 @@ def _compiled_flex() -> Callable[..., Any]:
     """Uncompiled it computes every score. Each mask and batch size is a graph of its own."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return compiled(flex_attention, fullgraph=True)
+    return graph_of(flex_attention, fullgraph=True)
 
 
 _FUNCTIONS = {"dense": _dense, "masked": _masked, "prefix": _prefix, "flex": _flex}

@@ -8,9 +8,12 @@ import torch
 MOST = 1024  # graphs of one function; PyTorch's own limit is 8, beyond which it goes on without a graph, or fails
 
 
-def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """A graph for each kind of call: shapes, training or not, a precision of autocast, entities before those fed."""
+def graph_of(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """A graph for each kind of call: shapes, training or not, a precision of autocast, entities before those fed.
+
+    PyTorch's limit of them is the process's, and is raised for good: to raise it around each call takes time in each block.
+    """
     from torch._dynamo import config  # seconds, for which each process would wait
 
-    more = config.patch({"recompile_limit": MOST, "accumulated_recompile_limit": MOST})
-    return more(torch.compile(function, dynamic=False, **options))
+    config.recompile_limit = config.accumulated_recompile_limit = MOST
+    return torch.compile(function, dynamic=False, **options)

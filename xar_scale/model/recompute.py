@@ -11,7 +11,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from xar_scale.config import Recompute
-from xar_scale.model.compiled import compiled as graph_of
+from xar_scale.model.compiled import graph_of
 
 _aten = torch.ops.aten
 # Matrix products and attention: most of the time of a block, little of its memory. What is not PyTorch's own, flash_attn's
