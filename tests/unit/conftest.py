@@ -13,6 +13,7 @@ from xar_scale.data import remote
 from xar_scale.data.cache import NodeCache
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DatasetInfo, Sample, ShardWriter
+from xar_scale.flow import velocity_loss
 from xar_scale.model.entities import EntityLayout
 from xar_scale.model.xar import XAR, create_model
 
@@ -129,3 +130,9 @@ def url(store, stored, monkeypatch):
 def cache(tmp_path):
     """Of a node, with room for all."""
     return NodeCache(tmp_path / "cache", 10**9)
+
+
+def loss_of(model):
+    layout = model.layout
+    noise, t = normal(1, 2, layout.tokens, 4, dtype=torch.float32), normal(2, 2, layout.entities, dtype=torch.float32).sigmoid()
+    return velocity_loss(model, layout, normal(0, 2, 4, 4, 4, dtype=torch.float32), noise, t, torch.tensor([1, 2]))

@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from tests.unit.conftest import nano_model, normal, with_backend
+from tests.unit.conftest import loss_of, nano_model, with_backend
 from xar_scale.diagnosis import Activations, Watch
-from xar_scale.flow import velocity_loss
 from xar_scale.model.entities import kinds
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.sampler import sample
@@ -22,12 +21,6 @@ def counted():
     torch._dynamo.reset()
     yield torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-
-
-def loss_of(model):
-    layout = model.layout
-    noise, t = normal(1, 2, layout.tokens, 4, dtype=torch.float32), normal(2, 2, layout.entities, dtype=torch.float32).sigmoid()
-    return velocity_loss(model, layout, normal(0, 2, 4, 4, 4, dtype=torch.float32), noise, t, torch.tensor([1, 2]))
 
 
 @pytest.mark.parametrize("backend", ["dense", "masked", "prefix"])

@@ -180,7 +180,8 @@ class Engine(ABC):
     def step(self, learning_rate: float, verdict: Verdict) -> None:
         """Clip the agreed gradient norm to ``optim.clip`` and update the weights."""
         scale = min(self.config.optim.clip / (verdict.grad_norm + 1e-6), 1.0) / self.loss_scale
-        torch._foreach_mul_(self.gradients(), scale)
+        if scale != 1.0:  # a pass over all gradients, and most steps of a run are shorter than the limit
+            torch._foreach_mul_(self.gradients(), scale)
         self._optimizer_step(learning_rate)
 
     @abstractmethod

@@ -1,6 +1,7 @@
 """block_causal_attention: entity k sees entities 0 to k. A readable reference (dense), fast twins (masked, prefix, flex)."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xar_scale.config import AttentionBackend
 from xar_scale.errors import ConfigError
@@ -25,6 +27,8 @@ Backend = Literal["dense", "masked", "prefix", "flex"]
 MIN_PREFIX_LENGTH = 16
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 FLASH_HEAD_WIDTH = 256  # the widest that FlashAttention-2 takes
+CUDNN_TILE = 128
+_OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FLEX_HEAD_WIDTH = 16  # the narrowest that FlexAttention's kernel takes
 
 
@@ -114,7 +118,15 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, d
     """
     last = layout.offsets.index(k.shape[2]) - 1
     visible = None if first == last else ~_hidden(layout, first, k)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, dropout_p=dropout)
+    return _sdpa(q, k, v, visible, dropout)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    """PyTorch's fused kernel. On a GPU that is cuDNN's for whole tiles of queries and keys only: of others its gradients were
+    wrong, or NaN, on an H100 under torch 2.11 (pytorch#196678, cudnn-frontend#1072)."""
+    whole = q.shape[2] % CUDNN_TILE == 0 == k.shape[2] % CUDNN_TILE
+    with nullcontext() if whole or q.device.type != "cuda" else sdpa_kernel(_OTHERS):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
 
 
 def _prefix(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dropout: float) -> Tensor:
@@ -161,7 +173,7 @@ def _kernel(q: Tensor, dropout_p: float) -> Callable[..., Tensor]:
         return _flash
     if goes_own_way(q) and (dropout_p > 0 or (q.requires_grad and q.dtype in FLASH_DTYPES)):
         return _attend  # PyTorch's fused kernel has no dropout there, and a slow backward pass in 16 bits
-    return F.scaled_dot_product_attention
+    return _sdpa
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Dropout: PyTorch's own, and on a CPU one that draws the bits of four values at once."""
+"""Dropout: PyTorch's own; on a CPU one that draws the bits of four values at once; in graphs one that draws a seed."""
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from xar_scale.model.cpu import goes_own_way
 
 _LEVELS = 2**16
+_HASHED = 2**24  # levels of a hash
 
 
 class Dropout(nn.Module):
@@ -21,11 +22,50 @@ class Dropout(nn.Module):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Of a share ``p`` of the values, drawn from the device's generator; on a CPU a multiple of 2^-16."""
-    if not 0 < p < 1 or not goes_own_way(x):
+    """Of a share ``p`` of the values, drawn from the device's generator; on a CPU a multiple of 2^-16, in graphs of 2^-24."""
+    if not 0 < p < 1:
+        return F.dropout(x, p)
+    if torch.compiler.is_compiling():
+        return _hashed(x, p)
+    if not goes_own_way(x):
         return F.dropout(x, p)
     # PyTorch draws one number a value, in one thread (docs/benchmarks/2026-11-23-cpu-step.md)
     dropped = round(p * _LEVELS)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = bits[: x.numel()].view(x.shape) >= dropped - _LEVELS // 2
     return x * kept.to(x.dtype).mul_(1 / (1 - p))
+
+
+def _hashed(x: Tensor, p: float) -> Tensor:
+    """Whether a value is kept is a hash of its place and of a seed.
+
+    A graph's own random numbers are 32 bits a value of Philox, of ten rounds, and bound what they are fused with; the mask is
+    kept for the backward pass. Of this, which is made anew there, the seed is (docs/benchmarks/2026-11-27-gpu.md).
+    """
+    seed = _seed(torch.empty(0, device=x.device))
+    places = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
+    kept = _mix(_mix(places ^ seed[0]) ^ seed[1]) & (_HASHED - 1) >= round(p * _HASHED)
+    return torch.where(kept, x * (1 / (1 - p)), 0)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The last steps of MurmurHash3 (32 bits), after which each bit depends on all."""
+    x = (x ^ _shifted(x, 16)) * (0x85EBCA6B - 2**32)
+    x = (x ^ _shifted(x, 13)) * (0xC2B2AE35 - 2**32)
+    return x ^ _shifted(x, 16)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """To the right, as of unsigned numbers."""
+    return (x >> bits) & (2 ** (32 - bits) - 1)
+
+
+@torch.library.custom_op("xar_scale::dropout_seed", mutates_args=())
+def _seed(like: Tensor) -> Tensor:
+    """Two words. Graphs do not look inside: drawn there it would be drawn again for each value."""
+    return torch.randint(2**31 - 1, (2,), dtype=torch.int32, device=like.device)
+
+
+@_seed.register_fake
+def _(like: Tensor) -> Tensor:
+    return torch.empty(2, dtype=torch.int32, device=like.device)
