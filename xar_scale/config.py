@@ -20,7 +20,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "full", "selective", "offload"]
 KernelLibrary = Literal["auto", "torch", "apex"]
-AttentionBackend = Literal["auto", "dense", "masked", "prefix", "flex"]
+AttentionBackend = Literal["auto", "dense", "masked", "prefix", "flex", "flash"]
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -155,13 +155,17 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
     Gradients of weights are let go of as they come. Copies of weights that autocast makes and keeps count, except with engines
     that gather weights in 16 bits already. FlexAttention and apex, which take no such tensors, are stood for by what keeps as
     much: attention by entities, and PyTorch's norm. Where ``device`` is a GPU and there is none, whose backward pass even such
-    tensors need, a CPU's stand for them, with what a GPU's kernels keep.
+    tensors need, a CPU's stand for them, with what a GPU's kernels keep, and one masked call for this project's own attention.
     """
     precision = MODES[mode]
     model = meta_model(config.model)
     layout = model.layout
     absent = device.type == "cuda" and not torch.cuda.is_available()
-    attention = "prefix" if config.kernels.attention == "flex" else config.kernels.attention
+    attention = config.kernels.attention
+    if attention == "flex":
+        attention = "prefix"
+    elif absent and attention in ("auto", "flash"):
+        attention = "masked"
     kernels = replace(config.kernels, attention=attention, library="torch")
     model.use_kernels(kernels, device, precision.compute, training=True)
     inputs: list[int] = []

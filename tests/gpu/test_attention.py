@@ -43,7 +43,7 @@ def check(layout, backend, dtype, head_width, tolerance, device):
 
 
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
-@pytest.mark.parametrize("backend", ["dense", "masked", "prefix", "flex"])
+@pytest.mark.parametrize("backend", ["dense", "masked", "prefix", "flex", "flash"])
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "patch"])
 def test_in_bf16(name, backend, head_width, device):
     check(LAYOUTS[name], backend, torch.bfloat16, head_width, BF16, device)
@@ -56,7 +56,7 @@ def test_in_float32_and_tf32(name, backend, head_width, device, matmul):
     check(LAYOUTS[name], backend, torch.float32, head_width, FP32 if matmul == "highest" else TF32, device)
 
 
-@pytest.mark.parametrize("backend", ["masked", "prefix", "flex"])
+@pytest.mark.parametrize("backend", ["masked", "prefix", "flex", "flash"])
 def test_entities_of_one_token(backend, device):
     check(LAYOUTS["patch"], backend, torch.bfloat16, 64, BF16, device)
 
@@ -65,7 +65,23 @@ def test_entities_of_one_token(backend, device):
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
 def test_flash_attn_is_what_serves_prefix_in_bf16(head_width, device, monkeypatch):
     layout, calls = LAYOUTS["scale"], []
-    flash = attention._flash
-    monkeypatch.setattr(attention, "_flash", lambda *tensors, **settings: calls.append(1) or flash(*tensors, **settings))
+    flash = attention._flash_attn
+    monkeypatch.setattr(attention, "_flash_attn", lambda *tensors, **settings: calls.append(1) or flash(*tensors, **settings))
     check(layout, "prefix", torch.bfloat16, head_width, BF16, device)
     assert len(calls) == layout.entities + layout.entities - layout.entities // 2
+
+
+@pytest.mark.parametrize("backend", ["masked", "prefix"])
+@pytest.mark.parametrize("name", LAYOUTS)
+@torch.no_grad()
+def test_one_entity_is_drawn_in_bf16(name, backend, device):
+    """As in sampling: its queries alone, and the keys up to its own."""
+    layout = LAYOUTS[name]
+    generator = torch.Generator(device).manual_seed(0)
+    for first in {0, layout.entities // 2, layout.entities - 1}:
+        begin, end = layout.offsets[first : first + 2]
+        q, k, v = torch.randn(3, 2, 3, end, 80, device=device, generator=generator).bfloat16()
+        tensors = q[:, :, begin:], k, v
+        exact = block_causal_attention(*(tensor.double() for tensor in tensors), layout, first=first, backend="dense")
+        out = block_causal_attention(*tensors, layout, first=first, backend=backend)
+        assert (out - exact).norm() < BF16 * exact.norm()

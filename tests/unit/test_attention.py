@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention as flex_attention
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
 from tests.unit.conftest import nano_model, normal, unequal_layout, with_backend
 from xar_scale.config import KernelConfig, ModelConfig
 from xar_scale.errors import ConfigError
-from xar_scale.model import attention
+from xar_scale.model import attention, flash
 from xar_scale.model.attention import block_causal_attention, choose_backend
 from xar_scale.model.entities import create_layout, kinds
 
@@ -141,8 +142,9 @@ def test_long_entities_get_a_call_each_and_short_ones_one_product(monkeypatch, e
         ("cpu", torch.bfloat16, True, "prefix"),
         ("cpu", torch.bfloat16, False, "prefix"),
         ("cpu", torch.float32, True, "prefix"),
-        ("cuda", torch.bfloat16, True, "masked"),
-        ("cuda", torch.float32, False, "masked"),
+        ("cuda", torch.bfloat16, True, "flash"),
+        ("cuda", torch.bfloat16, False, "masked"),
+        ("cuda", torch.float32, True, "masked"),
     ],
 )
 def test_the_choice_goes_by_device_type_and_direction(device, dtype, backward, expected):
@@ -154,7 +156,55 @@ def test_the_choice_goes_by_device_type_and_direction(device, dtype, backward, e
 def test_on_a_gpu_a_single_entity_has_nothing_to_mask():
     kind = torch.device("cuda"), torch.bfloat16, 64
     for entity, expected in (("image", "prefix"), ("patch", "masked"), ("scale", "masked")):
-        assert choose_backend(nano_model(entity=entity).layout, *kind, dropout=0.0, backward=True) == expected
+        assert choose_backend(nano_model(entity=entity).layout, *kind, dropout=0.0, backward=False) == expected
+
+
+def test_flash_is_taken_where_it_serves_and_refused_where_it_does_not(monkeypatch):
+    layout, cuda = LAYOUTS["equal"], torch.device("cuda")
+    choose = partial(choose_backend, layout, dropout=0.1, backward=True)
+    for width, expected in ((8, "masked"), (16, "flash"), (128, "flash"), (136, "masked")):
+        assert choose(cuda, torch.bfloat16, width) == expected
+    assert choose(cuda, torch.float16, 80, backend="flash") == "flash"
+    assert choose(cuda, torch.float32, 80, backend="flash") == "masked"  # the guard's fallback to TF32
+    assert attention.describe("flash", cuda, torch.bfloat16, 80) == "flash (this project's, in Triton)"
+    with pytest.raises(ConfigError, match="flash takes heads of 16 to 128 channels, not 136"):
+        choose(cuda, torch.bfloat16, 136, backend="flash")
+    with pytest.raises(ConfigError, match="flash is a Triton kernel and needs a GPU; use masked, prefix or dense"):
+        choose(CPU, torch.bfloat16, 80, backend="flash")
+    monkeypatch.setattr(flash, "available", lambda: False)
+    assert choose(cuda, torch.bfloat16, 80) == "masked"
+    with pytest.raises(ConfigError, match="flash is a Triton kernel and needs a GPU"):
+        choose(cuda, torch.bfloat16, 80, backend="flash")
+
+
+@pytest.mark.parametrize(
+    ("layout", "first", "last"), [(LAYOUTS["equal"], 0, 3), (unequal_layout(), 0, 3), (unequal_layout(), 1, 2)]
+)
+def test_flash_is_told_how_many_keys_a_query_sees(layout, first, last, monkeypatch):
+    q, k, v = qkv(layout, first, last)
+
+    def reference(q, k, v, ends, dropout):
+        assert ends.dtype == torch.int32 and dropout == 0.0
+        hidden = torch.arange(k.shape[2]) >= ends[:, None]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden)
+
+    monkeypatch.setattr(flash, "flash_attention", reference)
+    out = attention._FUNCTIONS["flash"](q, k, v, layout, first, 0.0)
+    torch.testing.assert_close(out, naive(q, k, v, layout, first), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "learning", "cudnn"),
+    [(256, 256, True, True), (64, 256, True, False), (128, 192, True, False), (64, 192, False, True)],
+)
+def test_cudnn_is_taken_for_whole_tiles_where_gradients_are_wanted(queries, keys, learning, cudnn, monkeypatch):
+    seen = []
+    allowed = torch.backends.cuda.cudnn_sdp_enabled
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: seen.append(allowed()))
+    with FakeTensorMode(), torch.device("cuda"):
+        q, k = torch.empty(1, 1, queries, 64, requires_grad=learning), torch.empty(1, 1, keys, 64)
+    attention._sdpa(q, k, k)
+    assert seen == [cudnn]
 
 
 def test_a_backend_that_cannot_serve_is_refused_with_the_reason():
@@ -284,7 +334,7 @@ def test_a_broken_flash_attn_is_said_and_not_passed_over(installed, text, reason
     installed(text)
     found = attention._find_flash_attn()
     assert found.startswith("flash_attn is installed and cannot be used: ") and reason in found
-    monkeypatch.setattr(attention, "_FLASH", found)
+    monkeypatch.setattr(attention, "_FLASH_ATTN", found)
     with pytest.raises(ConfigError, match="flash_attn is installed and cannot be used.*; uninstall it"):
         attention.describe("prefix", torch.device("cuda"), torch.bfloat16, 80)
     assert "PyTorch" in attention.describe("prefix", torch.device("cuda"), torch.float32, 80)  # where it would not serve anyway
@@ -297,7 +347,7 @@ def as_flash_attn(q_BTNH, k_BTNH, v_BTNH, dropout_p):
 
 
 def test_flash_attn_serves_prefix_where_it_can(monkeypatch):
-    monkeypatch.setattr(attention, "_FLASH", as_flash_attn)
+    monkeypatch.setattr(attention, "_FLASH_ATTN", as_flash_attn)
     cuda = torch.device("cuda")
     for dtype, head_width, device, serves in (
         (torch.bfloat16, 80, cuda, True),
@@ -312,8 +362,8 @@ def test_flash_attn_serves_prefix_where_it_can(monkeypatch):
 
 def test_prefix_asks_for_flash_attn_by_what_it_is_given_and_calls_it_once_an_entity(monkeypatch):
     asked, lengths = [], []
-    monkeypatch.setattr(attention, "_flash_serves", lambda *of: asked.append(of) or True)
-    monkeypatch.setattr(attention, "_FLASH", lambda q, k, v, dropout_p: lengths.append((q.shape[1], k.shape[1])) or q)
+    monkeypatch.setattr(attention, "_flash_attn_serves", lambda *of: asked.append(of) or True)
+    monkeypatch.setattr(attention, "_FLASH_ATTN", lambda q, k, v, dropout_p: lengths.append((q.shape[1], k.shape[1])) or q)
     layout = LAYOUTS["unequal"]
     block_causal_attention(*qkv(layout), layout, backend="prefix")
     assert asked == [(CPU, torch.float64, 4)] and lengths == [(1, 1), (3, 4), (2, 6), (4, 10)]
@@ -321,8 +371,8 @@ def test_prefix_asks_for_flash_attn_by_what_it_is_given_and_calls_it_once_an_ent
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_flash_attn_gets_tokens_before_heads_and_is_part_of_a_graph(monkeypatch, compiled):
-    monkeypatch.setattr(attention, "_FLASH", as_flash_attn)
-    monkeypatch.setattr(attention, "_flash_serves", lambda *_: True)
+    monkeypatch.setattr(attention, "_FLASH_ATTN", as_flash_attn)
+    monkeypatch.setattr(attention, "_flash_attn_serves", lambda *_: True)
     layout = LAYOUTS["unequal"]
     layout.on(CPU)
     attend = torch.compile(block_causal_attention, backend="eager", fullgraph=True) if compiled else block_causal_attention

@@ -1,7 +1,6 @@
-"""block_causal_attention: entity k sees entities 0 to k. A readable reference (dense), fast twins (masked, prefix, flex)."""
+"""block_causal_attention: entity k sees entities 0 to k. A readable reference (dense), its fast twins."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from xar_scale.config import AttentionBackend
 from xar_scale.errors import ConfigError
+from xar_scale.model import flash
 from xar_scale.model.compiled import graph_of
 from xar_scale.model.cpu import goes_own_way
 from xar_scale.model.dropout import dropout
@@ -21,7 +21,7 @@ from xar_scale.model.entities import EntityLayout
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-Backend = Literal["dense", "masked", "prefix", "flex"]
+Backend = Literal["dense", "masked", "prefix", "flex", "flash"]
 
 # On a CPU shorter entities make more and smaller calls than their unmasked work saves (docs/benchmarks)
 MIN_PREFIX_LENGTH = 16
@@ -63,12 +63,14 @@ def choose_backend(
     backward: bool,
     backend: AttentionBackend = "auto",
 ) -> Backend:
-    """The one named, or the fastest of those that serve everywhere (docs/benchmarks). On a GPU that is masked, one fused kernel
-    for all entities, but for a single one, which has nothing to hide. On a CPU it is prefix, a call an entity, where entities
-    are long on average, and dense, plain products, where they are short. Raises ConfigError with the reason against the one
-    named.
+    """The one named, or the fastest of those that serve everywhere (docs/benchmarks). On a GPU that is flash in training in 16
+    bits, and else masked, one fused kernel for all entities, but for a single one, which has nothing to hide. On a CPU it is
+    prefix, a call an entity, where entities are long on average, and dense, plain products, where they are short. Raises
+    ConfigError with the reason against the one named.
     """
     if backend == "auto" and device.type == "cuda":
+        if backward and dtype in FLASH_DTYPES and flash.available() and flash.NARROWEST <= head_width <= flash.WIDEST:
+            return "flash"
         return "masked" if layout.entities > 1 else "prefix"
     if backend == "auto":
         return "prefix" if layout.tokens >= MIN_PREFIX_LENGTH * layout.entities else "dense"
@@ -78,6 +80,13 @@ def choose_backend(
         raise ConfigError("attention flex has no backward pass on a CPU; use masked, prefix or dense")
     if backend == "flex" and head_width < FLEX_HEAD_WIDTH and device.type == "cuda":
         raise ConfigError(f"attention flex takes heads of at least {FLEX_HEAD_WIDTH} channels, not {head_width}")
+    if backend == "flash":
+        if device.type != "cuda" or not flash.available():
+            raise ConfigError("attention flash is a Triton kernel and needs a GPU; use masked, prefix or dense")
+        if not flash.NARROWEST <= head_width <= flash.WIDEST:
+            raise ConfigError(f"attention flash takes heads of {flash.NARROWEST} to {flash.WIDEST} channels, not {head_width}")
+        if dtype not in FLASH_DTYPES:  # to which the guard falls back in the middle of a run
+            return "masked"
     return backend
 
 
@@ -87,9 +96,13 @@ def describe(backend: Backend, device: torch.device, dtype: torch.dtype, head_wi
         return "dense (a mask and a softmax)"
     if backend == "flex":
         return f"flex (PyTorch's FlexAttention, {'compiled' if device.type == 'cuda' else 'not compiled'})"
+    if backend == "flash":
+        return "flash (this project's, in Triton)"
     if backend == "masked":
         return "masked (PyTorch scaled_dot_product_attention)"
-    return f"prefix ({'flash_attn' if _flash_serves(device, dtype, head_width) else 'PyTorch scaled_dot_product_attention'})"
+    return (
+        f"prefix ({'flash_attn' if _flash_attn_serves(device, dtype, head_width) else 'PyTorch scaled_dot_product_attention'})"
+    )
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dropout: float) -> Tensor:
@@ -122,10 +135,12 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, d
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
-    """PyTorch's fused kernel. On a GPU that is cuDNN's for whole tiles of queries and keys only: of others its gradients were
-    wrong, or NaN, on an H100 under torch 2.11 (pytorch#196678, cudnn-frontend#1072)."""
+    """PyTorch's fused kernel. On a GPU that is cuDNN's; but where gradients are wanted, for whole tiles of queries and keys
+    only: of others they were wrong, or NaN, on an H100 under torch 2.11 (pytorch#196678, cudnn-frontend#1072)."""
     whole = q.shape[2] % CUDNN_TILE == 0 == k.shape[2] % CUDNN_TILE
-    with nullcontext() if whole or q.device.type != "cuda" else sdpa_kernel(_OTHERS):
+    if whole or q.device.type != "cuda" or not q.requires_grad:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
+    with sdpa_kernel(_OTHERS):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
 
 
@@ -156,30 +171,36 @@ def _find_flash_attn() -> Callable[..., Any] | str | None:
 
 
 # Looked up here and not at the first call: that may be inside a graph, which cannot import
-_FLASH: Any = _find_flash_attn() if torch.cuda.is_available() else None
+_FLASH_ATTN: Any = _find_flash_attn() if torch.cuda.is_available() else None
 
 
-def _flash_serves(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
+def _flash_attn_serves(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
     """Raises ConfigError where it would serve and is broken: to go on without it would be silence."""
-    if device.type != "cuda" or dtype not in FLASH_DTYPES or head_width > FLASH_HEAD_WIDTH or _FLASH is None:
+    if device.type != "cuda" or dtype not in FLASH_DTYPES or head_width > FLASH_HEAD_WIDTH or _FLASH_ATTN is None:
         return False
-    if isinstance(_FLASH, str):
-        raise ConfigError(f"{_FLASH}; uninstall it or build it for this torch")
+    if isinstance(_FLASH_ATTN, str):
+        raise ConfigError(f"{_FLASH_ATTN}; uninstall it or build it for this torch")
     return True
 
 
 def _kernel(q: Tensor, dropout_p: float) -> Callable[..., Tensor]:
-    if _flash_serves(q.device, q.dtype, q.shape[-1]):
-        return _flash
+    if _flash_attn_serves(q.device, q.dtype, q.shape[-1]):
+        return _flash_attn
     if goes_own_way(q) and (dropout_p > 0 or (q.requires_grad and q.dtype in FLASH_DTYPES)):
         return _attend  # PyTorch's fused kernel has no dropout there, and a slow backward pass in 16 bits
     return _sdpa
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
     """flash_attn's kernel, which wants (B, T, N, H)."""
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return _FLASH(q, k, v, dropout_p=dropout_p).transpose(1, 2)
+    return _FLASH_ATTN(q, k, v, dropout_p=dropout_p).transpose(1, 2)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dropout: float) -> Tensor:
+    """One kernel that visits no block of scores which is hidden as a whole, and masks only those that are in part."""
+    ends = layout.on(q.device).ends[layout.offsets[first] : k.shape[2]]
+    return flash.flash_attention(q, k, v, ends, dropout)
 
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dropout: float) -> Tensor:
@@ -218,4 +239,4 @@ def _compiled_flex() -> Callable[..., Any]:
     return graph_of(flex_attention, fullgraph=True)
 
 
-_FUNCTIONS = {"dense": _dense, "masked": _masked, "prefix": _prefix, "flex": _flex}
+_FUNCTIONS = {"dense": _dense, "masked": _masked, "prefix": _prefix, "flex": _flex, "flash": _flash}

@@ -25,6 +25,7 @@ class _Indices(NamedTuple):
     order: Tensor  # (T,) raster index of each token
     inverse: Tensor  # (rows * columns,) token of each raster index of the full grid
     entity: Tensor  # (T,) entity of each token
+    ends: Tensor  # (T,) int32: the first token that it does not see
     coordinates: Tensor  # (T, 2) float32
 
 
@@ -78,7 +79,8 @@ class EntityLayout:
         if device not in self._indices:
             entity = torch.repeat_interleave(_numbers(self.entities), torch.tensor(self.lengths, device="cpu"))
             inverse = torch.argsort(self.order)[-self.grid[0] * self.grid[1] :]
-            tensors = (self.order, inverse, entity, self.coordinates)
+            ends = torch.tensor(self.offsets[1:], dtype=torch.int32, device="cpu")[entity]
+            tensors = (self.order, inverse, entity, ends, self.coordinates)
             self._indices[device] = _Indices(*(tensor.to(device) for tensor in tensors))
         return self._indices[device]
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from xar_scale.config import Recompute
-from xar_scale.model import dropout  # noqa: F401  (which defines dropout_seed)
+from xar_scale.model import dropout, flash  # noqa: F401  (which define operations)
 from xar_scale.model.compiled import graph_of
 
 _aten = torch.ops.aten
@@ -25,6 +25,7 @@ _KEPT = {
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.xar_scale.flash_attention.default,
     torch.ops.xar_scale.dropout_seed.default,  # drawn again it would be another
 }
 

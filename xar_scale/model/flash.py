@@ -1,0 +1,422 @@
+"""flash_attention: block-causal attention as one fused Triton kernel forward and two backward (FlashAttention-2, Dao, 2023).
+
+Heads need no power of two channels: their tiles are two, of the widest power of two and of the rest, so that 80 channels are
+64 and 16 and not 128. Rows beyond the last one are the last one again, read but never written, so that no row needs a mask.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton  # type: ignore[import-untyped]
+    import triton.language as tl  # type: ignore[import-untyped]
+    from triton.language import constexpr
+except ImportError:  # wheels for a CPU come without
+    triton, constexpr = None, Any
+
+NARROWEST, WIDEST = 16, 128  # channels of a head
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut: tokens of a block of queries and of one of keys; warps of a program, stages of its pipeline, and the
+    most registers of a thread, which decide how many programs are on a multiprocessor at once."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int
+
+
+# By kernel and by the widest head that they serve, as measured on a GPU (docs/benchmarks/2026-11-27-gpu.md). 64 queries are one
+# entity of the published model, of which nothing is masked; three programs of 4 warps that share a multiprocessor have 168
+# registers a thread, and two 255
+BLOCKS = {
+    "forward": {128: Blocks(64, 64, 4, 2, 168)},
+    "queries": {96: Blocks(64, 64, 4, 2, 168), 128: Blocks(64, 32, 4, 2, 168)},
+    "keys": {96: Blocks(32, 64, 4, 2, 168), 128: Blocks(32, 64, 4, 2, 255)},
+}
+
+
+def available() -> bool:
+    """Whether Triton is installed. Its kernels need a GPU as well."""
+    return triton is not None
+
+
+def flash_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, ends_T: Tensor, dropout: float) -> Tensor:
+    """Attention of query t to the keys before ``ends_T[t]``, int32, which never falls and is at least 1.
+
+    All are of one 16-bit dtype and of any strides but the last, 1. Returns (B, N, T, H) as q, which is (B, T, N, H) in memory,
+    as are the gradients. Scale is H^-0.5; ``dropout`` acts on the probabilities, drawn from the device's generator.
+    """
+    return _attention(q_BNTH, k_BNTH, v_BNTH, ends_T, dropout)[0]
+
+
+def _jit(kernel: Any) -> Any:
+    return triton.jit(kernel) if triton else kernel
+
+
+@_jit
+def _load(x, rows, stride, H: constexpr, MAIN: constexpr, REST: constexpr):  # type: ignore[no-untyped-def]
+    """Rows of x: their first MAIN channels, and the REST from there on, which are 0 from H on."""
+    main = tl.load(x + rows[:, None] * stride + tl.arange(0, MAIN)[None, :])
+    rest = main
+    if REST:
+        channels = MAIN + tl.arange(0, REST)[None, :]
+        rest = tl.load(x + rows[:, None] * stride + channels, mask=channels < H, other=0.0)
+    return main, rest
+
+
+@_jit
+def _store(x, rows, stride, real, main, rest, H: constexpr, MAIN: constexpr, REST: constexpr):  # type: ignore[no-untyped-def]
+    """What _load would load, of the rows that are real."""
+    dtype = x.dtype.element_ty
+    tl.store(x + rows[:, None] * stride + tl.arange(0, MAIN)[None, :], main.to(dtype), mask=real[:, None])
+    if REST:
+        channels = MAIN + tl.arange(0, REST)[None, :]
+        tl.store(x + rows[:, None] * stride + channels, rest.to(dtype), mask=real[:, None] & (channels < H))
+
+
+@_jit
+def _products(a, a_rest, b, b_rest, REST: constexpr):  # type: ignore[no-untyped-def]
+    """Of each row of a with each row of b."""
+    products = tl.dot(a, tl.trans(b))
+    if REST:
+        products = tl.dot(a_rest, tl.trans(b_rest), products)
+    return products
+
+
+@_jit
+def _mixed(x):  # type: ignore[no-untyped-def]
+    """MurmurHash3's 32-bit finaliser but for its last step, x ^ (x >> 16), which changes the lower half alone."""
+    x = (x ^ (x >> 16)) * 0x85EBCA6B
+    return (x ^ (x >> 13)) * 0xC2B2AE35
+
+
+@_jit
+def _words(places, seed):  # type: ignore[no-untyped-def]
+    """A random word of each query, of a head of a sample: two rounds of the finaliser, before each a word of the seed."""
+    x = _mixed(places.to(tl.uint32) ^ tl.load(seed).to(tl.uint32))
+    x = _mixed(x ^ (x >> 16) ^ tl.load(seed + 1).to(tl.uint32))
+    return x ^ (x >> 16)
+
+
+@_jit
+def _kept(words, keys, dropped):  # type: ignore[no-untyped-def]
+    """Which probabilities dropout keeps: a third round, of the query's word times an odd number for the key.
+
+    Nothing else takes as much of a kernel's time: with all rounds here, of a counter of probabilities, it would be twice that.
+    """
+    return _mixed(words * (2 * keys + 1).to(tl.uint32)).to(tl.int32, bitcast=True) >= dropped
+
+
+# fmt: off
+@_jit
+def _forward(  # type: ignore[no-untyped-def]
+    q, k, v, ends, seed, out, lse,
+    q_b, q_n, q_t, k_b, k_n, k_t, v_b, v_n, v_t,
+    N, Tq, Tk, scale, dropped, grown,
+    H: constexpr, MAIN: constexpr, REST: constexpr,
+    QUERIES: constexpr, KEYS: constexpr, DROPOUT: constexpr,
+):
+    # fmt: on
+    """Output and log2 of the sum of exponentials of a block of queries."""
+    blocks = tl.cdiv(Tq, QUERIES)
+    head = tl.program_id(0) // blocks  # of all samples
+    begin = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES  # the longest first
+    b, n = (head // N).to(tl.int64), (head % N).to(tl.int64)
+    q += b * q_b + n * q_n
+    k += b * k_b + n * k_n
+    v += b * v_b + n * v_n
+    out += (b * Tq * N + n) * H
+    lse += head.to(tl.int64) * Tq
+
+    real = begin + tl.arange(0, QUERIES) < Tq
+    rows = tl.minimum(begin + tl.arange(0, QUERIES), Tq - 1)
+    end = tl.load(ends + rows)
+    by_all = tl.load(ends + begin) // KEYS * KEYS  # keys that all queries see, in whole blocks
+    by_any = tl.load(ends + tl.minimum(begin + QUERIES, Tq) - 1)
+    if DROPOUT:
+        drawn = _words(head * Tq + rows, seed)
+
+    q_main, q_rest = _load(q, rows, q_t, H, MAIN, REST)
+    log2_scale = scale * 1.4426950408889634
+    peak = tl.full([QUERIES], float("-inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    main = tl.zeros([QUERIES, MAIN], tl.float32)
+    rest = tl.zeros([QUERIES, REST], tl.float32) if REST else main
+    for PARTLY in tl.static_range(2):  # seen by all of the queries, then by some
+        for start in range(by_all if PARTLY else 0, by_any if PARTLY else by_all, KEYS):
+            keys = start + tl.arange(0, KEYS)
+            there = tl.minimum(keys, Tk - 1) if PARTLY else keys
+            k_main, k_rest = _load(k, there, k_t, H, MAIN, REST)
+            scores = _products(q_main, q_rest, k_main, k_rest, REST)
+            if PARTLY:
+                scores = tl.where(keys[None, :] < end[:, None], scores, float("-inf"))
+            # never of -inf alone: key 0 is in the first block, and all see it
+            higher = tl.maximum(peak, tl.max(scores, 1) * log2_scale)
+            p = tl.exp2(scores * log2_scale - higher[:, None])
+            shrink = tl.exp2(peak - higher)
+            peak = higher
+            total = total * shrink + tl.sum(p, 1)
+            if DROPOUT:
+                # a product: of a selection the compiler makes one of 16-bit halves, which takes more instructions
+                p *= _kept(drawn[:, None], keys[None, :], dropped).to(tl.float32)
+            v_main, v_rest = _load(v, there, v_t, H, MAIN, REST)
+            p = p.to(v_main.dtype)
+            main = tl.dot(p, v_main, main * shrink[:, None])
+            if REST:
+                rest = tl.dot(p, v_rest, rest * shrink[:, None])
+
+    share = (grown / total)[:, None]
+    _store(out, rows, N * H, real, main * share, rest * share, H, MAIN, REST)
+    tl.store(lse + rows, peak + tl.log2(total), mask=real)
+
+
+# fmt: off
+@_jit
+def _backward_queries(  # type: ignore[no-untyped-def]
+    q, k, v, ends, seed, grad, out, lse, delta, words, dq,
+    q_b, q_n, q_t, k_b, k_n, k_t, v_b, v_n, v_t, grad_b, grad_n, grad_t, out_b, out_n, out_t,
+    N, Tq, Tk, scale, dropped, grown,
+    H: constexpr, MAIN: constexpr, REST: constexpr,
+    QUERIES: constexpr, KEYS: constexpr, DROPOUT: constexpr,
+):
+    # fmt: on
+    """Gradients of a block of queries; and delta, the mean of a query's gradients of its probabilities, by which all lose.
+
+    What dropout keeps has grown: that factor is taken out of the loops, and out of delta.
+    """
+    blocks = tl.cdiv(Tq, QUERIES)
+    head = tl.program_id(0) // blocks
+    begin = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES
+    b, n = (head // N).to(tl.int64), (head % N).to(tl.int64)
+    q += b * q_b + n * q_n
+    k += b * k_b + n * k_n
+    v += b * v_b + n * v_n
+    grad += b * grad_b + n * grad_n
+    out += b * out_b + n * out_n
+    dq += (b * Tq * N + n) * H
+    lse += head.to(tl.int64) * Tq
+    delta += head.to(tl.int64) * Tq
+
+    real = begin + tl.arange(0, QUERIES) < Tq
+    rows = tl.minimum(begin + tl.arange(0, QUERIES), Tq - 1)
+    end = tl.load(ends + rows)
+    by_all = tl.load(ends + begin) // KEYS * KEYS
+    by_any = tl.load(ends + tl.minimum(begin + QUERIES, Tq) - 1)
+    if DROPOUT:
+        drawn = _words(head * Tq + rows, seed)
+        tl.store(words + head.to(tl.int64) * Tq + rows, drawn.to(tl.int32), mask=real)
+
+    q_main, q_rest = _load(q, rows, q_t, H, MAIN, REST)
+    grad_main, grad_rest = _load(grad, rows, grad_t, H, MAIN, REST)
+    out_main, out_rest = _load(out, rows, out_t, H, MAIN, REST)
+    mean = tl.sum(grad_main.to(tl.float32) * out_main.to(tl.float32), 1)
+    if REST:
+        mean += tl.sum(grad_rest.to(tl.float32) * out_rest.to(tl.float32), 1)
+    mean = mean / grown
+    tl.store(delta + rows, mean, mask=real)
+    logs = tl.load(lse + rows)
+    log2_scale = scale * 1.4426950408889634
+    main = tl.zeros([QUERIES, MAIN], tl.float32)
+    rest = tl.zeros([QUERIES, REST], tl.float32) if REST else main
+    for PARTLY in tl.static_range(2):
+        for start in range(by_all if PARTLY else 0, by_any if PARTLY else by_all, KEYS):
+            keys = start + tl.arange(0, KEYS)
+            there = tl.minimum(keys, Tk - 1) if PARTLY else keys
+            k_main, k_rest = _load(k, there, k_t, H, MAIN, REST)
+            v_main, v_rest = _load(v, there, v_t, H, MAIN, REST)
+            scores = _products(q_main, q_rest, k_main, k_rest, REST)
+            p = tl.exp2(scores * log2_scale - logs[:, None])
+            if PARTLY:
+                p = tl.where(keys[None, :] < end[:, None], p, 0.0)
+            dp = _products(grad_main, grad_rest, v_main, v_rest, REST)
+            if DROPOUT:
+                dp = tl.where(_kept(drawn[:, None], keys[None, :], dropped), dp, 0.0)
+            ds = (p * (dp - mean[:, None])).to(k_main.dtype)
+            main = tl.dot(ds, k_main, main)
+            if REST:
+                rest = tl.dot(ds, k_rest, rest)
+
+    _store(dq, rows, N * H, real, main * (scale * grown), rest * (scale * grown), H, MAIN, REST)
+
+
+# fmt: off
+@_jit
+def _backward_keys(  # type: ignore[no-untyped-def]
+    q, k, v, ends, grad, lse, delta, words, dk, dv,
+    q_b, q_n, q_t, k_b, k_n, k_t, v_b, v_n, v_t, grad_b, grad_n, grad_t,
+    N, Tq, Tk, scale, dropped, grown,
+    H: constexpr, MAIN: constexpr, REST: constexpr,
+    QUERIES: constexpr, KEYS: constexpr, DROPOUT: constexpr,
+):
+    # fmt: on
+    """Gradients of a block of keys and of their values. Scores are keys by queries here, as they are multiplied."""
+    blocks = tl.cdiv(Tk, KEYS)
+    head = tl.program_id(0) // blocks
+    begin = tl.program_id(0) % blocks * KEYS  # the first have most queries
+    b, n = (head // N).to(tl.int64), (head % N).to(tl.int64)
+    q += b * q_b + n * q_n
+    k += b * k_b + n * k_n
+    v += b * v_b + n * v_n
+    grad += b * grad_b + n * grad_n
+    dk += (b * Tk * N + n) * H
+    dv += (b * Tk * N + n) * H
+    lse += head.to(tl.int64) * Tq
+    delta += head.to(tl.int64) * Tq
+    words += head.to(tl.int64) * Tq
+
+    keys = begin + tl.arange(0, KEYS)
+    there = tl.minimum(keys, Tk - 1)
+    k_main, k_rest = _load(k, there, k_t, H, MAIN, REST)
+    v_main, v_rest = _load(v, there, v_t, H, MAIN, REST)
+    none = 0  # blocks of queries that see none of the keys
+    while (none * QUERIES < Tq) & (tl.load(ends + tl.minimum(none * QUERIES + QUERIES, Tq) - 1) <= begin):
+        none += 1
+    some = none  # and those that do not see all
+    while (some * QUERIES < Tq) & (tl.load(ends + tl.minimum(some * QUERIES, Tq - 1)) < tl.minimum(begin + KEYS, Tk)):
+        some += 1
+
+    log2_scale = scale * 1.4426950408889634
+    dk_main = tl.zeros([KEYS, MAIN], tl.float32)
+    dv_main = tl.zeros([KEYS, MAIN], tl.float32)
+    dk_rest = tl.zeros([KEYS, REST], tl.float32) if REST else dk_main
+    dv_rest = tl.zeros([KEYS, REST], tl.float32) if REST else dv_main
+    for PARTLY in tl.static_range(2):
+        for start in range((none if PARTLY else some) * QUERIES, some * QUERIES if PARTLY else Tq, QUERIES):
+            queries = start + tl.arange(0, QUERIES)
+            rows = tl.minimum(queries, Tq - 1)
+            q_main, q_rest = _load(q, rows, q_t, H, MAIN, REST)
+            grad_main, grad_rest = _load(grad, rows, grad_t, H, MAIN, REST)
+            # beyond the last query the probability is 0
+            logs = tl.load(lse + rows, mask=queries < Tq, other=float("inf"))
+            mean = tl.load(delta + rows)
+            scores = _products(k_main, k_rest, q_main, q_rest, REST)
+            p = tl.exp2(scores * log2_scale - logs[None, :])
+            if PARTLY:
+                p = tl.where(keys[:, None] < tl.load(ends + rows)[None, :], p, 0.0)
+            dp = _products(v_main, v_rest, grad_main, grad_rest, REST)
+            kept_p = p
+            if DROPOUT:
+                kept = _kept(tl.load(words + rows).to(tl.uint32)[None, :], keys[:, None], dropped)
+                kept_p = tl.where(kept, p, 0.0)
+            ds = (kept_p * dp - p * mean[None, :]).to(q_main.dtype)
+            kept_p = kept_p.to(q_main.dtype)
+            dv_main = tl.dot(kept_p, grad_main, dv_main)
+            dk_main = tl.dot(ds, q_main, dk_main)
+            if REST:
+                dv_rest = tl.dot(kept_p, grad_rest, dv_rest)
+                dk_rest = tl.dot(ds, q_rest, dk_rest)
+
+    real = keys < Tk
+    _store(dk, there, N * H, real, dk_main * (scale * grown), dk_rest * (scale * grown), H, MAIN, REST)
+    _store(dv, there, N * H, real, dv_main * grown, dv_rest * grown, H, MAIN, REST)
+
+
+_KERNELS = {"forward": _forward, "queries": _backward_queries, "keys": _backward_keys}
+
+
+def _launch(name: str, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], dropout_p: float) -> None:
+    """A kernel, over all samples and heads: of ``tensors``, and the strides of those (B, N, T, H), q and k the first."""
+    (B, N, Tq, H), Tk = strided[0].shape, strided[1].shape[2]
+    cut = BLOCKS[name][min(widest for widest in BLOCKS[name] if widest >= H)]
+    blocks = triton.cdiv(Tk, cut.keys) if name == "keys" else triton.cdiv(Tq, cut.queries)
+    main = 2 ** (H.bit_length() - 1)
+    with torch.cuda.device_of(strided[0]):
+        _KERNELS[name][(B * N * blocks,)](
+            *tensors,
+            *(stride for tensor in strided for stride in tensor.stride()[:3]),
+            *(N, Tq, Tk),
+            *(H**-0.5, int(dropout_p * 2**32) - 2**31, 1 / (1 - dropout_p)),
+            H=H,
+            MAIN=main,
+            REST=max(NARROWEST, triton.next_power_of_2(H - main)) if main < H else 0,
+            QUERIES=cut.queries,
+            KEYS=cut.keys,
+            DROPOUT=dropout_p > 0,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+            maxnreg=cut.registers,
+        )
+
+
+def _empty(like_BNTH: Tensor) -> Tensor:
+    """(B, T, N, H) in memory, where the heads of a token are neighbours."""
+    B, N, T, H = like_BNTH.shape
+    return like_BNTH.new_empty(B, T, N, H).transpose(1, 2)
+
+
+# The tag: a graph draws anew for each call, and the same again where it computes one again
+@torch.library.custom_op("xar_scale::flash_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, log2 of the sums of exponentials (B, N, T), and the seed of dropout."""
+    assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16), (q.dtype, k.dtype, v.dtype)
+    assert NARROWEST <= q.shape[-1] <= WIDEST, q.shape
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, (q.stride(), k.stride(), v.stride())
+    assert ends.dtype == torch.int32 and ends.shape == q.shape[2:3] and ends.is_contiguous(), (ends.dtype, ends.shape)
+    assert 0 <= dropout_p < 1, dropout_p
+    out, lse, seed = _attention_fake(q, k, v, ends, dropout_p)
+    if dropout_p > 0:
+        seed.random_()  # 31 bits
+    _launch("forward", (q, k, v, ends, seed, out, lse), (q, k, v), dropout_p)
+    return out, lse, seed
+
+
+@_attention.register_fake
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return _empty(q), lse, q.new_empty(2 if dropout_p > 0 else 0, dtype=torch.int32)
+
+
+@torch.library.custom_op("xar_scale::flash_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    if grad.stride(-1) != 1:
+        grad = grad.contiguous()
+    dq, dk, dv = _empty(q), _empty(k), _empty(v)
+    delta, words = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int32)
+    # in this order: the first writes delta and words, which the second reads
+    _launch("queries", (q, k, v, ends, seed, grad, out, lse, delta, words, dq), (q, k, v, grad, out), dropout_p)
+    _launch("keys", (q, k, v, ends, grad, lse, delta, words, dk, dv), (q, k, v, grad), dropout_p)
+    return dq, dk, dv
+
+
+@_attention_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ends: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty(q), _empty(k), _empty(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.dropout_p = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)  # nor zeros for lse and the seed
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return (*_attention_backward(grad, *ctx.saved_tensors, ctx.dropout_p), None, None)
+
+
+_attention.register_autograd(_differentiate, setup_context=_save)
