@@ -30,7 +30,7 @@ CASES = [
     Case("step --model xar_h --batch 32 --precision bf16 --compile", published=True),
     Case("step --model xar_b --batch 128 --precision bf16 --compile", published=True),
     Case("sample --model xar_h --batch 64 --steps 10 --precision bf16 --repeats 2 --compile", published=True),
-    Case("step --model xar_h --batch 48 --precision bf16 --compile"),
+    Case("step --model xar_h --batch 64 --precision bf16 --compile"),
     Case("step --model xar_h --batch 32 --precision bf16"),
     Case("step --model xar_h --batch 32 --precision tf32 --compile"),
     Case("step --model xar_h --batch 32 --precision bf16 --engine fsdp2 --compile"),
@@ -40,7 +40,7 @@ CASES = [
     Case("step --model xar_h --batch 64 --precision bf16 --recompute selective"),
     *(
         Case(f"step --model xar_b --batch 128 --precision bf16 --dropout 0 --attention {name}")
-        for name in ("masked", "prefix", "dense", "flex")
+        for name in ("flash", "masked", "prefix", "dense", "flex")
     ),
     Case("sample --model xar_b --batch 64 --steps 10 --precision bf16 --repeats 2", published=True),
     Case("step --model xar_b --batch 128 --precision tf32"),

@@ -40,7 +40,7 @@ def _hashed(x: Tensor, p: float) -> Tensor:
     """Whether a value is kept is a hash of its place and of a seed.
 
     A graph's own random numbers are 32 bits a value of Philox, of ten rounds, and bound what they are fused with; the mask is
-    kept for the backward pass. Of this, which is made anew there, the seed is (docs/benchmarks/2026-11-27-gpu.md).
+    kept for the backward pass. Of this, which is made anew there, the seed is (docs/benchmarks/2026-11-27-h200.md).
     """
     seed = _seed(torch.empty(0, device=x.device))
     places = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)

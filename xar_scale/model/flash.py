@@ -30,7 +30,7 @@ class Blocks(NamedTuple):
     registers: int
 
 
-# By kernel and by the widest head that they serve, as measured on a GPU (docs/benchmarks/2026-11-27-gpu.md). 64 queries are one
+# By kernel and by the widest head that they serve, as measured on a GPU (docs/benchmarks/2026-11-27-h200.md). 64 queries are one
 # entity of the published model, of which nothing is masked; three programs of 4 warps that share a multiprocessor have 168
 # registers a thread, and two 255
 BLOCKS = {
