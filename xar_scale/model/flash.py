@@ -30,9 +30,9 @@ class Blocks(NamedTuple):
     registers: int
 
 
-# By kernel and by the widest head that they serve, as measured on a GPU (docs/benchmarks/2026-11-27-h200.md). 64 queries are one
-# entity of the published model, of which nothing is masked; three programs of 4 warps that share a multiprocessor have 168
-# registers a thread, and two 255
+# By kernel and by the widest head that they serve, as measured (docs/benchmarks/2026-11-27-h200.md). 64 queries are an entity
+# of the published model, of which nothing is masked; of three programs of 4 warps that share a multiprocessor a thread has 168
+# registers, and of two 255
 BLOCKS = {
     "forward": {128: Blocks(64, 64, 4, 2, 168)},
     "queries": {96: Blocks(64, 64, 4, 2, 168), 128: Blocks(64, 32, 4, 2, 168)},
