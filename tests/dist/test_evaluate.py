@@ -102,6 +102,7 @@ dist.leave(0)
 """
 
 
+@pytest.mark.long
 def test_neighbours_that_share_the_weights_draw_the_same(checkpoint, alone, tmp_path):
     """None of which ever holds them whole."""
     ended = launch(2, ["-c", SHARED, checkpoint, *FEW, "sample.shard_ranks=2"], tmp_path / "held")

@@ -49,8 +49,8 @@ def trained(folder):
     cached = command(sys.executable, "tools/cache_latents.py", "digits", "--out", str(folder / "data"))
     assert (cached.returncode, cached.stdout) == (0, f"1797 samples in 8 shards: {folder / 'data'}\n"), cached.stderr
     more = [
-        "train.steps=300",
-        "train.checkpoint_every=250",
+        "train.steps=200",
+        "train.checkpoint_every=150",
         "optim.lr=4e-3",
         "sample.every=100",
         f"data.path={folder / 'data'}",
@@ -62,23 +62,23 @@ def trained(folder):
 
 def test_training_reports_itself(folder, trained):
     assert "1,260,460 parameters, 1,797 samples, deepspeed on 2 x cpu, fp32" in trained.stdout
-    assert trained.stdout.count("step 100/300  loss ") == 1  # by one rank, in plain lines off a terminal
+    assert trained.stdout.count("step 100/200  loss ") == 1  # by one rank, in plain lines off a terminal
     assert "ETA" in trained.stdout
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(20, 301, 20))
+    assert [line["step"] for line in lines] == list(range(20, 201, 20))
     # a word, and a number a rank: TensorBoard has no curve for them
     assert all(set(line) == METRICS | {"precision", "forward_s"} and len(line["forward_s"]) == 2 for line in lines)
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     events = EventAccumulator(str(folder / "run" / "tensorboard")).Reload()
     assert {tag.removeprefix("train/") for tag in events.Tags()["scalars"]} == METRICS - {"step"}
     assert events.Scalars("train/loss")[-1].value == pytest.approx(lines[-1]["loss"])
-    assert sorted(os.listdir(folder / "run" / "checkpoints")) == ["latest", "step-00000250", "step-00000300"]
+    assert sorted(os.listdir(folder / "run" / "checkpoints")) == ["latest", "step-00000150", "step-00000200"]
 
 
 def test_the_saved_config_is_the_run(folder, trained):
     printed = command("xar-scale", "train", "--config", str(folder / "run" / "config.yaml"), "--print-config")
     assert printed.stdout == (folder / "run" / "config.yaml").read_text()
-    assert "steps: 300" in printed.stdout
+    assert "steps: 200" in printed.stdout
 
 
 def test_samples_are_drawn_evaluated_and_reported(folder, trained):
@@ -94,11 +94,11 @@ def test_samples_are_drawn_evaluated_and_reported(folder, trained):
 
     judged = command("xar-scale", "evaluate", str(run), "--reference", "digits", "--images", "300")
     assert judged.returncode == 0, judged.stderr
-    metrics = json.loads((run / "evaluations" / "step-00000300" / "digits" / "evaluation.json").read_text())["metrics"]
+    metrics = json.loads((run / "evaluations" / "step-00000200" / "digits" / "evaluation.json").read_text())["metrics"]
     for name, value in metrics.items():
         assert f"\n{name:32} {value:.4f}\n" in judged.stdout
     assert metrics["held_out_read_as_class"] > 0.97
-    assert metrics["read_as_class"] > 0.75  # in less than half of the steps
+    assert metrics["read_as_class"] > 0.6  # in a quarter of the steps
     assert 0 < metrics["held_out_frechet_distance"] < metrics["frechet_distance"]
 
     shuffled = folder / "shuffled.npz"  # the judge is no rubber stamp
@@ -108,7 +108,7 @@ def test_samples_are_drawn_evaluated_and_reported(folder, trained):
 
     assert command("xar-scale", "report", str(run)).returncode == 0
     page = (run / "report.html").read_text()
-    assert "frechet" in page and f"{metrics['read_as_class']:.3g}"[:4] in page and page.count("data:image/") == 3  # the grids
+    assert "frechet" in page and f"{metrics['read_as_class']:.3g}"[:4] in page and page.count("data:image/") == 2  # the grids
 
 
 def test_a_picture_is_its_class_and_its_seed(folder, trained):

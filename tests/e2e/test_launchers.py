@@ -69,15 +69,10 @@ def newest(run: Path) -> int:
     return step_of(checkpoint_paths(run)[-1])
 
 
-@pytest.fixture(scope="module")
-def undisturbed(folder):
-    """By engine."""
-    found = {}
-    for engine in ("deepspeed", "fsdp2"):
-        with Launched(folder, "deepspeed.sh", f"undisturbed-{engine}", f"train.engine={engine}") as launched:
-            assert launched.code() == 0, launched.said
-        found[engine] = losses(folder / f"undisturbed-{engine}")
-    return found
+def undisturbed(folder, engine) -> list[float]:
+    with Launched(folder, "deepspeed.sh", f"undisturbed-{engine}", f"train.engine={engine}") as launched:
+        assert launched.code() == 0, launched.said
+    return losses(folder / f"undisturbed-{engine}")
 
 
 @pytest.mark.parametrize(
@@ -96,8 +91,8 @@ def test_signals_to_a_launcher_end_all_ranks_with_a_checkpoint(folder, launcher,
             assert "xar_scale/cli.py" not in launched.said  # no traceback of ours
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed.sh", "torchrun.sh"])
-def test_two_nodes_go_on_after_a_rank_of_one_is_killed(folder, undisturbed, launcher):
+@pytest.mark.parametrize("launcher", ["deepspeed.sh", pytest.param("torchrun.sh", marks=pytest.mark.long)])
+def test_two_nodes_go_on_after_a_rank_of_one_is_killed(folder, launcher):
     engine = "deepspeed" if launcher == "deepspeed.sh" else "fsdp2"
     run, words = f"{launcher}-nodes", [f"train.engine={engine}", "train.checkpoint_every=20"]
     (folder / "hostfile").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
@@ -118,4 +113,4 @@ def test_two_nodes_go_on_after_a_rank_of_one_is_killed(folder, undisturbed, laun
         codes = [first.code(), second.code()]
         assert codes == [0, 0], first.said + second.said
     assert "start again, number 1" in first.said and "start again, number 1" in second.said
-    assert losses(first.run) == undisturbed[engine]
+    assert losses(first.run) == undisturbed(folder, engine)

@@ -150,6 +150,7 @@ def test_one_launcher_a_node_does_the_same(here, folder, undisturbed):
     assert curve(job.run) == undisturbed
 
 
+@pytest.mark.long
 def test_a_job_that_gets_no_further_is_given_up(here, folder):
     job = Job(here, folder, "five", RESTARTS="1")
     for start in (1, 2):

@@ -144,19 +144,19 @@ def test_a_sweep_needs_matplotlib_before_it_draws(monkeypatch, capsys):
 
 @pytest.mark.long
 def test_attention_and_recomputation_are_timed():
-    small = ["--model", "nano", "--grid", "4", "--batch", "1"]
+    small = ["--model", "nano", "--grid", "4", "--batch", "1", "--precision", "bf16"]
     done = command(sys.executable, "tools/bench.py", "attention", *small)
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]
     entities = zip(kinds(), ["16", "4", "4", "3", "1"], strict=True)
-    assert [row[:2] for row in rows] == [list(entity) for entity in entities for _ in range(4)]
-    assert [row[2].split()[0] for row in rows] == ["dense", "masked", "prefix", "flex"] * len(kinds())
+    assert [row[:2] for row in rows] == [list(entity) for entity in entities for _ in range(5)]
+    assert [row[2].split()[0] for row in rows] == ["dense", "masked", "prefix", "flex", "flash"] * len(kinds())
     assert sum(row[2].endswith(", chosen") for row in rows) == len(kinds())
     for row in rows:
-        assert float(row[3]) > 0
-        assert "no backward pass" in row[4] if row[2].startswith("flex") else float(row[4]) > 0
+        assert "needs" in row[3] and "needs" in row[4] if row[2].startswith("flash") else float(row[3]) > 0
+        assert row[2].startswith("flash") or "no backward pass" in row[4] if row[2].startswith("flex") else float(row[4]) > 0
     done = command(sys.executable, "tools/bench.py", "attention", *small, "--entity", "scale")
-    assert done.stdout.count("| scale | 3 |") == 4 and "| cell |" not in done.stdout
+    assert done.stdout.count("| scale | 3 |") == 5 and "| cell |" not in done.stdout
     done = command(sys.executable, "tools/bench.py", "recompute", "--model", "nano", "--grid", "8", "--batch", "16")
     assert done.returncode == 0, done.stderr
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][2:]

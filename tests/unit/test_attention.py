@@ -105,7 +105,8 @@ def test_a_network_output_depends_on_its_entity_and_earlier_ones_only(backend, k
     x, t = normal(0, 2, layout.tokens, 4, dtype=torch.float32), normal(1, 2, layout.entities).sigmoid()
     labels = torch.tensor([1, 2])
     before = model(x, t, labels)
-    for entity, begin in enumerate(layout.offsets[:-1]):
+    for entity in {0, 1, layout.entities // 2, layout.entities - 1} & {*range(layout.entities)}:
+        begin = layout.offsets[entity]
         for input_, time in ((x.clone(), t), (x, t.clone())):  # its tokens, its time
             if time is t:
                 input_[:, begin] += 1
@@ -147,7 +148,9 @@ def test_long_entities_get_a_call_each_and_short_ones_one_product(monkeypatch, e
         ("cuda", torch.float32, True, "masked"),
     ],
 )
-def test_the_choice_goes_by_device_type_and_direction(device, dtype, backward, expected):
+def test_the_choice_goes_by_device_type_and_direction(device, dtype, backward, expected, monkeypatch):
+    monkeypatch.setattr(flash, "triton", "installed")
+    monkeypatch.setattr(flash, "_has_compiler", lambda: True)
     layout = nano_model(grid=(16, 16)).layout
     assert choose_backend(layout, torch.device(device), dtype, 64, dropout=0.0, backward=backward) == expected
     assert choose_backend(layout, torch.device(device), dtype, 64, dropout=0.0, backward=backward, backend="prefix") == "prefix"
@@ -160,6 +163,8 @@ def test_on_a_gpu_a_single_entity_has_nothing_to_mask():
 
 
 def test_flash_is_taken_where_it_serves_and_refused_where_it_does_not(monkeypatch):
+    monkeypatch.setattr(flash, "triton", "installed")
+    monkeypatch.setattr(flash, "_has_compiler", lambda: True)
     layout, cuda = LAYOUTS["equal"], torch.device("cuda")
     choose = partial(choose_backend, layout, dropout=0.1, backward=True)
     for width, expected in ((8, "masked"), (16, "flash"), (128, "flash"), (136, "masked")):
@@ -169,12 +174,21 @@ def test_flash_is_taken_where_it_serves_and_refused_where_it_does_not(monkeypatc
     assert attention.describe("flash", cuda, torch.bfloat16, 80) == "flash (this project's, in Triton)"
     with pytest.raises(ConfigError, match="flash takes heads of 16 to 128 channels, not 136"):
         choose(cuda, torch.bfloat16, 136, backend="flash")
-    with pytest.raises(ConfigError, match="flash is a Triton kernel and needs a GPU; use masked, prefix or dense"):
+    with pytest.raises(ConfigError, match=r"flash needs Triton, a C compiler and an NVIDIA GPU .*; use masked"):
         choose(CPU, torch.bfloat16, 80, backend="flash")
-    monkeypatch.setattr(flash, "available", lambda: False)
-    assert choose(cuda, torch.bfloat16, 80) == "masked"
-    with pytest.raises(ConfigError, match="flash is a Triton kernel and needs a GPU"):
-        choose(cuda, torch.bfloat16, 80, backend="flash")
+
+
+@pytest.mark.parametrize("lacks", ["Triton", "compiler", "NVIDIA", "capability"])
+def test_flash_needs_what_its_kernels_need(lacks, monkeypatch):
+    monkeypatch.setattr(flash, "triton", None if lacks == "Triton" else "installed")
+    monkeypatch.setattr(flash, "_has_compiler", lambda: lacks != "compiler")
+    monkeypatch.setattr(torch.version, "hip", "6.4" if lacks == "NVIDIA" else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if lacks == "capability" else (8, 0))
+    choose = partial(choose_backend, LAYOUTS["equal"], torch.device("cuda"), torch.float16, 64, dropout=0.0, backward=True)
+    assert choose() == "masked"
+    with pytest.raises(ConfigError, match="flash needs Triton, a C compiler and an NVIDIA GPU of compute capability 8.0"):
+        choose(backend="flash")
 
 
 @pytest.mark.parametrize(
@@ -210,7 +224,7 @@ def test_cudnn_is_taken_for_whole_tiles_where_gradients_are_wanted(queries, keys
 def test_a_backend_that_cannot_serve_is_refused_with_the_reason():
     layout = LAYOUTS["equal"]
     q, k, v = qkv(layout, dtype=torch.float32)
-    with pytest.raises(ConfigError, match=r"flex has no dropout, model.dropout is 0.1; use masked, prefix or dense"):
+    with pytest.raises(ConfigError, match=r"flex has no dropout, model.dropout is 0.1; use flash, masked, prefix or dense"):
         block_causal_attention(q, k, v, layout, backend="flex", dropout=0.1)
     with pytest.raises(ConfigError, match="flex has no backward pass on a CPU; use masked, prefix or dense"):
         block_causal_attention(q.requires_grad_(), k, v, layout, backend="flex")
@@ -430,7 +444,7 @@ def test_gradients_are_those_of_finite_differences(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entity", kinds())
 def test_entity_by_entity_with_a_cache_is_the_whole_forward(entity, backend):
-    model = with_backend(nano_model(grid=(4, 8), entity=entity).eval(), backend)
+    model = with_backend(nano_model(grid=(2, 4) if entity == "patch" else (4, 8), entity=entity).eval(), backend)
     layout, batch = model.layout, 3
     x, t, labels = (
         normal(0, batch, layout.tokens, 4, dtype=torch.float32),

@@ -282,7 +282,7 @@ def test_an_interval_that_is_none_is_refused(interval):
         "optim.lr=.nan",
         "optim.betas=[0.9,1.5]",
         "model.grid=[0,0]",
-        "kernels.attention=flash",
+        "kernels.attention=fused",
         "kernels.library=cuda",
     ],
 )

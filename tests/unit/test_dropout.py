@@ -45,6 +45,13 @@ def test_calls_are_independent(dropout):
     assert (first & second).double().mean().item() == pytest.approx(0.75**2, abs=3e-3)
 
 
+def test_two_of_one_graph_are_independent():
+    torch._dynamo.reset()
+    twice = torch.compile(lambda x: (plain(x, 0.25), plain(x, 0.25)), backend="aot_eager_decomp_partition")
+    first, second = twice(torch.ones(500_000, requires_grad=True))
+    assert ((first > 0) & (second > 0)).double().mean().item() == pytest.approx(0.75**2, abs=3e-3)
+
+
 def test_its_gradient_passes_where_the_value_did(dropout):
     x = torch.full((1000,), 2.0, requires_grad=True)
     torch.manual_seed(0)

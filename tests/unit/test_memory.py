@@ -170,6 +170,13 @@ def test_a_gpu_that_is_not_there_keeps_what_its_kernels_keep():
     assert full.saved - offload.saved == blocks * 4 * tokens * shape.width
 
 
+def test_attention_that_is_named_is_reckoned_as_the_one_that_is_chosen():
+    """flash, too, where no GPU is: a run of many may be planned anywhere."""
+    named = [config_of(*GRID, f"kernels.attention={name}") for name in ("auto", "flash")]
+    chosen, flash = (pass_memory(config, "bf16", 2, CUDA) for config in named)
+    assert chosen == flash
+
+
 def test_what_is_added_block_by_block_is_of_the_same_type_under_every_engine():
     saved = {
         engine: pass_memory(config_of(*GRID, f"train.engine={engine}", "train.recompute=full"), "bf16", 8, CUDA).saved

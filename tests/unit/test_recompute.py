@@ -8,9 +8,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import random_batch
-from tests.unit.conftest import nano_model, with_backend
+from tests.unit.conftest import loss_of, nano_model, with_backend
 from xar_scale.flow import velocity_loss
-from xar_scale.model import recompute
+from xar_scale.model import flash, recompute
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import create_model
 
@@ -84,6 +84,19 @@ def test_selective_replays_a_kernel_that_draws(dropout, again, monkeypatch):
         gradients.append(x.grad)
     assert torch.equal(*gradients)
     assert drawing.calls == again
+
+
+@pytest.mark.parametrize(("dropout", "again"), [(0.0, 0), (0.3, 1)])
+def test_selective_replays_this_project_s_attention_only_where_it_draws(dropout, again, monkeypatch):
+    launched = []
+    monkeypatch.setattr(flash, "available", lambda _device: True)
+    monkeypatch.setattr(flash, "_launch", lambda name, *_: launched.append(name))
+    model = with_backend(nano_model(dropout=dropout).train(), "flash")
+    apply_recompute(model.blocks, "selective")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model)
+    loss.backward()
+    assert launched.count("forward") == (1 + again) * len(model.blocks)
 
 
 class CountProducts(TorchDispatchMode):

@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import get_args
 
@@ -22,7 +22,7 @@ from xar_scale.config import Config, ModelConfig, Recompute, merge, validated
 from xar_scale.engines import create_engine
 from xar_scale.errors import ConfigError, UsageError, XarScaleError
 from xar_scale.flow import velocity_loss
-from xar_scale.model.attention import Backend, block_causal_attention, choose_backend, describe
+from xar_scale.model.attention import FLASH_DTYPES, Backend, block_causal_attention, choose_backend, describe
 from xar_scale.model.entities import EntityLayout, create_layout, kinds
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import Weight, create_model, initial_weights, meta_model
@@ -52,20 +52,24 @@ def bench_attention(options: argparse.Namespace) -> None:
         q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
         chosen = choose_backend(layout, device, dtype, config.head_width, dropout=options.dropout, backward=True)
         for backend in get_args(Backend):
-            forward = partial(block_causal_attention, q, k, v, layout, backend=backend)
+            if backend == "flash" and dtype not in FLASH_DTYPES:
+                continue  # it would be masked once more
             name = describe(backend, device, dtype, config.head_width) + (", chosen" if backend == chosen else "")
-            times = f"{median_ms(forward, device):.2f} | {_backward_ms(layout, backend, options.dropout, q, k, v)}"
+            forward = partial(block_causal_attention, q, k, v, layout, backend=backend)
+            both = partial(_backward, layout, backend, options.dropout, q, k, v)
+            times = f"{_ms_or_reason(forward, device)} | {_ms_or_reason(both, device)}"
             print(f"| {entity} | {layout.entities} | {name} | {times} |", flush=True)
 
 
-def _backward_ms(layout: EntityLayout, backend: Backend, dropout: float, *qkv: Tensor) -> str:
+def _backward(layout: EntityLayout, backend: Backend, dropout: float, *qkv: Tensor) -> None:
     q, k, v = (tensor.detach().requires_grad_() for tensor in qkv)
+    torch.autograd.grad(block_causal_attention(q, k, v, layout, backend=backend, dropout=dropout).sum(), (q, k, v))
 
-    def work() -> None:
-        torch.autograd.grad(block_causal_attention(q, k, v, layout, backend=backend, dropout=dropout).sum(), (q, k, v))
 
+def _ms_or_reason(work: Callable[[], object], device: torch.device) -> str:
+    """Milliseconds, or why it is refused."""
     try:
-        return f"{median_ms(work, qkv[0].device):.2f}"
+        return f"{median_ms(work, device):.2f}"
     except ConfigError as refused:
         return str(refused)
 

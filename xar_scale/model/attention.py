@@ -26,9 +26,9 @@ Backend = Literal["dense", "masked", "prefix", "flex", "flash"]
 # On a CPU shorter entities make more and smaller calls than their unmasked work saves (docs/benchmarks)
 MIN_PREFIX_LENGTH = 16
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
-FLASH_HEAD_WIDTH = 256  # the widest that FlashAttention-2 takes
+FLASH_ATTN_HEAD_WIDTH = 256  # the widest that it takes
 CUDNN_TILE = 128
-_OTHERS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_BUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 FLEX_HEAD_WIDTH = 16  # the narrowest that FlexAttention's kernel takes
 
 
@@ -46,7 +46,7 @@ def block_causal_attention(
 
     q holds the queries of the entities fed; k and v the tokens of entity 0 up to the last one fed, so that a cache serves
     the ones before. Returns (B, N, T, H) as q. Scale is H^-0.5; ``dropout`` acts on the probabilities. Raises ConfigError
-    where ``backend`` is named and cannot serve: nothing falls back in silence.
+    where ``backend`` is named and cannot serve: nothing falls back in silence, but for flash in 32 bits, which is masked there.
     """
     kind = q_BNTH.device, q_BNTH.dtype, q_BNTH.shape[-1]
     chosen = choose_backend(layout, *kind, dropout=dropout, backward=q_BNTH.requires_grad, backend=backend)
@@ -69,20 +69,20 @@ def choose_backend(
     ConfigError with the reason against the one named.
     """
     if backend == "auto" and device.type == "cuda":
-        if backward and dtype in FLASH_DTYPES and flash.available() and flash.NARROWEST <= head_width <= flash.WIDEST:
+        if backward and dtype in FLASH_DTYPES and flash.available(device) and flash.NARROWEST <= head_width <= flash.WIDEST:
             return "flash"
         return "masked" if layout.entities > 1 else "prefix"
     if backend == "auto":
         return "prefix" if layout.tokens >= MIN_PREFIX_LENGTH * layout.entities else "dense"
     if backend == "flex" and dropout > 0:
-        raise ConfigError(f"attention flex has no dropout, model.dropout is {dropout}; use masked, prefix or dense")
+        raise ConfigError(f"attention flex has no dropout, model.dropout is {dropout}; use flash, masked, prefix or dense")
     if backend == "flex" and backward and device.type == "cpu":
         raise ConfigError("attention flex has no backward pass on a CPU; use masked, prefix or dense")
     if backend == "flex" and head_width < FLEX_HEAD_WIDTH and device.type == "cuda":
         raise ConfigError(f"attention flex takes heads of at least {FLEX_HEAD_WIDTH} channels, not {head_width}")
     if backend == "flash":
-        if device.type != "cuda" or not flash.available():
-            raise ConfigError("attention flash is a Triton kernel and needs a GPU; use masked, prefix or dense")
+        if not flash.available(device):
+            raise ConfigError(f"attention flash needs {flash.NEEDS}; use masked, prefix or dense")
         if not flash.NARROWEST <= head_width <= flash.WIDEST:
             raise ConfigError(f"attention flash takes heads of {flash.NARROWEST} to {flash.WIDEST} channels, not {head_width}")
         if dtype not in FLASH_DTYPES:  # to which the guard falls back in the middle of a run
@@ -100,9 +100,8 @@ def describe(backend: Backend, device: torch.device, dtype: torch.dtype, head_wi
         return "flash (this project's, in Triton)"
     if backend == "masked":
         return "masked (PyTorch scaled_dot_product_attention)"
-    return (
-        f"prefix ({'flash_attn' if _flash_attn_serves(device, dtype, head_width) else 'PyTorch scaled_dot_product_attention'})"
-    )
+    kernel = "flash_attn" if _flash_attn_serves(device, dtype, head_width) else "PyTorch scaled_dot_product_attention"
+    return f"prefix ({kernel})"
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, dropout: float) -> Tensor:
@@ -137,10 +136,10 @@ def _masked(q: Tensor, k: Tensor, v: Tensor, layout: EntityLayout, first: int, d
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
     """PyTorch's fused kernel. On a GPU that is cuDNN's; but where gradients are wanted, for whole tiles of queries and keys
     only: of others they were wrong, or NaN, on an H100 under torch 2.11 (pytorch#196678, cudnn-frontend#1072)."""
-    whole = q.shape[2] % CUDNN_TILE == 0 == k.shape[2] % CUDNN_TILE
+    whole = all(tensor.shape[2] % CUDNN_TILE == 0 for tensor in (q, k))
     if whole or q.device.type != "cuda" or not q.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
-    with sdpa_kernel(_OTHERS):
+    with sdpa_kernel(_BUT_CUDNN):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p)
 
 
@@ -176,7 +175,7 @@ _FLASH_ATTN: Any = _find_flash_attn() if torch.cuda.is_available() else None
 
 def _flash_attn_serves(device: torch.device, dtype: torch.dtype, head_width: int) -> bool:
     """Raises ConfigError where it would serve and is broken: to go on without it would be silence."""
-    if device.type != "cuda" or dtype not in FLASH_DTYPES or head_width > FLASH_HEAD_WIDTH or _FLASH_ATTN is None:
+    if device.type != "cuda" or dtype not in FLASH_DTYPES or head_width > FLASH_ATTN_HEAD_WIDTH or _FLASH_ATTN is None:
         return False
     if isinstance(_FLASH_ATTN, str):
         raise ConfigError(f"{_FLASH_ATTN}; uninstall it or build it for this torch")

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from xar_scale.model.cpu import goes_own_way
 
 _LEVELS = 2**16
-_HASHED = 2**24  # levels of a hash
 
 
 class Dropout(nn.Module):
@@ -22,7 +21,7 @@ class Dropout(nn.Module):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Of a share ``p`` of the values, drawn from the device's generator; on a CPU a multiple of 2^-16, in graphs of 2^-24."""
+    """Of a share ``p`` of the values, drawn from the device's generator; on a CPU a multiple of 2^-16, in graphs of 2^-32."""
     if not 0 < p < 1:
         return F.dropout(x, p)
     if torch.compiler.is_compiling():
@@ -44,7 +43,7 @@ def _hashed(x: Tensor, p: float) -> Tensor:
     """
     seed = _seed(torch.empty(0, device=x.device))
     places = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
-    kept = _mix(_mix(places ^ seed[0]) ^ seed[1]) & (_HASHED - 1) >= round(p * _HASHED)
+    kept = _mix(_mix(places ^ seed[0]) ^ seed[1]) >= round(p * 2**32) - 2**31
     return torch.where(kept, x * (1 / (1 - p)), 0)
 
 
@@ -60,7 +59,8 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & (2 ** (32 - bits) - 1)
 
 
-@torch.library.custom_op("xar_scale::dropout_seed", mutates_args=())
+# The tag: two of one graph are not the same
+@torch.library.custom_op("xar_scale::dropout_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _seed(like: Tensor) -> Tensor:
     """Two words. Graphs do not look inside: drawn there it would be drawn again for each value."""
     return torch.randint(2**31 - 1, (2,), dtype=torch.int32, device=like.device)

@@ -4,6 +4,8 @@ Heads need no power of two channels: their tiles are two, of the widest power of
 64 and 16 and not 128. Rows beyond the last one are the last one again, read but never written, so that no row needs a mask.
 """
 
+import os
+import shutil
 from typing import Any, NamedTuple
 
 import torch
@@ -40,9 +42,22 @@ BLOCKS = {
 }
 
 
-def available() -> bool:
-    """Whether Triton is installed. Its kernels need a GPU as well."""
-    return triton is not None
+NEEDS = "Triton, a C compiler and an NVIDIA GPU of compute capability 8.0 or later"
+
+
+def available(device: torch.device) -> bool:
+    """Whether ``device`` is what the kernels need. A GPU that is not there stands for one that is; in a graph it was asked
+    before, by whoever chose these kernels."""
+    if triton is None or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return _has_compiler() and (not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0))
+
+
+def _has_compiler() -> bool:
+    """With which Triton makes what launches a kernel."""
+    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def flash_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, ends_T: Tensor, dropout: float) -> Tensor:
@@ -185,7 +200,7 @@ def _backward_queries(  # type: ignore[no-untyped-def]
     QUERIES: constexpr, KEYS: constexpr, DROPOUT: constexpr,
 ):
     # fmt: on
-    """Gradients of a block of queries; and delta, the mean of a query's gradients of its probabilities, by which all lose.
+    """Gradients of a block of queries; and delta = rowsum(dO * O), as FlashAttention-2 names it.
 
     What dropout keeps has grown: that factor is taken out of the loops, and out of delta.
     """

@@ -15,8 +15,8 @@ from xar_scale.model import dropout, flash  # noqa: F401  (which define operatio
 from xar_scale.model.compiled import graph_of
 
 _aten = torch.ops.aten
-# Matrix products and attention: most of the time of a block, little of its memory. What is not PyTorch's own, flash_attn's
-# kernel and FlexAttention, is computed again.
+# Matrix products and attention: most of the time of a block, little of its memory. flash_attn's kernel and FlexAttention are
+# computed again.
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
