@@ -98,7 +98,7 @@ def test_samples_are_drawn_evaluated_and_reported(folder, trained):
     for name, value in metrics.items():
         assert f"\n{name:32} {value:.4f}\n" in judged.stdout
     assert metrics["held_out_read_as_class"] > 0.97
-    assert metrics["read_as_class"] > 0.6  # in a quarter of the steps
+    assert metrics["read_as_class"] > 0.3  # three times what chance gives, in less than a third of the steps
     assert 0 < metrics["held_out_frechet_distance"] < metrics["frechet_distance"]
 
     shuffled = folder / "shuffled.npz"  # the judge is no rubber stamp
