@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,9 @@ from xar_scale.errors import INTERRUPTED, OK, ProcessError, UsageError, XarScale
 from xar_scale.files import write_atomically
 from xar_scale.presets import MODELS, RECIPES, model_values, recipe
 from xar_scale.stopping import Stops
+
+# Launchers end all ranks with the first that ends: before ranks have joined, those that are silent leave this much to the other
+PATIENCE_S = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,6 +44,8 @@ def ending(program: str, run: Callable[[], None]) -> int:
             error.rank = dist.rank()
         if dist.rank() == (error.rank or 0):
             print(f"{program}: {error}", file=sys.stderr, flush=True)
+        elif not dist.has_joined():
+            time.sleep(PATIENCE_S)
         return error.exit_code  # without leaving the process group: other ranks may be waiting in it for the launcher
     except KeyboardInterrupt:
         if dist.rank() == 0:

@@ -51,6 +51,11 @@ def init(device: torch.device) -> None:
     gather_objects(None)
 
 
+def has_joined() -> bool:
+    """Whether this process is in a process group."""
+    return torch_dist.is_initialized()
+
+
 def rank() -> int:
     """This process's rank: the process group's, or before there is one the launcher's."""
     return torch_dist.get_rank() if torch_dist.is_initialized() else int(os.environ.get("RANK", 0))

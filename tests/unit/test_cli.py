@@ -12,9 +12,10 @@ import pytest
 
 from tests.processes import ROOT
 from tests.unit.tiny_run import INFO, Run
+from xar_scale import cli
 from xar_scale.checkpoint.manifest import newest_valid
 from xar_scale.cli import ending, main
-from xar_scale.errors import ProcessError
+from xar_scale.errors import ProcessError, UsageError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.model import recompute
 
@@ -279,3 +280,16 @@ def test_what_is_interrupted_says_so_in_a_line(capsys):
         raise KeyboardInterrupt
 
     assert ending("sweep", run) == 130 and capsys.readouterr().err == "sweep: interrupted\n"
+
+
+@pytest.mark.parametrize(("rank", "spoken", "waited"), [("0", "sweep: no such thing\n", []), ("1", "", [cli.PATIENCE_S])])
+def test_a_silent_rank_does_not_end_before_the_one_that_speaks(rank, spoken, waited, monkeypatch, capsys):
+    """A launcher would end that one at once, and nobody had said why."""
+    naps = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli.time, "sleep", naps.append)
+
+    def run() -> None:
+        raise UsageError("no such thing")
+
+    assert ending("sweep", run) == 64 and capsys.readouterr().err == spoken and naps == waited
