@@ -11,11 +11,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from xar_scale.bench.record import OURS, PUBLISHED, Record, read_record
 from xar_scale.cli import Parser, ending
+from xar_scale.errors import UsageError, XarScaleError
 
 BENCH = Path(__file__).parent / "bench.py"
 LONGEST = "| longest |"
+LIMIT_S = 240  # of a case; none took half of it
 
 
 class Case(NamedTuple):
@@ -55,23 +59,29 @@ class Done(NamedTuple):
 
 def main() -> int:
     parser = Parser(prog="bench_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a folder for DATE-gpu.md and, in records, a file a case")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a folder for DATE-gpu.md (DATE-small.md) and, in records, a file a case"
+    )
     parser.add_argument("--reference", type=Path, help="a checkout of the published code")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no case is begun (default: 8)")
     parser.add_argument("--small", action="store_true", help="every case with nano and two images: whether it runs at all")
 
     def run() -> None:
         options = parser.parse_args()
+        if not options.small and not torch.cuda.is_available():
+            raise UsageError("no GPU is here; --small runs every case with a small model on a CPU")
         (options.out / "records").mkdir(parents=True, exist_ok=True)
-        begun, day = time.monotonic(), datetime.date.today().isoformat()
+        begun, name = time.monotonic(), f"{datetime.date.today()}-{'small' if options.small else 'gpu'}"
         done = []
         for number, case in enumerate(CASES):
             if time.monotonic() - begun > 60 * options.minutes:
                 done.append(Done(case.words, None, "not run: no time was left"))
             else:
-                done.append(_run(case, options, options.out / "records" / f"{day}-gpu-{number:02d}.json"))
+                done.append(_run(case, options, options.out / "records" / f"{name}-{number:02d}.json"))
                 print(_row(done[-1]), flush=True)
-            (options.out / f"{day}-gpu.md").write_text(_page(done, day))  # each time: whatever ends it leaves what it has
+            (options.out / f"{name}.md").write_text(_page(done))  # each time: whatever ends it leaves what it has
+        if not any(each.record for each in done):
+            raise XarScaleError(f"no case was measured; {options.out / name}.md says why")
 
     return ending("bench_gpu", run)
 
@@ -86,7 +96,11 @@ def _run(case: Case, options: argparse.Namespace, file: Path) -> Done:
     elif case.published and options.reference:
         words += ["--reference", str(options.reference)]
     file.unlink(missing_ok=True)  # of an earlier run of that day
-    done = subprocess.run([sys.executable, str(BENCH), *words, "--json", str(file)], capture_output=True, text=True)
+    command = [sys.executable, str(BENCH), *words, "--json", str(file)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        return Done(" ".join(words), None, f"ended after {LIMIT_S} s")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         return Done(" ".join(words), None, f"ended with code {done.returncode}: {last}")
@@ -103,14 +117,14 @@ def _row(done: Done) -> str:
     return f"| `{done.words}` | {speed} | {record.memory_gb or 0:.1f} | {times} |"
 
 
-def _page(done: list[Done], day: str) -> str:
+def _page(done: list[Done]) -> str:
     measured = [each for each in done if each.record is not None]
     where = measured[0].record.machine if measured and measured[0].record else "nothing was measured"
     head = "| `tools/bench.py` | ms | images/s | MFU | GB | times the published code's |\n| --- | --- | --- | --- | --- | --- |"
     rows = "\n".join(_row(each) for each in done)
     shown = next((each for each in measured if LONGEST in each.said), None)
     longest = f"Longest in `{shown.words}`:\n\n{LONGEST}{shown.said.partition(LONGEST)[2].rstrip()}\n" if shown else ""
-    title = f"# {day}: training steps and sampling on one device"
+    title = f"# {datetime.date.today()}: training steps and sampling on one device"
     how = f"{where}. `make bench-gpu`; medians, each case in a process of its own."
     return f"{title}\n\n{how}\n\n{head}\n{rows}\n\n{longest}"
 

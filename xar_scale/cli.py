@@ -144,7 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", required=True, help="a100, h100, h200, b200")
     plan.add_argument("--recipe", default="imagenet256_h", help="of batch, steps and data (default: imagenet256_h)")
     plan.add_argument("--gpus-per-node", type=int, default=8, help="(default: 8)")
-    plan.add_argument("--mfu", type=float, help="of the peak, what passes reach (default: 0.30)")
+    plan.add_argument("--mfu", type=float, help="of the peak, what passes reach (default: as measured)")
+    plan.add_argument("--launch", type=float, help="ms of the host to launch a block's pass (default: as measured)")
     plan.add_argument("--network", type=float, help="GB/s of each GPU's own adapter between nodes (default: the usual one)")
     plan.add_argument("--out", type=Path, help="a folder for config.yaml and ds_config.json (default: none are written)")
     plan.set_defaults(run_command=_plan, overridable=True)
@@ -291,6 +292,8 @@ def _plan(options: argparse.Namespace) -> None:
             raise UsageError(f"{name} {count}: at least 1")
     if options.mfu is not None and not 0 < options.mfu <= 1:
         raise UsageError(f"--mfu {options.mfu:g}: above 0 and at most 1")
+    if options.launch is not None and not 0 <= options.launch < math.inf:
+        raise UsageError(f"--launch {options.launch:g}: ms, not below 0")
     if options.network is not None and not 0 < options.network < math.inf:
         raise UsageError(f"--network {options.network:g}: GB/s, above 0")
     values = merge(recipe(options.recipe), {"model": model_values(options.model)})
@@ -302,6 +305,7 @@ def _plan(options: argparse.Namespace) -> None:
         gpu = gpu._replace(network=options.network * 1e9)
     machines = Machines(gpu, options.gpus, options.gpus_per_node)
     machines = machines if options.mfu is None else machines._replace(mfu=options.mfu)
+    machines = machines if options.launch is None else machines._replace(launch=options.launch / 1e3)
     if options.out:
         files.prepare(options.out)
     found = search(config, machines, fixed)

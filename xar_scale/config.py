@@ -145,11 +145,11 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class KernelConfig:
-    """Whose kernels compute what the other sections ask for: never what, but for rounding."""
+    """Whose kernels compute what the other sections ask for: never what, but for rounding and which values dropout drops."""
 
     attention: AttentionBackend = "auto"
     library: KernelLibrary = "auto"  # of RMSNorm and Adam; auto: torch, as long as apex is not measured
-    compile: bool = False  # each block a graph of torch.compile, in training
+    compile: bool = False  # in training each block a graph of torch.compile, in sampling the network
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -5,8 +5,7 @@ import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import NamedTuple
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from xar_scale.config import ModelConfig
 from xar_scale.errors import ConfigError
-from xar_scale.memory import device_memory
+from xar_scale.memory.fallback import device_memory
 from xar_scale.model.apex import choose_library
 from xar_scale.model.attention import choose_backend, describe
 from xar_scale.model.entities import create_layout
-from xar_scale.precision import FP32, MODES, apply_matmul_mode
+from xar_scale.precision import FP32, MODES, matmul_mode
 from xar_scale.presets import model_values
 
 MODEL = ModelConfig(**model_values("xar_b"))  # whose attention is asked for
@@ -112,7 +111,7 @@ def _mode(mode: str, machine: Machine) -> Mode:
     if reason := refusal(mode, machine):
         tflops, engines, finding = REFUSED, "none", f"refused: {reason}"
     else:
-        with _matmul_mode(mode):
+        with matmul_mode(mode):
             tflops = f"{_teraflops(mode, machine.device):.3g}"
             finding = judge(mode, _error(mode, machine.device), machine)
         engines = "single, fsdp2" if precision.scaled else "single, fsdp2, deepspeed"
@@ -144,17 +143,6 @@ def _attention(device: torch.device, dtype: torch.dtype) -> str:
         return describe(choose_backend(layout, device, dtype, width, dropout=0.0, backward=True), device, dtype, width)
     except ConfigError as reason:  # flash_attn is there and broken
         return str(reason)
-
-
-@contextmanager
-def _matmul_mode(mode: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    apply_matmul_mode(mode)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def _product(mode: str, a: Tensor, b: Tensor) -> Tensor:

@@ -5,9 +5,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from xar_scale.config import OptimConfig
 from xar_scale.posthoc import exponent, share_of_new
 
 WIDTHS = (0.05, 0.10)  # sigma_rel of the averages that any other is made of afterwards (EDM2, section 3.2)
+
+
+def widths_of(config: OptimConfig) -> tuple[float, ...]:
+    """Of the power-function averages that a run keeps."""
+    return WIDTHS if config.ema_snapshots_every else ()
+
+
+def averages_of(config: OptimConfig) -> int:
+    """How many averages of each weight a run keeps."""
+    return 1 + len(widths_of(config))
 
 
 class EMA:

@@ -31,10 +31,10 @@ MODES = {
 
 
 @contextmanager
-def exact_matmuls() -> Iterator[None]:
-    """IEEE float32 in the context, whatever the process computes in otherwise."""
+def matmul_mode(mode: str) -> Iterator[None]:
+    """In the context that of ``mode``, whatever the process computes in otherwise."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    apply_matmul_mode("fp32")
+    apply_matmul_mode(mode)
     try:
         yield
     finally:

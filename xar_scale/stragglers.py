@@ -14,27 +14,32 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from xar_scale import dist
+from xar_scale.model.layers import Block
 
 SLOW = 1.3  # times the median rank's arithmetic; so much longer, for its data, would a step be
 OFTEN = 3  # measurements in a row, before it is said
 
 
 class ForwardTime:
-    """Seconds that the Linear layers of a network compute in the context, forwards; the device is not waited for.
+    """Seconds that the Linear layers of a network compute in the context, forwards; the device is not waited for. With
+    ``compiled`` blocks, whose graphs hooks inside would cut, or not be in, blocks as a whole in place of their layers.
 
-    Their weights are there when it begins: engines gather them before, in hooks that come before these.
+    Weights are there when it begins: engines gather them before, in hooks that come before these.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device) -> None:
-        self.layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    def __init__(self, network: nn.Module, device: torch.device, compiled: bool) -> None:
+        blocks = [module for module in network.modules() if compiled and isinstance(module, Block)]
+        inside = {module for block in blocks for module in block.modules()}
+        layers = [module for module in network.modules() if isinstance(module, nn.Linear) and module not in inside]
+        self.modules = [*blocks, *layers]
         self.device = device
         self._begun: list[Any] = []
         self._spans: list[tuple[Any, Any]] = []
         self._hooks: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
-        for layer in self.layers:
-            self._hooks += [layer.register_forward_pre_hook(self._begin), layer.register_forward_hook(self._end)]
+        for module in self.modules:
+            self._hooks += [module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._end)]
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

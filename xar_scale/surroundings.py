@@ -30,9 +30,6 @@ SKEW_S = 1.0
 FILES = 4096  # that a process may have open
 
 
-_all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor  # its name since torch 2.14
-
-
 class Finding(NamedTuple):
     """A row for people. ``advice``: what to do, where something is to be done."""
 
@@ -53,7 +50,7 @@ def network(device: torch.device) -> list[Finding]:
             "all-reduce": (2 * (world - 1) / world, lambda whole=whole: torch_dist.all_reduce(whole)),  # type: ignore[misc]
             "all-gather": (
                 (world - 1) / world,
-                lambda whole=whole, share=share: _all_gather(whole, share),  # type: ignore[misc]
+                lambda whole=whole, share=share: dist.all_gather(whole, share),  # type: ignore[misc]
             ),
         }
         for name, (moved, call) in calls.items():

@@ -21,12 +21,12 @@ from xar_scale.data.faults import BadSamples, Fault
 from xar_scale.data.feed import Feed
 from xar_scale.data.loader import LatentDataset
 from xar_scale.diagnosis import Activations
-from xar_scale.ema import EMA, POWER_KINDS, WIDTHS
+from xar_scale.ema import EMA, POWER_KINDS, widths_of
 from xar_scale.engines import Engine, Verdict, create_engine
 from xar_scale.errors import DataError, XarScaleError
 from xar_scale.evaluate.previews import Previews
 from xar_scale.guard import Action, GuardState
-from xar_scale.memory import fallback_splits
+from xar_scale.memory.fallback import fallback_splits
 from xar_scale.metrics import Metrics, memory_gb
 from xar_scale.model.flops import training_flops
 from xar_scale.model.recompute import apply_recompute
@@ -73,8 +73,7 @@ def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.d
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     with first_weights(model, config, checkpoint) as weights:
         engine = create_engine(model, weights, config, device)
-    widths = WIDTHS if config.optim.ema_snapshots_every else ()
-    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay, widths)
+    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay, widths_of(config.optim))
     guard = GuardState()
     if checkpoint is not None:
         count = load(checkpoint, engine, ema)
@@ -183,7 +182,7 @@ class Training:
             return self._go_back()
         if saved:
             self.store.save(*(replace(self._manifest(done), kinds=kinds) for kinds in saved))
-        if looks is not None:
+        if logged:
             self._log(done, resolved, rate, looks if resolved is verdict else None)
         if self.previews.due(done) and (last or not verdict.stop):
             self._preview(done)
@@ -255,16 +254,16 @@ class Training:
 
     @contextmanager
     def _looks(self, logged: bool) -> Iterator[Looks | None]:
-        """What is looked at in an attempt at a step that will be logged."""
+        """What is looked at in an attempt at a step that will be logged; a record shows nothing."""
         if not logged or self.engine.plays_records:
             yield None
             return
         model = self.engine.model
-        with Activations(model) as activations, ForwardTime(model, self.engine.device) as forward:
+        with Activations(model) as activations, ForwardTime(model, self.engine.device, self.config.kernels.compile) as forward:
             yield Looks(activations, forward)
 
     def _log(self, done: int, verdict: Verdict, rate: float, looks: Looks | None) -> None:
-        """``looks``: at the attempt that was taken, where that was the first."""
+        """``looks``: at the attempt that was taken, where that was the first, and no record."""
         settings, steps, state = self.config.train, done - self.logged, self.recovery.state
         seconds, waited = (time.perf_counter() - self.since) / steps, self.feed.waited / steps
         values = {

@@ -1,6 +1,8 @@
 """Which attention is taken for what, what is refused and why, and what each hands to whose kernel."""
 
+import shutil
 import sys
+import sysconfig
 from functools import partial
 
 import pytest
@@ -50,7 +52,7 @@ def test_long_entities_get_a_call_each_and_short_ones_one_product(monkeypatch, e
 )
 def test_the_choice_goes_by_device_type_and_direction(device, dtype, backward, expected, monkeypatch):
     monkeypatch.setattr(flash, "triton", "installed")
-    monkeypatch.setattr(flash, "_has_compiler", lambda: True)
+    monkeypatch.setattr(flash, "_builds", lambda: True)
     layout = nano_model(grid=(16, 16)).layout
     assert choose_backend(layout, torch.device(device), dtype, 64, dropout=0.0, backward=backward) == expected
     assert choose_backend(layout, torch.device(device), dtype, 64, dropout=0.0, backward=backward, backend="prefix") == "prefix"
@@ -64,7 +66,7 @@ def test_on_a_gpu_a_single_entity_has_nothing_to_mask():
 
 def test_flash_is_taken_where_it_serves_and_refused_where_it_does_not(monkeypatch):
     monkeypatch.setattr(flash, "triton", "installed")
-    monkeypatch.setattr(flash, "_has_compiler", lambda: True)
+    monkeypatch.setattr(flash, "_builds", lambda: True)
     layout, cuda = LAYOUTS["equal"], torch.device("cuda")
     choose = partial(choose_backend, layout, dropout=0.1, backward=True)
     for width, expected in ((8, "masked"), (16, "flash"), (128, "flash"), (136, "masked")):
@@ -74,21 +76,45 @@ def test_flash_is_taken_where_it_serves_and_refused_where_it_does_not(monkeypatc
     assert attention.describe("flash", cuda, torch.bfloat16, 80) == "flash (this project's, in Triton)"
     with pytest.raises(ConfigError, match="flash takes heads of 16 to 128 channels, not 136"):
         choose(cuda, torch.bfloat16, 136, backend="flash")
-    with pytest.raises(ConfigError, match=r"flash needs Triton, a C compiler and an NVIDIA GPU .*; use masked"):
+    with pytest.raises(ConfigError, match=r"flash needs Triton, a C compiler, .* and an NVIDIA GPU .*; use masked"):
         choose(CPU, torch.bfloat16, 80, backend="flash")
 
 
 @pytest.mark.parametrize("lacks", ["Triton", "compiler", "NVIDIA", "capability"])
 def test_flash_needs_what_its_kernels_need(lacks, monkeypatch):
     monkeypatch.setattr(flash, "triton", None if lacks == "Triton" else "installed")
-    monkeypatch.setattr(flash, "_has_compiler", lambda: lacks != "compiler")
+    monkeypatch.setattr(flash, "_builds", lambda: lacks != "compiler")
     monkeypatch.setattr(torch.version, "hip", "6.4" if lacks == "NVIDIA" else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if lacks == "capability" else (8, 0))
     choose = partial(choose_backend, LAYOUTS["equal"], torch.device("cuda"), torch.float16, 64, dropout=0.0, backward=True)
     assert choose() == "masked"
-    with pytest.raises(ConfigError, match="flash needs Triton, a C compiler and an NVIDIA GPU of compute capability 8.0"):
+    with pytest.raises(ConfigError, match=f"flash needs {flash.NEEDS}"):
         choose(backend="flash")
+
+
+@pytest.mark.parametrize("lacks", ["nothing", "headers", "compiler"])
+def test_what_launches_a_kernel_is_made_with_a_compiler_and_headers(lacks, monkeypatch, tmp_path):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda name: None if lacks == "compiler" else f"/bin/{name}")
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme: str(tmp_path))
+    if lacks != "headers":
+        (tmp_path / "Python.h").touch()
+    assert flash._builds.__wrapped__() == (lacks == "nothing")
+
+
+def test_in_a_graph_it_is_as_it_was_found_outside(monkeypatch):
+    """A network that nobody gave kernels to may be compiled whole, and the first look at the GPU be inside."""
+    monkeypatch.setattr(flash, "triton", "installed")
+    monkeypatch.setattr(flash, "_builds", lambda: True)
+    monkeypatch.setattr(flash, "_found", {})
+    choose = partial(choose_backend, LAYOUTS["equal"], torch.device("cuda", 0), torch.float16, 64, dropout=0.0, backward=True)
+    with monkeypatch.context() as graph:
+        graph.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert choose() == "masked" and choose(backend="flash") == "flash"
+    assert choose() == "flash"
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert choose() == "flash"
 
 
 @pytest.mark.parametrize(

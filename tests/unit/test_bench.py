@@ -182,13 +182,40 @@ def test_step_and_sample_are_timed_and_compared(tmp_path):
     assert sampled.returncode == 0 and "| ours |" in sampled.stdout and read_record(kept).settings["steps"] == 2
 
 
+def test_a_bench_of_a_gpu_says_what_it_could_not_measure(tmp_path, monkeypatch, capsys):
+    """A case that takes too long, one that fails, and that nothing was measured."""
+    calls = iter([subprocess.TimeoutExpired("bench", 240), subprocess.CompletedProcess([], 1, "", "step\nno memory")])
+
+    def run(*_, timeout, **__):
+        assert timeout == bench_gpu.LIMIT_S
+        done = next(calls)
+        if isinstance(done, Exception):
+            raise done
+        return done
+
+    monkeypatch.setattr(bench_gpu.subprocess, "run", run)
+    monkeypatch.setattr(bench_gpu, "CASES", bench_gpu.CASES[:2])
+    monkeypatch.setattr(sys, "argv", ["bench_gpu", "--small", "--out", str(tmp_path)])
+    assert bench_gpu.main() == 1
+    (page,) = tmp_path.glob("*-small.md")
+    assert "ended after 240 s" in page.read_text() and "ended with code 1: no memory" in page.read_text()
+    assert f"bench_gpu: no case was measured; {page} says why" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_without_a_gpu_its_bench_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_gpu", "--out", str(tmp_path / "out")])
+    assert bench_gpu.main() == 64 and "no GPU is here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.long
 def test_every_case_of_a_gpu_s_bench_is_a_command(tmp_path):
     """One of them is run, small, and the page says of the others that no time was left."""
     command = [sys.executable, "tools/bench_gpu.py", "--small", "--minutes", "0.0001", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
-    (page,) = tmp_path.glob("*-gpu.md")
+    (page,) = tmp_path.glob("*-small.md")
     rows = [line for line in page.read_text().splitlines() if line.startswith("| `s")]
     assert len(rows) == len(bench_gpu.CASES) and sum("no time was left" in row for row in rows) == len(rows) - 1
     assert len(list((tmp_path / "records").glob("*.json"))) == 1 and "aten::" in page.read_text()

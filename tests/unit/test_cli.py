@@ -5,18 +5,24 @@ import hashlib
 import json
 import os
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch._dynamo.testing
 
 from tests.processes import ROOT
 from tests.unit.tiny_run import INFO, Run
 from xar_scale import cli
 from xar_scale.checkpoint.manifest import newest_valid
 from xar_scale.cli import ending, main
+from xar_scale.engines import single
+from xar_scale.engines.single import SingleEngine
 from xar_scale.errors import ProcessError, UsageError
 from xar_scale.evaluate.digits import cache_digits
+from xar_scale.metrics import read_log
 from xar_scale.model import recompute
 
 FAST = ["sample.steps=1", "sample.sampler=euler", "sample.guidance=1.0"]
@@ -152,6 +158,27 @@ def test_kernels_named_are_trained_with_and_said(capsys, train):
 def test_kernels_that_cannot_train_are_refused_before_the_run_is_begun(capsys, train, tmp_path):
     assert_ends(capsys, [*train, "kernels.attention=flex"], 78, "flex has no backward pass on a CPU")
     assert not (tmp_path / "trained").exists()
+
+
+def test_a_step_played_from_a_record_is_logged_but_for_what_hooks_see(train, tmp_path, monkeypatch):
+    """A record needs a GPU: here its passes are computed."""
+    monkeypatch.setattr(SingleEngine, "plays_records", True)
+    monkeypatch.setattr(single, "Graphs", lambda device: None)
+    assert main([*train, "train.log_every=1"]) == 0
+    entries = read_log(tmp_path / "trained")
+    assert [entry["step"] for entry in entries] == [1, 2] and all(entry["loss"] > 0 for entry in entries)
+    assert not any({"forward_s", "largest_activation"} & {*entry} for entry in entries)
+    assert main(["report", str(tmp_path / "trained")]) == 0
+
+
+def test_compiled_blocks_are_one_graph_also_where_steps_are_logged(train, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
+    assert main([*train, "train.log_every=1", "kernels.compile=true"]) == 0
+    assert counted.frame_count == 1
+    assert all(entry["forward_s"][0] > 0 and entry["largest_activation"] > 0 for entry in read_log(tmp_path / "trained"))
+    torch._dynamo.reset()
 
 
 def test_a_resumed_run_draws_no_weights(train, monkeypatch):

@@ -11,6 +11,7 @@ from xar_scale.diagnosis import Activations, Watch
 from xar_scale.model.entities import kinds
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.sampler import sample
+from xar_scale.stragglers import ForwardTime
 
 KINDS = [kind for kind in kinds() if kind != "image"]  # with one entity nothing is left to break
 
@@ -58,10 +59,11 @@ def test_blocks_are_one_graph_with_recomputation_too(mode, counted, monkeypatch)
     model.zero_grad()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
     apply_recompute(model.blocks, mode, compiled=True)
-    with Activations(model) as seen:
+    with Activations(model) as seen, ForwardTime(model, torch.device("cpu"), compiled=True) as time:
         loss = loss_of(model)
     loss.backward()
     assert counted.frame_count == 1 and len(seen.largest) == len(model.blocks)
+    assert len(time._spans) == len(time.modules) and {*model.blocks} < {*time.modules}
     torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-5)

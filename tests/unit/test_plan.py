@@ -16,7 +16,7 @@ from tests.unit.test_cli import assert_ends
 from xar_scale.cli import main
 from xar_scale.config import Config, merge, override, read_yaml
 from xar_scale.engines.deepspeed.settings import deepspeed_settings
-from xar_scale.memory import WEIGHT, padded, rank_memory, weights_of
+from xar_scale.memory.rank import WEIGHT, padded, rank_memory, weights_of
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.model.xar import meta_model
 from xar_scale.plan import cost, text
@@ -114,16 +114,40 @@ def test_more_passes_send_more_and_compute_as_much():
     assert four.exposed == one.exposed and four.optimizer == one.optimizer
 
 
+def test_a_host_launches_each_block_of_each_pass_but_for_records():
+    blocks = weights_of(config().model).blocks
+    assert time_of(config("train.engine=fsdp2", "train.micro_batch=32")).launches == 4 * blocks * H100.launch
+    alone = Machines(GPUS["h100"], 1, 8)
+    words = "train.engine=single", "train.global_batch=128", "train.micro_batch=64"
+
+    def launches(*more: str) -> float:
+        return time_of(config(*words, *more), alone).launches
+
+    assert launches("kernels.compile=true") == 0
+    for other in ((), ("train.recompute=full", "kernels.compile=true"), ("train.precision=fp16", "kernels.compile=true")):
+        assert launches(*other) == 2 * blocks * alone.launch
+
+
+def test_blocks_are_compiled_where_the_engine_can_and_it_is_not_said_otherwise():
+    def compiled(*words: str) -> set[tuple[str, bool]]:
+        ways = found("nano", 2, "h100", *FEW, "train.recompute=none", "train.micro_batch=4", *words).ways
+        return {(way.config.train.engine, way.config.kernels.compile) for way in ways}
+
+    assert compiled() == {("deepspeed", False), ("fsdp2", True)}
+    assert compiled("kernels.compile=false") == {("deepspeed", False), ("fsdp2", False)}
+    assert compiled("train.engine=fsdp2", "kernels.compile=true") == {("fsdp2", True)}
+
+
 def test_a_step_is_its_longest_part_and_what_nothing_hides():
-    time = cost.StepTime(compute=5, communication=3, host=1, exposed=0.5, optimizer=0.25, data=2)
+    time = cost.StepTime(compute=5, communication=3, host=1, launches=2, exposed=0.5, optimizer=0.25, data=2)
     assert time.total == 5.75
     assert time._replace(communication=7).total == 7.25 and time._replace(host=6).total == 6.75
-    assert time._replace(data=9).total == 9
+    assert time._replace(data=9).total == 9 and time._replace(launches=8).total == 8.75
 
 
 def test_what_is_not_overlapped_is_added():
-    shape = config("train.micro_batch=1")
-    hidden, bare = time_of(shape), time_of(shape, H100._replace(overlap=0.0))
+    shape, quick = config("train.micro_batch=1"), H100._replace(launch=0.0)
+    hidden, bare = time_of(shape, quick), time_of(shape, quick._replace(overlap=0.0))
     assert bare.exposed == pytest.approx(bare.communication) and hidden.exposed < 0.1 * hidden.communication
     assert bare.total == pytest.approx(bare.compute + bare.communication + bare.optimizer)
 
@@ -227,12 +251,18 @@ def test_the_parts_of_a_step_add_up():
 
 @pytest.mark.parametrize(
     ("change", "bound"),
-    [({}, "compute"), ({"communication": 8}, "communication"), ({"host": 6}, "copies to the host"), ({"data": 9}, "data")],
+    [
+        ({}, "compute"),
+        ({"communication": 8}, "communication"),
+        ({"host": 6}, "copies to the host"),
+        ({"launches": 6}, "launches of the host"),
+        ({"data": 9}, "data"),
+    ],
 )
 def test_a_step_is_bound_by_what_runs_longest_beside_the_rest(change, bound):
     """Not by communication whose ends are not hidden, nor by data that is there before the step has ended."""
     chosen = found("nano", 8, "h100", "train.engine=fsdp2", "train.micro_batch=64")
-    time = cost.StepTime(compute=5, communication=6, host=1, exposed=2, optimizer=0.25, data=6)._replace(**change)
+    time = cost.StepTime(compute=5, communication=6, host=1, launches=2, exposed=2, optimizer=0.25, data=6)._replace(**change)
     way = dataclasses.replace(chosen.ways[0], time=time)
     assert f"bound by {bound};" in text.describe(dataclasses.replace(chosen, ways=[way]), "nano", "h100")
 
@@ -292,6 +322,7 @@ def test_an_earlier_plan_is_replaced(tmp_path):
         (["--gpus", "0"], 64, ["--gpus 0: at least 1"]),
         (["--gpus-per-node", "0"], 64, ["--gpus-per-node 0: at least 1"]),
         (["--mfu", "40"], 64, ["--mfu 40: above 0 and at most 1"]),
+        (["--launch", "-1"], 64, ["--launch -1: ms, not below 0"]),
         (["--network", "0"], 64, ["--network 0: GB/s, above 0"]),
         (["--recipe", "nosuch"], 64, ["no recipe 'nosuch'"]),
         (["train.ds_config=x.json"], 64, ["the plan writes one"]),

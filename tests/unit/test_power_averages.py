@@ -20,7 +20,7 @@ from xar_scale.ema import EMA, POWER_KINDS
 from xar_scale.errors import ConfigError, NonFiniteError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.guard import Action, GuardState
-from xar_scale.memory import MARGIN, rank_memory
+from xar_scale.memory.rank import MARGIN, rank_memory
 from xar_scale.model.xar import meta_model
 from xar_scale.recovery import Recovery, Resolved
 

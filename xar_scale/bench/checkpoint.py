@@ -87,8 +87,7 @@ def _theirs(engine: Any, folder: Path) -> tuple[float, ...]:
             subprocess.run(command, check=True, capture_output=True)
 
     converted = _slowest(convert)
-    engine.engine._config.load_universal_checkpoint = True  # 0.19.8
-    loads, read = _loads(lambda: engine.engine.load_checkpoint(str(universal), tag="step"))
+    loads, read = _loads(lambda: engine.load_universal(str(universal), "step"))
     size = sum(path.stat().st_size for path in universal.rglob("*") if path.is_file())
     return statistics.median(saves), statistics.median(saves), converted, loads, read, size
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -13,9 +12,9 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from xar_scale import dist
+from xar_scale.bench.absent import join_absent
 from xar_scale.bench.memory import resident
 from xar_scale.bench.timing import median_ms
 from xar_scale.config import Config, ModelConfig, Recompute, merge, validated
@@ -26,7 +25,7 @@ from xar_scale.model.attention import FLASH_DTYPES, Backend, block_causal_attent
 from xar_scale.model.entities import EntityLayout, create_layout, kinds
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import Weight, create_model, initial_weights, meta_model
-from xar_scale.precision import MODES
+from xar_scale.precision import FP32, MODES
 from xar_scale.presets import model_values, recipe
 
 
@@ -105,7 +104,7 @@ def _one_mode(options: argparse.Namespace) -> dict[str, float]:
     labels = torch.zeros(options.batch, dtype=torch.int64, device=device)
 
     def work() -> None:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute is torch.bfloat16):
+        with torch.autocast(device.type, dtype=compute, enabled=compute is not FP32):
             loss = velocity_loss(model, layout, latents, noise, t, labels)
         loss.backward()
 
@@ -118,11 +117,10 @@ def _one_mode(options: argparse.Namespace) -> dict[str, float]:
 
 
 def bench_build(options: argparse.Namespace) -> None:
-    """Rank 0 of a process group that sends nothing: what it builds is what it would build among the others."""
+    """Until a rank of many has its weights."""
     if options.ranks < 1:
         raise UsageError("--ranks is at least 1")
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.ranks)}
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.ranks)
+    join_absent(options.ranks)
     values = merge(
         recipe("imagenet256_h"),
         {"model": model_values(options.model), "train": {"global_batch": options.ranks}, "data": {"lanes": 1}},

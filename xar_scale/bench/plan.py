@@ -8,9 +8,9 @@ from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from xar_scale import dist
+from xar_scale.bench.absent import join_absent
 from xar_scale.bench.memory import peak_resident
 from xar_scale.bench.timing import median_ms
 from xar_scale.config import Config, merge
@@ -18,7 +18,7 @@ from xar_scale.data.loader import Batch
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine, create_engine
 from xar_scale.flow import velocity_loss
-from xar_scale.memory import rank_memory, weights_of
+from xar_scale.memory.rank import rank_memory, weights_of
 from xar_scale.model.flops import training_flops
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import blank_weights, meta_model
@@ -63,13 +63,13 @@ def train_steps(config: Config, device: torch.device) -> tuple[Engine, EMA]:
     engine.set_precision(config.train.precision)
     averages = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     for step in range(STEPS):
-        verdict = engine.attempt(step, [zeros(config, config.train.micro_batch or 1)])
+        verdict = engine.attempt(step, [zeros(config, config.train.micro_batch or 1, device)])
         engine.step(1e-4, verdict)
         averages.update(step + 1)
     return engine, averages
 
 
-def zeros(config: Config, samples: int) -> Batch:
+def zeros(config: Config, samples: int, device: torch.device) -> Batch:
     """A batch that costs nothing to make."""
     model = meta_model(config.model)
     layout, channels = model.layout, config.model.channels
@@ -80,15 +80,14 @@ def zeros(config: Config, samples: int) -> Batch:
         noise=torch.zeros(samples, layout.tokens, channels),
         keys=("",) * samples,
         places=torch.zeros(samples, 2, dtype=torch.int64),
-    )
+    ).to(device)
 
 
 def bench_memory(options: argparse.Namespace) -> None:
     """One rank's training steps, in one process, under a launcher, or among ``--ranks`` that are not there."""
     device = dist.local_device()
     if options.ranks:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(options.ranks)}
-        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.ranks)
+        join_absent(options.ranks)
     elif options.engine != "single":
         dist.init(device)
     config = config_of(options, dist.world())
@@ -157,7 +156,7 @@ def _computed(options: argparse.Namespace, device: torch.device) -> tuple[float,
         weight.place(device)
     parameters = dict(model.named_parameters())
     optimizer = create_adamw(parameters, {name: weight.shape for name, weight in parameters.items()}, config.optim)
-    averages, batch = EMA([*parameters.values()], config.optim.ema_decay), zeros(config, options.batch)
+    averages, batch = EMA([*parameters.values()], config.optim.ema_decay), zeros(config, options.batch, device)
     compute = MODES[options.precision].compute
 
     def computed() -> None:
@@ -182,14 +181,14 @@ def _collective_seconds(collective: Collective, device: torch.device) -> float:
     call: Callable[[], object] = (
         partial(torch.distributed.reduce_scatter_tensor, piece, whole)
         if collective.name == "reduce"
-        else partial(torch.distributed.all_gather_into_tensor, whole, piece)
+        else partial(dist.all_gather, whole, piece)
     )
     return dist.largest(median_ms(call, device) / 1e3)
 
 
 def _step_seconds(config: Config, device: torch.device) -> float:
     engine, averages = train_steps(config, device)
-    batch = zeros(config, config.train.micro_batch or 1)
+    batch = zeros(config, config.train.micro_batch or 1, device)
 
     def step() -> None:
         engine.step(1e-4, engine.attempt(0, [batch]))

@@ -95,6 +95,8 @@ def bench_step(options: argparse.Namespace) -> None:
 
 def bench_sample(options: argparse.Namespace) -> None:
     """Latents, of as many images as ``--batch``, by the published sampler with guidance."""
+    if dist.world() > 1:
+        raise UsageError(f"sampling is timed in one process, not {dist.world()}")
     device = dist.local_device()
     settings = _settings(options, "steps", "guidance", "compile")
     earlier = _earlier(options, "sample", settings)

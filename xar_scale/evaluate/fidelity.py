@@ -17,7 +17,7 @@ from xar_scale import dist
 from xar_scale.checkpoint.files import fingerprint
 from xar_scale.errors import DataError, UsageError
 from xar_scale.evaluate.images import read_npz
-from xar_scale.precision import exact_matmuls
+from xar_scale.precision import matmul_mode
 
 INCEPTION = "inception-v3-compat"  # whose numbers alone are called FID and IS
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -89,7 +89,7 @@ class Extractor:
         """Grey images are repeated as three channels."""
         colour = np.repeat(images_NIHW, 3, axis=1) if images_NIHW.shape[1] == 1 else images_NIHW
         found: list[dict[str, Tensor]] = []
-        with exact_matmuls():
+        with matmul_mode("fp32"):
             for start in range(0, len(colour), BATCH):
                 batch = torch.tensor(colour[start : start + BATCH], device=self.device)
                 values = self.network.convert_features_tuple_to_dict(self.network(batch))

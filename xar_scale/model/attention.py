@@ -81,7 +81,7 @@ def choose_backend(
     if backend == "flex" and head_width < FLEX_HEAD_WIDTH and device.type == "cuda":
         raise ConfigError(f"attention flex takes heads of at least {FLEX_HEAD_WIDTH} channels, not {head_width}")
     if backend == "flash":
-        if not flash.available(device):
+        if not torch.compiler.is_compiling() and not flash.available(device):
             raise ConfigError(f"attention flash needs {flash.NEEDS}; use masked, prefix or dense")
         if not flash.NARROWEST <= head_width <= flash.WIDEST:
             raise ConfigError(f"attention flash takes heads of {flash.NARROWEST} to {flash.WIDEST} channels, not {head_width}")

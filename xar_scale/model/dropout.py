@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xar_scale.model.cpu import goes_own_way
+from xar_scale.model.cpu import goes_own_way, in_a_graph
 
 _LEVELS = 2**16
 
@@ -24,7 +24,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Of a share ``p`` of the values, drawn from the device's generator; on a CPU a multiple of 2^-16, in graphs of 2^-32."""
     if not 0 < p < 1:
         return F.dropout(x, p)
-    if torch.compiler.is_compiling():
+    if in_a_graph():
         return _hashed(x, p)
     if not goes_own_way(x):
         return F.dropout(x, p)

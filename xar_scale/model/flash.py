@@ -6,6 +6,9 @@ Heads need no power of two channels: their tiles are two, of the widest power of
 
 import os
 import shutil
+import sysconfig
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -40,22 +43,29 @@ BLOCKS = {
     "queries": {96: Blocks(64, 64, 4, 2, 168), 128: Blocks(64, 32, 4, 2, 168)},
     "keys": {96: Blocks(32, 64, 4, 2, 168), 128: Blocks(32, 64, 4, 2, 255)},
 }
-NEEDS = "Triton, a C compiler and an NVIDIA GPU of compute capability 8.0 or later"
+NEEDS = "Triton, a C compiler, Python's headers and an NVIDIA GPU of compute capability 8.0 or later"
 
 
 def available(device: torch.device) -> bool:
-    """Whether ``device`` is what the kernels need. A GPU that is not there stands for one that is; in a graph it was asked
-    before, by whoever chose these kernels."""
-    if triton is None or device.type != "cuda" or torch.version.hip is not None:
+    """Whether ``device`` is what the kernels need. A GPU that is not there stands for one that is. In a graph, which cannot
+    look, whether it was when this was last asked outside; if it never was, no."""
+    if device.type != "cuda":
         return False
-    if torch.compiler.is_compiling():
-        return True
-    return _has_compiler() and (not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0))
+    if not torch.compiler.is_compiling():
+        new = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+        _found[device.index or 0] = triton is not None and torch.version.hip is None and _builds() and new
+    return _found.get(device.index or 0, False)
 
 
-def _has_compiler() -> bool:
-    """With which Triton makes what launches a kernel."""
-    return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
+_found: dict[int, bool] = {}
+
+
+@cache
+def _builds() -> bool:
+    """Whether Triton can make what launches a kernel, a module of Python's in C."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton has it, for Debian
+    headers = Path(sysconfig.get_path("include", scheme), "Python.h")
+    return headers.exists() and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def flash_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, ends_T: Tensor, dropout: float) -> Tensor:

@@ -3,9 +3,9 @@
 import math
 from typing import NamedTuple
 
-from xar_scale.config import Config, TrainConfig, micro_batches, shard_ranks
-from xar_scale.ema import WIDTHS
-from xar_scale.memory import WEIGHT, ZERO3_LIVE, Weights, padded
+from xar_scale.config import Config, micro_batches, shard_ranks
+from xar_scale.ema import averages_of
+from xar_scale.memory.rank import WEIGHT, ZERO3_LIVE, Weights, owners, padded
 from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.plan.hardware import Machines
@@ -99,14 +99,15 @@ class StepTime(NamedTuple):
     compute: float
     communication: float  # all of it
     host: float  # activations to the host's memory and back
+    launches: float  # of kernels, one after another, by the host
     exposed: float  # of communication, what nothing is computed beside
     optimizer: float
     data: float  # until the loaders have a global batch
 
     @property
     def beside(self) -> float:
-        """max(compute, communication - exposed, host)."""
-        return max(self.compute, self.communication - self.exposed, self.host)
+        """max(compute, communication - exposed, host, launches)."""
+        return max(self.compute, self.communication - self.exposed, self.host, self.launches)
 
     @property
     def total(self) -> float:
@@ -121,10 +122,18 @@ def image_flops(config: Config) -> int:
     return training_flops(config.model) + again
 
 
+def recorded(config: Config) -> bool:
+    """Whether passes are played from CUDA graphs, which take one launch (engines/single.py)."""
+    train = config.train
+    compiled = config.kernels.compile and train.recompute == "none"
+    return train.engine == "single" and compiled and not MODES[train.precision].scaled
+
+
 def step_time(config: Config, weights: Weights, machines: Machines, sent: list[Collective]) -> StepTime:
     """Each part by its formula; b samples a rank and pass, p passes.
 
     compute = p b FLOPs / (peak x mfu); communication = that of all collectives; host = 2 p b x inputs of blocks / host;
+    launches = p x blocks x launch, of passes that are not recorded;
     exposed = one call of the first gather and of the last reduction, and of the rest what is not overlapped;
     data = global batch / (loader x workers x ranks).
     """
@@ -140,6 +149,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
         compute=passes * samples * image_flops(config) / (gpu.peak(train.precision) * machines.mfu),
         communication=communication,
         host=2 * passes * samples * inputs / gpu.host,
+        launches=0.0 if recorded(config) else passes * weights.blocks * machines.launch,
         exposed=ends + (1 - machines.overlap) * (communication - ends),
         optimizer=optimizer_bytes(config, weights, machines.gpus) / gpu.memory_bandwidth,
         data=train.global_batch / (machines.loader * workers),
@@ -149,18 +159,9 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
 def optimizer_bytes(config: Config, weights: Weights, world: int) -> float:
     """Read and written a rank and step, of its share: gradients for the norm (1) and to be clipped (2), AdamW's four tensors (4
     read, 3 written), the averages (3 each); under ZeRO-3 the copy that is gathered from (2). Four bytes each."""
-    times = 10 + 3 * _averages(config) + (2 if config.train.engine == "deepspeed" else 0)
+    times = 10 + 3 * averages_of(config.optim) + (2 if config.train.engine == "deepspeed" else 0)
     ranks = owners(config.train, world)
     return times * WEIGHT * weights.cut(config.train.engine, ranks) / ranks
-
-
-def owners(train: TrainConfig, world: int) -> int:
-    """Ranks that a copy of weights and moments is cut over: under ZeRO-3 all, also where neighbours gather from each other."""
-    return world if train.engine == "deepspeed" else shard_ranks(train, world)
-
-
-def _averages(config: Config) -> int:
-    return 1 + (len(WIDTHS) if config.optim.ema_snapshots_every else 0)
 
 
 class Checkpoint(NamedTuple):
@@ -173,7 +174,7 @@ class Checkpoint(NamedTuple):
 
 def checkpoint(config: Config, weights: Weights, machines: Machines) -> Checkpoint:
     """size = 4 W (3 + averages); copy = size / ranks / host link; write = size / (disk x nodes)."""
-    size = WEIGHT * weights.whole * (3 + _averages(config))
+    size = WEIGHT * weights.whole * (3 + averages_of(config.optim))
     return Checkpoint(size, size / machines.gpus / machines.gpu.host, size / (machines.disk * machines.nodes))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from xar_scale.config import Config
 from xar_scale.errors import UsageError
 from xar_scale.files import write_atomically
-from xar_scale.memory import Weights
+from xar_scale.memory.rank import Weights
 from xar_scale.plan.search import Way, bucket
 
 CONFIG, SETTINGS = "config.yaml", "ds_config.json"

@@ -37,7 +37,8 @@ class Machines(NamedTuple):
     gpu: GPU
     gpus: int
     per_node: int
-    mfu: float = 0.30  # of the peak, what passes reach, recomputed work included (docs/benchmarks/2026-11-27-gpu.md)
+    mfu: float = 0.35  # of the peak, what passes reach, recomputed work included (docs/benchmarks/2026-11-27-plan.md)
+    launch: float = 6e-3  # seconds in which the host launches a block's pass, where none is recorded (there)
     link_share: float = 0.7  # of a link's peak, what collectives reach
     overlap: float = 1.0  # of communication, the share that can run beside computation
     hop: float = 5e-6  # seconds from one rank of a ring to the next

@@ -11,7 +11,9 @@ import torch
 
 from xar_scale.config import Config, Recompute
 from xar_scale.errors import ConfigError
-from xar_scale.memory import Passes, RankMemory, Weights, extrapolated_passes, plan_fallback, rank_memory, weights_of
+from xar_scale.memory.fallback import plan_fallback
+from xar_scale.memory.passes import Passes, extrapolated_passes
+from xar_scale.memory.rank import RankMemory, Weights, rank_memory, weights_of
 from xar_scale.plan.cost import Collective, StepTime, collectives, step_time
 from xar_scale.plan.hardware import Machines
 from xar_scale.precision import MODES
@@ -35,7 +37,8 @@ class Way:
         train = self.config.train
         engine = {"deepspeed": "ZeRO-3", "fsdp2": "FSDP2", "single": "single"}[train.engine]
         shared = f" in groups of {train.shard_ranks}" if train.shard_ranks else ""
-        return f"{engine}{shared}, recompute {train.recompute}, micro batch {train.micro_batch}"
+        compiled = ", compiled" if self.config.kernels.compile else ""
+        return f"{engine}{shared}{compiled}, recompute {train.recompute}, micro batch {train.micro_batch}"
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ def bucket(weights: Weights) -> int:
 
 
 def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
-    """Every engine, sharing, recomputation and micro batch but for what ``fixed`` (section.key) names; the fewest seconds a
-    step first, then what is computed again least, then ZeRO-3 before FSDP2, then the larger micro batch.
+    """Every engine, sharing, recomputation and micro batch but for what ``fixed`` (section.key) names, with compiled blocks
+    where an engine can; the fewest seconds a step first, then what is computed again least, then ZeRO-3 before FSDP2, then the
+    larger micro batch.
 
     Raises ConfigError where the global batch does not divide, or nothing fits.
     """
@@ -132,9 +136,15 @@ def _candidates(found: Search) -> Iterator[Config]:
         (train.recompute,) if "train.recompute" in fixed else RECOMPUTE,
         (train.micro_batch,) if "train.micro_batch" in fixed and train.micro_batch else _divisors(found),
     ):
-        if engine == "deepspeed" and share == 1 != machines.gpus:
+        zero3 = engine == "deepspeed"
+        if zero3 and share == 1 != machines.gpus:
             continue  # whole weights on each rank, which ZeRO-3 does not have
-        yield _with(config, engine=engine, shard_ranks=share, recompute=recompute, micro_batch=micro)
+        compiled = config.kernels.compile if "kernels.compile" in fixed else not zero3  # which is never slower, and takes less
+        if zero3 and compiled:
+            continue  # which training refuses
+        kernels = dataclasses.replace(config.kernels, compile=compiled)
+        way = _with(config, engine=engine, shard_ranks=share, recompute=recompute, micro_batch=micro)
+        yield dataclasses.replace(way, kernels=kernels)
 
 
 def _divisors(found: Search) -> list[int]:

@@ -4,7 +4,7 @@ import dataclasses
 
 from xar_scale.config import micro_batches
 from xar_scale.doctor import table
-from xar_scale.memory import MARGIN, RankMemory
+from xar_scale.memory.rank import MARGIN, RankMemory
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.plan.cost import checkpoint, link_of, optimizer_bytes, sample_bytes, snapshot_bytes
 from xar_scale.plan.hardware import Machines
@@ -71,6 +71,8 @@ def _step(found: Search, best: Way) -> str:
         rows += [("communication beside it", f"{_ms(time.communication - time.exposed)} ms")]
     if time.host:
         rows += [("copies to and from the host beside it", f"{_ms(time.host)} ms")]
+    if time.launches:
+        rows += [("launches of the host beside it", f"{_ms(time.launches)} ms")]
     if best.sent:
         rows += [("communication alone", f"{_ms(time.exposed)} ms: the first gather and the last reduction")]
     rows += [("optimizer", f"{_ms(time.optimizer)} ms"), ("data for the next, beside all", f"{_ms(time.data)} ms")]
@@ -109,6 +111,7 @@ def _assumed(found: Search, best: Way) -> str:
         f"memory: {gpu.memory / 1e9:.0f} GB a GPU; {MARGIN - 1:.0%} of what is reckoned is added for CUDA, NCCL and fragments",
         "memory: the moment of a step that needs most, a pass or the optimizer's step; attention and dropout as fused kernels",
         f"compute: {machines.mfu:.0%} of {peak:,.0f} TFLOP/s, recomputed work included, at any micro batch (--mfu)",
+        *([f"launches: {machines.launch * 1e3:g} ms of the host a block and pass (--launch)"] if best.time.launches else []),
         *(_assumed_of_links(machines) if best.sent else []),
         f"optimizer: {optimizer_bytes(best.config, found.weights, machines.gpus) / 1e9:.2f} GB read and written a GPU at "
         f"{gpu.memory_bandwidth / 1e12:.2f} TB/s; host link {gpu.host / 1e9:.0f} GB/s",
@@ -149,6 +152,7 @@ def _chosen(found: Search) -> str:
 def _why(found: Search, best: Way) -> str:
     time = best.time
     beside = {"compute": time.compute, "communication": time.communication - time.exposed, "copies to the host": time.host}
+    beside["launches of the host"] = time.launches
     bound = "data" if time.total == time.data else max(beside, key=beside.__getitem__)
     same = [way.config.train.engine for way in found.ways if way.time.total <= time.total * 1.0005]
     zero3 = "" if len({*same}) == 1 else ", then ZeRO-3"

@@ -54,6 +54,11 @@ class DeepSpeedEngine(Engine):
     def _place(self, weights: Iterable[Weight], settings: dict[str, Any]) -> None:
         """Give the model its parameters, as this stage wants them before DeepSpeed takes the model."""
 
+    def load_universal(self, folder: str, tag: str) -> None:
+        """DeepSpeed's own way to load what its own tool has converted, which this project compares itself with."""
+        self.engine._config.load_universal_checkpoint = True  # 0.19.8
+        self.engine.load_checkpoint(folder, tag=tag)
+
     def _apply_precision(self) -> None:
         config = self.engine._config
         # 0.19.8: read at each pass, and at each gather and reduction of a parameter
