@@ -342,24 +342,30 @@ def _backward_keys(  # type: ignore[no-untyped-def]
 _KERNELS = {"forward": _forward, "queries": _backward_queries, "keys": _backward_keys}
 
 
+def cut_of(name: str, head_width: int) -> Blocks:
+    return BLOCKS[name][min(widest for widest in BLOCKS[name] if widest >= head_width)]
+
+
+def constants(head_width: int, cut: Blocks, *, dropout: bool) -> dict[str, int]:
+    """What a kernel is compiled for."""
+    main = 2 ** (head_width.bit_length() - 1)
+    rest = max(NARROWEST, triton.next_power_of_2(head_width - main)) if main < head_width else 0
+    sizes = {"H": head_width, "MAIN": main, "REST": rest, "QUERIES": cut.queries, "KEYS": cut.keys}
+    return {**sizes, "DROPOUT": dropout}
+
+
 def _launch(name: str, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], dropout_p: float) -> None:
     """A kernel, over all samples and heads: of ``tensors``, and the strides of those (B, N, T, H), q and k the first."""
     (B, N, Tq, H), Tk = strided[0].shape, strided[1].shape[2]
-    cut = BLOCKS[name][min(widest for widest in BLOCKS[name] if widest >= H)]
+    cut = cut_of(name, H)
     blocks = triton.cdiv(Tk, cut.keys) if name == "keys" else triton.cdiv(Tq, cut.queries)
-    main = 2 ** (H.bit_length() - 1)
     with torch.cuda.device_of(strided[0]):
         _KERNELS[name][(B * N * blocks,)](
             *tensors,
             *(stride for tensor in strided for stride in tensor.stride()[:3]),
             *(N, Tq, Tk),
             *(H**-0.5, int(dropout_p * 2**32) - 2**31, 1 / (1 - dropout_p)),
-            H=H,
-            MAIN=main,
-            REST=max(NARROWEST, triton.next_power_of_2(H - main)) if main < H else 0,
-            QUERIES=cut.queries,
-            KEYS=cut.keys,
-            DROPOUT=dropout_p > 0,
+            **constants(H, cut, dropout=dropout_p > 0),
             num_warps=cut.warps,
             num_stages=cut.stages,
             maxnreg=cut.registers,
