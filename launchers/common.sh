@@ -1,6 +1,27 @@
 # shellcheck shell=bash
 # Sourced by the launchers: what they share. Commands run from the checkout, where ds_configs/ is.
 
+refuse() { # WHY
+    echo "xar-scale: $*" >&2
+    exit 64
+}
+
+an_environment() {
+    command -v python >/dev/null || refuse "there is no python here: activate the environment that holds xar_scale (. .venv/bin/activate)"
+}
+
+# Of the variables that are set: whole numbers, and no less than LEAST
+whole_numbers() { # LEAST NAME...
+    local least=$1 name
+    shift
+    for name in "$@"; do
+        [ -n "${!name-}" ] || continue
+        if [[ ! ${!name} =~ ^[0-9]{1,9}$ ]] || [ "${!name}" -lt "$least" ]; then
+            refuse "$name=${!name} is no whole number from $least on"
+        fi
+    done
+}
+
 # What ranks find each other and exchange data over. What is set stays; each is printed at the start.
 network_settings() {
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"                                          # INFO: which interfaces and plugins NCCL takes

@@ -12,12 +12,16 @@ set -euo pipefail
 # shellcheck source=launchers/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+an_environment
+whole_numbers 1 PROCESSES MASTER_PORT
+whole_numbers 0 NODE_RANK RESTARTS PAUSE
 gpus=$(gpus_here)
 count=$(tr ',' '\n' <<<"$gpus" | grep -c . || true)
+[ "$count" -eq 0 ] || [ "${PROCESSES:-1}" -le "$count" ] || refuse "PROCESSES=$PROCESSES, but there are GPUs $gpus"
 if [ "$count" -eq 0 ]; then export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
 if [ -n "${HOSTFILE-}" ]; then
     # DeepSpeed would take this machine alone, and not say so
-    [ -f "$HOSTFILE" ] || { echo "HOSTFILE=$HOSTFILE: no such file" >&2 && exit 64; }
+    [ -f "$HOSTFILE" ] || refuse "HOSTFILE=$HOSTFILE: no such file"
     ranks=(--hostfile "$HOSTFILE")
     port=29500
     if [ -n "${NODE_RANK-}" ]; then

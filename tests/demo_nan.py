@@ -28,7 +28,8 @@ def main() -> int:
 
 def train(out: Path, precision: str, faults: list[dict]) -> list[dict]:
     """What a training on 2 ranks logged; its folder is ``out``/``precision``."""
-    settings = [f"train.steps={STEPS}", "train.log_every=2", "train.checkpoint_every=200", f"guard.hold_steps={HOLD}"]
+    settings = [f"train.steps={STEPS}", "train.log_every=2", f"guard.hold_steps={HOLD}"]
+    settings += [f"train.checkpoint_every={BROKEN}", "train.keep_last=9"]  # each report has one to be replayed from
     words = [
         "train",
         "--recipe",

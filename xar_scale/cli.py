@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from xar_scale.config import Config, merge, override, read_yaml
 from xar_scale.errors import INTERRUPTED, OK, ProcessError, UsageError, XarScaleError
-from xar_scale.files import write_atomically
+from xar_scale.files import make_folder, write_atomically
 from xar_scale.presets import MODELS, RECIPES, model_values, recipe
 from xar_scale.stopping import Stops
 
@@ -78,9 +78,17 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} ({self.prog} --help shows what there is)")
+
+
+def _path(word: str) -> Path:
+    """Path("") is the current folder, and no word comes of a variable that is not set."""
+    if not word:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(word)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -212,12 +220,13 @@ def _sample(options: argparse.Namespace) -> None:
     device = dist.local_device()
     if dist.world() > 1:
         dist.init(device)
+    folders = [path.parent if path.suffix else path for path in options.out]
+    dist.on_rank_0(lambda: [*map(make_folder, folders)])  # before the work
     trained = open_trained(options.weights, options.overrides)
     known = trained.model.classes
-    chosen = classes.parse_classes(options.classes or f"0-{min(known, 10) - 1}", known)
+    chosen = classes.parse_classes(f"0-{min(known, 10) - 1}" if options.classes is None else options.classes, known)
     labels = [label for label in chosen for _ in seeds]
     generator = open_generator(trained, device)
-    dist.on_rank_0(lambda: [path.parent.mkdir(parents=True, exist_ok=True) for path in options.out])
     images = generator.draw_over_ranks(labels, seeds * len(chosen))
     animated = any(path.suffix == ".gif" for path in options.out)
     drawn = Drawn(
@@ -242,9 +251,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     from xar_scale.evaluate.generate import open_generator
     from xar_scale.evaluate.images import open_images
     from xar_scale.evaluate.trained import holds_weights, is_run, open_trained
+    from xar_scale.rng import SEEDS
 
-    if (options.images is not None and options.images < 2) or (options.seed is not None and options.seed < 0):
-        raise UsageError("--images is at least 2, --seed at least 0")
+    if (options.images is not None and options.images < 2) or not 0 <= (options.seed or 0) < SEEDS:
+        raise UsageError("--images is at least 2, --seed from 0 to 2^64 - 1")
     device = dist.local_device()
     if dist.world() > 1:
         dist.init(device)

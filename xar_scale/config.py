@@ -93,7 +93,7 @@ class TrainConfig:
     steps: int = Field(gt=0)
     global_batch: int = Field(gt=0)
     micro_batch: int | None = Field(default=None, gt=0)  # samples a rank and pass; none: no accumulation
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     label_drop: float = Field(default=0.1, ge=0, le=1)
     engine: Literal["single", "deepspeed", "fsdp2"] = "deepspeed"
     ds_config: str = "ds_configs/zero3.json"
@@ -271,11 +271,11 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UsageError when it cannot be read, ConfigError when it is no mapping."""
+    """The mapping in a YAML file. Raises UsageError where there is none, ConfigError where it holds something else, OSError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot read config {path}: {error.strerror}") from None
+    except FileNotFoundError:
+        raise UsageError(f"no config at {path}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
     values = _parse_yaml(text, str(path)) or {}

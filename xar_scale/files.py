@@ -4,8 +4,19 @@ import contextlib
 import fcntl
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def make_folder(path: Path) -> None:
+    """Raises OSError that names it where it cannot be, or takes no files: before the work whose result it is for."""
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

@@ -178,7 +178,7 @@ def _opened(path: Path) -> Iterator[dict[str, Any]]:
             raise DataError(f"report {path} is of format {values['format']}, this version reads {FORMAT}")
         yield values
     except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
-        raise DataError(f"report {path} is torn or changed ({type(error).__name__})") from None
+        raise DataError(f"report {path} is none of a step, or torn or changed ({type(error).__name__})") from None
 
 
 def _summary(values: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_MASK64 = (1 << 64) - 1
+SEEDS = 1 << 64  # from 0 on: what is above would be one of them again
 
 
 def generator(seed: int, purpose: str, n: int = 0) -> np.random.Generator:
@@ -14,7 +14,7 @@ def generator(seed: int, purpose: str, n: int = 0) -> np.random.Generator:
 
     Philox is keyed by (seed, purpose); ``n`` is the upper half of its counter, so 2**128 values lie between neighbours.
     """
-    counter = np.array([0, 0, n & _MASK64, 0], dtype=np.uint64)
+    counter = np.array([0, 0, n % SEEDS, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=_key(seed, purpose), counter=counter))
 
 
@@ -45,7 +45,7 @@ def normals(words_BW: np.ndarray) -> Tensor:
 
 
 def _key(seed: int, purpose: str) -> np.ndarray:
-    return np.array([seed & _MASK64, zlib.crc32(purpose.encode())], dtype=np.uint64)
+    return np.array([seed % SEEDS, zlib.crc32(purpose.encode())], dtype=np.uint64)
 
 
 def torch_generator(seed: int, purpose: str, n: int = 0) -> torch.Generator:

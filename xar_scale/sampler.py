@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,16 +57,12 @@ def sample(
     if steps < 1:
         raise UsageError(f"sampling needs at least 1 step, not {steps}")
     low, high = guidance_interval
-    if not (guidance >= 0 and 0 <= low <= high <= 1):
-        raise UsageError(f"guidance {guidance} within times {low} to {high}: it is at least 0, times from 0 to 1")
+    if not (0 <= guidance < math.inf and 0 <= low <= high <= 1):
+        raise UsageError(f"guidance {guidance} within times {low} to {high}: it is at least 0, times rise from 0 to 1")
     device, layout = model.in_proj.weight.device, model.layout
-    labels_B = torch.as_tensor(labels, dtype=torch.int64)
-    numbers, batch = labels_B.tolist(), labels_B.shape[0]
-    keys = [(seed, first_image + image) for image in range(batch)] if isinstance(seed, int) else [(own, 0) for own in seed]
-    if batch == 0 or min(numbers) < 0 or max(numbers) > model.null_class:
-        raise UsageError(f"labels must be one or more numbers in 0..{model.null_class}, the last for no class")
-    if len(keys) != batch:
-        raise UsageError(f"{len(keys)} seeds for {batch} labels")
+    labels_B = _labels(labels, model.null_class)
+    batch = len(labels_B)
+    keys = _keys(seed, first_image, batch)
     labels_B = labels_B.to(device)
     integrate, stochastic_steps, _ = SAMPLERS[sampler]
     draw = draw or _draw_per_image(keys)
@@ -93,6 +90,29 @@ def sample(
     finally:
         model.train(was_training)
     return layout.from_entities(torch.cat(finished, dim=1))
+
+
+def _keys(seed: int | Sequence[int], first_image: int, batch: int) -> list[tuple[int, int]]:
+    """Of the generator of each image, (seed, number)."""
+    seeds: list[Any] = [*seed] if isinstance(seed, Sequence) else [seed] * batch
+    if len(seeds) != batch:
+        raise UsageError(f"{len(seeds)} seeds for {batch} labels")
+    if wrong := [seed for seed in seeds if not (isinstance(seed, Integral) and 0 <= int(seed) < rng.SEEDS)]:
+        raise UsageError(f"seed {wrong[0]} is no whole number from 0 to 2^64 - 1")
+    return [(int(seed), 0 if isinstance(seed, Sequence) else first_image + image) for image, seed in enumerate(seeds)]
+
+
+def _labels(labels: Tensor | Sequence[int], null_class: int) -> Tensor:
+    """int64 (B,), each checked."""
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    if found.ndim != 1 or found.is_floating_point() or found.dtype is torch.bool or not len(found):
+        raise UsageError(f"labels must be one or more whole numbers in 0..{null_class}, the last for no class")
+    if wrong := [label for label in found.tolist() if not 0 <= label <= null_class]:
+        raise UsageError(f"label {wrong[0]} is outside 0..{null_class}, the last for no class")
+    return found.to(torch.int64)
 
 
 # The share of guidance, 0 to 1, of an entity at the share 0 to 1 of the sequence

@@ -1,6 +1,7 @@
 """The command line: one line and a documented exit code for whatever is asked of it."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ import torch._dynamo.testing
 
 from tests.processes import ROOT
 from tests.unit.tiny_run import INFO, Run
-from xar_scale import cli
+from xar_scale import cli, files
 from xar_scale.checkpoint.manifest import newest_valid
 from xar_scale.cli import ending, main
 from xar_scale.engines import single
@@ -207,8 +208,34 @@ def test_all_blocks_are_recomputed(train, monkeypatch):
     assert len(recomputed) == 2 * 4  # steps, blocks of the encoder and the decoder
 
 
+@pytest.mark.parametrize(
+    "words", ["sample RUN --out", "train --run-dir", "report RUN --out", "plan --out", "evaluate RUN --out"]
+)
+def test_an_empty_path_is_no_current_folder(capsys, run, words):
+    assert_ends(capsys, [*words.replace("RUN", run).split(), ""], 64, "the path is empty")
+
+
+@pytest.mark.parametrize("command", ["sample", "plan"])
+def test_what_cannot_be_written_is_known_before_the_work(capsys, run, tmp_path, monkeypatch, command):
+    """As on a disk that takes nothing: root is refused nothing else."""
+
+    def full(dir):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(dir / "tmpx"))
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr("xar_scale.evaluate.trained.open_trained", lambda *_: pytest.fail("it was begun"))
+    monkeypatch.setattr("xar_scale.plan.search.search", lambda *_: pytest.fail("it was begun"))
+    words = {"sample": [run], "plan": ["--model", "nano", "--gpus", "1", "--gpu", "h100"]}[command]
+    out = tmp_path / "new"
+    assert_ends(capsys, [command, *words, "--out", out], 74, f"{out}: No space left")
+
+
 def test_wrong_samples(capsys, run, tmp_path):
     out = tmp_path / "grid.png"
+    assert_ends(capsys, ["sample", run, "--out", out, "--classes", ""], 64, "nothing between two commas")
+    assert_ends(capsys, ["sample", run, "--out", out, "--classes", "5-2"], 64, "classes 5-2: a range goes from the smaller")
+    assert_ends(capsys, ["sample", run, "--out", out, "--seeds", "0-100000000000"], 64, "at most 1,000,000 in a range")
+    assert_ends(capsys, ["sample", run, "--out", out, "--seeds", str(2**64)], 64, "below 2^64")
     assert_ends(capsys, ["sample", run, "--out", tmp_path / "grid.jpg"], 64, "grid.jpg is no .png")
     assert_ends(capsys, ["sample", run, "--out", out, "--seeds", "x"], 64, "--seeds 'x'")
     assert_ends(capsys, ["sample", run, "--out", out, "--classes", "cat"], 64, "class 'cat'")

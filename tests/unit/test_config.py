@@ -99,9 +99,9 @@ def test_an_empty_yaml_file_changes_nothing(tmp_path):
 
 
 def test_config_files_that_cannot_be_read_are_refused_by_name(tmp_path):
-    with pytest.raises(UsageError, match="cannot read config .*absent.yaml: No such file"):
+    with pytest.raises(UsageError, match="no config at .*absent.yaml"):
         read_yaml(tmp_path / "absent.yaml")
-    with pytest.raises(UsageError, match=f"cannot read config {tmp_path}: Is a directory"):
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
         read_yaml(tmp_path)
 
 

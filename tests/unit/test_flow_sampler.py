@@ -334,19 +334,25 @@ def test_an_interval_that_is_none_is_refused(interval):
         sample(model, [0], guidance=2.0, guidance_interval=interval)
 
 
-@pytest.mark.parametrize("guidance", [-1.0, math.nan])
+@pytest.mark.parametrize("guidance", [-1.0, math.nan, math.inf])
 def test_a_guidance_that_is_none_is_refused(guidance):
     with pytest.raises(UsageError, match=f"guidance {guidance} within"):
         sample(KnownField(lambda x, t, y: x), [0], guidance=guidance)
 
 
-@pytest.mark.parametrize("labels", [[], [-1], [0, CLASSES + 1]])
+@pytest.mark.parametrize("labels", [[], 3, [[1]], [0.5], [True], None, "7", [-1], [0, CLASSES + 1]])
 def test_labels_that_are_no_class_are_refused(labels):
     model = KnownField(lambda x, t, y: x)
-    with pytest.raises(UsageError, match=rf"labels must be one or more numbers in 0..{CLASSES}, the last for no class"):
+    with pytest.raises(UsageError, match=rf"(whole numbers in|label \S+ is outside) 0..{CLASSES}, the last"):
         sample(model, labels)
     assert model.calls == []
     assert sample(model, [0, CLASSES], steps=1).shape == (2, 3, 4, 4)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 0.5, None, [0, 2**64]])
+def test_seeds_that_are_none_or_would_be_another_are_refused(seed):
+    with pytest.raises(UsageError, match=r"seed \S+ is no whole number from 0 to 2\^64 - 1"):
+        sample(KnownField(lambda x, t, y: x), [0, 1], seed=seed)
 
 
 def test_integration_is_in_float64_whatever_the_network_computes_in():

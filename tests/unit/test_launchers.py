@@ -247,6 +247,26 @@ def test_machines_that_are_not_described_are_refused(given, said):
     assert done.returncode != 0 and said in done.stderr and done.stdout == ""
 
 
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("given", ["PROCESSES=0", "PROCESSES=all", "RESTARTS=x", "PAUSE=-1", "MASTER_PORT=1e4"])
+def test_what_is_no_number_is_refused_before_anything_starts(launcher, given):
+    """RESTARTS=x would otherwise be starts without an end."""
+    least = "0" if given.startswith(("RESTARTS", "PAUSE")) else "1"
+    command = ["env", given, f"launchers/{launcher}.sh", "train"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr == f"xar-scale: {given} is no whole number from {least} on\n"
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_an_environment_that_is_not_activated_is_said(launcher, tmp_path):
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(f"/usr/bin/{name}")
+    kept = environment() | {"PATH": str(tmp_path)}
+    done = subprocess.run([f"launchers/{launcher}.sh"], env=kept, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 64 and done.stderr.startswith("xar-scale: there is no python here")
+
+
 def test_what_the_launchers_set_for_torch_is_known_to_it():
     headers = Path(torch.__file__).parent / "include" / "torch" / "csrc" / "distributed" / "c10d"
     known = "".join(path.read_text() for path in headers.glob("*.hpp"))

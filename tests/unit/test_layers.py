@@ -1,6 +1,7 @@
 """The network's parts: norm, time, modulation, dropout, initialisation."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -170,10 +171,30 @@ def test_rows_of_an_entity_meet_its_tokens_and_no_others(layout, first):
         torch.testing.assert_close(changed[:, at], tokens[:, at] * scale[:, entity] + shift[:, entity])
 
 
-def test_times_and_tokens_that_disagree_are_refused():
-    x, t, labels = inputs()
-    with pytest.raises(AssertionError, match="different entities"):
-        nano_model()(x[:, :8], t, labels)
+@pytest.mark.parametrize(
+    ("x", "t", "labels"),
+    [
+        ((2, 256, 16), (2, 2), (2,)),
+        ((2, 64, 16), (2, 4), (2,)),
+        ((2, 256, 8), (2, 4), (2,)),
+        ((2, 16, 16, 16), (2, 4), (2,)),
+        ((2, 256, 16), (1, 4), (2,)),  # which would be repeated
+        ((2, 256, 16), (2, 4), (1,)),
+        ((2, 256, 16), (2,), (2,)),
+        ((2, 320, 16), (2, 5), (2,)),
+    ],
+)
+def test_shapes_that_disagree_are_refused_with_what_they_are(x, t, labels):
+    model = nano_model(grid=(16, 16), channels=16)
+    given = torch.zeros(x), torch.zeros(t), torch.zeros(labels, dtype=torch.int64)
+    with pytest.raises(UsageError, match=re.escape(f"x {x}, t {t} of torch.float32, labels {labels}: x is")):
+        model(*given)
+
+
+def test_times_in_whole_numbers_are_refused():
+    model = nano_model(grid=(16, 16), channels=16)
+    with pytest.raises(UsageError, match=r"of torch.int64, .* from 0 to 1"):
+        model(torch.zeros(1, 256, 16), torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
 
 
 def test_dropout_acts_in_training_only():

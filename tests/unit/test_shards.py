@@ -195,7 +195,7 @@ def test_arrays_in_any_memory_order_come_back(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match=f"cannot write a data set to {tmp_path}/file/set"):
+    with pytest.raises(NotADirectoryError, match=f"{tmp_path}/file/set"):
         ShardWriter(tmp_path / "file" / "set", small_info())
 
 

@@ -79,6 +79,8 @@ def read_record(path: Path) -> Record:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
         raise UsageError(f"{path} is not JSON") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds a {type(values).__name__}, and no record")
     record = validated(Record, values, UsageError, where=f"{path}: ")
     lengths = {len(taken) for taken in record.seconds.values()}
     if not {OURS, BASELINE} <= {*record.seconds} or len(lengths) > 1 or 0 in lengths:

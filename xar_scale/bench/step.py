@@ -23,6 +23,7 @@ from xar_scale.ema import EMA
 from xar_scale.engines import create_engine
 from xar_scale.errors import UsageError
 from xar_scale.evaluate.generate import prepare
+from xar_scale.files import make_folder
 from xar_scale.model.flops import training_flops
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import XAR, Weight, initial_weights, meta_model
@@ -169,7 +170,9 @@ def _quick_weights(model: XAR, device: torch.device) -> Iterator[Weight]:
 
 def _earlier(options: argparse.Namespace, what: str, settings: dict[str, Any]) -> Record | None:
     """The record to compare with, read and found to be of the same work before minutes of it, and before --json writes to the
-    same file."""
+    same file; whether what is written can be is known by then too."""
+    for file in filter(None, (options.json, getattr(options, "trace", None))):
+        make_folder(file.parent)
     if options.repeats < 1:
         raise UsageError("--repeats is at least 1")
     if options.reference and dist.world() > 1:

@@ -24,7 +24,7 @@ from typing_extensions import Self
 from xar_scale.config import STRICT
 from xar_scale.data.index import Members, index_tar
 from xar_scale.errors import DataError, UsageError
-from xar_scale.files import write_atomically
+from xar_scale.files import make_folder, write_atomically
 
 FORMAT = 2
 MAX_KEY = 80  # characters: with a member's ending it must fit the 100 of a tar header
@@ -142,13 +142,10 @@ class Shard:
 
 
 def begin_set(folder: Path) -> None:
-    """Raises UsageError when the folder already holds a set, or cannot be made."""
+    """Raises UsageError when the folder already holds a set, OSError where nothing can be written."""
     if (folder / DATASET_FILE).exists():
         raise UsageError(f"{folder} already holds a data set; remove it or write elsewhere")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write a data set to {folder}: {error.strerror}") from None
+    make_folder(folder)
 
 
 def end_set(folder: Path, info: DatasetInfo, shards: Sequence[ShardInfo]) -> None:

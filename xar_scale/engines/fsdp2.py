@@ -1,6 +1,7 @@
 """FSDP2: PyTorch's own sharding of parameters, gradients and moments over all ranks, a block at a time."""
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -94,6 +95,8 @@ def shard_model(model: XAR, ranks: int, policy: MixedPrecisionPolicy, device: to
 
     Returns this rank's shards by name, as plain tensors that share the parameters' memory.
     """
+    # blocks put out views, which nothing changes in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     copies = dist.world() // ranks
     # of two dimensions where there are several copies: gathered among neighbours, gradients reduced over all
     shape, names = ((ranks,), ("shard",)) if copies == 1 else ((copies, ranks), ("copy", "shard"))

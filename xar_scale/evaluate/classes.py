@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from functools import cache
 
 from xar_scale.errors import UsageError
+from xar_scale.rng import SEEDS
 
 IMAGENET_CLASSES = 1000
+MOST_SEEDS = 1_000_000  # which is a mistake, and more than memory
 
 
 def parse_classes(text: str, classes: int) -> list[int]:
@@ -21,7 +23,9 @@ def parse_classes(text: str, classes: int) -> list[int]:
 def _numbers(word: str, classes: int) -> list[int]:
     if span := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
         first, last = int(span[1]), int(span[2] or span[1])
-        if not 0 <= first <= last < classes:
+        if last < first:
+            raise UsageError(f"classes {word}: a range goes from the smaller to the larger")
+        if last >= classes:
             raise UsageError(f"class {word} is outside 0..{classes - 1}")
         return [*range(first, last + 1)]
     if classes != IMAGENET_CLASSES:
@@ -44,7 +48,10 @@ def parse_seeds(text: str) -> list[int]:
         span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word)
         if span is None or int(span[2] or span[1]) < int(span[1]):
             raise UsageError(f"--seeds {text!r} is not numbers and ranges with commas, such as 0-9,17")
-        seeds += range(int(span[1]), int(span[2] or span[1]) + 1)
+        first, last = int(span[1]), int(span[2] or span[1])
+        if last >= SEEDS or last - first >= MOST_SEEDS:
+            raise UsageError(f"--seeds {text!r}: below 2^64, and at most {MOST_SEEDS:,} in a range")
+        seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 
 

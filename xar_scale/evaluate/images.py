@@ -1,6 +1,7 @@
 """Images of others, and of ours as files: an npz, or a folder of pictures, in parts of a size."""
 
 import math
+import os
 import struct
 import zipfile
 import zlib
@@ -85,6 +86,7 @@ def open_images(path: Path) -> ImagesInMemory | ImageFiles:
     """An npz as ADM's evaluator reads it (``arr_0`` (N, H, W, 3), and labels in ``arr_1`` or none), or a folder of pictures and
     those in folders below. Raises UsageError where there is nothing, DataError where it is something else."""
     if path.is_dir():
+        os.listdir(path)  # one that cannot be read is an OSError, where a search would find nothing
         if not (paths := pictures_in(path)):
             raise UsageError(f"no pictures in {path} ({', '.join(SUFFIXES)})")
         with _opened(paths[0]) as first:

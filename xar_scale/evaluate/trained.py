@@ -100,7 +100,9 @@ def _published(path: Path, overrides: list[str]) -> Trained:
     values = override({"sample": published.get("sample", {}), "kernels": {}}, overrides)
     settings = validated(SampleConfig, values["sample"], ConfigError, "sample: ")
     if not settings.tokenizer_weights:
-        raise ConfigError(f"{path} draws latents of kl16: sample.tokenizer_weights is the path of kl16.ckpt")
+        raise ConfigError(
+            f"{path} does not name its latents' tokenizer: kl16 needs sample.tokenizer_weights, the path of kl16.ckpt"
+        )
     if not Path(settings.tokenizer_weights).is_file():
         raise UsageError(f"no kl16 weights at {settings.tokenizer_weights}")
     return Trained(

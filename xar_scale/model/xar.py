@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from xar_scale import rng
 from xar_scale.config import KernelConfig, ModelConfig, validated
-from xar_scale.errors import ConfigError
+from xar_scale.errors import ConfigError, UsageError
 from xar_scale.model.apex import choose_library
 from xar_scale.model.attention import choose_backend, describe
 from xar_scale.model.entities import create_layout
@@ -71,10 +71,10 @@ class XAR(nn.Module):
     def forward(self, x_BTC: Tensor, t_BK: Tensor, labels_B: Tensor, first: int = 0, cache: KVCache | None = None) -> Tensor:
         """Velocity (B, T, C) of noisy tokens x (B, T, C), entity-major, at times t (B, K) in [0, 1].
 
-        ``first``: the index of the first entity fed; what comes before it is read from ``cache``.
+        ``first``: the index of the first entity fed; what comes before it is read from ``cache``. Raises UsageError for other
+        shapes, and for times in whole numbers.
         """
-        tokens = slice(self.layout.offsets[first], self.layout.offsets[first + t_BK.shape[1]])
-        assert x_BTC.shape[1] == tokens.stop - tokens.start, "tokens and times name different entities"
+        tokens = self._tokens(x_BTC, t_BK, labels_B, first)
         condition = self.class_embed(labels_B)[:, None] + self.time_embed(t_BK)
         # made anew each time, for next to nothing: a buffer would have to follow its model through devices, types and shards
         angles = rotary_angles(self.layout.on(x_BTC.device).coordinates[tokens], self.config.head_width)
@@ -88,6 +88,20 @@ class XAR(nn.Module):
         for block, layer_cache in zip(self.decoder, caches[len(self.encoder) :], strict=True):
             x = block(x, condition, rotary, first, layer_cache)
         return self.out_proj(self.decoder_norm(x))
+
+    def _tokens(self, x_BTC: Tensor, t_BK: Tensor, labels_B: Tensor, first: int) -> slice:
+        """Those of the entities that ``t_BK`` has times of."""
+        last = first + t_BK.shape[-1] if t_BK.ndim else first
+        place = slice(*(self.layout.offsets[min(entity, self.layout.entities)] for entity in (first, last)))
+        expected = (t_BK.shape[0] if t_BK.ndim else 0, place.stop - place.start, self.config.channels)
+        known = t_BK.ndim == 2 and last <= self.layout.entities
+        if not known or x_BTC.shape != expected or labels_B.shape != expected[:1] or not t_BK.is_floating_point():
+            given = f"x {tuple(x_BTC.shape)}, t {tuple(t_BK.shape)} of {t_BK.dtype}, labels {tuple(labels_B.shape)}"
+            raise UsageError(
+                f"{given}: x is (B, tokens, channels), t (B, entities) from 0 to 1, labels (B,); this model's layout is "
+                f"{self.layout.tokens} tokens of {self.config.channels} channels in {self.layout.entities} entities"
+            )
+        return place
 
     def new_cache(self, batch: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for sampling ``batch`` sequences, of the parameters' device and, unless another is named, dtype."""

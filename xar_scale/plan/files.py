@@ -7,7 +7,7 @@ from typing import Any
 
 from xar_scale.config import Config
 from xar_scale.errors import UsageError
-from xar_scale.files import write_atomically
+from xar_scale.files import make_folder, write_atomically
 from xar_scale.memory.rank import Weights
 from xar_scale.plan.search import Way, bucket
 
@@ -15,10 +15,11 @@ CONFIG, SETTINGS = "config.yaml", "ds_config.json"
 
 
 def prepare(folder: Path) -> None:
-    """Make it, before the work: that it cannot be is known then. Raises UsageError where it holds what is not a plan's."""
+    """Make it, before the work: that it cannot be is known then. Raises UsageError where it holds what is not a plan's, OSError
+    where nothing can be written."""
     if foreign := sorted({path.name for path in folder.glob("*")} - {CONFIG, SETTINGS}):
         raise UsageError(f"{folder} holds {foreign[0]}, which is not a plan's: name another --out")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
 
 
 def write(way: Way, weights: Weights, folder: Path) -> list[Path]:

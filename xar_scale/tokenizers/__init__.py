@@ -57,6 +57,8 @@ def create_tokenizer(
         return KL16Tokenizer(weights, device, sha256, batch=batch, compute=compute)
 
     makers: dict[Any, Callable[..., Tokenizer]] = {"pixel": PixelTokenizer, "kl16": kl16}
+    if name == "synthetic":
+        raise ConfigError("latents of data.path=synthetic are noise, and no pictures: there is nothing to draw")
     try:
         inspect.signature(makers[name]).bind(**settings)
     except (KeyError, TypeError):
