@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import digits_config, random_batch
+from xar_scale import dist
 from xar_scale.engines import create_engine
 from xar_scale.engines.base import set_steps, sum_of_squares
 from xar_scale.errors import ConfigError
@@ -94,6 +95,21 @@ def test_a_finite_loss_with_a_non_finite_gradient_is_seen():
     assert verdict.bad == Bad.GRADIENT
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_an_input_that_is_not_finite_is_seen_in_any_pass(at):
+    batches = [random_batch(number) for number in range(2)]
+    batches[at].noise[3, 2, 1] = float("nan")
+    assert Bad.INPUT in single_engine().attempt(0, batches).bad
+
+
+def test_a_gradient_that_is_too_large_only_of_all_ranks_is_seen(monkeypatch):
+    engine = single_engine()
+    loss = engine.forward_backward(random_batch(0))
+    engine.gradients()[3].view(-1)[0] = 1.5e19  # whose square is less than float32's largest, 3.4e38, and four are more
+    monkeypatch.setattr(dist, "all_reduce_sum", lambda tensor: 4 * tensor)
+    assert engine.agree(loss).bad == Bad.GRADIENT and engine.local_bad == Bad.NOTHING
+
+
 def test_accumulated_passes_are_one_batch():
     together, apart = single_engine(), single_engine("train.micro_batch=32")
     whole = random_batch(0, size=128)
@@ -104,7 +120,7 @@ def test_accumulated_passes_are_one_batch():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_dropout_follows_seed_and_step_only():
+def test_dropout_follows_seed_step_and_rank_only():
     engine = single_engine("model.dropout=0.2")
 
     def loss(step):
@@ -114,6 +130,8 @@ def test_dropout_follows_seed_and_step_only():
     torch.rand(7)
     assert loss(1) == first
     assert loss(2) != first
+    engine.rank = 1
+    assert loss(1) != first
 
 
 def test_bf16_computes_in_bf16_over_float32_weights():

@@ -1,10 +1,12 @@
-"""FSDP2 on one rank: what rests on private names of PyTorch's, which change from release to release."""
+"""FSDP2 on one rank: plain PyTorch's steps, and what rests on private names, which change from release to release."""
 
 import pytest
 import torch
 
 from tests.conftest import digits_config, random_batch
-from xar_scale.engines.fsdp2 import FSDP2Engine
+from xar_scale import dist
+from xar_scale.engines import Engine, create_engine
+from xar_scale.engines.fsdp2 import _policies, owned_range
 from xar_scale.model.xar import initial_weights, meta_model
 
 CPU = torch.device("cpu")
@@ -17,10 +19,24 @@ def one_rank():
     torch.distributed.destroy_process_group()
 
 
-def engine_in(precision: str) -> FSDP2Engine:
-    config = digits_config("train.engine=fsdp2", f"train.precision={precision}", "train.global_batch=8")
+def engine_in(precision: str, engine: str = "fsdp2") -> Engine:
+    config = digits_config(f"train.engine={engine}", f"train.precision={precision}", "train.global_batch=8")
     model = meta_model(config.model)
-    return FSDP2Engine(model, initial_weights(model, 0), config, CPU)
+    return create_engine(model, initial_weights(model, 0), config, CPU)
+
+
+def losses(engine: Engine, *steps: int) -> list[float]:
+    """Of steps that are taken."""
+    found = []
+    for step in steps:
+        verdict = engine.attempt(step, [random_batch(step)])
+        engine.step(1e-2, verdict)
+        found.append(verdict.loss)
+    return found
+
+
+def state(engine: Engine) -> list[torch.Tensor]:
+    return [tensor.clone() for shard in engine.shards() for tensor in (shard.master, shard.exp_avg, shard.exp_avg_sq)]
 
 
 @pytest.mark.parametrize(("first", "then"), [("bf16", "fp32"), ("fp32", "bf16")])
@@ -33,3 +49,39 @@ def test_another_precision_is_that_of_an_engine_that_never_had_the_first(first, 
     engine.set_precision(then)
     found = engine.attempt(0, batch)
     assert (found.loss, found.grad_norm) == (expected.loss, expected.grad_norm) != (other.loss, other.grad_norm)
+
+
+def test_its_steps_are_those_of_plain_pytorch():
+    engine, plain = engine_in("fp32"), engine_in("fp32", "single")
+    assert losses(engine, 0, 1, 2) == pytest.approx(losses(plain, 0, 1, 2), rel=1e-6)
+    torch.testing.assert_close(state(engine), state(plain), rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_written_to_its_shards_is_trained_on_from_there():
+    """Weights that were gathered before are gathered anew, and Adam corrects its moments for the steps that they have seen."""
+    trained, engine = engine_in("fp32"), engine_in("fp32")
+    losses(trained, 0, 1, 2)
+    engine.losses(random_batch(0))
+    with torch.no_grad():
+        for shard, wanted in zip(engine.shards(), trained.shards(), strict=True):
+            for tensor, value in zip(shard[4:], wanted[4:], strict=True):
+                tensor.copy_(value)
+    engine.shards_written(3)
+    assert losses(engine, 3) == losses(trained, 3)
+    assert all(torch.equal(one, other) for one, other in zip(state(engine), state(trained), strict=True))
+
+
+def test_blocks_are_gathered_in_16_bits_and_all_else_and_every_gradient_in_float32():
+    engine = engine_in("bf16")
+    *blocks, rest = [(policy.param_dtype, policy.reduce_dtype) for _, policy in _policies(engine.model, engine._policy())]
+    assert blocks == [(torch.bfloat16, torch.float32)] * len(engine.model.blocks) and rest == (torch.float32, torch.float32)
+
+
+def test_neighbours_share_a_copy(monkeypatch):
+    """Of four ranks, two to a copy, with five rows of three."""
+    owned = []
+    for rank in range(4):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(dist, "world", lambda: 4)
+        owned.append(owned_range(torch.Size([5, 3]), 2))
+    assert owned == [(0, 9), (9, 15), (0, 9), (9, 15)]
