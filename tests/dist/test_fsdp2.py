@@ -1,0 +1,21 @@
+"""FSDP2 on two ranks: whether they share one copy of the model or have one each, steps and state are those of one process."""
+
+from tests.dist.jobs import Job
+from tests.dist.states import assert_near, state
+from tests.dist.test_engines import Runs, assert_same_curve, job_name, overrides
+
+STEPS = 3
+
+
+def test_two_ranks_take_the_steps_of_one(tmp_path):
+    alone = Job(tmp_path / "single", overrides(tmp_path, "single", 1))
+    alone.taken(STEPS, "steps")
+    alone.saved()
+    assert max(alone.came["steps"]["grad_norm"]) > 0.5  # what is clipped
+    runs, kinds = Runs(tmp_path, 2), ("fsdp2", "fsdp2/1")
+    for kind in kinds:
+        runs.add(job_name(kind), kind, [["taken", STEPS, "steps"], ["saved"]])
+    came = runs.run()
+    for name in map(job_name, kinds):
+        assert_same_curve(came[name]["steps"], alone.came["steps"])
+        assert_near(state(runs.at / name, STEPS), state(tmp_path / "single", STEPS))
