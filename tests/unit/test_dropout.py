@@ -9,6 +9,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from tests.unit.conftest import loss_of, nano_model
+from xar_scale.model import dropout as dropout_module
+from xar_scale.model.dropout import _hashed, _seed
 from xar_scale.model.dropout import dropout as plain
 from xar_scale.model.recompute import apply_recompute
 
@@ -50,6 +52,25 @@ def test_two_of_one_graph_are_independent():
     twice = torch.compile(lambda x: (plain(x, 0.25), plain(x, 0.25)), backend="aot_eager_decomp_partition")
     first, second = twice(torch.ones(500_000, requires_grad=True))
     assert ((first > 0) & (second > 0)).double().mean().item() == pytest.approx(0.75**2, abs=3e-3)
+
+
+def test_two_seeds_of_one_graph_are_two_where_all_they_are_given_is_the_same():
+    """A graph makes one operation of two that are alike, but for those that draw."""
+    torch._dynamo.reset()
+    twice = torch.compile(lambda x, like: (x * _seed(like), x * _seed(like)), backend="aot_eager_decomp_partition")
+    first, second = twice(torch.ones(2, requires_grad=True), torch.empty(0))
+    assert not torch.equal(first, second)
+
+
+def test_masks_are_independent_whose_seeds_are_alike_but_for_a_bit_of_the_second_word(monkeypatch):
+    """At the same place, and at the one whose number that bit makes of it."""
+    masks = []
+    for words in ((7, 9), (7, 8)):
+        monkeypatch.setattr(dropout_module, "_seed", lambda like, words=words: torch.tensor(words, dtype=torch.int32))
+        masks.append(_hashed(torch.ones(500_000), 0.25) > 0)
+    first, second = masks
+    for other in (second, second.view(-1, 2).flip(1).flatten()):
+        assert (first & other).double().mean().item() == pytest.approx(0.75**2, abs=3e-3)
 
 
 def test_its_gradient_passes_where_the_value_did(dropout):

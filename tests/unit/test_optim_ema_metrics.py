@@ -53,6 +53,20 @@ def test_the_optimizer_takes_its_settings():
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.3, (0.8, 0.7), 1e-5, decay)
 
 
+def test_on_a_cpu_steps_are_the_same_bitwise_however_a_matrix_is_cut():
+    def stepped(size: int) -> torch.Tensor:
+        parts = [part.clone() for part in normal(0, 1001, dtype=torch.float32).split(size)]
+        named = {str(number): part for number, part in enumerate(parts)}
+        optimizer = create_adamw(named, dict.fromkeys(named, torch.Size([91, 11])), OptimConfig(lr=0.3, weight_decay=0.1))
+        for step in range(3):
+            for part, gradient in zip(parts, normal(step + 1, 1001, dtype=torch.float32).split(size), strict=True):
+                part.grad = gradient.clone()
+            optimizer.step()
+        return torch.cat(parts)
+
+    assert torch.equal(stepped(7), stepped(1001))  # too few for what a CPU computes at once, and many
+
+
 def rates(steps: int, **settings) -> list[float]:
     config = OptimConfig(**settings)
     backward = [learning_rate(config, step, steps) for step in reversed(range(steps))]
