@@ -235,6 +235,13 @@ def test_a_substitute_is_mirrored_where_its_sample_would_be(tmp_path):
     assert len(seen) == 40 and 0 < sum(seen) < 40
 
 
+def test_a_substitute_that_is_bad_one_way_round_is_one_the_other_way(tmp_path):
+    write_set(tmp_path, COUNT, per_shard=PER_SHARD, flipped=True)
+    rewrite(tmp_path, nan)  # s0005, but not its mirrored array
+    dataset = open_epoch(tmp_path, "data.flip=true")
+    assert [dataset._substitute((1, 0), flipped=flipped)[1] for flipped in (False, True)] == ["s0006", "s0005"]
+
+
 def test_without_a_budget_no_other_is_looked_for(folder):
     """A lost disk must not have every sample of the set tried. The step is not taken: see what BadSamples does with it."""
     for tar in folder.glob("*.tar"):

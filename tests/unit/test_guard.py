@@ -227,6 +227,13 @@ def test_a_fall_is_no_spike_and_without_a_past_nothing_is():
     assert course(machine, *CALM[:4], event(4, loss=100.0))[1] == [Action.STEP] * 5
 
 
+@pytest.mark.parametrize(("loss", "action"), [(1.1050, Action.STEP), (1.1051, Action.RETRY)])
+def test_a_spike_begins_where_the_docs_say(loss, action):
+    """Six times 1.4826 * 0.01 + 0.001 * 1.01 above 1.01: of the losses the median, and 0.01 the median absolute deviation."""
+    machine = guard(**SPIKY)
+    assert course(machine, event(5, loss=loss, norm=2.0), state=calm(machine))[1] == [action]
+
+
 def test_of_a_run_that_stands_still_not_every_step_is_a_spike():
     machine = guard(**SPIKY)
     state, _ = course(machine, *[event(norm=2.0)] * 5)

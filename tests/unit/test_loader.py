@@ -382,6 +382,14 @@ def test_as_many_shards_stay_open_as_the_lanes_go_around(tmp_path, monkeypatch):
     assert len(set(opened)) > 100 and len(opened) < 1.1 * len(set(opened))  # edges of lanes are met twice
 
 
+@pytest.mark.parametrize("name", ["latents", "noise", "t"])
+def test_each_input_that_is_not_finite_is_seen(folder, name):
+    batch = read(folder)[0]
+    assert batch.inputs_sum().isfinite()
+    getattr(batch, name).view(-1)[-1] = float("nan")
+    assert not batch.inputs_sum().isfinite()
+
+
 def test_a_dataset_can_be_pickled_to_a_worker(folder):
     dataset = open_set(folder)
     expected = dataset.__getitems__([1, 2, 3])

@@ -8,6 +8,7 @@ import torch
 
 from tests.conftest import random_batch
 from tests.unit.guarded_run import NAN, Guarded, gradients
+from xar_scale import dist
 from xar_scale.checkpoint.manifest import newest_valid
 from xar_scale.config import GuardConfig
 from xar_scale.data.order import Position
@@ -270,6 +271,15 @@ def test_only_samples_that_are_not_finite_are_suspects(tmp_path):
     batch.places[6] = batch.places[3]
     assert run.resolve(batch).action is Action.QUARANTINE
     assert run.recovery.suspects == [(0, 3), (0, 7)] and run.recovery.state.quarantined == 2
+
+
+def test_suspects_are_those_of_all_ranks(tmp_path, monkeypatch):
+    run, batch, others = Guarded(tmp_path), random_batch(0), []
+    monkeypatch.setattr(dist, "gather_objects", lambda ours: [ours, others.pop(0)])
+    others[:] = [[[2, 7]]]
+    assert run.recovery._suspects([batch], Bad.INPUT) == [(2, 7)]  # the other rank's alone is not finite
+    others[:] = [[], [[2, row] for row in range(8)]]
+    assert run.recovery._suspects([batch], Bad.GRADIENT) == [(shard, row) for shard in (0, 2) for row in range(8)]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32", "fp32"])
