@@ -1,6 +1,7 @@
 """What the ZeRO stages have in common: DeepSpeed's engine, its passes and its precision."""
 
 import logging
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
@@ -29,6 +30,8 @@ class DeepSpeedEngine(Engine):
         self.copies = 1  # neighbours may share a copy of the weights (hpZ); gradients are cut over all ranks all the same
         import deepspeed
 
+        # 0.19.8 calls collectives by names that torch 2.14 has given up
+        warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         # 0.19.8: on a CPU it would compile a shared-memory all-reduce, a minute and a C++ compiler for something that
         # ZeRO, whose collectives are torch.distributed's, never calls
