@@ -18,7 +18,7 @@ from xar_scale.engines import Engine
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.flow import velocity_loss
 from xar_scale.guard import Bad
-from xar_scale.memory import fallback, rank
+from xar_scale.memory import fallback, passes, rank
 from xar_scale.memory.fallback import plan_fallback
 from xar_scale.memory.passes import PassMemory, extrapolated_passes, pass_memory
 from xar_scale.memory.rank import rank_memory, weights_of
@@ -270,7 +270,53 @@ def test_a_rank_needs_less_among_more_ranks():
     assert rank_memory(copies, "tf32", 8, 16, CPU) == needs[1]
     weights = weights_of(config.model)
     assert states[0] == 20 * weights.whole and states[1] == 20 * weights.cut("fsdp2", 2) / 2
-    assert needs[0].total == rank.MARGIN * sum(needs[0])
+
+
+SMALL = rank.Weights((torch.Size([8, 4]),), 3, (torch.Size([100, 4]),))  # 496: 124 a rank of four
+WIDE = rank.Weights((torch.Size([800_000_000]),), 3, ())
+
+
+@pytest.mark.parametrize(
+    ("weights", "words", "needed"),
+    [
+        # What is in no block comes last, in float32: of the moments that one needs most
+        (SMALL, "train.engine=fsdp2", (496, 992, 496, 496, 4 * 400 + 2 * 2 * 32, 4 * 400, 30, 0)),
+        (SMALL, "train.engine=fsdp2 optim.ema_snapshots_every=9", (496, 992, 3 * 496, 496, 1728, 1600, 30, 0)),
+        # A bucket of ten in bf16 and one in float32, and the largest gradient; gradients stay also in a step of one pass
+        (SMALL, "train.engine=deepspeed", (992, 992, 496, 496, 4 * 496, 10 * (2 + 4) + 4 * 400, 330, 0)),
+        # Two blocks, where these are more than ZeRO-3 keeps: 0.6e9 weights a rank, in GB
+        (WIDE, "train.engine=deepspeed", (4.8e9, 4.8e9, 2.4e9, 2.4e9, 6.4e9, 60 + 3.2e9, 330, 0)),
+    ],
+    ids=["fsdp2", "power averages", "ZeRO-3", "ZeRO-3 with wide blocks"],
+)
+def test_each_part_of_a_rank_s_memory(weights, words, needed, monkeypatch):
+    monkeypatch.setattr(rank, "weights_of", lambda _: weights)
+    config = digits_config("train.global_batch=8", "train.micro_batch=2", "train.precision=bf16", *words.split())
+    found = rank_memory(config, "bf16", 2, 4, CUDA, lambda *_: PassMemory(300, 310, 330), bucket=10)
+    assert tuple(found) == needed and found.total == pytest.approx(1.1 * sum(needed))
+
+
+def test_what_is_known_of_a_pass_is_of_no_other(monkeypatch):
+    """Each that is measured gets a number of its own."""
+    measured = []
+
+    def measure(*which):
+        measured.append(which)
+        return PassMemory(*[len(measured)] * 3)
+
+    monkeypatch.setattr(passes, "pass_memory", measure)
+    found_by = extrapolated_passes.__wrapped__()
+
+    def found(*words: str, mode: str = "bf16", samples: int = 1) -> PassMemory:
+        return found_by(config_of(*GRID, *words), mode, samples, CUDA)
+
+    changes = [f"train.recompute={mode}" for mode in ("none", "selective", "full", "offload")]
+    changes += ["train.engine=fsdp2", "train.engine=deepspeed", "kernels.compile=true", "model.dropout=0.1"]
+    known = [*map(found, changes), found(mode="tf32"), found(samples=8)]
+    assert len({*known}) == len(known) and len(measured) == 2 * len(known)
+    assert [*map(found, changes)] == known[: len(changes)]
+    assert found("train.engine=fsdp2", mode="tf32") == found(mode="tf32")  # where no engine gathers in 16 bits
+    assert len(measured) == 2 * len(known)
 
 
 def test_a_network_of_a_billion_weights_is_reckoned_without_them():

@@ -1,0 +1,126 @@
+"""The plan's formulas, its order and its text, beside numbers worked out by hand for weights and machines of round sizes."""
+
+import re
+
+import pytest
+import torch
+
+from tests.unit.test_plan import FEW, H100, config
+from xar_scale.errors import ConfigError
+from xar_scale.memory.passes import PassMemory
+from xar_scale.memory.rank import RankMemory, Weights, weights_of
+from xar_scale.plan import cost, text
+from xar_scale.plan.hardware import GPU, Machines
+from xar_scale.plan.search import Search, Way, _order, search
+
+ROUND = GPU(1e12, 1e12, 1e12, 1e12, memory_bandwidth=650.0, nvlink=1000.0, host=100.0, network=10.0)
+TWO_NODES = Machines(ROUND, 8, 4, launch=0.5, link_share=0.5, hop=0.4, disk=40.0, loader=2.0)
+NEAR, FAR, OWN = cost.Link(500.0, 0.04), cost.Link(20.0, 0.1), cost.Link(5.0, 0.4)
+SMALL = Weights((torch.Size([8, 4]),), 3, (torch.Size([4]),))  # 100, which four ranks cut without padding
+LARGE = Weights((torch.Size([250_000_000]),), 8, ())  # of which ZeRO-3 keeps a quarter for the backward pass
+TWO_PASSES = ("train.global_batch=16", "data.lanes=16", "train.micro_batch=1", "train.recompute=offload", "data.workers=4")
+GROUPS = config("train.engine=fsdp2", "train.shard_ranks=4", *TWO_PASSES)
+ZERO3 = config("train.engine=deepspeed", *TWO_PASSES)
+IN_GROUPS = [
+    cost.Collective("gather forward", 2 * (192 + 16), 4, 8, NEAR),  # three blocks in bf16, the rest in float32
+    cost.Collective("gather backward", 2 * 192, 4, 6, NEAR),
+    cost.Collective("reduce", 2 * 400, 4, 8, NEAR),
+    cost.Collective("reduce copies", 200, 2, 8, OWN, rounds=2),
+]
+
+
+def test_a_ring_s_hops_between_nodes_are_shared_by_a_node_s_rings():
+    assert cost.link_of(TWO_NODES, 4) == NEAR and cost.link_of(TWO_NODES, 8) == FAR
+
+
+def test_each_collective_has_its_calls_and_its_link():
+    assert cost.collectives(GROUPS, SMALL, TWO_NODES) == IN_GROUPS
+    in_one = cost.collectives(GROUPS, SMALL, TWO_NODES._replace(per_node=8))
+    assert in_one[3] == IN_GROUPS[3]._replace(link=NEAR)  # copies of one node meet by NVLink
+    assert cost.collectives(ZERO3, LARGE, TWO_NODES) == [
+        cost.Collective("gather forward", 8e9, 8, 18, FAR),
+        cost.Collective("gather backward", 6e9, 8, 14, FAR),
+        cost.Collective("reduce", 8e9, 8, 18, FAR),
+    ]
+
+
+def test_each_part_of_a_step_has_its_seconds():
+    time = cost.step_time(GROUPS, SMALL, TWO_NODES, IN_GROUPS)
+    first, last = (416 * 3 / 4 / 500 + 8 * 3 * 0.04) / 8, 2 * (200 / 2 / 5 + 8 * 0.4) / 8
+    assert time.exposed == pytest.approx(first + last) == pytest.approx(0.198 + 5.8)
+    assert time.communication == pytest.approx(1.584 + 1.296 + 2.16 + 46.4)
+    assert time.host == pytest.approx(2 * 2 * 3 * 256 * 128 * 4 / 100)  # there and back, of two passes of one sample
+    assert time.launches == 2 * 3 * 0.5
+    assert time.optimizer == pytest.approx(13 * 4 * 100 / 4 / 650) == 2.0
+    assert time.data == 16 / (2 * 4 * 8)
+
+
+def test_an_optimizer_reads_and_writes_13_numbers_a_weight_and_under_zero3_15():
+    assert cost.optimizer_bytes(GROUPS, SMALL, 8) == 13 * 4 * 25
+    assert cost.optimizer_bytes(ZERO3, SMALL, 8) == 15 * 4 * 13  # 100 weights, padded to 104
+
+
+def test_each_rank_copies_its_share_of_a_checkpoint_and_each_node_writes_its():
+    assert cost.checkpoint(GROUPS, SMALL, TWO_NODES) == cost.Checkpoint(1600, copy=1600 / 8 / 100, write=1600 / (40 * 2))
+
+
+def test_a_sample_is_two_float16_of_each_latent_value_and_a_tar_s_headers():
+    assert cost.sample_bytes(GROUPS) == 2 * 2 * 16 * 16 * 16 + 2048
+
+
+SHORT = ("train.steps=7200", "optim.warmup_steps=0")
+
+
+def way(seconds: float, recompute: str, engine: str, micro: int) -> Way:
+    shape = config(*SHORT, f"train.recompute={recompute}", f"train.engine={engine}", f"train.micro_batch={micro}")
+    return Way(shape, RankMemory(40e9 / 1.1, 0, 0, 0), 1, [], cost.StepTime(seconds, 0, 0, 0, 0, 0, 0))
+
+
+def test_the_quickest_is_first_then_the_least_recomputation_then_zero3_then_the_largest_micro_batch():
+    ways = [
+        way(1.0, "offload", "fsdp2", 1),
+        way(2.0, "none", "deepspeed", 8),
+        way(2.00001, "none", "deepspeed", 4),  # as quick, as far as is known
+        way(2.0, "none", "fsdp2", 16),
+        way(2.0, "selective", "deepspeed", 32),
+        way(2.0, "full", "deepspeed", 64),
+        way(2.0, "offload", "deepspeed", 128),
+        way(2.01, "none", "deepspeed", 8),
+    ]
+    found = [*reversed(ways)]
+    found.sort(key=_order)
+    assert found == ways
+
+
+def test_what_does_not_fit_after_a_fallback_is_not_planned(monkeypatch):
+    def memory(_config, mode, *_):
+        return RankMemory(90e9 if mode == "tf32" else 1e9, 0, 0, 0)
+
+    for module in ("plan.search", "memory.fallback"):
+        monkeypatch.setattr(f"xar_scale.{module}.rank_memory", memory)
+    words = [*FEW, "train.engine=fsdp2", "train.recompute=none", "train.micro_batch=4"]
+    fixed = [word.partition("=")[0] for word in words]
+    with pytest.raises(ConfigError, match="nothing fits 80 GB a GPU on 2: the smallest need is 99 GB"):
+        search(config(*words), H100._replace(gpus=2), fixed)
+    assert len(search(config(*words, "guard.enabled=false"), H100._replace(gpus=2), fixed).ways) == 1
+
+
+def test_a_plan_s_text_has_its_numbers():
+    """Of 7200 steps of half a second on 16 GPUs."""
+    shape = config(*SHORT)
+    ways = [way(0.5, "none", "fsdp2", 128), way(0.6, "full", "fsdp2", 128), way(0.75, "none", "deepspeed", 64)]
+
+    def said(*ways: Way) -> list[str]:
+        chosen = Search(shape, H100, frozenset(), weights_of(shape.model), lambda *_: PassMemory(0, 0, 0), [*ways])
+        return [re.sub(" +", " ", line) for line in text.describe(chosen, "nano", "h100").splitlines()]
+
+    lines, size = said(*ways), 16 * weights_of(shape.model).whole
+    assert {
+        "images/s 4,096, 256.0 a GPU",
+        "the recipe 1.0 hours, 16 GPU-hours",
+        "data a node 2,048 samples/s, 37.7 MB/s",
+        "runner-up: ZeRO-3, recompute none, micro batch 64: 750.0 ms a step, 40.0 GB",
+    } <= {*lines}
+    assert any(line.startswith(f"checkpoint {size / 1e9:,.1f} GB; ") for line in lines)
+    assert "runner-up: FSDP2, recompute full, micro batch 128: 600.0 ms a step, 40.0 GB" in said(*ways[:2])
+    assert not any(line.startswith("runner-up") for line in said(ways[0]))
