@@ -33,7 +33,7 @@ from xar_scale.model.entities import kinds
 from xar_scale.precision import MODES, apply_matmul_mode
 
 
-def main() -> int:
+def create_parser() -> Parser:
     parser = Parser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     attention = commands.add_parser("attention", help="every backend on every kind of entity, forward and backward")
@@ -99,9 +99,12 @@ def main() -> int:
         command.add_argument("--grid", type=int, default=16, help="tokens on a side: 16 is 256 px, 32 is 512 px")
         command.add_argument("--batch", type=int, default=4)
         command.add_argument("--precision", choices=MODES, default="fp32")
+    return parser
 
+
+def main() -> int:
     def run() -> None:
-        options = parser.parse_args()
+        options = create_parser().parse_args()
         if min(options.batch, options.grid) < 1:
             raise UsageError("--batch and --grid are at least 1")
         apply_matmul_mode(options.precision)
