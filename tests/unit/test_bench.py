@@ -69,7 +69,7 @@ def test_what_is_no_record_is_refused_by_name(tmp_path):
 
 def test_a_record_of_other_work_is_refused_before_any_is_done(tmp_path):
     record(2.0).write(kept := tmp_path / "kept.json")
-    options = argparse.Namespace(repeats=1, reference=None, compare=kept)
+    options = argparse.Namespace(repeats=1, reference=None, compare=kept, json=None)
     assert _earlier(options, "step", SETTINGS) == read_record(kept)
     with pytest.raises(UsageError, match="batch is 8, in the record compared with 4: not the same work"):
         _earlier(options, "step", SETTINGS | {"batch": 8})
