@@ -15,7 +15,7 @@ from tests.unit.tiny_run import CONFIG, INFO, Run
 from xar_scale.checkpoint import files, store
 from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.load import check_continues, load, load_weights, state_vectors
-from xar_scale.checkpoint.manifest import FORMAT, newest_valid, read_manifest, verify
+from xar_scale.checkpoint.manifest import FORMAT, checkpoint_paths, newest_valid, read_manifest, verify
 from xar_scale.checkpoint.store import Store
 from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.data.order import Position
@@ -138,12 +138,47 @@ def test_a_save_cut_short_leaves_the_one_before_and_nothing_half(tmp_path, monke
         with pytest.raises(KeyboardInterrupt):
             run.save()
     assert (newest_valid(tmp_path).path == first) is (moment != "pointer")
+    assert (checkpoint_paths(tmp_path) == [first]) is (moment != "pointer")  # what is not whole has no name of a checkpoint
     rest = Run(tmp_path)
     rest.train(2)
     rest.store.open(1)
     again = rest.save()  # and the leftovers are in nobody's way
     assert newest_valid(tmp_path).path == again
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_save_is_on_disk_before_it_is_visible_and_visible_for_good_before_an_older_one_goes(tmp_path, monkeypatch):
+    run, calls = Run(tmp_path, keep_last=1), []
+    run.train()
+    run.save()
+    run.train()
+
+    def record(owner, name, about):
+        exact = getattr(owner, name)
+
+        def recorded(*arguments, **options):
+            calls.append((name, Path(about(*arguments)).name))
+            return exact(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    record(os, "fsync", lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}"))
+    record(Path, "rename", lambda _, target: target)
+    record(Path, "replace", lambda _, target: target)
+    record(shutil, "rmtree", lambda path, **_: path)
+    run.save()
+    assert calls == [
+        ("fsync", files.file_name(0)),
+        ("fsync", "manifest.json.tmp"),
+        ("replace", "manifest.json"),
+        ("fsync", ".step-00000002.tmp"),
+        ("rename", "step-00000002"),
+        ("fsync", "checkpoints"),
+        ("fsync", "latest.tmp"),
+        ("replace", "latest"),
+        ("rename", ".step-00000001.old"),
+        ("rmtree", ".step-00000001.old"),
+    ]
 
 
 @pytest.mark.parametrize(
