@@ -1,10 +1,15 @@
-"""FSDP2 on one rank: plain PyTorch's steps, and what rests on private names, which change from release to release."""
+"""FSDP2 in one process: plain PyTorch's steps, who writes what, and private names, which change from release to release."""
+
+from collections import defaultdict
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.conftest import digits_config, random_batch
 from xar_scale import dist
+from xar_scale.checkpoint.store import _own_vectors
+from xar_scale.ema import EMA
 from xar_scale.engines import Engine, create_engine
 from xar_scale.engines.fsdp2 import _policies, owned_range
 from xar_scale.model.xar import initial_weights, meta_model
@@ -12,15 +17,15 @@ from xar_scale.model.xar import initial_weights, meta_model
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def one_rank():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
 
-def engine_in(precision: str, engine: str = "fsdp2") -> Engine:
-    config = digits_config(f"train.engine={engine}", f"train.precision={precision}", "train.global_batch=8")
+def engine_of(*overrides: str) -> Engine:
+    config = digits_config("train.engine=fsdp2", "train.global_batch=8", *overrides)
     model = meta_model(config.model)
     return create_engine(model, initial_weights(model, 0), config, CPU)
 
@@ -39,6 +44,11 @@ def state(engine: Engine) -> list[torch.Tensor]:
     return [tensor.clone() for shard in engine.shards() for tensor in (shard.master, shard.exp_avg, shard.exp_avg_sq)]
 
 
+def engine_in(precision: str, engine: str = "fsdp2") -> Engine:
+    return engine_of(f"train.precision={precision}", f"train.engine={engine}")
+
+
+@pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(("first", "then"), [("bf16", "fp32"), ("fp32", "bf16")])
 def test_another_precision_is_that_of_an_engine_that_never_had_the_first(first, then):
     batch = [random_batch(0)]
@@ -51,12 +61,14 @@ def test_another_precision_is_that_of_an_engine_that_never_had_the_first(first, 
     assert (found.loss, found.grad_norm) == (expected.loss, expected.grad_norm) != (other.loss, other.grad_norm)
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_its_steps_are_those_of_plain_pytorch():
     engine, plain = engine_in("fp32"), engine_in("fp32", "single")
     assert losses(engine, 0, 1, 2) == pytest.approx(losses(plain, 0, 1, 2), rel=1e-6)
     torch.testing.assert_close(state(engine), state(plain), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_what_is_written_to_its_shards_is_trained_on_from_there():
     """Weights that were gathered before are gathered anew, and Adam corrects its moments for the steps that they have seen."""
     trained, engine = engine_in("fp32"), engine_in("fp32")
@@ -71,6 +83,7 @@ def test_what_is_written_to_its_shards_is_trained_on_from_there():
     assert all(torch.equal(one, other) for one, other in zip(state(engine), state(trained), strict=True))
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_blocks_are_gathered_in_16_bits_and_all_else_and_every_gradient_in_float32():
     engine = engine_in("bf16")
     *blocks, rest = [(policy.param_dtype, policy.reduce_dtype) for _, policy in _policies(engine.model, engine._policy())]
@@ -85,3 +98,22 @@ def test_neighbours_share_a_copy(monkeypatch):
         monkeypatch.setattr(dist, "world", lambda: 4)
         owned.append(owned_range(torch.Size([5, 3]), 2))
     assert owned == [(0, 9), (9, 15), (0, 9), (9, 15)]
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_what_several_ranks_hold_is_written_once_and_whole(shared):
+    """``shared`` ranks of four share a copy of the weights: they are neighbours, and 4 or 2 ranks hold the same."""
+    written, sizes = defaultdict(list), {}
+    for rank in range(4):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+        try:
+            engine = engine_of(f"train.shard_ranks={shared}", "model.width=16", "model.heads=2")
+            sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
+            for key, start, tensor in _own_vectors(engine, EMA([shard.master for shard in engine.shards()], 0.9)):
+                written[key].append((start, start + tensor.numel()))
+        finally:
+            torch.distributed.destroy_process_group()
+    assert len(written) == 4 * len(sizes)  # weights, averages, two moments
+    for key, parts in written.items():
+        starts, stops = zip(*sorted(parts), strict=True)
+        assert (*starts, sizes[key.split("/")[1]]) == (0, *stops), key
