@@ -167,6 +167,42 @@ def test_what_an_upload_that_was_given_up_leaves_goes_when_the_next_is_there(sto
     assert objects(store, bucket) == copied([1, 3])
 
 
+def test_a_removal_that_is_cut_short_leaves_nothing_that_counts(store, bucket, tmp_path, monkeypatch):
+    trained(tmp_path, bucket, 2)
+    system = fsspec.url_to_fs(bucket)[0]
+
+    def cut(*_arguments, **_options):
+        raise ConnectionError("cut")
+
+    monkeypatch.setattr(system, "rm", cut)
+    with pytest.raises(FileError, match="step-00000002 cannot be removed: ConnectionError: cut"):
+        Mirror(bucket).remove(2)
+    assert objects(store, bucket) == [*copied([1]), f"step-00000002/{FILES[1]}"] and Mirror(bucket).steps() == [1]
+
+
+def test_what_another_process_has_copied_or_removed_is_seen(store, bucket, tmp_path):
+    """Not what a listing of before is remembered to have said."""
+    mirror = Mirror(bucket)
+    trained(tmp_path, bucket, 1)
+    assert mirror.steps() == [1]
+    name, _, prefix = bucket.removeprefix("s3://").partition("/")
+    client = boto3.client("s3", endpoint_url=store.url)
+    for key in copied([2]):
+        client.put_object(Bucket=name, Key=f"{prefix}/checkpoints/{key}", Body=b"theirs")
+    assert mirror.steps() == [1, 2]
+    store.delete(bucket, f"checkpoints/step-00000001/{FILES[0]}")
+    assert mirror.steps() == [2]
+
+
+def test_what_is_left_of_a_fetch_that_was_cut_short_is_in_nobodys_way(bucket, tmp_path):
+    run = trained(tmp_path / "lost", bucket, 1)
+    left = tmp_path / "new" / "checkpoints" / ".step-00000001.tmp"
+    left.mkdir(parents=True)
+    (left / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"of more ranks")
+    found = newest_valid_of(tmp_path / "new", Mirror(bucket))
+    assert found.path.name == run.store.newest.name and sorted(path.name for path in found.path.iterdir()) == FILES
+
+
 def test_what_is_there_already_is_not_lost_by_what_a_store_lists(store, bucket, tmp_path, monkeypatch):
     name, _, prefix = bucket.removeprefix("s3://").partition("/")
     client = boto3.client("s3", endpoint_url=store.url)
