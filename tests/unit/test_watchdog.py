@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.conftest import digits_config
 from tests.processes import environment
@@ -169,6 +170,71 @@ def test_the_lowest_rank_that_answers_reads_what_all_see_and_the_others_only_who
     lowest = min(found)
     assert list(found[lowest]) == list(found) and all(set(of) == {rank, lowest} for rank, of in found.items() if rank != lowest)
     assert store.read == 2 * (len(found) - 1)  # not a square
+    assert store.check(["alarm"])  # for those that do not find out themselves
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rank_that_tells_leaves_first(tmp_path, monkeypatch, capsys, rank):
+    """Launchers end all others when it does: what it tells, it has told by then."""
+    slept, codes = [], []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(watchdog.time, "sleep", slept.append)
+    monkeypatch.setattr(dist, "leave", codes.append)
+    dog, other = Watchdog(tmp_path, SETTINGS), 1 - rank
+    dog._store = CountingStore()
+    dog._store[f"rank{other}"] = json.dumps(vars(seen(other, {"all": 9})))
+    dog._store.add("answers", 1)
+    try:
+        dog._end((7, time.monotonic()))
+    finally:
+        for timer in threading.enumerate():
+            if isinstance(timer, threading.Timer):
+                timer.cancel()  # its last resort
+    assert codes == [69] and ("hang: step 7" in capsys.readouterr().err) is (rank == 0)
+    assert slept == [watchdog.LOOK_S * (1 + rank)]
+
+
+def test_the_heartbeat_is_rank_0s(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "LOOK_S", 0.01)
+    monkeypatch.setenv("RANK", "1")
+    with Watchdog(tmp_path, SETTINGS) as dog:
+        dog.begin(3)
+        dog._threads[-1].join(2)  # it has nothing to do
+        assert not dog._threads[-1].is_alive()
+    assert not (tmp_path / watchdog.HEARTBEAT_FILE).exists()
+
+
+def test_what_ranks_send_each_other_is_no_collective(monkeypatch):
+    """In a record as PyTorch's recorder gives it."""
+
+    def entry(name, number, **more):
+        return {"process_group": ["0", "all"], "collective_seq_id": number, "profiling_name": name, "is_p2p": False} | more
+
+    entries = [entry("gloo:all_reduce", 4), entry("gloo:all_gather", 5), entry("gloo:send 0->1", 9, is_p2p=True)]
+    monkeypatch.setattr(torch._C._distributed_c10d, "_dump_fr_trace_json", lambda: json.dumps({"entries": entries}))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert watchdog._collectives() == ({"0 all": 5}, {"0 all": "gloo:all_gather number 5 of group 0 all"})
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_alarm_of_before_a_restart_is_none_after_it(monkeypatch):
+    """torchrun's restarted ranks meet in the store of those that it has ended."""
+    met = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(met.port))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        for count in ("0", "1"):
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+            store = watchdog._store()
+            assert not store.check(["alarm"])
+            store.set("alarm", "1")
+            assert watchdog._store().check(["alarm"])  # another rank's
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_an_alarm_of_another_rank_ends_one_that_rests_too(tmp_path, monkeypatch):
