@@ -256,6 +256,19 @@ def test_what_a_full_disk_does_not_take_is_written_later(small_disk, capsys, bac
     assert "lost" not in out
 
 
+def test_a_picture_that_a_disk_takes_half_of_hides_nothing_that_comes_later(small_disk, capsys):
+    disk = small_disk("200k")
+    (disk / "others").write_bytes(bytes(50_000))
+    with Metrics(disk, 0, 40) as metrics:
+        metrics.log(10, values(10))
+        metrics.show(10, {"samples": bytes(300_000)}, {})
+        (disk / "others").unlink()
+        metrics.log(20, values(20))
+    assert "TensorBoard has no pictures and numbers of step 10: " in capsys.readouterr().out
+    events = EventAccumulator(str(disk / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [10, 20]
+
+
 def test_what_is_left_of_a_disk_is_enough_for_what_waits(small_disk):
     disk = small_disk("400k")
     with Metrics(disk, 0, 30000) as metrics:
