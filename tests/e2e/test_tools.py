@@ -13,7 +13,7 @@ from PIL import Image
 from tests.e2e.test_demo import command
 from tests.processes import launch
 from tests.unit.tiny_run import Run
-from tools import sweep
+from tools import bench, sweep
 from xar_scale.data.reader import LatentShards
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.evaluate.evaluation import image_set
@@ -264,3 +264,45 @@ def test_reading_and_the_order_are_timed(tmp_path):
     done = tool("bench", "order", "--shards", 1000, "--samples-per-shard", 10)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("10,000 samples in 1,000 shards, 128 lanes; one process\n")
+
+
+def table_of(output: str) -> dict[str, list[str]]:
+    rows = [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")][2:]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_what_the_guard_adds_to_a_step_is_the_sum_of_its_parts(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", "guard", "--model", "nano", "--grid", "4", "--batch", "1"])
+    assert bench.main() == 0
+    rows = table_of(capsys.readouterr().out)
+    (step,), (guard, share) = rows.pop("the step"), rows.pop("the guard")
+    assert len(rows) == 5 and float(guard) == pytest.approx(sum(float(row[0]) for row in rows.values()), abs=0.004)
+    assert 0 < float(guard) / float(step) == pytest.approx(float(share.rstrip("%")) / 100, rel=0.05)
+
+
+@pytest.mark.long
+def test_a_step_of_two_ranks_is_predicted_and_measured(tmp_path):
+    ended = launch(2, ["tools/bench.py", "scaling", "--model", "nano", "--engine", "fsdp2"], tmp_path)
+    assert ended.codes == [0, 0], ended.text
+    rows = table_of(ended.outputs[0])
+    assert list(rows) == ["one rank alone x ranks / cores", "all ranks at once"]
+    for row in rows.values():
+        *parts, predicted, measured = map(int, row[:5])
+        assert min(*parts, measured) > 0 and abs(sum(parts) - predicted) <= 2  # each is rounded
+        assert row[5].endswith("%")
+
+
+@pytest.mark.long
+def test_keeping_a_state_is_timed_beside_deepspeeds_way_in_a_folder_that_was_not_there(tmp_path):
+    words = ["bench", "checkpoint", "--model", "nano", "--data", tmp_path / "made"]
+    done = tool(*words)
+    assert done.returncode == 0, done.stderr
+    rows = table_of(done.stdout)
+    assert list(rows) == ["ours", "DeepSpeed, universal"] and not (tmp_path / "made").exists()
+    for row in rows.values():
+        _, saved, _, loaded, read, size = map(float, row)
+        assert min(saved, loaded, read, size) > 0
+    assert float(rows["ours"][2]) == 0 < float(rows["DeepSpeed, universal"][2])  # only theirs is converted
+    (tmp_path / "made").mkdir()
+    refused = tool(*words)
+    assert refused.returncode == 78 and f"{tmp_path / 'made'} exists" in refused.stderr and (tmp_path / "made").is_dir()
