@@ -131,7 +131,7 @@ def test_a_host_launches_each_block_of_each_pass_but_for_records():
 
 def test_blocks_are_compiled_where_the_engine_can_and_it_is_not_said_otherwise():
     def compiled(*words: str) -> set[tuple[str, bool]]:
-        ways = found("nano", 2, "h100", *FEW, "train.recompute=none", "train.micro_batch=4", *words).ways
+        ways = found("nano", 2, "h100", *FEW, "train.recompute=none", "train.micro_batch=1", *words).ways
         return {(way.config.train.engine, way.config.kernels.compile) for way in ways}
 
     assert compiled() == {("deepspeed", False), ("fsdp2", True)}
@@ -174,13 +174,14 @@ def test_parts_of_whole_rows_are_padded(rows, ranks, kept):
 
 def test_zero3_is_not_planned_with_whole_weights_on_each_rank():
     """Which training refuses: groups of one, also where a node has one GPU."""
-    shares = {way.config.train.shard_ranks for way in found("nano", 16, "h100", *FSDP2_FULL[2:], per_node=1).ways}
+    few = "train.global_batch=16", "data.lanes=16", "train.recompute=full"
+    shares = {way.config.train.shard_ranks for way in found("nano", 16, "h100", *few, per_node=1).ways}
     assert shares == {None}
-    ways = found("nano", 16, "h100", "train.shard_ranks=1", *FSDP2_FULL[2:]).ways
+    ways = found("nano", 16, "h100", "train.shard_ranks=1", *few).ways
     assert ways and {way.config.train.engine for way in ways} == {"fsdp2"}
 
 
-FSDP2_FULL = ("train.engine=fsdp2", "train.shard_ranks=null", "train.recompute=full")
+FSDP2_FULL = ("train.engine=fsdp2", "train.shard_ranks=null", "train.recompute=full", "kernels.compile=false")
 
 
 def test_what_is_given_is_not_searched_and_the_quickest_is_first():
@@ -227,10 +228,11 @@ def test_all_that_fit_are_found_and_what_does_not_is_not():
 
 
 FEW = ("train.global_batch=8", "data.lanes=8")  # few sizes of batch, each of which is measured
+EAGER = ("train.engine=fsdp2", "kernels.compile=false")  # graphs take longer to be made
 
 
 def test_one_gpu_has_one_engine():
-    chosen = found("nano", 1, "h100", *FEW, "train.recompute=none", "train.micro_batch=8")
+    chosen = found("nano", 1, "h100", *FEW, "train.recompute=none", "train.micro_batch=8", "kernels.compile=false")
     assert [way.config.train.engine for way in chosen.ways] == ["single"] and chosen.ways[0].sent == []
     said = text.describe(chosen, "nano", "h100")
     assert not any(word in said for word in ("network", "overlap", "alone", "ZeRO", "nodes"))
@@ -262,15 +264,16 @@ def test_the_parts_of_a_step_add_up():
 )
 def test_a_step_is_bound_by_what_runs_longest_beside_the_rest(change, bound):
     """Not by communication whose ends are not hidden, nor by data that is there before the step has ended."""
-    chosen = found("nano", 8, "h100", "train.engine=fsdp2", "train.micro_batch=64")
+    chosen = found("nano", 8, "h100", *FEW, *EAGER, "train.micro_batch=1")
     time = cost.StepTime(compute=5, communication=6, host=1, launches=2, exposed=2, optimizer=0.25, data=6)._replace(**change)
     way = dataclasses.replace(chosen.ways[0], time=time)
     assert f"bound by {bound};" in text.describe(dataclasses.replace(chosen, ways=[way]), "nano", "h100")
 
 
 def test_data_of_a_node_are_those_of_a_full_one():
-    chosen = found("nano", 12, "h100", "train.engine=fsdp2", "train.global_batch=1536", "train.micro_batch=128", loader=1e9)
-    samples = 8 * 128 / chosen.ways[0].time.total
+    words = "train.global_batch=96", "data.lanes=12", "train.micro_batch=8"
+    chosen = found("nano", 12, "h100", *EAGER, *words, loader=1e9)
+    samples = 8 * 8 / chosen.ways[0].time.total
     assert f"{samples:,.0f} samples/s" in text.describe(chosen, "nano", "h100")
 
 
@@ -280,7 +283,7 @@ def test_a_loss_scale_leaves_deepspeed_out():
 
 
 PLAN = ["plan", "--model", "nano", "--gpus", "4", "--gpu", "h100"]
-QUICK = ["train.recompute=none", "train.micro_batch=8"]
+QUICK = ["train.recompute=none", "train.micro_batch=8", "train.global_batch=64", "data.lanes=8"]
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
@@ -296,7 +299,7 @@ def test_what_is_written_is_what_training_takes(engine, capsys, tmp_path):
     if engine == "deepspeed":
         settings = deepspeed_settings(planned, 4)
         block = weights_of(planned.model).block
-        assert settings["zero_optimization"]["reduce_bucket_size"] == block and settings["gradient_accumulation_steps"] == 64
+        assert settings["zero_optimization"]["reduce_bucket_size"] == block and settings["gradient_accumulation_steps"] == 2
         device = torch.device("cuda", 0)
         known = rank_memory(planned, "tf32", 8, 4, device).unreduced  # as the run's own guard reads it from the file
         assert known == WEIGHT * (block + weights_of(planned.model).largest)
