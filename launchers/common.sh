@@ -38,7 +38,14 @@ network_settings() {
 
 # The GPUs of this machine by number, with commas; of them, those that CUDA_VISIBLE_DEVICES allows
 gpus_here() {
-    echo "${CUDA_VISIBLE_DEVICES-$( (nvidia-smi --list-gpus 2>/dev/null || true) | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd, -)}"
+    local here="${CUDA_VISIBLE_DEVICES-$( (nvidia-smi --list-gpus 2>/dev/null || true) | sed -n 's/^GPU \([0-9]*\):.*/\1/p' | paste -sd, -)}"
+    [ "$here" = -1 ] || echo "$here" # CUDA's word for none
+}
+
+# As many GPUs as PROCESSES, unless what is wanted is a CPU
+enough_gpus() { # GPUS COUNT
+    [ "${DS_ACCELERATOR-}" = cpu ] || [ "$2" -eq 0 ] || [ "${PROCESSES:-1}" -le "$2" ] ||
+        refuse "PROCESSES=$PROCESSES, but there are GPUs $1"
 }
 
 free_port() {

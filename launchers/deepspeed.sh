@@ -17,7 +17,6 @@ whole_numbers 1 PROCESSES MASTER_PORT
 whole_numbers 0 NODE_RANK RESTARTS PAUSE
 gpus=$(gpus_here)
 count=$(tr ',' '\n' <<<"$gpus" | grep -c . || true)
-[ "$count" -eq 0 ] || [ "${PROCESSES:-1}" -le "$count" ] || refuse "PROCESSES=$PROCESSES, but there are GPUs $gpus"
 if [ "$count" -eq 0 ]; then export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
 if [ -n "${HOSTFILE-}" ]; then
     # DeepSpeed would take this machine alone, and not say so
@@ -28,6 +27,7 @@ if [ -n "${HOSTFILE-}" ]; then
         ranks+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:?with NODE_RANK, the address of the first machine}")
     fi
 else
+    enough_gpus "$gpus" "$count"
     port=$(free_port)
     if [ "$count" -eq 0 ]; then
         ranks=(--num_gpus "${PROCESSES:-2}")

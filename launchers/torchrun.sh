@@ -16,7 +16,7 @@ whole_numbers 1 NODES PROCESSES MASTER_PORT
 whole_numbers 0 RESTARTS PAUSE
 gpus=$(gpus_here)
 count=$(tr ',' '\n' <<<"$gpus" | grep -c . || true)
-[ "$count" -eq 0 ] || [ "${PROCESSES:-1}" -le "$count" ] || refuse "PROCESSES=$PROCESSES, but there are GPUs $gpus"
+enough_gpus "$gpus" "$count"
 if [ "$count" -eq 0 ]; then export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"; fi
 [ "$count" -gt 0 ] || count=2
 NODES="${NODES:-1}" PROCESSES="${PROCESSES:-$count}" JOB="${JOB:-xar}" RESTARTS="${RESTARTS:-0}" PAUSE="${PAUSE:-10}"

@@ -91,6 +91,11 @@ def _path(word: str) -> Path:
     return Path(word)
 
 
+def _name(word: str) -> str:
+    """Of what may be a path, or none, which no empty word says."""
+    return str(_path(word))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="xar-scale",
@@ -109,8 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--recipe", help=f"where the config starts: {', '.join(RECIPES)}")
     train.add_argument("--config", type=Path, help="a YAML file laid over the recipe")
     train.add_argument("--run-dir", type=Path, help="folder of checkpoints, metrics and the config (default: runs/RECIPE)")
-    train.add_argument("--resume", default="auto", help="auto (the newest valid checkpoint of the run), none, or a path")
-    train.add_argument("--init-from", help="a run, a checkpoint, a .pth or safetensors whose weights a new run begins with")
+    train.add_argument(
+        "--resume", type=_name, default="auto", help="auto (the newest valid checkpoint of the run), none, or a path"
+    )
+    train.add_argument(
+        "--init-from", type=_name, help="a run, a checkpoint, a .pth or safetensors whose weights a new run begins with"
+    )
     train.add_argument("--stop-after", metavar="TIME", help="30s, 90m, 3h50m, 2d: end then, with a checkpoint")
     train.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
     train.set_defaults(run_command=_train, overridable=True)
@@ -134,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluate", help="draw a large set, on one rank or under a launcher, and compare it with real images", epilog=overriding
     )
     evaluate.add_argument("what", type=Path, help="as for sample; or images: an npz of ADM's form, a folder of pictures")
-    evaluate.add_argument("--reference", required=True, help="digits, an npz with mu and sigma or images, pictures")
+    evaluate.add_argument("--reference", type=_name, required=True, help="digits, an npz with mu and sigma or images, pictures")
     evaluate.add_argument("--out", type=Path, help="folder of the set and its numbers (default: RUN/evaluations/STEP)")
     evaluate.add_argument("--images", type=int, help="that are drawn (default: 50000)")
     evaluate.add_argument("--seed", type=int, help="of what is drawn (default: 0)")
@@ -220,12 +229,12 @@ def _sample(options: argparse.Namespace) -> None:
     device = dist.local_device()
     if dist.world() > 1:
         dist.init(device)
-    folders = [path.parent if path.suffix else path for path in options.out]
-    dist.on_rank_0(lambda: [*map(make_folder, folders)])  # before the work
     trained = open_trained(options.weights, options.overrides)
     known = trained.model.classes
     chosen = classes.parse_classes(f"0-{min(known, 10) - 1}" if options.classes is None else options.classes, known)
     labels = [label for label in chosen for _ in seeds]
+    folders = [path if path.is_dir() or not path.suffix else path.parent for path in options.out]
+    dist.on_rank_0(lambda: [*map(make_folder, folders)])  # before the work
     generator = open_generator(trained, device)
     images = generator.draw_over_ranks(labels, seeds * len(chosen))
     animated = any(path.suffix == ".gif" for path in options.out)
@@ -306,7 +315,8 @@ def _plan(options: argparse.Namespace) -> None:
         raise UsageError(f"--launch {options.launch:g}: ms, not below 0")
     if options.network is not None and not 0 < options.network < math.inf:
         raise UsageError(f"--network {options.network:g}: GB/s, above 0")
-    values = merge(recipe(options.recipe), {"model": model_values(options.model)})
+    # an engine that goes with everything: it is searched
+    values = merge(recipe(options.recipe), {"model": model_values(options.model), "train": {"engine": "fsdp2"}})
     config = Config.from_dict(override(values, options.overrides))
     fixed = [word.partition("=")[0] for word in options.overrides]
     if "train.ds_config" in fixed:

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationErro
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
-from xar_scale.errors import ConfigError, UsageError, XarScaleError
+from xar_scale.errors import ConfigError, FileError, UsageError, XarScaleError
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -271,11 +271,13 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UsageError where there is none, ConfigError where it holds something else, OSError."""
+    """The mapping in a YAML file. Raises UsageError, FileError, ConfigError where it holds something else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"no config at {path}") from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise UsageError(f"no config file at {path}") from None
+    except OSError as error:
+        raise FileError(f"cannot read config {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text") from None
     values = _parse_yaml(text, str(path)) or {}

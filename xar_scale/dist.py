@@ -19,7 +19,9 @@ from xar_scale import slurm
 from xar_scale.errors import INTERRUPTED, ConfigError, FileError, XarScaleError
 
 T = TypeVar("T")
-all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor  # its name since torch 2.14
+# by their names since torch 2.14
+all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
+reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_dist.reduce_scatter_tensor
 TIMEOUT = timedelta(minutes=30)  # of collectives: the watchdog comes before it, and says more
 
 

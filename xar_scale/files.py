@@ -13,8 +13,9 @@ def make_folder(path: Path) -> None:
     """Raises OSError that names it where it cannot be, or takes no files: before the work whose result it is for."""
     path.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        descriptor, name = tempfile.mkstemp(dir=path)
+        os.close(descriptor)
+        os.unlink(name)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
 

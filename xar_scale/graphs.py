@@ -7,8 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xar_scale.config import Config
+from xar_scale.precision import MODES
+
 Work = Callable[..., Sequence[Tensor | None]]
 WARM_UP = 2  # times that work is done as it is first: what is compiled, chosen or made once must not be recorded
+
+
+def records(config: Config, mode: str) -> bool:
+    """Whether a GPU's passes in ``mode`` are recorded: a loss scale changes, and recomputation sets the generator back."""
+    plain = config.kernels.compile and config.train.recompute == "none" and not MODES[mode].scaled
+    return config.train.engine == "single" and plain
 
 
 class _Record(NamedTuple):

@@ -94,12 +94,13 @@ def sample(
 
 def _keys(seed: int | Sequence[int], first_image: int, batch: int) -> list[tuple[int, int]]:
     """Of the generator of each image, (seed, number)."""
+    alone = isinstance(seed, Sequence)
     seeds: list[Any] = [*seed] if isinstance(seed, Sequence) else [seed] * batch
     if len(seeds) != batch:
         raise UsageError(f"{len(seeds)} seeds for {batch} labels")
-    if wrong := [seed for seed in seeds if not (isinstance(seed, Integral) and 0 <= int(seed) < rng.SEEDS)]:
+    if wrong := [one for one in seeds if not (isinstance(one, Integral) and 0 <= int(one) < rng.SEEDS)]:
         raise UsageError(f"seed {wrong[0]} is no whole number from 0 to 2^64 - 1")
-    return [(int(seed), 0 if isinstance(seed, Sequence) else first_image + image) for image, seed in enumerate(seeds)]
+    return [(int(one), 0 if alone else first_image + image) for image, one in enumerate(seeds)]
 
 
 def _labels(labels: Tensor | Sequence[int], null_class: int) -> Tensor:

@@ -87,7 +87,7 @@ def test_flash_needs_what_its_kernels_need(lacks, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4" if lacks == "NVIDIA" else None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if lacks == "capability" else (8, 0))
-    choose = partial(choose_backend, LAYOUTS["equal"], torch.device("cuda"), torch.float16, 64, dropout=0.0, backward=True)
+    choose = partial(choose_backend, LAYOUTS["equal"], torch.device("cuda", 0), torch.float16, 64, dropout=0.0, backward=True)
     assert choose() == "masked"
     with pytest.raises(ConfigError, match=f"flash needs {flash.NEEDS}"):
         choose(backend="flash")

@@ -222,8 +222,8 @@ def test_what_cannot_be_written_is_known_before_the_work(capsys, run, tmp_path, 
     def full(dir):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(dir / "tmpx"))
 
-    monkeypatch.setattr(files.tempfile, "TemporaryFile", full)
-    monkeypatch.setattr("xar_scale.evaluate.trained.open_trained", lambda *_: pytest.fail("it was begun"))
+    monkeypatch.setattr(files.tempfile, "mkstemp", full)
+    monkeypatch.setattr("xar_scale.evaluate.generate.open_generator", lambda *_: pytest.fail("it was begun"))
     monkeypatch.setattr("xar_scale.plan.search.search", lambda *_: pytest.fail("it was begun"))
     words = {"sample": [run], "plan": ["--model", "nano", "--gpus", "1", "--gpu", "h100"]}[command]
     out = tmp_path / "new"

@@ -99,9 +99,9 @@ def test_an_empty_yaml_file_changes_nothing(tmp_path):
 
 
 def test_config_files_that_cannot_be_read_are_refused_by_name(tmp_path):
-    with pytest.raises(UsageError, match="no config at .*absent.yaml"):
+    with pytest.raises(UsageError, match="no config file at .*absent.yaml"):
         read_yaml(tmp_path / "absent.yaml")
-    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+    with pytest.raises(UsageError, match=f"no config file at {tmp_path}"):
         read_yaml(tmp_path)
 
 

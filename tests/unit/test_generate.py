@@ -228,7 +228,7 @@ def test_published_weights_are_drawn_from_with_their_recipe(tmp_path, kl16_weigh
     state = as_published(weights, model.config)
     torch.save({"model": state, "model_ema": {name: 1.5 * value for name, value in state.items()}}, published)
     assert holds_weights(published)
-    with pytest.raises(ConfigError, match=r"draws latents of kl16: sample.tokenizer_weights is the path of kl16.ckpt"):
+    with pytest.raises(ConfigError, match=r"kl16 needs sample.tokenizer_weights, the path of kl16.ckpt"):
         open_trained(published, [])
     trained = open_trained(published, [f"sample.tokenizer_weights={kl16_weights}", "sample.steps=3"])
     assert (trained.kind, trained.sample.steps, trained.sample.guidance, trained.latent_scale) == ("ema", 3, 2.7, 0.2325)

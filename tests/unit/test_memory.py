@@ -194,11 +194,22 @@ def test_a_gpu_that_is_not_there_keeps_what_its_kernels_keep():
     hidden = -(-mlp_width(shape) // CHANNELS) * CHANNELS
     assert saved[0.1] - saved[0.0] == tokens * blocks * (2 * shape.width + hidden)
     assert saved[0.1] < pass_memory(config_of(*IMAGES, "model.dropout=0.1"), "tf32", 8, CPU).saved
+    check_offload(blocks, 4 * tokens * shape.width)
+
+
+def test_compiled_blocks_leave_the_host_their_inputs_too():
+    """In bf16: what is added block by block is in float32."""
+    check_offload(7, 4 * 8 * 256 * config_of(*IMAGES).model.width, "bf16", "kernels.compile=true")
+
+
+def check_offload(blocks: int, one: int, mode: str = "tf32", *overrides: str) -> None:
+    """Of inputs of ``one`` size each the device keeps the one at work on."""
     full, offload = (
-        pass_memory(config_of(*IMAGES, f"train.recompute={recompute}"), "tf32", 8, CUDA) for recompute in ("full", "offload")
+        pass_memory(config_of(*IMAGES, f"train.recompute={recompute}", *overrides), mode, 8, CUDA)
+        for recompute in ("full", "offload")
     )
-    assert full.peak - offload.peak == (blocks - 1) * 4 * tokens * shape.width
-    assert full.saved - offload.saved == blocks * 4 * tokens * shape.width
+    assert full.peak - offload.peak == (blocks - 1) * one
+    assert full.saved - offload.saved == blocks * one
 
 
 def test_attention_that_is_named_is_reckoned_as_the_one_that_is_chosen():

@@ -127,7 +127,7 @@ def bench_scaling(options: argparse.Namespace) -> None:
         """Of which one has a peak and a memory bandwidth that give these seconds."""
         peak, read = options.batch * training_flops(config.model) / compute, optimizer_bytes(single, weights, 1) / optimizer
         gpu = GPU(memory=0, bf16=peak, tf32=peak, fp32=peak, memory_bandwidth=read, nvlink=1, host=1, network=1)
-        return Machines(gpu, world, world, mfu=1.0, overlap=0.0, loader=1e12)
+        return Machines(gpu, world, world, mfu=1.0, launch=0.0, overlap=0.0, loader=1e12)
 
     sent = [
         each._replace(link=Link(each.sent / (each.calls * _collective_seconds(each, device)), 0.0))
@@ -179,9 +179,7 @@ def _collective_seconds(collective: Collective, device: torch.device) -> float:
     part = -(-int(collective.size / 4 / collective.calls) // collective.ranks)
     piece, whole = torch.zeros(part, device=device), torch.zeros(part * collective.ranks, device=device)
     call: Callable[[], object] = (
-        partial(torch.distributed.reduce_scatter_tensor, piece, whole)
-        if collective.name == "reduce"
-        else partial(dist.all_gather, whole, piece)
+        partial(dist.reduce_scatter, piece, whole) if collective.name == "reduce" else partial(dist.all_gather, whole, piece)
     )
     return dist.largest(median_ms(call, device) / 1e3)
 

@@ -11,7 +11,7 @@ from xar_scale.config import Config
 from xar_scale.data.loader import Batch
 from xar_scale.engines.base import Engine, Shard, adam_state, set_steps
 from xar_scale.errors import ConfigError
-from xar_scale.graphs import WARM_UP, Graphs
+from xar_scale.graphs import WARM_UP, Graphs, records
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
@@ -35,9 +35,7 @@ class SingleEngine(Engine):
 
     @property
     def plays_records(self) -> bool:
-        # a loss scale changes, and recomputation sets the generator back: neither can be recorded
-        compiled = self.config.kernels.compile and self.config.train.recompute == "none"
-        return self.device.type == "cuda" and compiled and not self.precision.scaled
+        return self.device.type == "cuda" and records(self.config, self.mode)
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Compiled passes are recorded on a GPU, but for those that hooks look into."""

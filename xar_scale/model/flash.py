@@ -51,10 +51,13 @@ def available(device: torch.device) -> bool:
     look, whether it was when this was last asked outside; if it never was, no."""
     if device.type != "cuda":
         return False
-    if not torch.compiler.is_compiling():
-        new = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
-        _found[device.index or 0] = triton is not None and torch.version.hip is None and _builds() and new
-    return _found.get(device.index or 0, False)
+    if torch.compiler.is_compiling():
+        return _found.get(device.index or 0, False)
+    there = torch.cuda.is_available()
+    index = torch.cuda.current_device() if device.index is None and there else device.index or 0
+    new = not there or torch.cuda.get_device_capability(device) >= (8, 0)
+    _found[index] = triton is not None and torch.version.hip is None and _builds() and new
+    return _found[index]
 
 
 _found: dict[int, bool] = {}

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from xar_scale.config import Config, micro_batches, shard_ranks
 from xar_scale.ema import averages_of
+from xar_scale.graphs import records
 from xar_scale.memory.rank import WEIGHT, ZERO3_LIVE, Weights, owners, padded
 from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import forward_flops, training_flops
@@ -122,13 +123,6 @@ def image_flops(config: Config) -> int:
     return training_flops(config.model) + again
 
 
-def recorded(config: Config) -> bool:
-    """Whether passes are played from CUDA graphs, which take one launch (engines/single.py)."""
-    train = config.train
-    compiled = config.kernels.compile and train.recompute == "none"
-    return train.engine == "single" and compiled and not MODES[train.precision].scaled
-
-
 def step_time(config: Config, weights: Weights, machines: Machines, sent: list[Collective]) -> StepTime:
     """Each part by its formula; b samples a rank and pass, p passes.
 
@@ -149,7 +143,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
         compute=passes * samples * image_flops(config) / (gpu.peak(train.precision) * machines.mfu),
         communication=communication,
         host=2 * passes * samples * inputs / gpu.host,
-        launches=0.0 if recorded(config) else passes * weights.blocks * machines.launch,
+        launches=0.0 if records(config, train.precision) else passes * weights.blocks * machines.launch,
         exposed=ends + (1 - machines.overlap) * (communication - ends),
         optimizer=optimizer_bytes(config, weights, machines.gpus) / gpu.memory_bandwidth,
         data=train.global_batch / (machines.loader * workers),

@@ -19,6 +19,7 @@ from xar_scale.plan.hardware import Machines
 from xar_scale.precision import MODES
 
 CUDA = torch.device("cuda", 0)
+KNOWN = 0.02  # of a step's seconds
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full", "offload")  # the least work first
 
 
@@ -39,6 +40,11 @@ class Way:
         shared = f" in groups of {train.shard_ranks}" if train.shard_ranks else ""
         compiled = ", compiled" if self.config.kernels.compile else ""
         return f"{engine}{shared}{compiled}, recompute {train.recompute}, micro batch {train.micro_batch}"
+
+    @property
+    def speed(self) -> int:
+        """Of a step, the quickest's the smallest: what differs by less than is known is equal."""
+        return round(math.log(self.time.total, 1 + KNOWN))
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,8 @@ def bucket(weights: Weights) -> int:
 
 def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
     """Every engine, sharing, recomputation and micro batch but for what ``fixed`` (section.key) names, with compiled blocks
-    where an engine can; the fewest seconds a step first, then what is computed again least, then ZeRO-3 before FSDP2, then the
-    larger micro batch.
+    where an engine can; the fewest seconds a step first, then what is computed again least, then compiled blocks, then ZeRO-3
+    before FSDP2, then the larger micro batch.
 
     Raises ConfigError where the global batch does not divide, or nothing fits.
     """
@@ -116,11 +122,11 @@ def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
     return found
 
 
-def _order(way: Way) -> tuple[float, int, int, int]:
+def _order(way: Way) -> tuple[int, int, bool, int, int]:
     train = way.config.train
-    seconds = float(f"{way.time.total:.4g}")  # what differs by less than is known is equal
     engines = ("single", "deepspeed", "fsdp2")
-    return seconds, RECOMPUTE.index(train.recompute), engines.index(train.engine), -(train.micro_batch or 0)
+    eager = not way.config.kernels.compile  # whose launches take longer than they are known to
+    return way.speed, RECOMPUTE.index(train.recompute), eager, engines.index(train.engine), -(train.micro_batch or 0)
 
 
 def _candidates(found: Search) -> Iterator[Config]:
@@ -139,7 +145,7 @@ def _candidates(found: Search) -> Iterator[Config]:
         zero3 = engine == "deepspeed"
         if zero3 and share == 1 != machines.gpus:
             continue  # whole weights on each rank, which ZeRO-3 does not have
-        compiled = config.kernels.compile if "kernels.compile" in fixed else not zero3  # which is never slower, and takes less
+        compiled = config.kernels.compile if "kernels.compile" in fixed else not zero3  # quicker wherever it was measured
         if zero3 and compiled:
             continue  # which training refuses
         kernels = dataclasses.replace(config.kernels, compile=compiled)

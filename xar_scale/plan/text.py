@@ -8,7 +8,7 @@ from xar_scale.memory.rank import MARGIN, RankMemory
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.plan.cost import checkpoint, link_of, optimizer_bytes, sample_bytes, snapshot_bytes
 from xar_scale.plan.hardware import Machines
-from xar_scale.plan.search import RECOMPUTE, Search, Way
+from xar_scale.plan.search import KNOWN, RECOMPUTE, Search, Way
 from xar_scale.precision import MODES
 from xar_scale.presets import IMAGENET_IMAGES
 
@@ -111,7 +111,7 @@ def _assumed(found: Search, best: Way) -> str:
         f"memory: {gpu.memory / 1e9:.0f} GB a GPU; {MARGIN - 1:.0%} of what is reckoned is added for CUDA, NCCL and fragments",
         "memory: the moment of a step that needs most, a pass or the optimizer's step; attention and dropout as fused kernels",
         f"compute: {machines.mfu:.0%} of {peak:,.0f} TFLOP/s, recomputed work included, at any micro batch (--mfu)",
-        *([f"launches: {machines.launch * 1e3:g} ms of the host a block and pass (--launch)"] if best.time.launches else []),
+        *([_assumed_of_launches(machines)] if best.time.launches else []),
         *(_assumed_of_links(machines) if best.sent else []),
         f"optimizer: {optimizer_bytes(best.config, found.weights, machines.gpus) / 1e9:.2f} GB read and written a GPU at "
         f"{gpu.memory_bandwidth / 1e12:.2f} TB/s; host link {gpu.host / 1e9:.0f} GB/s",
@@ -120,6 +120,10 @@ def _assumed(found: Search, best: Way) -> str:
         "not in it: restarts, evaluation, previews, the first steps' warm-up",
     ]
     return "\n".join(["assumed", *(f"  {line}" for line in lines)])
+
+
+def _assumed_of_launches(machines: Machines) -> str:
+    return f"launches: {machines.launch * 1e3:g} ms of the host a block and pass (--launch), of eager ones more"
 
 
 def _assumed_of_links(machines: Machines) -> list[str]:
@@ -154,9 +158,11 @@ def _why(found: Search, best: Way) -> str:
     beside = {"compute": time.compute, "communication": time.communication - time.exposed, "copies to the host": time.host}
     beside["launches of the host"] = time.launches
     bound = "data" if time.total == time.data else max(beside, key=beside.__getitem__)
-    same = [way.config.train.engine for way in found.ways if way.time.total <= time.total * 1.0005]
-    zero3 = "" if len({*same}) == 1 else ", then ZeRO-3"
-    among = f"\n  of {len(same)} as quick the least recomputation{zero3}, then the largest micro batch" if len(same) > 1 else ""
+    same = [way.config for way in found.ways if way.speed == best.speed]
+    compiled, engines = {each.kernels.compile for each in same}, {each.train.engine for each in same}
+    then = ", then compiled blocks" if len(compiled) > 1 else ", then ZeRO-3" if len(engines) > 1 else ""
+    equal = f"\n  of {len(same)} as quick, to {KNOWN:.0%}, the least recomputation{then}, then the largest micro batch"
+    among = equal if len(same) > 1 else ""
     return (
         f"the fewest GPU-hours of {len(found.ways)} ways that fit{among}\n"
         f"  bound by {bound}; {_gb(best.memory.total)} of {_gb(found.room)} GB"
