@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.unit.conftest import normal
 from xar_scale.config import ModelConfig
-from xar_scale.model.aligned import WideningLinear
+from xar_scale.model.aligned import WideningLinear, weights_are_gathered
 from xar_scale.model.cpu import standing_for
 from xar_scale.model.layers import GatedMLP
 
@@ -38,9 +38,15 @@ def test_hidden_channels_up_to_a_multiple_of_8_are_zero(mlp):
     torch.testing.assert_close(hidden[..., :HIDDEN], mlp.gate(x))
 
 
-def test_the_mlp_is_the_same_function_with_the_same_gradients(mlp):
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_mlp_is_the_same_function_with_the_same_gradients(mlp, gathered, compiled):
     mlp, x = mlp.double(), normal(0, 2, 3, 20)
     expected = results(mlp, x)
+    if gathered:
+        weights_are_gathered(mlp)
+    if compiled:
+        mlp.compile(backend="aot_eager", fullgraph=True)
     with standing_for(gpu=True, graph=False):
         found = results(mlp, x)
     assert found[0].shape == x.shape

@@ -197,6 +197,20 @@ def test_a_gpu_that_is_not_there_keeps_what_its_kernels_keep():
     check_offload(blocks, 4 * tokens * shape.width)
 
 
+def test_graphs_keep_no_padded_copies_of_weights_that_are_gathered(monkeypatch):
+    """They would be the MLPs' of all blocks. Rows of 80 channels, and 213 hidden ones, with zeros 216."""
+    config = config_of(*GRID, "model.width=80", "model.heads=5", "train.engine=fsdp2", "kernels.compile=true")
+
+    def saved() -> int:
+        passes._known_graph.cache_clear()
+        return pass_memory(config, "bf16", SAMPLES, CUDA).saved
+
+    without = saved()
+    monkeypatch.setattr(passes, "weights_are_gathered", lambda model: None)
+    assert saved() - without == weights_of(config.model).blocks * 3 * 80 * 216 * 2
+    passes._known_graph.cache_clear()
+
+
 def test_compiled_blocks_leave_the_host_their_inputs_too():
     """In bf16: what is added block by block is in float32."""
     check_offload(7, 4 * 8 * 256 * config_of(*IMAGES).model.width, "bf16", "kernels.compile=true")

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from xar_scale.config import Config, KernelConfig, ModelConfig
 from xar_scale.flow import velocity_loss
+from xar_scale.model.aligned import weights_are_gathered
 from xar_scale.model.cpu import standing_for
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import blank_weights, meta_model
@@ -118,7 +119,7 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
     graph = None
     if compiled:
         shallow = replace(config.model, depth_encoder=1, depth_decoder=1)
-        graph = _known_graph(shallow, kernels, mode, samples, gathered is not FP32, stands)
+        graph = _known_graph(shallow, kernels, mode, samples, config.train.engine, stands)
         for block in model.blocks:
             block.forward = partial(graph, block)  # type: ignore[method-assign]
     elif stands:
@@ -171,10 +172,10 @@ class _Graph:
 
     What the forward graph leaves for the backward graph is Inductor's own choice; what is alive inside of one is more than
     Inductor's fused kernels would have. It is made when it is first called, which takes seconds, for what it is called with
-    then: ``samples``, and weights that are ``lowered`` to 16 bits or not.
+    then: ``samples``, and weights as ``engine`` has them.
     """
 
-    def __init__(self, config: ModelConfig, kernels: KernelConfig, mode: str, samples: int, lowered: bool, gpu: bool) -> None:
+    def __init__(self, config: ModelConfig, kernels: KernelConfig, mode: str, samples: int, engine: str, gpu: bool) -> None:
         # a second, for which each process would wait
         from functorch.compile import aot_function, make_boxed_func  # type: ignore[import-untyped]
         from functorch.compile import min_cut_rematerialization_partition as cut
@@ -182,6 +183,8 @@ class _Graph:
 
         model = meta_model(config)
         model.use_kernels(kernels, torch.device("cuda" if gpu else "cpu"), MODES[mode].compute, training=True)
+        if engine == "fsdp2":
+            weights_are_gathered(model)
         model.layout.on(torch.device("cpu"))
         self.made, self.gpu, self.block = False, gpu, model.blocks[0]
         self.names = [name for name, _ in self.block.named_parameters()]
@@ -220,9 +223,9 @@ def extrapolated_passes() -> Passes:
     known: dict[Any, PassMemory] = {}
 
     def measured(config: Config, mode: str, samples: int, device: torch.device, depth: int) -> PassMemory:
-        lowered = config.train.engine if MODES[mode].gather is not FP32 else ""
+        engine = config.train.engine if config.kernels.compile or MODES[mode].gather is not FP32 else ""
         model = replace(config.model, depth_encoder=depth - 1, depth_decoder=1)
-        key = (model, config.kernels, config.train.recompute, lowered, mode, device, samples)
+        key = (model, config.kernels, config.train.recompute, engine, mode, device, samples)
         if key not in known:
             known[key] = pass_memory(replace(config, model=model), mode, samples, device)
         return known[key]
