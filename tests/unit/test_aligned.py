@@ -68,7 +68,8 @@ def test_under_autocast_it_computes_in_16_bits_as_linear_does(mlp):
 def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(mlp):
     """Engines that share weights let go of them after a block and gather them anew."""
     with standing_for(gpu=True, graph=False):
-        kept = mlp.gate(normal(0, 2, 20, dtype=torch.float32)).grad_fn.saved_tensors
+        out = mlp.gate(normal(0, 2, 20, dtype=torch.float32))
+    kept = out.grad_fn.saved_tensors
     assert any(tensor.data_ptr() == mlp.gate.weight.data_ptr() for tensor in kept)
     assert {tensor.shape for tensor in kept} == {(HIDDEN, 20), (2, 20)}
 
