@@ -209,7 +209,16 @@ def test_all_blocks_are_recomputed(train, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words", ["sample RUN --out", "train --run-dir", "report RUN --out", "plan --out", "evaluate RUN --out"]
+    "words",
+    [
+        "sample RUN --out",
+        "train --run-dir",
+        "train --init-from",
+        "train --resume",
+        "report RUN --out",
+        "plan --out",
+        "evaluate RUN --out",
+    ],
 )
 def test_an_empty_path_is_no_current_folder(capsys, run, words):
     assert_ends(capsys, [*words.replace("RUN", run).split(), ""], 64, "the path is empty")

@@ -1,5 +1,6 @@
 """FSDP2 in one process: plain PyTorch's steps, who writes what, and private names, which change from release to release."""
 
+import warnings
 from collections import defaultdict
 
 import pytest
@@ -88,6 +89,16 @@ def test_blocks_are_gathered_in_16_bits_and_all_else_and_every_gradient_in_float
     engine = engine_in("bf16")
     *blocks, rest = [(policy.param_dtype, policy.reduce_dtype) for _, policy in _policies(engine.model, engine._policy())]
     assert blocks == [(torch.bfloat16, torch.float32)] * len(engine.model.blocks) and rest == (torch.float32, torch.float32)
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_its_layers_know_that_their_weights_are_gathered_and_it_warns_of_nothing():
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        engine = engine_in("bf16")
+        engine.attempt(0, [random_batch(0)])
+    assert all(layer.gathered for block in engine.model.blocks for layer in (block.mlp.gate, block.mlp.up, block.mlp.down))
+    assert not [warning for warning in said if "FSDP2-wrapped" in str(warning.message)]
 
 
 def test_neighbours_share_a_copy(monkeypatch):

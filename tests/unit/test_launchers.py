@@ -259,6 +259,24 @@ def test_what_is_no_number_is_refused_before_anything_starts(launcher, given):
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_more_processes_than_gpus_are_refused(launcher):
+    given = {"CUDA_VISIBLE_DEVICES": "0,1", "PROCESSES": "3"}
+    kept = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"} | given
+    done = subprocess.run([f"launchers/{launcher}.sh"], env=kept, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (64, "xar-scale: PROCESSES=3, but there are GPUs 0,1\n")
+
+
+def test_processes_on_a_cpu_are_as_many_as_wanted():
+    assert bash("DS_ACCELERATOR=cpu PROCESSES=3; enough_gpus 0,1 2; echo fine").stdout == "fine\n"
+
+
+@pytest.mark.parametrize(("shown", "here"), [("0,3", "0,3\n"), ("-1", ""), ("", "\n")])
+def test_gpus_are_those_that_cuda_is_shown(shown, here):
+    done = bash(f"export CUDA_VISIBLE_DEVICES={shown}; gpus_here")
+    assert (done.returncode, done.stdout) == (0, here)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_an_environment_that_is_not_activated_is_said(launcher, tmp_path):
     for name in ("bash", "dirname"):
         (tmp_path / name).symlink_to(f"/usr/bin/{name}")

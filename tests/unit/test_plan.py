@@ -305,6 +305,11 @@ def test_what_is_written_is_what_training_takes(engine, capsys, tmp_path):
         assert known == WEIGHT * (block + weights_of(planned.model).largest)
 
 
+def test_compiled_blocks_may_be_asked_for_whatever_engine_the_recipe_has(capsys):
+    assert main([*PLAN, *QUICK, "kernels.compile=true"]) == 0
+    assert "chosen: FSDP2" in capsys.readouterr().out
+
+
 def test_files_of_others_are_left_alone_and_that_is_said_before_the_work(capsys, tmp_path, monkeypatch):
     (tmp_path / "notes").write_text("mine")
     monkeypatch.setattr("xar_scale.plan.search.search", lambda *_: pytest.fail("it was planned first"))

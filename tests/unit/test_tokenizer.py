@@ -91,6 +91,11 @@ def test_unknown_tokenizers_and_settings_are_refused_with_the_known_names(descri
         create_tokenizer(description)
 
 
+def test_synthetic_latents_have_no_pictures():
+    with pytest.raises(ConfigError, match="latents of data.path=synthetic are noise"):
+        create_tokenizer({"name": "synthetic"})
+
+
 @pytest.mark.parametrize("settings", [{"patch": 0}, {"patch": "2"}, {"patch": True}, {"patch": 2, "image_channels": 1.0}])
 def test_a_pixel_tokenizer_of_nonsense_is_refused(settings):
     with pytest.raises(DataError, match="patch .* and image_channels .* are numbers from 1 on"):

@@ -1,7 +1,6 @@
-"""Memory reckoned beforehand: what is measured, how the fallback is split, and that training splits it so."""
+"""A pass reckoned on tensors without memory, beside what an allocator gives out."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,24 +9,17 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from tests.conftest import digits_config
-from xar_scale import dist
-from xar_scale.bench.record import read_record
-from xar_scale.cli import main
-from xar_scale.config import Config, merge
-from xar_scale.engines import Engine
-from xar_scale.evaluate.digits import cache_digits
+from xar_scale.config import Config
 from xar_scale.flow import velocity_loss
-from xar_scale.guard import Bad
-from xar_scale.memory import fallback, passes, rank
-from xar_scale.memory.fallback import plan_fallback
+from xar_scale.memory import passes
 from xar_scale.memory.passes import PassMemory, extrapolated_passes, pass_memory
-from xar_scale.memory.rank import rank_memory, weights_of
+from xar_scale.memory.rank import weights_of
 from xar_scale.model.aligned import CHANNELS
 from xar_scale.model.layers import mlp_width
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import initial_weights, meta_model
 from xar_scale.precision import MODES
-from xar_scale.presets import model_values, recipe
+from xar_scale.presets import model_values
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SAMPLES = 2
@@ -151,23 +143,6 @@ def test_a_compiled_pass_takes_what_the_allocator_gives_it():
     assert reckoned.peak == pytest.approx(measured[2], rel=0.1)
 
 
-RECORDS = Path(__file__).parents[2] / "docs" / "benchmarks" / "records"
-
-
-@pytest.mark.parametrize("name", ["step-bf16", "step-bf16-64", "step-fsdp2-64"])
-def test_a_compiled_step_is_reckoned_as_an_h200_took_it(name):
-    """xar_h, of 1.19 billion weights, as it was measured there."""
-    record = read_record(RECORDS / f"2026-11-27-h200-{name}.json")
-    settings = record.settings
-    assert settings["compile"] and settings["recompute"] == "none"
-    model = {**model_values(settings["model"]), "dropout": settings["dropout"]}
-    train = {"global_batch": settings["batch"], "engine": settings["engine"], "precision": settings["precision"]}
-    changes = {"model": model, "train": train, "kernels": {"compile": True}, "data": {"lanes": 1}}
-    config = Config.from_dict(merge(recipe("imagenet256_h"), changes))
-    needed = rank_memory(config, settings["precision"], settings["batch"], 1, CUDA, extrapolated_passes())
-    assert sum(needed) / 1e9 == pytest.approx(record.memory_gb, rel=0.02)
-
-
 LONG = pytest.mark.long
 IMAGES = [*GRID, "model.depth_encoder=3", "model.depth_decoder=4"]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own kernels stand there")
@@ -241,41 +216,6 @@ def test_what_is_added_block_by_block_is_of_the_same_type_under_every_engine():
     assert saved["fsdp2"] == pytest.approx(saved["deepspeed"], rel=0.02) and saved["fsdp2"] < 1.1 * saved["single"]
 
 
-@pytest.mark.parametrize(
-    ("saved", "peak", "gone", "unreduced"),
-    [(400, 410, 0, 0), (0.4, 5.4, 0.1, 1), (0.4, 0.9, 0.7, 2)],
-    ids=["before any block's gradients", "beside one block's", "beside two"],
-)
-def test_under_fsdp2_a_block_s_gradients_come_as_its_activations_go(saved, peak, gone, unreduced):
-    """Sizes in a block's gradients; a block leaves saved / 4."""
-    config = config_of("train.engine=fsdp2", "train.global_batch=512", "train.micro_batch=1", *GRID)
-    weights = weights_of(config.model)
-    one = 4 * rank.padded(weights.inside, "fsdp2", 512)
-    assert weights.blocks == 4
-    stub = PassMemory(round(saved * one), 0, round(peak * one))
-    needed = rank_memory(config, "tf32", 1, 512, CUDA, passes=lambda *_: stub)
-    assert needed.unreduced == unreduced * one
-    assert needed.activations == pytest.approx((peak - gone) * one)
-
-
-def test_gradients_come_as_activations_go_where_a_step_is_one_pass():
-    one, two = (
-        rank_memory(config_of(f"train.global_batch={size}", "train.micro_batch=64", *GRID), "tf32", 64, 1, CPU)
-        for size in (64, 128)
-    )
-    assert (one.gradients, two.gradients) == (0, 4 * weights_of(config_of(*GRID).model).whole)
-    assert one.activations == two.activations > 0
-
-
-def test_neighbours_copies_are_counted_once():
-    """hpZ: masters stay cut over all ranks, and each keeps its part of the neighbours' copy."""
-    plain = digits_config("train.engine=deepspeed", "train.global_batch=128", "train.micro_batch=8", *GRID)
-    shared = dataclasses.replace(plain, train=dataclasses.replace(plain.train, shard_ranks=4))
-    weights = weights_of(plain.model).whole
-    more = rank_memory(shared, "tf32", 8, 16, CPU).parameters - rank_memory(plain, "tf32", 8, 16, CPU).parameters
-    assert more == pytest.approx(4 * weights / 4, rel=1e-3)
-
-
 def test_memory_grows_with_samples_and_falls_with_recomputation():
     peaks = {
         recompute: [pass_memory(config_of(f"train.recompute={recompute}", *GRID), "tf32", size, CPU).peak for size in (1, 2, 8)]
@@ -284,41 +224,6 @@ def test_memory_grows_with_samples_and_falls_with_recomputation():
     assert all(sizes == sorted(set(sizes)) for sizes in peaks.values())
     assert peaks["none"][2] > peaks["selective"][2] > peaks["full"][2]
     assert pass_memory(config_of(*GRID), "bf16", 8, CPU).peak < peaks["none"][2]
-
-
-def test_a_rank_needs_less_among_more_ranks():
-    config = digits_config("train.engine=fsdp2", "train.global_batch=256", "train.micro_batch=8", *REDUCED_B)
-    needs = [rank_memory(config, "tf32", 8, world, CPU) for world in (1, 2, 16)]
-    states = [sum(need[:4]) for need in needs]  # masters, moments, averages, gradients
-    assert states == sorted(set(states), reverse=True)
-    copies = dataclasses.replace(config, train=dataclasses.replace(config.train, shard_ranks=2))
-    assert rank_memory(copies, "tf32", 8, 16, CPU) == needs[1]
-    weights = weights_of(config.model)
-    assert states[0] == 20 * weights.whole and states[1] == 20 * weights.cut("fsdp2", 2) / 2
-
-
-SMALL = rank.Weights((torch.Size([8, 4]),), 3, (torch.Size([100, 4]),))  # 496: 124 a rank of four
-WIDE = rank.Weights((torch.Size([800_000_000]),), 3, ())
-
-
-@pytest.mark.parametrize(
-    ("weights", "words", "needed"),
-    [
-        # What is in no block comes last, in float32: of the moments that one needs most
-        (SMALL, "train.engine=fsdp2", (496, 992, 496, 496, 4 * 400 + 2 * 2 * 32, 4 * 400, 30, 0)),
-        (SMALL, "train.engine=fsdp2 optim.ema_snapshots_every=9", (496, 992, 3 * 496, 496, 1728, 1600, 30, 0)),
-        # A bucket of ten in bf16 and one in float32, and the largest gradient; gradients stay also in a step of one pass
-        (SMALL, "train.engine=deepspeed", (992, 992, 496, 496, 4 * 496, 10 * (2 + 4) + 4 * 400, 330, 0)),
-        # Two blocks, where these are more than ZeRO-3 keeps: 0.6e9 weights a rank, in GB
-        (WIDE, "train.engine=deepspeed", (4.8e9, 4.8e9, 2.4e9, 2.4e9, 6.4e9, 60 + 3.2e9, 330, 0)),
-    ],
-    ids=["fsdp2", "power averages", "ZeRO-3", "ZeRO-3 with wide blocks"],
-)
-def test_each_part_of_a_rank_s_memory(weights, words, needed, monkeypatch):
-    monkeypatch.setattr(rank, "weights_of", lambda _: weights)
-    config = digits_config("train.global_batch=8", "train.micro_batch=2", "train.precision=bf16", *words.split())
-    found = rank_memory(config, "bf16", 2, 4, CUDA, lambda *_: PassMemory(300, 310, 330), bucket=10)
-    assert tuple(found) == needed and found.total == pytest.approx(1.1 * sum(needed))
 
 
 def test_what_is_known_of_a_pass_is_of_no_other(monkeypatch):
@@ -348,107 +253,3 @@ def test_a_network_of_a_billion_weights_is_reckoned_without_them():
     config = config_of(*(f"model.{key}={value}" for key, value in model_values("xar_h").items()), *GRID)
     none = pass_memory(config, "tf32", 64, CPU)
     assert 80e9 < none.saved < none.peak < 95e9
-
-
-# Gigabytes of a pass, by samples: 1 a sample in TF32, 0.5 in bf16; the state takes none
-@pytest.fixture
-def simple(monkeypatch):
-    def needs(config, mode, samples, *_):
-        gigabytes = samples * (0.5 if mode == "bf16" else 1)
-        return rank.RankMemory(0, 0, 0, 0, activations=1e9 * gigabytes / rank.MARGIN)
-
-    monkeypatch.setattr(fallback, "rank_memory", needs)
-
-    def plan(room_gb: float, *overrides: str, micro: int = 64) -> tuple[int, str]:
-        changes = (f"train.micro_batch={micro}", f"train.global_batch={2 * micro}", "data.lanes=1", *overrides)
-        return plan_fallback(digits_config("train.precision=bf16", *changes), 2, CPU, room_gb * 1e9)
-
-    return plan
-
-
-@pytest.mark.parametrize(("room", "parts"), [(64, 1), (63.9, 2), (32, 2), (31.9, 4), (16, 4), (15.9, 8), (1, 64), (0.9, 64)])
-def test_as_few_parts_as_fit(simple, room, parts):
-    assert simple(room)[0] == parts
-
-
-def test_the_warning_has_the_numbers(simple):
-    assert simple(64) == (1, "")
-    assert simple(40) == (
-        2,
-        "TF32 after a fallback needs about 64 GB of 40 GB: it will run each pass in 2 parts (micro_batch 64 as 2 x 32)",
-    )
-    parts, warning = simple(7, micro=12)
-    assert parts == 2 and warning.endswith("(micro_batch 12 as 2 x 6)")
-    parts, warning = simple(7.9, micro=15)
-    assert parts == 3 and warning.endswith("(micro_batch 15 as 3 x 5)")
-
-
-def test_single_samples_that_do_not_fit_are_warned_of(simple):
-    parts, warning = simple(0.7, micro=1)
-    assert (parts, warning) == (
-        1,
-        "TF32 after a fallback needs about 1.0 GB of 0.7 GB, with one sample a pass still 1.0 GB: it may run out of memory",
-    )
-
-
-def test_what_does_not_fit_without_a_fallback_is_no_business_of_its(simple):
-    parts, warning = simple(31)
-    assert (parts, warning) == (4, "")
-
-
-@pytest.mark.parametrize("without", ["train.precision=tf32", "train.precision=fp32", "guard.enabled=false"])
-def test_runs_that_never_fall_back_reckon_nothing(simple, without, monkeypatch):
-    monkeypatch.setattr(fallback, "rank_memory", None)
-    assert simple(0.1, without) == (1, "")
-
-
-def test_the_rank_with_the_least_memory_decides(simple, monkeypatch, capsys):
-    gathered = []
-    monkeypatch.setattr(dist, "gather_objects", lambda value: gathered.append(value) or [50 * 10**9, 33 * 10**9])
-    monkeypatch.setattr(dist, "on_rank_0", lambda work: work())
-    config = digits_config("train.precision=bf16", "train.micro_batch=64")
-    assert fallback.fallback_splits(config, CPU) == 2
-    assert gathered == [fallback.device_memory(CPU)]
-    assert capsys.readouterr().out.startswith("memory: TF32 after a fallback needs about 64 GB of 33 GB")
-
-
-def test_a_machines_memory_is_shared_by_its_ranks(monkeypatch):
-    whole = fallback.device_memory(CPU)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert fallback.device_memory(CPU) == whole // 4
-
-
-def test_what_cannot_be_reckoned_ends_no_run(monkeypatch, capsys):
-    def fail(*arguments):
-        raise RuntimeError("no such\noperation")
-
-    monkeypatch.setattr(fallback, "rank_memory", fail)
-    assert fallback.fallback_splits(digits_config("train.precision=bf16"), CPU) == 1
-    said = capsys.readouterr().out
-    assert "cannot be reckoned here (RuntimeError: no such operation)" in said and said.count("\n") == 1
-
-
-@pytest.mark.parametrize("little", [False, True])
-def test_training_splits_the_fallback_as_reckoned(tmp_path, monkeypatch, capsys, little):
-    """A run in bf16 whose every step in it fails; said once, and only where it does not fit."""
-    cache_digits(tmp_path / "data", 1000)
-    settings = ["train.engine=single", "train.precision=bf16", "train.steps=2", "train.global_batch=128"]
-    settings += ["optim.warmup_steps=1", "data.workers=0"]
-    arguments = ["train", "--recipe", "digits", "--run-dir", str(tmp_path / "run"), f"data.path={tmp_path / 'data'}", *settings]
-    config = digits_config(*settings)
-    need = {size: rank_memory(config, "tf32", size, 1, CPU).total for size in (64, 128)}
-    room = (need[64] + 2 * need[128]) / 3
-    monkeypatch.setattr(fallback, "device_memory", lambda device: room if little else 2 * need[128])
-    attempt, seen = Engine.attempt, []
-
-    def failing_in_bf16(engine, *arguments):
-        verdict = attempt(engine, *arguments)
-        seen.append((engine.mode, engine.splits))
-        return dataclasses.replace(verdict, bad=Bad.GRADIENT) if engine.mode == "bf16" else verdict
-
-    monkeypatch.setattr(Engine, "attempt", failing_in_bf16)
-    assert main(arguments) == 0
-    assert dict(seen) == {"bf16": 1, "tf32": 2 if little else 1}
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory:")]
-    assert len(said) == little
-    assert not little or said[0].endswith("it will run each pass in 2 parts (micro_batch 128 as 2 x 64)")

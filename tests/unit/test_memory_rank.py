@@ -1,0 +1,102 @@
+"""What a rank needs, by part: rules, numbers worked out by hand, and what an H200 took."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import digits_config
+from tests.unit.test_memory_passes import CPU, CUDA, GRID, REDUCED_B, config_of
+from xar_scale.bench.record import read_record
+from xar_scale.config import Config, merge
+from xar_scale.memory import rank
+from xar_scale.memory.passes import PassMemory, extrapolated_passes
+from xar_scale.memory.rank import rank_memory, weights_of
+from xar_scale.presets import model_values, recipe
+
+RECORDS = Path(__file__).parents[2] / "docs" / "benchmarks" / "records"
+
+
+@pytest.mark.parametrize("name", ["step-bf16", "step-bf16-64", "step-fsdp2-64"])
+def test_a_compiled_step_is_reckoned_as_an_h200_took_it(name):
+    """xar_h, of 1.19 billion weights, as it was measured there."""
+    record = read_record(RECORDS / f"2026-11-27-h200-{name}.json")
+    settings = record.settings
+    assert settings["compile"] and settings["recompute"] == "none"
+    model = {**model_values(settings["model"]), "dropout": settings["dropout"]}
+    train = {"global_batch": settings["batch"], "engine": settings["engine"], "precision": settings["precision"]}
+    changes = {"model": model, "train": train, "kernels": {"compile": True}, "data": {"lanes": 1}}
+    config = Config.from_dict(merge(recipe("imagenet256_h"), changes))
+    needed = rank_memory(config, settings["precision"], settings["batch"], 1, CUDA, extrapolated_passes())
+    assert sum(needed) / 1e9 == pytest.approx(record.memory_gb, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("saved", "peak", "gone", "unreduced"),
+    [(400, 410, 0, 0), (0.4, 5.4, 0.1, 1), (0.4, 0.9, 0.7, 2)],
+    ids=["before any block's gradients", "beside one block's", "beside two"],
+)
+def test_under_fsdp2_a_block_s_gradients_come_as_its_activations_go(saved, peak, gone, unreduced):
+    """Sizes in a block's gradients; a block leaves saved / 4."""
+    config = config_of("train.engine=fsdp2", "train.global_batch=512", "train.micro_batch=1", *GRID)
+    weights = weights_of(config.model)
+    one = 4 * rank.padded(weights.inside, "fsdp2", 512)
+    assert weights.blocks == 4
+    stub = PassMemory(round(saved * one), 0, round(peak * one))
+    needed = rank_memory(config, "tf32", 1, 512, CUDA, passes=lambda *_: stub)
+    assert needed.unreduced == unreduced * one
+    assert needed.activations == pytest.approx((peak - gone) * one)
+
+
+def test_gradients_come_as_activations_go_where_a_step_is_one_pass():
+    one, two = (
+        rank_memory(config_of(f"train.global_batch={size}", "train.micro_batch=64", *GRID), "tf32", 64, 1, CPU)
+        for size in (64, 128)
+    )
+    assert (one.gradients, two.gradients) == (0, 4 * weights_of(config_of(*GRID).model).whole)
+    assert one.activations == two.activations > 0
+
+
+def test_neighbours_copies_are_counted_once():
+    """hpZ: masters stay cut over all ranks, and each keeps its part of the neighbours' copy."""
+    plain = digits_config("train.engine=deepspeed", "train.global_batch=128", "train.micro_batch=8", *GRID)
+    shared = dataclasses.replace(plain, train=dataclasses.replace(plain.train, shard_ranks=4))
+    weights = weights_of(plain.model).whole
+    more = rank_memory(shared, "tf32", 8, 16, CPU).parameters - rank_memory(plain, "tf32", 8, 16, CPU).parameters
+    assert more == pytest.approx(4 * weights / 4, rel=1e-3)
+
+
+def test_a_rank_needs_less_among_more_ranks():
+    config = digits_config("train.engine=fsdp2", "train.global_batch=256", "train.micro_batch=8", *REDUCED_B)
+    needs = [rank_memory(config, "tf32", 8, world, CPU) for world in (1, 2, 16)]
+    states = [sum(need[:4]) for need in needs]  # masters, moments, averages, gradients
+    assert states == sorted(set(states), reverse=True)
+    copies = dataclasses.replace(config, train=dataclasses.replace(config.train, shard_ranks=2))
+    assert rank_memory(copies, "tf32", 8, 16, CPU) == needs[1]
+    weights = weights_of(config.model)
+    assert states[0] == 20 * weights.whole and states[1] == 20 * weights.cut("fsdp2", 2) / 2
+
+
+SMALL = rank.Weights((torch.Size([8, 4]),), 3, (torch.Size([100, 4]),))  # 496: 124 a rank of four
+WIDE = rank.Weights((torch.Size([800_000_000]),), 3, ())
+
+
+@pytest.mark.parametrize(
+    ("weights", "words", "needed"),
+    [
+        # What is in no block comes last, in float32: of the moments that one needs most
+        (SMALL, "train.engine=fsdp2", (496, 992, 496, 496, 4 * 400 + 2 * 2 * 32, 4 * 400, 30, 0)),
+        (SMALL, "train.engine=fsdp2 optim.ema_snapshots_every=9", (496, 992, 3 * 496, 496, 1728, 1600, 30, 0)),
+        # A bucket of ten in bf16 and one in float32, and the largest gradient; gradients stay also in a step of one pass
+        (SMALL, "train.engine=deepspeed", (992, 992, 496, 496, 4 * 496, 10 * (2 + 4) + 4 * 400, 330, 0)),
+        # Two blocks, where these are more than ZeRO-3 keeps: 0.6e9 weights a rank, in GB
+        (WIDE, "train.engine=deepspeed", (4.8e9, 4.8e9, 2.4e9, 2.4e9, 6.4e9, 60 + 3.2e9, 330, 0)),
+    ],
+    ids=["fsdp2", "power averages", "ZeRO-3", "ZeRO-3 with wide blocks"],
+)
+def test_each_part_of_a_rank_s_memory(weights, words, needed, monkeypatch):
+    monkeypatch.setattr(rank, "weights_of", lambda _: weights)
+    config = digits_config("train.global_batch=8", "train.micro_batch=2", "train.precision=bf16", *words.split())
+    found = rank_memory(config, "bf16", 2, 4, CUDA, lambda *_: PassMemory(300, 310, 330), bucket=10)
+    assert tuple(found) == needed and found.total == pytest.approx(1.1 * sum(needed))
