@@ -331,7 +331,7 @@ def _plan(options: argparse.Namespace) -> None:
     found = search(config, machines, fixed)
     print(text.describe(found, options.model, options.gpu))
     if options.out:
-        written = files.write(found.ways[0], found.weights, options.out)
+        written = files.write(found.best, found.weights, options.out)
         print(f"written: {', '.join(map(str, written))}")
 
 

@@ -95,7 +95,7 @@ class TrainConfig:
     micro_batch: int | None = Field(default=None, gt=0)  # samples a rank and pass; none: no accumulation
     seed: int = Field(default=0, ge=0, lt=2**64)
     label_drop: float = Field(default=0.1, ge=0, le=1)
-    engine: Literal["single", "deepspeed", "fsdp2"] = "deepspeed"
+    engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = "deepspeed"
     ds_config: str = "ds_configs/zero3.json"
     shard_ranks: int | None = Field(default=None, gt=0)  # neighbours that share one copy of the weights; none: all ranks
     precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
@@ -108,6 +108,11 @@ class TrainConfig:
     hang_after: float = Field(default=20.0, gt=1)  # medians of a step, after which the job is ended as hanging
     hang_seconds: float = Field(default=600.0, gt=0)  # and not before
     upload: str = ""  # URL of a folder, any that fsspec opens, to copy checkpoints to; none: they stay in the run's
+
+    @property
+    def whole_weights(self) -> bool:
+        """Whether each rank has all of them: nothing is gathered for a pass."""
+        return self.engine in ("single", "ddp")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
@@ -192,7 +197,9 @@ class Config:
         if self.evaluate.every and not self.evaluate.reference:
             raise ConfigError(f"evaluate.every is {self.evaluate.every}, but evaluate.reference is not set")
         if self.kernels.compile and self.train.engine == "deepspeed":
-            raise ConfigError("kernels.compile: DeepSpeed gathers weights inside a block; use train.engine=fsdp2 or single")
+            raise ConfigError("kernels.compile: DeepSpeed gathers weights inside a block; use train.engine=ddp or fsdp2")
+        if self.train.engine == "ddp" and self.train.shard_ranks:
+            raise ConfigError("train.shard_ranks: with train.engine=ddp each rank has all weights; leave it out, or use fsdp2")
         if self.train.global_batch % self.data.lanes:
             raise ConfigError(f"train.global_batch {self.train.global_batch} is not divisible by data.lanes {self.data.lanes}")
 

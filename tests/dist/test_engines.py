@@ -14,7 +14,7 @@ pytestmark = pytest.mark.long  # whichever test comes first starts all the launc
 STEPS = 20
 HALF = STEPS // 2
 BEFORE, AFTER = 5, 3  # steps in bf16, then in fp32
-ALONE = ["zero1", "zero2", "zero3", "zero3_offload", "fsdp2"]
+ALONE = ["zero1", "zero2", "zero3", "zero3_offload", "fsdp2", "ddp"]
 TRAINED = [["taken", HALF, "first"], ["saved"], ["taken", HALF, "second"], ["saved"]]
 MICRO = {1: 12, 2: 6, 3: 4, 4: 6}  # samples a pass, by the number of ranks: 2, 2, 2 and 1 passes a step
 
@@ -22,7 +22,7 @@ MICRO = {1: 12, 2: 6, 3: 4, 4: 6}  # samples a pass, by the number of ranks: 2, 
 def overrides(folder: Path, kind: str, world: int, *more: str) -> list[str]:
     """Of a kind, "ENGINE or file of ds_configs[/shard_ranks]"."""
     name, _, ranks = kind.partition("/")
-    own = [f"train.engine={name}"] if name in ("single", "fsdp2") else [f"train.ds_config={folder / name}.json"]
+    own = [f"train.engine={name}"] if name in ("single", "ddp", "fsdp2") else [f"train.ds_config={folder / name}.json"]
     shared = [f"train.shard_ranks={ranks}"] if ranks else []
     return [*own, *shared, f"train.micro_batch={MICRO[world]}", *more]
 

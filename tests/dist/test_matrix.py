@@ -9,7 +9,7 @@ from tests.dist.jobs import write_ds_configs
 pytestmark = pytest.mark.long  # whichever test comes first starts all the launches
 # odd shapes: parameters of 1, 10 and 33 elements, which neither 2 nor 3 ranks divide; decay that a lost group would show
 ODD = ["model.width=20", "model.heads=1", "model.mlp_ratio=1.65", "model.channels=1", "optim.weight_decay=3.0"]
-KINDS = ["zero1", "zero2", "zero3", "fsdp2"]
+KINDS = ["zero1", "zero2", "zero3", "fsdp2", "ddp"]
 PLACES = [(1, "single"), *((world, kind) for world in (1, 2, 3) for kind in KINDS), (2, "fsdp2/1")]  # the last: both hold all
 STEPS = 2
 

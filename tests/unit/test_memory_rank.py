@@ -92,8 +92,10 @@ WIDE = rank.Weights((torch.Size([800_000_000]),), 3, ())
         (SMALL, "train.engine=deepspeed", (992, 992, 496, 496, 4 * 496, 10 * (2 + 4) + 4 * 400, 330, 0)),
         # Two blocks, where these are more than ZeRO-3 keeps: 0.6e9 weights a rank, in GB
         (WIDE, "train.engine=deepspeed", (4.8e9, 4.8e9, 2.4e9, 2.4e9, 6.4e9, 60 + 3.2e9, 330, 0)),
+        # All weights and the sums of all gradients, of all else a part
+        (SMALL, "train.engine=ddp", (4 * 496, 992, 496, 4 * 496, 0, 0, 330, 0)),
     ],
-    ids=["fsdp2", "power averages", "ZeRO-3", "ZeRO-3 with wide blocks"],
+    ids=["fsdp2", "power averages", "ZeRO-3", "ZeRO-3 with wide blocks", "ddp"],
 )
 def test_each_part_of_a_rank_s_memory(weights, words, needed, monkeypatch):
     monkeypatch.setattr(rank, "weights_of", lambda _: weights)

@@ -131,11 +131,11 @@ def test_a_host_launches_each_block_of_each_pass_but_for_records():
 
 def test_blocks_are_compiled_where_the_engine_can_and_it_is_not_said_otherwise():
     def compiled(*words: str) -> set[tuple[str, bool]]:
-        ways = found("nano", 2, "h100", *FEW, "train.recompute=none", "train.micro_batch=1", *words).ways
+        ways = found("nano", 2, "h100", *FEW, "train.recompute=none", "train.micro_batch=1", *words).fitting()
         return {(way.config.train.engine, way.config.kernels.compile) for way in ways}
 
-    assert compiled() == {("deepspeed", False), ("fsdp2", True)}
-    assert compiled("kernels.compile=false") == {("deepspeed", False), ("fsdp2", False)}
+    assert compiled() == {("ddp", True), ("deepspeed", False), ("fsdp2", True)}
+    assert compiled("kernels.compile=false") == {("ddp", False), ("deepspeed", False), ("fsdp2", False)}
     assert compiled("train.engine=fsdp2", "kernels.compile=true") == {("fsdp2", True)}
 
 
@@ -175,9 +175,9 @@ def test_parts_of_whole_rows_are_padded(rows, ranks, kept):
 def test_zero3_is_not_planned_with_whole_weights_on_each_rank():
     """Which training refuses: groups of one, also where a node has one GPU."""
     few = "train.global_batch=16", "data.lanes=16", "train.recompute=full"
-    shares = {way.config.train.shard_ranks for way in found("nano", 16, "h100", *few, per_node=1).ways}
+    shares = {way.config.train.shard_ranks for way in found("nano", 16, "h100", *few, per_node=1).fitting()}
     assert shares == {None}
-    ways = found("nano", 16, "h100", "train.shard_ranks=1", *few).ways
+    ways = [*found("nano", 16, "h100", "train.shard_ranks=1", *few).fitting()]
     assert ways and {way.config.train.engine for way in ways} == {"fsdp2"}
 
 
@@ -186,13 +186,13 @@ FSDP2_FULL = ("train.engine=fsdp2", "train.shard_ranks=null", "train.recompute=f
 
 def test_what_is_given_is_not_searched_and_the_quickest_is_first():
     chosen = found("nano", 2, "h100", *FSDP2_FULL)
-    trains = [way.config.train for way in chosen.ways]
+    trains = [way.config.train for way in chosen.fitting()]
     assert {(train.engine, train.shard_ranks, train.recompute) for train in trains} == {("fsdp2", None, "full")}
     assert sorted(train.micro_batch for train in trains) == [2**n for n in range(11)]
-    speeds = [way.speed for way in chosen.ways]
+    speeds = [way.speed for way in chosen.fitting()]
     assert speeds == sorted(speeds) and speeds[0] < speeds[-1]
     given = found("nano", 2, "h100", *FSDP2_FULL, "train.micro_batch=16")
-    assert [way.config.train.micro_batch for way in given.ways] == [16]
+    assert [way.config.train.micro_batch for way in given.fitting()] == [16]
 
 
 @pytest.mark.long
@@ -200,20 +200,22 @@ def test_all_that_fit_are_found_and_what_does_not_is_not():
     """A GPU of little memory: some micro batches fit, larger ones do not, and recomputation makes room."""
     small = Machines(GPUS["h100"]._replace(memory=0.4e9), 16, 8)
     chosen = search(config(), small, [])
-    kinds = {(way.config.train.engine, way.config.train.shard_ranks, way.config.train.recompute) for way in chosen.ways}
+    kinds = {(way.config.train.engine, way.config.train.shard_ranks, way.config.train.recompute) for way in chosen.fitting()}
     assert kinds == {
-        (engine, shared, recompute) for engine in ("deepspeed", "fsdp2") for shared in (None, 8) for recompute in RECOMPUTE
+        (engine, shared, recompute)
+        for engine, shared in (("ddp", None), ("deepspeed", None), ("deepspeed", 8), ("fsdp2", None), ("fsdp2", 8))
+        for recompute in RECOMPUTE
     }
-    assert all(way.memory.total <= 0.4e9 for way in chosen.ways)
+    assert all(way.memory.total <= 0.4e9 for way in chosen.fitting())
     of = {}
-    for way in chosen.ways:
+    for way in chosen.fitting():
         train = way.config.train
         if (train.engine, train.shard_ranks) == ("fsdp2", None):
             of[train.recompute] = max(of.get(train.recompute, 0), train.micro_batch)
     assert of["none"] <= of["selective"] <= of["full"] and of["none"] < of["full"]
-    best = chosen.ways[0]
+    best = chosen.best
     assert chosen.largest(best.config, "bf16") >= best.config.train.micro_batch
-    split = next(way for way in chosen.ways if way.parts > 1)
+    split = next(way for way in chosen.fitting() if way.parts > 1)
     size = split.config.train.micro_batch
     assert (
         chosen.memory(split.config, "tf32", size).total
@@ -233,7 +235,7 @@ EAGER = ("train.engine=fsdp2", "kernels.compile=false")  # graphs take longer to
 
 def test_one_gpu_has_one_engine():
     chosen = found("nano", 1, "h100", *FEW, "train.recompute=none", "train.micro_batch=8", "kernels.compile=false")
-    assert [way.config.train.engine for way in chosen.ways] == ["single"] and chosen.ways[0].sent == []
+    assert [way.config.train.engine for way in chosen.fitting()] == ["single"] and chosen.best.sent == []
     said = text.describe(chosen, "nano", "h100")
     assert not any(word in said for word in ("network", "overlap", "alone", "ZeRO", "nodes"))
 
@@ -245,7 +247,7 @@ def test_the_parts_of_a_step_add_up():
         line = next(line for line in said.splitlines() if line.startswith("step "))
         beside, alone, optimizer, total = map(float, re.fullmatch(r"step +(.*) \+ (.*) \+ (.*) = (.*) ms", line).groups())
         assert beside + alone + optimizer == pytest.approx(total, abs=0.02)
-        assert total == pytest.approx(1e3 * chosen.ways[0].time.total, abs=0.01)
+        assert total == pytest.approx(1e3 * chosen.best.time.total, abs=0.01)
         largest = max(float(each) for each in re.findall(r"^(?:compute|.* beside it) +(\S+) ms", said, re.MULTILINE))
         assert largest == beside and "network: NVLink" in said and "between nodes" not in said
     waiting = found("nano", 8, "h100", *FEW, "train.engine=fsdp2", "train.micro_batch=1", loader=1.0)
@@ -266,20 +268,20 @@ def test_a_step_is_bound_by_what_runs_longest_beside_the_rest(change, bound):
     """Not by communication whose ends are not hidden, nor by data that is there before the step has ended."""
     chosen = found("nano", 8, "h100", *FEW, *EAGER, "train.micro_batch=1")
     time = cost.StepTime(compute=5, communication=6, host=1, launches=2, exposed=2, optimizer=0.25, data=6)._replace(**change)
-    way = dataclasses.replace(chosen.ways[0], time=time)
+    way = dataclasses.replace(chosen.best, time=time)
     assert f"bound by {bound};" in text.describe(dataclasses.replace(chosen, ways=[way]), "nano", "h100")
 
 
 def test_data_of_a_node_are_those_of_a_full_one():
     words = "train.global_batch=96", "data.lanes=12", "train.micro_batch=8"
     chosen = found("nano", 12, "h100", *EAGER, *words, loader=1e9)
-    samples = 8 * 8 / chosen.ways[0].time.total
+    samples = 8 * 8 / chosen.best.time.total
     assert f"{samples:,.0f} samples/s" in text.describe(chosen, "nano", "h100")
 
 
 def test_a_loss_scale_leaves_deepspeed_out():
     chosen = found("nano", 2, "a100", "train.precision=fp16", "train.recompute=none", "train.micro_batch=64")
-    assert {way.config.train.engine for way in chosen.ways} == {"fsdp2"}
+    assert {way.config.train.engine for way in chosen.fitting()} == {"ddp", "fsdp2"}
 
 
 PLAN = ["plan", "--model", "nano", "--gpus", "4", "--gpu", "h100"]
@@ -307,7 +309,7 @@ def test_what_is_written_is_what_training_takes(engine, capsys, tmp_path):
 
 def test_compiled_blocks_may_be_asked_for_whatever_engine_the_recipe_has(capsys):
     assert main([*PLAN, *QUICK, "kernels.compile=true"]) == 0
-    assert "chosen: FSDP2" in capsys.readouterr().out
+    assert "chosen: DDP, compiled" in capsys.readouterr().out
 
 
 def test_files_of_others_are_left_alone_and_that_is_said_before_the_work(capsys, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ LARGE = Weights((torch.Size([250_000_000]),), 8, ())  # of which ZeRO-3 keeps a 
 TWO_PASSES = ("train.global_batch=16", "data.lanes=16", "train.micro_batch=1", "train.recompute=offload", "data.workers=4")
 GROUPS = config("train.engine=fsdp2", "train.shard_ranks=4", *TWO_PASSES)
 ZERO3 = config("train.engine=deepspeed", *TWO_PASSES)
+DDP = config("train.engine=ddp", *TWO_PASSES)
 IN_GROUPS = [
     cost.Collective("gather forward", 2 * (192 + 16), 4, 8, NEAR),  # three blocks in bf16, the rest in float32
     cost.Collective("gather backward", 2 * 192, 4, 6, NEAR),
@@ -42,6 +43,15 @@ def test_each_collective_has_its_calls_and_its_link():
         cost.Collective("gather backward", 6e9, 8, 14, FAR),
         cost.Collective("reduce", 8e9, 8, 18, FAR),
     ]
+    assert cost.collectives(DDP, SMALL, TWO_NODES) == [  # once a step, however many passes it has; 100 weights, padded to 104
+        cost.Collective("reduce", 416, 8, 1, FAR),
+        cost.Collective("gather", 416, 8, 1, FAR),
+    ]
+
+
+def test_nothing_is_computed_beside_what_whole_weights_send():
+    time = cost.step_time(DDP, SMALL, TWO_NODES, cost.collectives(DDP, SMALL, TWO_NODES))
+    assert time.exposed == time.communication == pytest.approx(2 * (416 * 7 / 8 / 20 + 7 * 0.1))
 
 
 def test_each_part_of_a_step_has_its_seconds():
@@ -55,9 +65,11 @@ def test_each_part_of_a_step_has_its_seconds():
     assert time.data == 16 / (2 * 4 * 8)
 
 
-def test_an_optimizer_reads_and_writes_13_numbers_a_weight_and_under_zero3_15():
+def test_an_optimizer_reads_and_writes_13_numbers_a_weight_under_zero3_15_and_under_ddp_those_of_gradients():
     assert cost.optimizer_bytes(GROUPS, SMALL, 8) == 13 * 4 * 25
     assert cost.optimizer_bytes(ZERO3, SMALL, 8) == 15 * 4 * 13  # 100 weights, padded to 104
+    # and what two passes put where gradients are reduced: of all weights
+    assert cost.optimizer_bytes(DDP, SMALL, 8) == 13 * 4 * 13 + (2 + 3) * 4 * 100
 
 
 def test_each_rank_copies_its_share_of_a_checkpoint_and_each_node_writes_its():
@@ -74,13 +86,14 @@ SHORT = ("train.steps=7200", "optim.warmup_steps=0")
 def way(seconds: float, recompute: str, engine: str, micro: int, compiled: str = "false") -> Way:
     kernels = f"kernels.compile={compiled}"
     shape = config(*SHORT, f"train.recompute={recompute}", f"train.engine={engine}", f"train.micro_batch={micro}", kernels)
-    return Way(shape, RankMemory(40e9 / 1.1, 0, 0, 0), 1, [], cost.StepTime(seconds, 0, 0, 0, 0, 0, 0))
+    return Way(shape, [], cost.StepTime(seconds, 0, 0, 0, 0, 0, 0))
 
 
-def test_the_quickest_is_first_then_the_least_recomputation_then_compiled_then_zero3_then_the_largest_micro_batch():
+def test_the_quickest_is_first_then_the_least_recomputation_then_compiled_then_by_engine_then_the_largest_micro_batch():
     ways = [
         way(1.0, "offload", "fsdp2", 1),
         way(2.01, "none", "fsdp2", 2, "true"),
+        way(2.0, "none", "ddp", 4),
         way(2.0, "none", "deepspeed", 8),
         way(2.01, "none", "deepspeed", 4),  # as quick, as far as is known
         way(2.0, "none", "fsdp2", 16),
@@ -103,12 +116,13 @@ def test_what_does_not_fit_after_a_fallback_is_not_planned(monkeypatch):
     words = [*FEW, "train.engine=fsdp2", "train.recompute=none", "train.micro_batch=4"]
     fixed = [word.partition("=")[0] for word in words]
     with pytest.raises(ConfigError, match="nothing fits 80 GB a GPU on 2: the smallest need is 99 GB"):
-        search(config(*words), H100._replace(gpus=2), fixed)
-    assert len(search(config(*words, "guard.enabled=false"), H100._replace(gpus=2), fixed).ways) == 1
+        _ = search(config(*words), H100._replace(gpus=2), fixed).best
+    assert search(config(*words, "guard.enabled=false"), H100._replace(gpus=2), fixed).best.parts == 1
 
 
-def test_a_plan_s_text_has_its_numbers():
+def test_a_plan_s_text_has_its_numbers(monkeypatch):
     """Of 7200 steps of half a second on 16 GPUs."""
+    monkeypatch.setattr("xar_scale.plan.search.rank_memory", lambda *_: RankMemory(40e9 / 1.1, 0, 0, 0))
     shape = config(*SHORT)
     ways = [way(0.5, "none", "fsdp2", 128), way(0.6, "full", "fsdp2", 128), way(0.75, "none", "deepspeed", 64)]
 

@@ -25,6 +25,10 @@ def create_engine(model: XAR, weights: Iterable[Weight], config: Config, device:
         from xar_scale.engines.fsdp2 import FSDP2Engine
 
         return FSDP2Engine(model, weights, config, device)
+    if config.train.engine == "ddp":
+        from xar_scale.engines.ddp import DDPEngine
+
+        return DDPEngine(model, weights, config, device)
     from xar_scale.engines.single import SingleEngine
 
     return SingleEngine(model, weights, config, device)

@@ -38,7 +38,10 @@ class Weights(NamedTuple):
         return max(map(math.prod, (*self.inside, *self.outside)))
 
     def cut(self, engine: str, ranks: int) -> int:
-        """Elements of all parts, as many of each tensor and equal, the last ones padded; FSDP2's are of whole rows."""
+        """Elements of all parts, as many of each tensor and equal, the last ones padded; FSDP2's are of whole rows, DDP's of
+        all tensors together."""
+        if engine == "ddp":
+            return ranks * -(-self.whole // ranks)
         return self.blocks * padded(self.inside, engine, ranks) + padded(self.outside, engine, ranks)
 
 
@@ -90,7 +93,7 @@ def rank_memory(
     """What a rank of ``world`` needs for passes of ``samples`` in ``mode``; ``passes`` is used for ``pass_memory``.
 
     Its share of the state, and the largest of what the backward pass takes and the optimizer's step: the pass where it begins
-    and, under FSDP2, after a block or two, and where it ends.
+    and, under FSDP2, after a block or two, and where it ends. DDP has all weights, and of all gradients the sums.
     With engines that cut weights a pass has what is gathered at once and gradients before they are reduced: under FSDP2 of two
     blocks and of what is in no block; ZeRO-3 gathers up to its own bound, and has a bucket of gradients a dtype, of ``bucket``
     elements or as its file has it.
@@ -101,6 +104,8 @@ def rank_memory(
     share = parameters = weights.cut(engine, holders) / holders
     outside, inside = (padded(shapes, engine, ranks) for shapes in (weights.outside, weights.inside))
     gathered = unreduced = flat = one = last = 0.0
+    if engine == "ddp":
+        parameters = weights.whole
     if engine == "deepspeed":
         bucket = bucket or reduce_bucket(train)
         parameters = 2 * share + (weights.whole / ranks if ranks != world else 0)
@@ -118,7 +123,9 @@ def rank_memory(
         "moments": WEIGHT * 2 * share,
         "averages": WEIGHT * share * averages_of(config.optim),
     }
-    gradients, several = WEIGHT * share, micro_batches(train, world)[1] > 1
+    # each pass's own come as activations go; where there is more than one, or an engine sums them elsewhere, that is there
+    sums = engine in ("deepspeed", "ddp") or micro_batches(train, world)[1] > 1
+    gradients = WEIGHT * (weights.whole if engine == "ddp" else share)
     peak = passes(config, mode, samples, device)
     activations: float = peak.peak
     if engine == "fsdp2":  # a block's gradients come as its activations go, and are sent beside the next block's pass
@@ -127,7 +134,7 @@ def rank_memory(
         activations, unreduced = max(times, key=sum)
     passing = RankMemory(
         **state,
-        gradients=gradients if several or engine == "deepspeed" else 0,  # else they come as activations go
+        gradients=gradients if sums else 0,
         gathered=gathered,
         unreduced=unreduced,
         activations=activations,

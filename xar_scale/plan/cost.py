@@ -59,11 +59,14 @@ def collectives(config: Config, weights: Weights, machines: Machines) -> list[Co
     none in float32 and keeps it for the backward pass, and reduces in float32; ZeRO-3 reduces in the type it gathers in, and
     keeps what the backward pass uses within ZERO3_LIVE weights. ``shard_ranks``: FSDP2 gathers and reduces among neighbours,
     and all-reduces its shard with the ranks of other nodes that have the same; ZeRO-3's hpZ gathers from all ranks in a
-    step's first forward pass, else from neighbours.
+    step's first forward pass, else from neighbours. DDP's are one reduction and one gather of all weights, in float32.
     """
     train, world, precision = config.train, machines.gpus, MODES[config.train.precision]
     if train.engine == "single" or world == 1:
         return []
+    if train.engine == "ddp":
+        everything, link = WEIGHT * weights.cut(train.engine, world), link_of(machines, world)
+        return [Collective(name, everything, world, 1, link) for name in ("reduce", "gather")]
     passes = micro_batches(train, world)[1]
     ranks, calls, everywhere = shard_ranks(train, world), weights.blocks + 1, link_of(machines, world)
     near = link_of(machines, ranks)
@@ -152,10 +155,12 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
 
 def optimizer_bytes(config: Config, weights: Weights, world: int) -> float:
     """Read and written a rank and step, of its share: gradients for the norm (1) and to be clipped (2), AdamW's four tensors (4
-    read, 3 written), the averages (3 each); under ZeRO-3 the copy that is gathered from (2). Four bytes each."""
+    read, 3 written), the averages (3 each); under ZeRO-3 the copy that is gathered from (2). Under DDP each pass's gradients of
+    all weights as they are put where they are reduced (2, or 3 where there are some). Four bytes each."""
     times = 10 + 3 * averages_of(config.optim) + (2 if config.train.engine == "deepspeed" else 0)
     ranks = owners(config.train, world)
-    return times * WEIGHT * weights.cut(config.train.engine, ranks) / ranks
+    put = 3 * micro_batches(config.train, world)[1] - 1 if config.train.engine == "ddp" else 0
+    return WEIGHT * (times * weights.cut(config.train.engine, ranks) / ranks + put * weights.whole)
 
 
 class Checkpoint(NamedTuple):

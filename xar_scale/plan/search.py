@@ -4,12 +4,13 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import get_args
 
 import torch
 
-from xar_scale.config import Config, Recompute
+from xar_scale.config import Config, Recompute, micro_batches
 from xar_scale.errors import ConfigError
 from xar_scale.memory.fallback import plan_fallback
 from xar_scale.memory.passes import Passes, extrapolated_passes
@@ -25,18 +26,16 @@ RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full", "offload")  # t
 
 @dataclass(frozen=True)
 class Way:
-    """One config that fits, and what it takes. ``parts``: of a pass after the guard's fall back to TF32."""
+    """One config, and the seconds of a step."""
 
     config: Config
-    memory: RankMemory
-    parts: int
     sent: list[Collective]
     time: StepTime
 
     @property
     def name(self) -> str:
         train = self.config.train
-        engine = {"deepspeed": "ZeRO-3", "fsdp2": "FSDP2", "single": "single"}[train.engine]
+        engine = {"deepspeed": "ZeRO-3", "fsdp2": "FSDP2", "ddp": "DDP", "single": "single"}[train.engine]
         shared = f" in groups of {train.shard_ranks}" if train.shard_ranks else ""
         compiled = ", compiled" if self.config.kernels.compile else ""
         return f"{engine}{shared}{compiled}, recompute {train.recompute}, micro batch {train.micro_batch}"
@@ -48,8 +47,17 @@ class Way:
 
 
 @dataclass(frozen=True)
+class Fitting(Way):
+    """One that fits. ``parts``: of a pass after the guard's fall back to TF32."""
+
+    memory: RankMemory
+    parts: int
+
+
+@dataclass(frozen=True)
 class Search:
-    """What was looked at: ``ways`` that fit, the quickest first. ``config``: as asked for, and ``fixed`` keys stay so."""
+    """What is looked at: ``ways``, the best first, whether they fit or not, which takes longer to know. ``config``: as asked
+    for, and ``fixed`` keys stay so."""
 
     config: Config
     machines: Machines
@@ -58,13 +66,39 @@ class Search:
     passes: Passes
     ways: list[Way]
 
+    @cached_property
+    def best(self) -> Fitting:
+        """Raises ConfigError where nothing fits."""
+        best = next(self.fitting(), None)
+        if best is None:
+            raise ConfigError(_nothing_fits(self))
+        return best
+
+    def fitting(self) -> Iterator[Fitting]:
+        """The best first. A way's memory is reckoned when it is asked for."""
+        for way in self.ways:
+            need, memory, parts = self.need(way.config)
+            if need <= self.room:
+                yield Fitting(way.config, way.sent, way.time, memory, parts)
+
+    def need(self, config: Config) -> tuple[float, RankMemory, int]:
+        """(bytes that a GPU must have, a pass's parts of them, in how many parts passes run after the guard's fall back)."""
+        train, world = config.train, self.machines.gpus
+        samples, _ = micro_batches(train, world)
+        memory = self.memory(config, train.precision, samples)
+        fallback = MODES[train.precision].fallback
+        if memory.total > self.room or not (fallback and config.guard.enabled):
+            return memory.total, memory, 1
+        parts, _ = plan_fallback(config, world, CUDA, self.room, self.passes, bucket(self.weights))
+        return max(memory.total, self.memory(config, fallback, samples // parts).total), memory, parts
+
     def memory(self, config: Config, mode: str, samples: int) -> RankMemory:
         return rank_memory(config, mode, samples, self.machines.gpus, CUDA, self.passes, bucket(self.weights))
 
     def largest(self, config: Config, mode: str) -> int:
         """The largest micro batch that divides a rank's part of the global batch and fits in precision ``mode``; 0: none."""
-        fits = (size for size in _divisors(self) if self.memory(_with(config, micro_batch=size), mode, size).total <= self.room)
-        return max(fits, default=0)
+        sizes = reversed(_divisors(self.config, self.machines))
+        return next((size for size in sizes if self.memory(_with(config, micro_batch=size), mode, size).total <= self.room), 0)
 
     @property
     def room(self) -> float:
@@ -78,10 +112,10 @@ def bucket(weights: Weights) -> int:
 
 def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
     """Every engine, sharing, recomputation and micro batch but for what ``fixed`` (section.key) names, with compiled blocks
-    where an engine can; the fewest seconds a step first, then what is computed again least, then compiled blocks, then ZeRO-3
-    before FSDP2, then the larger micro batch.
+    where an engine can; the fewest seconds a step first, then what is computed again least, then compiled blocks, then DDP
+    before ZeRO-3 before FSDP2, then the larger micro batch.
 
-    Raises ConfigError where the global batch does not divide, or nothing fits.
+    Raises ConfigError where the global batch does not divide.
     """
     train = config.train
     if train.global_batch % machines.gpus:
@@ -96,55 +130,40 @@ def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
         raise ConfigError(f"train.engine single is one process, not {machines.gpus}")
     if "train.engine" in fixed and train.engine == "deepspeed" and MODES[train.precision].scaled:
         raise ConfigError(
-            f"train.precision {train.precision} needs a loss scale, which ZeRO has not; use fsdp2 or leave it out"
+            f"train.precision {train.precision} needs a loss scale, which ZeRO has not; use ddp, fsdp2 or leave it out"
         )
-    found = Search(config, machines, frozenset(fixed), weights_of(config.model), extrapolated_passes(), [])
-    least: list[tuple[float, Config]] = []
-    for candidate in _candidates(found):
-        micro = candidate.train.micro_batch
-        assert micro is not None
-        memory = found.memory(candidate, train.precision, micro)
-        if memory.total > found.room:
-            least.append((memory.total, candidate))
-            continue
-        parts, _ = plan_fallback(candidate, machines.gpus, CUDA, found.room, found.passes, bucket(found.weights))
-        fallback = MODES[train.precision].fallback
-        if fallback and config.guard.enabled:
-            split = found.memory(candidate, fallback, micro // parts).total
-            if split > found.room:
-                least.append((split, candidate))
-                continue
-        sent = collectives(candidate, found.weights, machines)
-        found.ways.append(Way(candidate, memory, parts, sent, step_time(candidate, found.weights, machines, sent)))
-    if not found.ways:
-        raise ConfigError(_nothing_fits(found, least))
-    found.ways.sort(key=_order)
-    return found
+    weights = weights_of(config.model)
+    ways = []
+    for candidate in _candidates(config, machines, fixed):
+        sent = collectives(candidate, weights, machines)
+        ways.append(Way(candidate, sent, step_time(candidate, weights, machines, sent)))
+    return Search(config, machines, frozenset(fixed), weights, extrapolated_passes(), sorted(ways, key=_order))
 
 
 def _order(way: Way) -> tuple[int, int, bool, int, int]:
     train = way.config.train
-    engines = ("single", "deepspeed", "fsdp2")
+    engines = ("single", "ddp", "deepspeed", "fsdp2")
     eager = not way.config.kernels.compile  # whose launches take longer than they are known to
     return way.speed, RECOMPUTE.index(train.recompute), eager, engines.index(train.engine), -(train.micro_batch or 0)
 
 
-def _candidates(found: Search) -> Iterator[Config]:
-    config, machines, fixed = found.config, found.machines, found.fixed
+def _candidates(config: Config, machines: Machines, fixed: Sequence[str]) -> Iterator[Config]:
     train = config.train
-    cut = ("fsdp2",) if MODES[train.precision].scaled else ("deepspeed", "fsdp2")  # ZeRO-3 has no loss scale
-    engines = ("single",) if machines.gpus == 1 else cut
+    several = ("ddp", "fsdp2") if MODES[train.precision].scaled else ("ddp", "deepspeed", "fsdp2")  # ZeRO-3 has no loss scale
+    engines = ("single",) if machines.gpus == 1 else several
     nodes = machines.nodes > 1 and machines.per_node > 1 and machines.gpus % machines.per_node == 0
     shares = (None, machines.per_node) if nodes else (None,)
     for engine, share, recompute, micro in product(
         (train.engine,) if "train.engine" in fixed else engines,
         (train.shard_ranks,) if "train.shard_ranks" in fixed else shares,
         (train.recompute,) if "train.recompute" in fixed else RECOMPUTE,
-        (train.micro_batch,) if "train.micro_batch" in fixed and train.micro_batch else _divisors(found),
+        (train.micro_batch,) if "train.micro_batch" in fixed and train.micro_batch else _divisors(config, machines),
     ):
         zero3 = engine == "deepspeed"
         if zero3 and share == 1 != machines.gpus:
             continue  # whole weights on each rank, which ZeRO-3 does not have
+        if engine == "ddp" and share:
+            continue
         compiled = config.kernels.compile if "kernels.compile" in fixed else not zero3  # quicker wherever it was measured
         if zero3 and compiled:
             continue  # which training refuses
@@ -153,8 +172,8 @@ def _candidates(found: Search) -> Iterator[Config]:
         yield dataclasses.replace(way, kernels=kernels)
 
 
-def _divisors(found: Search) -> list[int]:
-    of_rank = found.config.train.global_batch // found.machines.gpus
+def _divisors(config: Config, machines: Machines) -> list[int]:
+    of_rank = config.train.global_batch // machines.gpus
     return [size for size in range(1, of_rank + 1) if of_rank % size == 0]
 
 
@@ -162,8 +181,8 @@ def _with(config: Config, **train: object) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))  # type: ignore[arg-type]
 
 
-def _nothing_fits(found: Search, least: list[tuple[float, Config]]) -> str:
-    need, config = min(least, key=lambda pair: pair[0])
+def _nothing_fits(found: Search) -> str:
+    need, config = min(((found.need(way.config)[0], way.config) for way in found.ways), key=lambda pair: pair[0])
     held = ", ".join(sorted(found.fixed & {"train.engine", "train.shard_ranks", "train.recompute", "train.micro_batch"}))
     instead = f"leave {held} to the search" if held else "take more GPUs, or GPUs with more memory"
     train = config.train

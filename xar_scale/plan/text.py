@@ -8,14 +8,14 @@ from xar_scale.memory.rank import MARGIN, RankMemory
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.plan.cost import checkpoint, link_of, optimizer_bytes, sample_bytes, snapshot_bytes
 from xar_scale.plan.hardware import Machines
-from xar_scale.plan.search import KNOWN, RECOMPUTE, Search, Way
+from xar_scale.plan.search import KNOWN, RECOMPUTE, Fitting, Search, Way
 from xar_scale.precision import MODES
 from xar_scale.presets import IMAGENET_IMAGES
 
 
 def describe(found: Search, model: str, gpu: str) -> str:
     """All of it, at most 120 columns wide."""
-    best = found.ways[0]
+    best = found.best
     sections = [_model(found, model, gpu), _memory(found, best), _communication(best), _step(found, best), _kept(found, best)]
     return "\n\n".join([*sections, _assumed(found, best), _chosen(found)])
 
@@ -35,7 +35,7 @@ def _model(found: Search, model: str, gpu: str) -> str:
     return table((model, ""), rows)
 
 
-def _memory(found: Search, best: Way) -> str:
+def _memory(found: Search, best: Fitting) -> str:
     """With the chosen engine, at its micro batch; beside it the largest that fits. In the run's precision, and after the
     fallback."""
     train = best.config.train
@@ -54,7 +54,7 @@ def _memory(found: Search, best: Way) -> str:
     return table([titles[n] for n in used], [[row[n] for n in used] for row in rows])
 
 
-def _communication(best: Way) -> str:
+def _communication(best: Fitting) -> str:
     if not best.sent:
         return "communication: none"
     rows = [(each.name, str(each.ranks), str(each.calls), _gb(each.sent), f"{each.seconds * 1e3:.1f}") for each in best.sent]
@@ -63,18 +63,19 @@ def _communication(best: Way) -> str:
     return table(("communication a step", "ranks", "calls", "GB sent a GPU", "ms"), rows)
 
 
-def _step(found: Search, best: Way) -> str:
+def _step(found: Search, best: Fitting) -> str:
     time, train = best.time, best.config.train
     hours = time.total * train.steps / 3600
     rows = [("compute", f"{_ms(time.compute)} ms")]
-    if best.sent:
+    if best.sent and not train.whole_weights:
         rows += [("communication beside it", f"{_ms(time.communication - time.exposed)} ms")]
     if time.host:
         rows += [("copies to and from the host beside it", f"{_ms(time.host)} ms")]
     if time.launches:
         rows += [("launches of the host beside it", f"{_ms(time.launches)} ms")]
     if best.sent:
-        rows += [("communication alone", f"{_ms(time.exposed)} ms: the first gather and the last reduction")]
+        which = "a reduction and a gather" if train.whole_weights else "the first gather and the last reduction"
+        rows += [("communication alone", f"{_ms(time.exposed)} ms: {which}")]
     rows += [("optimizer", f"{_ms(time.optimizer)} ms"), ("data for the next, beside all", f"{_ms(time.data)} ms")]
     alone = [time.exposed] if best.sent else []
     parts = " + ".join(map(_ms, [time.beside, *alone, time.optimizer]))
@@ -89,7 +90,7 @@ def _step(found: Search, best: Way) -> str:
     return table(("a step", ""), rows)
 
 
-def _kept(found: Search, best: Way) -> str:
+def _kept(found: Search, best: Fitting) -> str:
     config, machines, weights = best.config, found.machines, found.weights
     kept, train = checkpoint(config, weights, machines), config.train
     of_node = train.global_batch / best.time.total / machines.gpus * min(machines.per_node, machines.gpus)
@@ -104,7 +105,7 @@ def _kept(found: Search, best: Way) -> str:
     return table(("beside the GPUs", ""), rows)
 
 
-def _assumed(found: Search, best: Way) -> str:
+def _assumed(found: Search, best: Fitting) -> str:
     machines, gpu = found.machines, found.machines.gpu
     data, peak = best.config.data, gpu.peak(best.config.train.precision) / 1e12
     lines = [
@@ -112,7 +113,7 @@ def _assumed(found: Search, best: Way) -> str:
         "memory: the moment of a step that needs most, a pass or the optimizer's step; attention and dropout as fused kernels",
         f"compute: {machines.mfu:.0%} of {peak:,.0f} TFLOP/s, recomputed work included, at any micro batch (--mfu)",
         *([_assumed_of_launches(machines)] if best.time.launches else []),
-        *(_assumed_of_links(machines) if best.sent else []),
+        *(_assumed_of_links(machines, best) if best.sent else []),
         f"optimizer: {optimizer_bytes(best.config, found.weights, machines.gpus) / 1e9:.2f} GB read and written a GPU at "
         f"{gpu.memory_bandwidth / 1e12:.2f} TB/s; host link {gpu.host / 1e9:.0f} GB/s",
         f"data: {machines.loader:,.0f} samples/s a core, {max(data.workers, 1)} workers a GPU (data.workers)",
@@ -126,7 +127,7 @@ def _assumed_of_launches(machines: Machines) -> str:
     return f"launches: {machines.launch * 1e3:g} ms of the host a block and pass (--launch), of eager ones more"
 
 
-def _assumed_of_links(machines: Machines) -> list[str]:
+def _assumed_of_links(machines: Machines, best: Fitting) -> list[str]:
     gpu, reached = machines.gpu, f"collectives reach {machines.link_share:.0%}"
     near = f"{link_of(machines, 1).hop * 1e6:g} us"
     links = [f"network: NVLink {gpu.nvlink / 1e9:.0f} GB/s; {reached}, {near} a hop"]
@@ -136,14 +137,16 @@ def _assumed_of_links(machines: Machines) -> list[str]:
             f"{reached}, {machines.hop * 1e6:g} us a hop and {near}",
             f"nodes: {machines.per_node} GPUs (--gpus-per-node), a ring through each of their adapters",
         ]
-    return [
-        *links,
-        "overlap: collectives run beside computation, but for a step's first and last; nothing waits for a slow rank",
-    ]
+    beside = (
+        "none of communication"
+        if best.config.train.whole_weights
+        else "collectives run beside computation, but for a step's first and last"
+    )
+    return [*links, f"overlap: {beside}; nothing waits for a slow rank"]
 
 
 def _chosen(found: Search) -> str:
-    best, train = found.ways[0], found.config.train
+    best, train = found.best, found.config.train
     lines = [f"chosen: {best.name}", f"  {_why(found, best)}"]
     if MODES[train.precision].fallback and found.config.guard.enabled:
         whole = "whole" if best.parts == 1 else f"in {best.parts} parts"
@@ -153,31 +156,33 @@ def _chosen(found: Search) -> str:
     return "\n".join(lines)
 
 
-def _why(found: Search, best: Way) -> str:
+def _why(found: Search, best: Fitting) -> str:
     time = best.time
     beside = {"compute": time.compute, "communication": time.communication - time.exposed, "copies to the host": time.host}
     beside["launches of the host"] = time.launches
     bound = "data" if time.total == time.data else max(beside, key=beside.__getitem__)
-    same = [way.config for way in found.ways if way.speed == best.speed]
+    # what comes before it in this order does not fit
+    places = [way.config for way in found.ways].index(best.config)
+    same = [way.config for way in found.ways[places:] if way.speed == best.speed]
     compiled, engines = {each.kernels.compile for each in same}, {each.train.engine for each in same}
     then = ", then compiled blocks" if len(compiled) > 1 else ", then ZeRO-3" if len(engines) > 1 else ""
     equal = f"\n  of {len(same)} as quick, to {KNOWN:.0%}, the least recomputation{then}, then the largest micro batch"
     among = equal if len(same) > 1 else ""
     return (
-        f"the fewest GPU-hours of {len(found.ways)} ways that fit{among}\n"
+        f"the fewest GPU-hours of {len(found.ways)} ways, of those that fit{among}\n"
         f"  bound by {bound}; {_gb(best.memory.total)} of {_gb(found.room)} GB"
     )
 
 
-def _runner_up(found: Search) -> Way | None:
+def _runner_up(found: Search) -> Fitting | None:
     """The next with another engine or sharing, or where there is none with other recomputation."""
 
     def kind(way: Way) -> tuple[str, int | None]:
         return way.config.train.engine, way.config.train.shard_ranks
 
-    best, *others = found.ways
-    by_kind = (way for way in others if kind(way) != kind(best))
-    by_recompute = (way for way in others if way.config.train.recompute != best.config.train.recompute)
+    best = found.best
+    by_kind = (way for way in found.fitting() if kind(way) != kind(best))
+    by_recompute = (way for way in found.fitting() if way.config.train.recompute != best.config.train.recompute)
     return next(by_kind, None) or next(by_recompute, None)
 
 

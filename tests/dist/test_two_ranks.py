@@ -1,4 +1,4 @@
-"""FSDP2 on two ranks: whether they share one copy of the model or have one each, steps and state are those of one process."""
+"""FSDP2, whose ranks share one copy of the model or have one each, and DDP on two ranks: steps and state are those of one."""
 
 from tests.dist.jobs import Job
 from tests.dist.states import assert_near, state
@@ -12,7 +12,7 @@ def test_two_ranks_take_the_steps_of_one(tmp_path):
     alone.taken(STEPS, "steps")
     alone.saved()
     assert max(alone.came["steps"]["grad_norm"]) > 0.5  # what is clipped
-    runs, kinds = Runs(tmp_path, 2), ("fsdp2", "fsdp2/1")
+    runs, kinds = Runs(tmp_path, 2), ("fsdp2", "fsdp2/1", "ddp")
     for kind in kinds:
         runs.add(job_name(kind), kind, [["taken", STEPS, "steps"], ["saved"]])
     came = runs.run()

@@ -1,0 +1,69 @@
+"""Engines whose ranks have whole weights each: on a GPU their compiled passes are recorded, and played again."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from xar_scale.config import Config
+from xar_scale.data.loader import Batch
+from xar_scale.engines.base import Engine
+from xar_scale.graphs import WARM_UP, Graphs, records
+from xar_scale.model.xar import XAR
+
+FIRST, ADDED = "first", "added"  # passes of a step: what they do with gradients
+
+
+class WholeEngine(Engine):
+    def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
+        super().__init__(model, config, device)
+        self._graphs: Graphs | None = None
+        self._apply_precision()
+
+    @property
+    def plays_records(self) -> bool:
+        return self.device.type == "cuda" and records(self.config, self.mode)
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Compiled passes are recorded on a GPU, but for those that hooks look into."""
+        graphs = self._graphs
+        if graphs is None:
+            return super().forward_backward(batch)
+        if any(module._forward_hooks for module in self.model.modules()):
+            self._graphs = Graphs(self.device)  # whose memory such a pass needs
+            return super().forward_backward(batch)
+        inputs = batch.latents, batch.labels, batch.t, batch.noise
+        first = not self._has_gradients
+        if not first and not graphs.knows(FIRST, *inputs):  # the gradients that it adds to are not yet where they will stay
+            return super().forward_backward(batch)
+
+        def work(latents: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Sequence[Tensor | None]:
+            held = replace(batch, latents=latents, labels=labels, t=t, noise=noise)
+            loss = super(WholeEngine, self).forward_backward(held)
+            return [loss, *self._gradients_made()]
+
+        # what is added is warm by then, and unrecorded would need its activations beside those of the records
+        kind, warm_up = (FIRST, WARM_UP) if first else (ADDED, 0)
+        loss, *gradients = graphs.play(kind, work, *inputs, warm_up=warm_up)
+        self._take_gradients(gradients)
+        assert loss is not None
+        return loss.clone()
+
+    def _apply_precision(self) -> None:
+        """Autocast is all there is. What was recorded in another precision goes, and with it its memory."""
+        self._graphs = Graphs(self.device) if self.plays_records else None
+
+    @property
+    @abstractmethod
+    def _has_gradients(self) -> bool:
+        """Of a pass of this step."""
+
+    @abstractmethod
+    def _gradients_made(self) -> Sequence[Tensor | None]:
+        """Those that a pass has made and that are in memory of its own, which is a record's where it is recorded."""
+
+    @abstractmethod
+    def _take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Know of the pass that has been played, and of its ``_gradients_made``."""
