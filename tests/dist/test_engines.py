@@ -1,4 +1,4 @@
-"""Every engine, and every way of cutting that DeepSpeed and FSDP2 have: the same steps, the same state, whatever the precision
+"""Every engine, and every way of cutting that DeepSpeed, FSDP2 and DDP have: the same steps, the same state, whatever the precision
 was before.
 """
 
@@ -85,14 +85,15 @@ def two(folder):
     lowered = runs.run()
     runs.add_fresh(ALONE)  # in processes that never saw bf16
     runs.add_trained([*ALONE, "fsdp2/1"])
-    runs.add("fsdp2-compiled", "fsdp2", TRAINED, "kernels.compile=true")
+    for kind in ("fsdp2", "ddp"):
+        runs.add(f"{kind}-compiled", kind, TRAINED, "kernels.compile=true")
     return lowered | runs.run()
 
 
 @pytest.fixture(scope="module")
 def three(folder, two):
     runs = Runs(folder, 3)
-    runs.add_trained(["zero1", "zero2", "zero3_offload"])  # zero3 and fsdp2 are trained on 3 in test_training.py
+    runs.add_trained(["zero1", "zero2", "zero3_offload", "ddp"])  # zero3 and fsdp2 are trained on 3 in test_training.py
     return runs.run()
 
 
@@ -156,7 +157,7 @@ def test_the_same_is_computed_in_bf16_by_every_engine(one, two, four):
     """What is added block by block is float32: the first loss differs by the order of a sum over ranks."""
     (first, *_) = one["single-bf16"]["before"]["loss"]
     found = {name: came["before"]["loss"][0] for runs in (two, four) for name, came in runs.items() if name.endswith("-bf16")}
-    assert len(found) == 7 and found == pytest.approx(dict.fromkeys(found, first), rel=1e-6)
+    assert len(found) == 8 and found == pytest.approx(dict.fromkeys(found, first), rel=1e-6)
 
 
 def test_what_is_discarded_is_let_go_of(one, two, four):

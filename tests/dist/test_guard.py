@@ -1,4 +1,4 @@
-"""Faults planted on 2 ranks under ZeRO-3 and FSDP2: what the ladder does, what it costs, and that the run comes out as if not."""
+"""Faults planted on 2 ranks under ZeRO-3, FSDP2 and DDP: what the ladder does, what it costs, and that the run comes out as if not."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from xar_scale.evaluate.digits import cache_digits
 
 pytestmark = pytest.mark.long
 STEPS = 16
-ENGINES = ("deepspeed", "fsdp2")
+ENGINES = ("deepspeed", "fsdp2", "ddp")
 SETTINGS = [
     "model.width=64",
     "data.workers=0",

@@ -27,7 +27,7 @@ def cpu(folder):
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("tf32", 1e-2), ("bf16", 5e-2), ("fp16", 5e-2)])
-@pytest.mark.parametrize("engine", ["single", "deepspeed", "fsdp2"])
+@pytest.mark.parametrize("engine", ["single", "ddp", "deepspeed", "fsdp2"])
 def test_every_engine_learns_on_a_gpu_as_on_a_cpu(folder, cpu, engine, precision, tolerance):
     if (engine, precision) == ("deepspeed", "fp16"):
         pytest.skip("refused")
@@ -36,7 +36,15 @@ def test_every_engine_learns_on_a_gpu_as_on_a_cpu(folder, cpu, engine, precision
     assert gpu == pytest.approx(cpu, rel=tolerance)
 
 
-@pytest.mark.parametrize("words", [["single"], ["single", "kernels.compile=true", "sample.every=2"], ["deepspeed"], ["fsdp2"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["single"],
+        *([engine, "kernels.compile=true", "sample.every=2"] for engine in ("single", "ddp")),
+        ["deepspeed"],
+        ["fsdp2"],
+    ],
+)
 def test_a_fault_of_bf16_alone_is_outlived_on_a_gpu(folder, words):
     engine, *others = words
     fault = json.dumps([{"kind": "activation", "step": 1, "until": 2, "rank": 0}])

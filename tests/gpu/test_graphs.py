@@ -8,14 +8,16 @@ import torch
 from tests.conftest import digits_config, random_batch
 from tests.unit.conftest import nano_model
 from xar_scale.diagnosis import Activations
-from xar_scale.engines.single import ADDED, FIRST, SingleEngine
+from xar_scale.engines import create_engine
+from xar_scale.engines.whole import ADDED, FIRST, WholeEngine
 from xar_scale.evaluate.generate import prepare
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import initial_weights, meta_model
 from xar_scale.precision import FP32
 from xar_scale.sampler import sample
 
-COMPILED = ["train.engine=single", "kernels.compile=true", "model.dropout=0.1"]
+COMPILED = ["kernels.compile=true", "model.dropout=0.1"]
+ENGINES = ["single", "ddp"]
 STEPS = 5
 
 
@@ -26,14 +28,14 @@ def random_batches(step, passes, device):
 class Course:
     """Steps of one engine: losses, and what the weights are in the end."""
 
-    def __init__(self, device, passes, *more):
+    def __init__(self, engine, device, passes, *more):
         torch._dynamo.reset()
-        batch = [f"train.global_batch={8 * passes}", "train.micro_batch=8"]
+        batch = [f"train.engine={engine}", f"train.global_batch={8 * passes}", "train.micro_batch=8"]
         config = digits_config(*COMPILED, *batch, *more)
         model = meta_model(config.model)
         model.use_kernels(config.kernels, device, torch.float32, training=True)
         apply_recompute(model.blocks, config.train.recompute, compiled=True)
-        self.engine = SingleEngine(model, initial_weights(model, 0), config, device)
+        self.engine = create_engine(model, initial_weights(model, 0), config, device)
         self.losses = []
         self.passes, self.device = passes, device
 
@@ -55,13 +57,14 @@ class Course:
 
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
-def test_recorded_passes_train_as_others_do(passes, precision, device, monkeypatch):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_recorded_passes_train_as_others_do(engine, passes, precision, device, monkeypatch):
     courses = []
     for recorded in (False, True):
         with monkeypatch.context() as patch:
             if not recorded:
-                patch.setattr(SingleEngine, "plays_records", False)
-            course = Course(device, passes, f"train.precision={precision}")
+                patch.setattr(WholeEngine, "plays_records", False)
+            course = Course(engine, device, passes, f"train.precision={precision}")
             for number in range(2 * STEPS):
                 course.step(number)
                 assert not recorded or course.knows(FIRST) == (number >= 2)
@@ -72,13 +75,14 @@ def test_recorded_passes_train_as_others_do(passes, precision, device, monkeypat
     torch.testing.assert_close(played.weights(), plain.weights(), rtol=1e-3, atol=1e-5)
 
 
-def test_other_precisions_discarded_attempts_and_looks_come_between(device, monkeypatch):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_other_precisions_discarded_attempts_and_looks_come_between(engine, device, monkeypatch):
     courses = []
     for recorded in (False, True):
         with monkeypatch.context() as patch:
             if not recorded:
-                patch.setattr(SingleEngine, "plays_records", False)
-            course = Course(device, 2, "train.precision=bf16")
+                patch.setattr(WholeEngine, "plays_records", False)
+            course = Course(engine, device, 2, "train.precision=bf16")
             for number in range(3):
                 course.step(number)
             course.attempt(3)
@@ -99,8 +103,9 @@ def test_other_precisions_discarded_attempts_and_looks_come_between(device, monk
     torch.testing.assert_close(played.weights(), plain.weights(), rtol=1e-3, atol=1e-5)
 
 
-def test_what_draws_in_between_has_the_memory_of_the_records(device):
-    course = Course(device, 1, "train.precision=bf16")
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_draws_in_between_has_the_memory_of_the_records(engine, device):
+    course = Course(engine, device, 1, "train.precision=bf16")
     averages = [torch.zeros_like(shard.master) for shard in course.engine.shards()]
     for number in range(4):
         course.step(number)

@@ -82,7 +82,7 @@ class DDPEngine(WholeEngine):
         return super().agree(loss, inputs, faults, stop)
 
     def gradients(self) -> list[Tensor]:
-        return [self._gradients[self.owned]]
+        return [self._gradients[self.owned]] if self._added else []
 
     def _optimizer_step(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -1,0 +1,167 @@
+"""DDP in one process, and as one rank of four: plain PyTorch's steps, where weights and gradients lie, and who owns what."""
+
+import math
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.conftest import digits_config, random_batch
+from tests.unit.test_fsdp2 import engine_of, losses, state
+from xar_scale.config import Config
+from xar_scale.engines import Engine, whole
+from xar_scale.errors import ConfigError
+
+ddp = partial(engine_of, "train.engine=ddp", "train.precision=fp32")
+plain = partial(engine_of, "train.engine=single", "train.precision=fp32")
+TWO_PASSES = ("train.global_batch=16", "train.micro_batch=8")
+
+
+def passes(step: int) -> list:
+    return [random_batch(2 * step), random_batch(2 * step + 1)]
+
+
+@pytest.fixture
+def four_ranks():
+    """What is sent comes from nowhere."""
+
+    def of_rank(rank: int) -> None:
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+
+    yield of_rank
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def assert_same(one: Engine, other: Engine) -> None:
+    assert all(torch.equal(mine, its) for mine, its in zip(state(one), state(other), strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_its_steps_are_those_of_plain_pytorch(precision):
+    """To the bit where nothing is clipped: a norm is summed up in another order."""
+    one, other = (engine(f"train.precision={precision}", "optim.clip=1e9") for engine in (ddp, plain))
+    assert losses(one, 0, 1, 2) == losses(other, 0, 1, 2)
+    assert_same(one, other)
+
+
+def test_passes_add_up_and_what_is_discarded_does_not():
+    one, other = ddp(*TWO_PASSES, "optim.clip=1e9"), plain(*TWO_PASSES, "optim.clip=1e9")
+    one.attempt(0, passes(7))
+    one.discard()
+    for step in range(3):
+        found, expected = (engine.attempt(step, passes(step)) for engine in (one, other))
+        assert (found.loss, found.grad_norm) == (expected.loss, pytest.approx(expected.grad_norm, rel=1e-5))
+        for engine, verdict in ((one, found), (other, expected)):
+            engine.step(1e-2, verdict)
+    assert_same(one, other)
+
+
+def test_gradients_are_clipped():
+    clipped, engine = ddp("optim.clip=0.5"), ddp("optim.clip=1e9")
+    verdicts = [each.attempt(0, [random_batch(0)]) for each in (clipped, engine)]
+    assert verdicts[0].grad_norm > 0.5
+    for each, verdict in zip((clipped, engine), verdicts, strict=True):
+        each.step(0.0, verdict)
+    expected = engine._gradients * (0.5 / verdicts[0].grad_norm)
+    torch.testing.assert_close(clipped._gradients, expected, rtol=1e-5, atol=0)
+
+
+def test_parts_of_a_pass_add_up():
+    one, other = ddp(), ddp()
+    other.set_precision("fp32", splits=4)
+    found, expected = (engine.attempt(0, [random_batch(0)]) for engine in (other, one))
+    assert (found.loss, found.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=1e-5)
+
+
+def test_what_is_written_to_its_shards_is_trained_on_from_there():
+    trained, engine = ddp(), ddp()
+    losses(trained, 0, 1, 2)
+    with torch.no_grad():
+        for shard, wanted in zip(engine.shards(), trained.shards(), strict=True):
+            for tensor, value in zip(shard[4:], wanted[4:], strict=True):
+                tensor.copy_(value)
+    engine.shards_written(3)
+    assert losses(engine, 3) == losses(trained, 3)
+    assert_same(engine, trained)
+
+
+def test_a_pass_leaves_gradients_in_one_vector_and_nowhere_else():
+    engine = ddp()
+    for step in range(2):
+        engine.attempt(step, [random_batch(step)])
+        assert all(parameter.grad is None for parameter in engine.parameters.values())
+        (gradient,) = engine.gradients()
+        assert gradient.data_ptr() == engine._gradients.data_ptr() and gradient.norm() > 0
+        engine.discard()
+        assert engine.gradients() == []
+
+
+def test_each_tensor_begins_where_kernels_read_rows_of_16_bytes():
+    engine = ddp("model.width=20", "model.heads=1", "model.mlp_ratio=1.65")  # of which 33 channels come
+    first, sizes = engine._weights.data_ptr(), {shape.numel() % 64 for shape in engine.shapes.values()}
+    assert len(sizes) > 1 and {(weight.data_ptr() - first) % 256 for weight in engine.parameters.values()} == {0}
+
+
+def test_four_ranks_own_all_of_it_once_and_as_much_each(four_ranks):
+    owned, sizes = {}, {}
+    for rank in range(4):
+        four_ranks(rank)
+        engine = ddp("model.width=16", "model.heads=2", "model.mlp_ratio=1.65")
+        for shard in engine.shards():
+            assert shard.master.numel() == shard.exp_avg.numel() == shard.exp_avg_sq.numel() == shard.stop - shard.start
+            whole_one = engine.parameters[shard.name].detach().view(-1)
+            assert shard.master.numel() == 0 or shard.master.data_ptr() == whole_one[shard.start :].data_ptr()
+            owned.setdefault(shard.name, []).append((shard.start, shard.stop))
+        sizes = {name: math.prod(shape) for name, shape in engine.shapes.items()}
+        assert engine.owned == slice(rank * len(engine._weights) // 4, (rank + 1) * len(engine._weights) // 4)
+        torch.distributed.destroy_process_group()
+    assert {name: sum(stop - start for start, stop in parts) for name, parts in owned.items()} == sizes
+    for parts in owned.values():
+        held = [part for part in parts if part[0] < part[1]]
+        assert held == sorted(held) and all(one[1] == other[0] for one, other in pairwise(held))
+
+
+class Played(whole.Graphs):
+    """Records as a GPU plays them: the device's part of the work is done again, and the host's part is not, so that what it
+    decides and keeps is as it was when the work was recorded."""
+
+    def __init__(self, engine):
+        self.engine, self.recorded, self.done = engine, {}, {}
+
+    def knows(self, kind, *inputs):
+        return kind in self.recorded
+
+    def play(self, kind, work, *inputs, warm_up):
+        self.done[kind] = self.done.get(kind, 0) + 1
+        if self.done[kind] <= warm_up:
+            return work(*inputs)
+        kept = set(self.engine._added)
+        self.engine._added = set(self.recorded.setdefault(kind, frozenset(kept)))
+        outputs = work(*inputs)
+        self.engine._added = kept
+        return outputs
+
+
+def test_passes_that_are_played_train_as_others_do():
+    played, other = ddp(*TWO_PASSES), ddp(*TWO_PASSES)
+    played._graphs = Played(played)
+    for step in range(5):
+        found, expected = (engine.attempt(step, passes(step)) for engine in (played, other))
+        assert found == expected
+        if step == 3:  # attempted, not taken
+            for engine in (played, other):
+                engine.discard()
+            continue
+        for engine in (played, other):
+            engine.step(1e-2, expected)
+    assert played._graphs.recorded.keys() == {whole.FIRST, whole.ADDED}
+    assert_same(played, other)
+
+
+def test_it_has_no_neighbours_that_share_a_copy():
+    with pytest.raises(ConfigError, match="train.shard_ranks: with train.engine=ddp each rank has all weights"):
+        digits_config("train.engine=ddp", "train.shard_ranks=1")
+    assert isinstance(digits_config("train.engine=ddp"), Config)
