@@ -24,7 +24,8 @@ if [ -n "${HOSTFILE-}" ]; then
     ranks=(--hostfile "$HOSTFILE")
     port=29500
     if [ -n "${NODE_RANK-}" ]; then
-        ranks+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "${MASTER_ADDR:?with NODE_RANK, the address of the first machine}")
+        [ -n "${MASTER_ADDR-}" ] || refuse "MASTER_ADDR is not set: with NODE_RANK, the address of the first machine"
+        ranks+=(--no_ssh --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR")
     fi
 else
     enough_gpus "$gpus" "$count"

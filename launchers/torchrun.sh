@@ -21,7 +21,7 @@ if [ "$count" -eq 0 ]; then export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM
 [ "$count" -gt 0 ] || count=2
 NODES="${NODES:-1}" PROCESSES="${PROCESSES:-$count}" JOB="${JOB:-xar}" RESTARTS="${RESTARTS:-0}" PAUSE="${PAUSE:-10}"
 if [ "$NODES" -eq 1 ]; then port=$(free_port); else port=29500; fi
-if [ "$NODES" -gt 1 ]; then : "${MASTER_ADDR:?with NODES, the address of one that all reach}"; fi
+[ "$NODES" -eq 1 ] || [ -n "${MASTER_ADDR-}" ] || refuse "MASTER_ADDR is not set: with NODES, the address of one that all reach"
 MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT="${MASTER_PORT:-$port}"
 RUN=$(run_folder "$@")
 

@@ -156,9 +156,10 @@ class Planter:
 
     def state(self, fault: Fault, engine: Engine, step: int) -> None:
         """One number of this rank's; every rank calls this, since engines may refresh together what they keep of weights."""
-        for shard in engine.shards():
-            if shard.name == "mid_proj.weight" and dist.rank() == fault.rank:
-                (shard.master if fault.kind == "weight" else shard.exp_avg)[0] = fault.value
+        if dist.rank() == fault.rank:
+            owned = (shard for shard in engine.shards() if shard.master.numel() and shard.name.endswith("proj.weight"))
+            shard = min(owned, key=lambda shard: shard.name != "mid_proj.weight")  # which not every engine has on every rank
+            (shard.master if fault.kind == "weight" else shard.exp_avg)[0] = fault.value
         engine.shards_written(step)
 
     def overflow(self, fault: Fault, engine: Engine, step: int) -> None:

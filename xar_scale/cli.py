@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xar_scale.config import Config, merge, override, read_yaml
-from xar_scale.errors import INTERRUPTED, OK, ProcessError, UsageError, XarScaleError
+from xar_scale.errors import INTERRUPTED, OK, UNREAD, ProcessError, UsageError, XarScaleError
 from xar_scale.files import make_folder, write_atomically
 from xar_scale.presets import MODELS, RECIPES, model_values, recipe
 from xar_scale.stopping import Stops
@@ -38,6 +38,9 @@ def ending(program: str, run: Callable[[], None]) -> int:
     dist.adopt_launcher()
     try:
         run()
+    except BrokenPipeError:  # as `head` does when it has its lines: nothing to complain of
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return UNREAD
     except (XarScaleError, OSError) as caught:
         error = caught if isinstance(caught, XarScaleError) else dist.file_error(caught)
         if error is not caught:  # this rank's alone: what ranks share has become an error of ours

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -245,7 +246,15 @@ def _known_keys(cls: Any, location: tuple[int | str, ...]) -> list[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose 1e-4 is a number, as in YAML 1.2 (1.1 wants 1.0e-4)."""
+    """YAML whose 1e-4 is a number, as in YAML 1.2 (1.1 wants 1.0e-4), and whose keys are there once, as in both."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
+            if key.value in seen:  # PyYAML would take the last
+                raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -278,7 +287,8 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UsageError, FileError, ConfigError where it holds something else."""
+    """The sections of keys in a YAML file; one in which nothing is written changes nothing. Raises UsageError, FileError,
+    ConfigError where it holds something else."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -290,15 +300,25 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     values = _parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of keys")
-    return values
+    for section, keys in values.items():
+        if not isinstance(keys, dict | None):
+            raise ConfigError(f"{path}: {section} is {keys!r}, not a section of keys")
+    return {section: keys for section, keys in values.items() if keys is not None}
 
 
 def read_settings(path: str) -> dict[str, Any]:
-    """What ``train.ds_config`` names. Raises ConfigError when the file is missing or is not a JSON object."""
+    """What ``train.ds_config`` names. Raises UsageError when the file is missing, ConfigError when it is not a JSON object."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        twice = next((key for key, count in Counter(key for key, _ in pairs).items() if count > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} is there twice")
+        return dict(pairs)
+
     try:
-        settings = json.loads(Path(path).read_text())
+        settings = json.loads(Path(path).read_text(), object_pairs_hook=once)
     except FileNotFoundError:
-        raise ConfigError(f"no DeepSpeed config at {path} (train.ds_config)") from None
+        raise UsageError(f"no DeepSpeed config at {path} (train.ds_config)") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path} (train.ds_config): {error.strerror}") from None
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 OK = 0
 INTERRUPTED = 130  # by Ctrl-C, where nothing else is made of it
+UNREAD = 141  # whoever reads the output has gone
 
 
 class XarScaleError(Exception):

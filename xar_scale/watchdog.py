@@ -142,7 +142,7 @@ class Watchdog:
                 else "another rank's step takes too long"
             )
             median = f", the median step {statistics.median(self.seconds):.1f} s" if self.seconds else ""
-            lines = [f"hang: {took}{median}", *verdict(seen, dist.world()), f"stacks of all threads: {folder}"]
+            lines = [f"xar-scale: hang: {took}{median}", *verdict(seen, dist.world()), f"stacks of all threads: {folder}"]
             print("\n".join(lines), file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)

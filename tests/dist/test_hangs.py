@@ -28,7 +28,7 @@ def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_stack(folde
     ended = run(folder, engine, engine, {"kind": "sleep", "step": 12, "value": 1000.0}, world=world)
     assert ended.codes == [69] * world, ended.text
     lines = ended.outputs[0].splitlines()
-    first = next(at for at, line in enumerate(lines) if line.startswith("hang: step 12 takes "))
+    first = next(at for at, line in enumerate(lines) if line.startswith("xar-scale: hang: step 12 takes "))
     assert lines[first + 1].startswith("rank 1 (") and "has not begun gloo:" in lines[first + 1], lines[first + 1]
     assert "it is in sleep (" in lines[first + 1] and "called by attempt (" in lines[first + 1]
     assert lines[first + 2].startswith("rank 0 (") and "hang:" not in "".join(ended.outputs[1:])

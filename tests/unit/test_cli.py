@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from tests.unit.tiny_run import INFO, Run
 from xar_scale import cli, files
 from xar_scale.checkpoint.manifest import newest_valid
 from xar_scale.cli import ending, main
-from xar_scale.engines import single
+from xar_scale.engines import whole
 from xar_scale.engines.single import SingleEngine
 from xar_scale.errors import ProcessError, UsageError
 from xar_scale.evaluate.digits import cache_digits
@@ -164,7 +165,7 @@ def test_kernels_that_cannot_train_are_refused_before_the_run_is_begun(capsys, t
 def test_a_step_played_from_a_record_is_logged_but_for_what_hooks_see(train, tmp_path, monkeypatch):
     """A record needs a GPU: here its passes are computed."""
     monkeypatch.setattr(SingleEngine, "plays_records", True)
-    monkeypatch.setattr(single, "Graphs", lambda device: None)
+    monkeypatch.setattr(whole, "Graphs", lambda device: None)
     assert main([*train, "train.log_every=1"]) == 0
     entries = read_log(tmp_path / "trained")
     assert [entry["step"] for entry in entries] == [1, 2] and all(entry["loss"] > 0 for entry in entries)
@@ -343,6 +344,13 @@ def test_what_is_interrupted_says_so_in_a_line(capsys):
         raise KeyboardInterrupt
 
     assert ending("sweep", run) == 130 and capsys.readouterr().err == "sweep: interrupted\n"
+
+
+def test_what_nobody_reads_on_ends_without_a_word():
+    program = "from xar_scale import cli, dist; dist.run(lambda: cli.ending('show', lambda: [*map(print, range(100_000))]))"
+    command = f'"{sys.executable}" -c "{program}" | head -n 1; exit "${{PIPESTATUS[0]}}"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr, done.returncode) == ("0\n", "", 141)
 
 
 @pytest.mark.parametrize(("rank", "spoken", "waited"), [("0", "sweep: no such thing\n", []), ("1", "", [cli.PATIENCE_S])])

@@ -96,6 +96,8 @@ def test_an_empty_yaml_file_changes_nothing(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("# nothing\n")
     assert read_yaml(path) == {}
+    path.write_text("train:\n#  steps: 1\noptim: {lr: 1e-3}")
+    assert read_yaml(path) == {"optim": {"lr": 1e-3}}
 
 
 def test_config_files_that_cannot_be_read_are_refused_by_name(tmp_path):
@@ -107,12 +109,20 @@ def test_config_files_that_cannot_be_read_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("model: [1", "is not YAML"), ("model:\n\t- 1", "is not YAML"), ("- 1\n- 2", "holds a list"), ("text", "holds a str")],
+    [
+        ("model: [1", " is not YAML"),
+        ("model:\n\t- 1", " is not YAML"),
+        ("- 1\n- 2", " holds a list"),
+        ("text", " holds a str"),
+        ("train: 5", ": train is 5, not a section of keys"),
+        ("train: {steps: 1}\nmodel: {}\ntrain: {}", " is not YAML: train is there twice in line 3"),
+        ("train:\n  steps: 1\n  steps: 2", " is not YAML: steps is there twice in line 3"),
+    ],
 )
-def test_a_config_file_that_is_no_mapping_is_refused_by_name(tmp_path, text, says):
+def test_a_config_file_that_is_not_sections_of_keys_is_refused_by_name(tmp_path, text, says):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=f"config.yaml {says}"):
+    with pytest.raises(ConfigError, match=f"config.yaml{says}"):
         read_yaml(path)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import digits_config
 from xar_scale.engines.deepspeed import deepspeed_settings
-from xar_scale.errors import ConfigError
+from xar_scale.errors import ConfigError, UsageError
 
 OURS = sorted((Path(__file__).parent.parent.parent / "ds_configs").glob("*.json"))
 
@@ -77,13 +77,19 @@ def test_selective_recomputation_turns_deepspeeds_linear_off(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "complaint"), [(None, "no DeepSpeed config at"), ("{", "is not JSON"), ("[]", "holds a list")]
+    ("content", "complaint", "error"),
+    [
+        (None, "no DeepSpeed config at", UsageError),
+        ("{", "is not JSON", ConfigError),
+        ("[]", "holds a list", ConfigError),
+        ('{"zero_optimization": {"stage": 3, "stage": 1}}', "stage is there twice", ConfigError),
+    ],
 )
-def test_an_unreadable_deepspeed_config_is_named(tmp_path, content, complaint):
+def test_an_unreadable_deepspeed_config_is_named(tmp_path, content, complaint, error):
     path = tmp_path / "ds.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match=complaint):
+    with pytest.raises(error, match=complaint):
         deepspeed_settings(digits_config(f"train.ds_config={path}"), world=1)
 
 

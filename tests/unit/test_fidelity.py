@@ -179,7 +179,7 @@ def test_what_goes_by_a_published_name_is_that_file(tmp_path, monkeypatch):
 def test_inception_weights_that_are_nowhere_end_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(fidelity, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
-    said = r"no Inception weights at .*hub.*6726825d.pth, and .* cannot be had .*--inception-weights"
+    said = r"no Inception weights at .*hub.*6726825d.pth, and .* cannot be had .*--inception-weights, or evaluate"
     np.savez(tmp_path / "known.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(UsageError, match=said) as told:
         Comparison(str(tmp_path / "known.npz"), fidelity.INCEPTION, CPU)

@@ -235,16 +235,22 @@ def test_a_job_that_is_submitted_from_elsewhere_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("launcher", "given", "said"),
     [
-        ({"HOSTFILE": "/nowhere/hosts"}, "HOSTFILE=/nowhere/hosts: no such file"),  # DeepSpeed would not say it
-        ({"HOSTFILE": "launchers/hostfile.example", "NODE_RANK": "0"}, "MASTER_ADDR: with NODE_RANK, the address of the first"),
+        ("deepspeed.sh", {"HOSTFILE": "/nowhere/hosts"}, "HOSTFILE=/nowhere/hosts: no such file"),  # DeepSpeed would not say it
+        (
+            "deepspeed.sh",
+            {"HOSTFILE": "launchers/hostfile.example", "NODE_RANK": "0"},
+            "MASTER_ADDR is not set: with NODE_RANK, the address of the first machine",
+        ),
+        ("torchrun.sh", {"NODES": "2"}, "MASTER_ADDR is not set: with NODES, the address of one that all reach"),
+        ("slurm.sbatch", {}, "SLURM_SUBMIT_DIR is not set: this is run by sbatch"),
     ],
 )
-def test_machines_that_are_not_described_are_refused(given, said):
-    command = ["launchers/deepspeed.sh", "train", "--recipe", "digits"]
+def test_machines_that_are_not_described_are_refused(launcher, given, said):
+    command = ["bash", f"launchers/{launcher}", "train", "--recipe", "digits"]
     done = subprocess.run(command, env=environment() | given, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode != 0 and said in done.stderr and done.stdout == ""
+    assert (done.returncode, done.stderr, done.stdout) == (64, f"xar-scale: {said}\n", "")
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])

@@ -122,7 +122,7 @@ def test_a_process_that_hangs_ends_with_69_and_its_stacks_and_one_that_rests_doe
     )
     assert (done.returncode, done.stdout) == (69, "rested\n"), done.stderr
     assert note.read_text() == "69"
-    assert re.match(r"hang: step 8 takes [2-9] s, the median step 0.\d s\n", done.stderr)
+    assert re.match(r"xar-scale: hang: step 8 takes [2-9] s, the median step 0.\d s\n", done.stderr)
     assert "is in stuck (<string>:17)" in done.stderr
     report = (tmp_path / "hangs" / "step-00000008-rank-0.txt").read_text()
     assert "in stuck" in report and "Thread 0x" in report

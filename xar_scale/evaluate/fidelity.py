@@ -227,7 +227,8 @@ def fetch_inception() -> None:
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         raise UsageError(
-            f"no Inception weights at {path}, and {INCEPTION_URL} cannot be had ({reason}): --inception-weights is its path"
+            f"no Inception weights at {path}, and {INCEPTION_URL} cannot be had ({reason}): "
+            "--inception-weights, or evaluate.inception_weights in training, is its path"
         ) from None
 
 
