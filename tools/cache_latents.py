@@ -65,7 +65,7 @@ def _parser() -> Parser:
     images.add_argument("--size", type=int, default=256, help="of the square that is cut from an image, in pixels")
     images.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of what is stored")
     images.add_argument("--no-flip", action="store_true", help="leave the mirrored images out")
-    images.add_argument("--precision", choices=list(MODES), default="fp32", help="of the tokenizer's network")
+    images.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the tokenizer's network")
     images.add_argument("--batch", type=int, default=32, help="images a pass of the network")
     images.add_argument("--workers", type=int, default=2, help="processes that decode, for each that encodes")
     images.add_argument("--samples-per-shard", type=int, default=1024)

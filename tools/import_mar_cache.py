@@ -4,7 +4,6 @@ python tools/import_mar_cache.py /data/cached_latents --out /data/latents --weig
 """
 
 import argparse
-import hashlib
 import sys
 from itertools import chain
 from pathlib import Path
@@ -28,15 +27,15 @@ def main() -> int:
 
     def run() -> None:
         options = parser.parse_args()
-        for path, what in ((options.cache, "folder"), (options.weights, "weights")):
-            if not path.exists():
-                raise UsageError(f"no {what} at {path}")
+        if not options.cache.is_dir():
+            raise UsageError(f"no folder at {options.cache}")
+        tokenizer = KL16Tokenizer(options.weights)  # refuses what is no kl16.ckpt
         files = sum(1 for _ in options.cache.glob("*/*.npz"))
         samples = mar_samples(options.cache, options.dtype)
         first = next(samples)
         info = DatasetInfo(
-            tokenizer={"name": KL16Tokenizer.name, "sha256": hashlib.sha256(options.weights.read_bytes()).hexdigest()},
-            latent_scale=KL16Tokenizer.latent_scale,
+            tokenizer={"name": tokenizer.name, **tokenizer.settings},
+            latent_scale=tokenizer.latent_scale,
             stored="moments",
             shape=first.latent.shape,
             dtype=options.dtype,

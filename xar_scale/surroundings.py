@@ -18,7 +18,9 @@ import torch.distributed as torch_dist
 from packaging.version import Version
 
 from xar_scale import dist
+from xar_scale.data.reader import LatentShards
 from xar_scale.doctor import REFUSED, Mode
+from xar_scale.errors import DataError
 from xar_scale.stragglers import SLOW
 
 DEEPSPEED = "0.19.8"  # before it ZeRO-3 lets a NaN of one rank into every rank's weights
@@ -75,7 +77,10 @@ def _median(call: Callable[[], object], device: torch.device) -> float:
 
 
 def disk(what: str, folder: Path, *, written: bool) -> list[Finding]:
-    """Free space of ``folder`` and, from rank 0, how fast it is: written, flushed and read back, or one of its files read."""
+    """Free space of ``folder`` and, from rank 0, how fast it is: written, flushed and read back, or one of its files read.
+
+    Where it is not ``written``, also whether it is a data set.
+    """
 
     def look() -> list[Finding]:
         usage = shutil.disk_usage(folder)
@@ -93,7 +98,13 @@ def disk(what: str, folder: Path, *, written: bool) -> list[Finding]:
                 ]
             finally:
                 path.unlink(missing_ok=True)
-        elif files := sorted(folder.glob("*.tar"), key=lambda path: -path.stat().st_size):
+            return findings
+        try:
+            LatentShards(folder)
+        except DataError as error:
+            advice = f"training there ends with {error.exit_code}: name the folder of a whole set (docs/data.md)"
+            findings.append(Finding("  data set", str(error), advice))
+        if files := sorted(folder.glob("*.tar"), key=lambda path: -path.stat().st_size):
             findings.append(Finding(f"  read, {files[0].name}", f"{_read(files[0]) / 1e6:.0f} MB/s"))
         return findings
 

@@ -188,6 +188,7 @@ def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16, kl16_weights):
         ([".", "--tokenizer", "pixel", "--workers", "-1"], 64, "--workers is at least 0, not -1"),
         ([".", "--tokenizer", "pixel", "--samples-per-shard", "0"], 64, "--samples-per-shard is at least 1, not 0"),
         ([".", "--tokenizer", "pixel", "--precision", "fp8"], 64, "invalid choice: 'fp8'"),
+        ([".", "--tokenizer", "pixel", "--precision", "fp16"], 64, "invalid choice: 'fp16'"),
         ([".", "--tokenizer", "pixel", "--nosuch"], 64, "unrecognized arguments: --nosuch"),
     ],
 )

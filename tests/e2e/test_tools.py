@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import kl16_shapes
 from tests.e2e.test_demo import command
 from tests.processes import launch
 from tests.unit.tiny_run import Run
@@ -212,7 +213,7 @@ def test_tars_get_the_index_they_had_and_damage_is_named(tmp_path):
     for path in data.iterdir():
         assert (bare / path.name).read_bytes() == path.read_bytes(), path.name
     again = tool("index_shards", *words)
-    assert again.returncode == 64 and "already holds a data set" in again.stderr
+    assert again.returncode == 64 and "to index its tars again, remove dataset.json and *.index.json" in again.stderr
 
     well = tool("verify_shards", bare)
     assert well.returncode == 0, well.stderr
@@ -237,10 +238,13 @@ def test_mars_cache_becomes_shards(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         np.savez(folder / f"image{number}.JPEG.npz", moments=latent, moments_flip=flipped)
     weights = tmp_path / "kl16.ckpt"
-    weights.write_bytes(b"only its hash counts here")
-    done = tool(
-        "import_mar_cache", tmp_path / "cache", "--out", tmp_path / "set", "--weights", weights, "--samples-per-shard", 4
-    )
+    words = ["import_mar_cache", tmp_path / "cache", "--out", tmp_path / "set", "--weights", weights, "--samples-per-shard", 4]
+    weights.write_bytes(b"weights")
+    wrong = tool(*words)
+    assert wrong.returncode == 65 and wrong.stderr.startswith(f"import_mar_cache: {weights} is not plain weights: ")
+    assert not (tmp_path / "set").exists()
+    torch.save({"model": {name: torch.zeros(1).expand(shape) for name, shape in kl16_shapes().items()}}, weights)
+    done = tool(*words)
     assert done.returncode == 0, done.stderr
     shards = LatentShards(tmp_path / "set")
     assert done.stdout == f"6 samples in 2 shards: {tmp_path / 'set'}\n" and shards.info.classes == 2

@@ -198,9 +198,13 @@ def test_a_cache_too_small_for_what_is_read_at_a_time_is_refused_with_the_number
 
     # windows of 6 in shards of 4: up to 3 a window, two windows a lane, and ten shards in all
     with pytest.raises(
-        ConfigError, match=r"data.cache_gb is 1e-05, .* 6 samples in each of a node's 2 lanes .* 10 shards of 0.0 MB"
-    ):
+        ConfigError, match=r"data.cache_gb is 1e-05, .* 6 samples in each of a node's 2 lanes .* 10 shards of 0.01024 MB"
+    ) as refused:
         opened(1e-5)
+    shown = float(str(refused.value).split()[-2])
+    with pytest.raises(ConfigError, match=f"data.cache_gb is {shown - 1e-9}, but .* MB: {shown} GB"):
+        opened(shown - 1e-9)
+    opened(shown)
     opened(11e-5)
     monkeypatch.setenv("WORLD_SIZE", "2")  # two nodes: a lane each
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")

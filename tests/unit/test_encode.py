@@ -37,7 +37,7 @@ from xar_scale.data.images import center_crop
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DATASET_FILE
 from xar_scale.data.verify import stray_files, verify_set
-from xar_scale.errors import ConfigError, ProcessError, UsageError
+from xar_scale.errors import ConfigError, DataError, ProcessError, UsageError
 from xar_scale.tokenizers.kl16 import KL16Tokenizer
 from xar_scale.tokenizers.pixel import PixelTokenizer
 
@@ -173,6 +173,21 @@ def test_kl16_takes_several_images_a_pass_and_computes_in_bf16_where_told(kl16, 
 def test_a_size_that_does_not_fit_the_tokenizer_is_refused_before_anything_is_written(source, tmp_path):
     with pytest.raises(ConfigError, match="9x9 pixels do not fit"):
         encode(tmp_path / "set", source, size=9)
+    assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("where", [".", "set", "n0/deep/set", "../link"])
+def test_a_set_is_not_made_in_its_source(source, tmp_path, where):
+    copy, before = shutil.copytree(source, tmp_path / "copy"), files(source)
+    (tmp_path / "link").symlink_to(copy)
+    with pytest.raises(UsageError, match=f"^{copy / where} is the source {copy}, or lies in it: write elsewhere$"):
+        encode(copy / where, copy)
+    assert files(copy) == before and encode(tmp_path / "copy-set", copy).samples == CLASSES * PER_CLASS
+
+
+def test_a_description_that_kl16_cannot_bear_is_refused(source, tmp_path):
+    with pytest.raises(DataError, match="tokenizer kl16: its latents have 16 channels, not 12"):
+        encode(tmp_path / "set", source, tokenizer={"name": "kl16", "sha256": "0" * 64})
     assert not (tmp_path / "set").exists()
 
 

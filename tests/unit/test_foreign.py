@@ -16,7 +16,7 @@ from xar_scale.errors import DataError, UsageError
 
 SETTINGS = {
     "flipped": True,
-    "tokenizer": {"name": "kl16", "sha256": "0"},
+    "tokenizer": {"name": "theirs"},
     "latent_scale": 0.5,
     "stored": "moments",
     "classes": 10,
@@ -72,8 +72,27 @@ def test_a_set_is_not_indexed_twice_and_an_empty_folder_not_at_all(tmp_path, sam
         index_set(tmp_path, THEIRS, **SETTINGS)
     stock_set(tmp_path, samples)
     index_set(tmp_path, THEIRS, **SETTINGS)
-    with pytest.raises(UsageError, match="already holds a data set"):
+    says = f"{tmp_path} already holds a data set; to index its tars again, remove {DATASET_FILE} and [*]{INDEX}"
+    with pytest.raises(UsageError, match=f"^{says}$"):
         index_set(tmp_path, THEIRS, **SETTINGS)
+    for path in (tmp_path / DATASET_FILE, *tmp_path.glob(f"*{INDEX}")):
+        path.unlink()
+    assert index_set(tmp_path, THEIRS, **SETTINGS).samples == 10
+
+
+@pytest.mark.parametrize(
+    ("sha256", "error", "says"),
+    [
+        ("...", UsageError, "tokenizer kl16: its weights' sha256 '...' is not 64 lower-case hexadecimal digits"),
+        ("0" * 64, DataError, "tokenizer kl16: its moments have 32 channels, not 4"),
+    ],
+)
+def test_tars_that_kl16_cannot_have_made_are_refused_and_get_no_index(tmp_path, samples, sha256, error, says):
+    stock_set(tmp_path, samples)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(error, match=says):
+        index_set(tmp_path, THEIRS, **SETTINGS | {"tokenizer": {"name": "kl16", "sha256": sha256}})
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -126,9 +126,17 @@ def test_an_opened_set_can_be_pickled_to_a_worker(tmp_path):
 def test_a_set_is_never_written_over(tmp_path):
     write_set(tmp_path)
     before = contents(tmp_path)
-    with pytest.raises(UsageError, match=f"{tmp_path} already holds a data set"):
+    with pytest.raises(UsageError, match=f"{tmp_path} already holds a data set; remove it or write elsewhere"):
         write_set(tmp_path, 3)
     assert contents(tmp_path) == before
+
+
+def test_a_set_that_its_tokenizer_cannot_have_made_is_not_begun(tmp_path):
+    made = {"tokenizer": {"name": "kl16", "sha256": "0" * 64}, "stored": "moments"}
+    with pytest.raises(DataError, match="tokenizer kl16: its moments have 32 channels, not 16"):
+        write_set(tmp_path / "set", shape=(16, 4, 4), **made)
+    assert not (tmp_path / "set").exists()
+    write_set(tmp_path / "set", shape=(32, 4, 4), **made)
 
 
 def test_a_set_not_written_to_its_end_is_no_set(tmp_path):

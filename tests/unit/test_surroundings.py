@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.processes import launch
+from tests.unit.conftest import write_set
 from xar_scale import dist, surroundings
 from xar_scale.surroundings import clocks, disk, network, settings, software
 
@@ -88,9 +89,18 @@ def test_disks_are_measured_and_left_as_they_were(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(surroundings, "FREE_GB", 1 << 40)
     assert disk("run", tmp_path, written=True)[0].advice.startswith("make room")
+    write_set(tmp_path)
     (tmp_path / "a.tar").write_bytes(bytes(1 << 20))
     free, read = disk("data", tmp_path, written=False)
     assert read.what == "  read, a.tar" and free.advice == ""
+
+
+def test_a_folder_that_is_no_data_set_is_named_with_what_to_do(tmp_path):
+    _, found = disk("data", tmp_path, written=False)
+    assert found.what == "  data set" and found.advice.startswith("training there ends with 65: ")
+    assert found.found == f"{tmp_path}/dataset.json is missing: not a data set, or one not written to its end"
+    (tmp_path / "dataset.json").write_text('{"format": 1}')
+    assert "is of format 1, this version reads 2" in disk("data", tmp_path, written=False)[1].found
 
 
 def test_clocks_that_are_apart(monkeypatch):

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xar_scale.errors import ConfigError, DataError, NonFiniteError
-from xar_scale.tokenizers import create_tokenizer
+from xar_scale.errors import ConfigError, DataError, NonFiniteError, UsageError
+from xar_scale.tokenizers import check_origin, create_tokenizer
 from xar_scale.tokenizers.pixel import PixelTokenizer
 
 
@@ -115,3 +115,19 @@ def test_weights_are_for_tokenizers_that_have_some():
         create_tokenizer({"name": "pixel", "patch": 2, "image_channels": 1}, weights="kl16.ckpt")
     with pytest.raises(ConfigError, match=r"kl16 needs its weights: sample.tokenizer_weights is the path of kl16.ckpt"):
         create_tokenizer({"name": "kl16", "sha256": "0" * 64})
+
+
+@pytest.mark.parametrize("sha256", [None, "", "...", "f" * 63, "f" * 65, "F" * 64, "g" * 64, "f" * 64 + "\n", 10**63])
+def test_a_set_of_kl16_is_made_with_the_whole_hash_of_its_weights_alone(sha256):
+    with pytest.raises(UsageError, match="tokenizer kl16: its weights' sha256 .* is not 64 lower-case hexadecimal digits"):
+        check_origin({"name": "kl16", "sha256": sha256}, "moments", 32)
+
+
+def test_a_set_of_kl16_has_its_channels_and_one_of_others_any():
+    kl16 = {"name": "kl16", "sha256": "0123456789abcdef" * 4}
+    for stored, made in (("latents", 16), ("moments", 32)):
+        check_origin(kl16, stored, made)
+        for channels in (1, 8, 17, 33, 48 - made):
+            with pytest.raises(DataError, match=f"tokenizer kl16: its {stored} have {made} channels, not {channels}"):
+                check_origin(kl16, stored, channels)
+            check_origin({"name": "theirs"}, stored, channels)

@@ -145,7 +145,7 @@ def test_a_value_that_is_not_finite_is_found(tmp_path, flipped, value):
     assert faults(tmp_path) == [f"shard {tmp_path}/{SHARD}.tar, sample s0005 (number 1): its {which} is not finite"]
 
 
-def test_files_that_the_set_does_not_list_are_named(folder):
+def test_tars_and_indexes_that_the_set_does_not_list_are_named(folder):
     for name in ("extra.tar", f"extra{INDEX}", "notes.txt"):
         (folder / name).write_text("")
     assert stray_files(folder, LatentShards(folder).info) == [f"extra{INDEX}", "extra.tar"]

@@ -24,7 +24,7 @@ from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DATASET_FILE, DatasetInfo, Shard, ShardInfo, begin_set, end_set, shard_name
 from xar_scale.errors import ConfigError, DataError, UsageError, XarScaleError
 from xar_scale.files import sync_folder, write_atomically
-from xar_scale.tokenizers import Tokenizer
+from xar_scale.tokenizers import Tokenizer, check_origin
 
 PREFIX = "latents"
 WORK, PLAN, NOTE = ".encoding", "plan.json", "ended-rank-"
@@ -48,8 +48,9 @@ def encode_set(
 
     Returns the description of a whole set: to rank 0, and to any rank that finds it there; to others None. ``workers`` are
     processes that decode, ``max_bad`` the images that may be left out.
-    Raises UsageError where ``out`` holds a set, or part of one, that was made with other settings; DataError for a source
-    that is no set of images, and when more than ``max_bad`` are bad; ProcessError when a decoding process dies.
+    Raises UsageError where ``out`` holds a set, or part of one, that was made with other settings, or lies in the source;
+    DataError for a source that is no set of images, and when more than ``max_bad`` are bad; ProcessError when a decoding
+    process dies.
     """
     rank, world = dist.rank(), dist.world()
     if not 0 <= rank < world:
@@ -59,8 +60,11 @@ def encode_set(
     blank = np.zeros((1, tokenizer.image_channels, settings.size, settings.size), np.uint8)
     # refuses a size that does not fit, before all else
     _, channels, rows, columns = tokenizer.encode(blank, settings.dtype, strict=False).shape
+    check_origin(settings.tokenizer, tokenizer.stored, channels)
     if not Path(settings.source).is_dir():
         raise UsageError(f"no folder at {settings.source}")
+    if out.resolve().is_relative_to(Path(settings.source).resolve()):  # its folder would count as a class
+        raise UsageError(f"{out} is the source {settings.source}, or lies in it: write elsewhere")
     notes = _Notes(out, rank)
     with notes.left_behind():
         plan = _plan(out, settings, notes, watcher)

@@ -15,9 +15,10 @@ import numpy as np
 from xar_scale import rng
 from xar_scale.data.index import Index, Members, crc32_of, index_tar
 from xar_scale.data.processes import in_processes
-from xar_scale.data.shards import INDEX, DatasetInfo, Sample, ShardInfo, begin_set, end_set, npy_header
+from xar_scale.data.shards import DATASET_FILE, INDEX, DatasetInfo, Sample, ShardInfo, begin_set, end_set, npy_header
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import write_atomically
+from xar_scale.tokenizers import check_origin
 
 MAR_LATENT, MAR_FLIPPED = "moments", "moments_flip"  # arrays of a file of MAR's cache
 
@@ -36,15 +37,16 @@ def index_set(
     """Write an index for every tar in ``folder``, and the set's description. The tars stay as they are.
 
     Every array must be a .npy of the shape and type that the first one has. Raises DataError naming the shard and sample
-    that is not, UsageError where the folder holds a set already.
+    that is not, and what ``check_origin`` does; UsageError where the folder holds a set already.
     """
     if not folder.is_dir():
         raise UsageError(f"no folder at {folder}")
-    begin_set(folder)
+    begin_set(folder, f"to index its tars again, remove {DATASET_FILE} and *{INDEX}")  # the tars are the user's
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise DataError(f"no .tar in {folder}")
     shape, dtype = _first_array(tars[0], members, flipped)
+    check_origin(tokenizer, stored, shape[0])
     info = DatasetInfo(tokenizer, latent_scale, stored, shape, dtype, classes, flipped, members)
     shards = tuple(in_processes(partial(_index_shard, info), tars, processes))
     end_set(folder, info, shards)

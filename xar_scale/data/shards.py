@@ -25,6 +25,7 @@ from xar_scale.config import STRICT
 from xar_scale.data.index import Members, index_tar
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import make_folder, write_atomically
+from xar_scale.tokenizers import check_origin
 
 FORMAT = 2
 MAX_KEY = 80  # characters: with a member's ending it must fit the 100 of a tar header
@@ -141,10 +142,10 @@ class Shard:
         return ShardInfo(name, len(self), whole.nbytes, zlib.crc32(whole), zlib.crc32(index))
 
 
-def begin_set(folder: Path) -> None:
-    """Raises UsageError when the folder already holds a set, OSError where nothing can be written."""
+def begin_set(folder: Path, remedy: str = "remove it or write elsewhere") -> None:
+    """Raises UsageError, with the ``remedy``, when the folder already holds a set, OSError where nothing can be written."""
     if (folder / DATASET_FILE).exists():
-        raise UsageError(f"{folder} already holds a data set; remove it or write elsewhere")
+        raise UsageError(f"{folder} already holds a data set; {remedy}")
     make_folder(folder)
 
 
@@ -166,6 +167,7 @@ class ShardWriter:
         self.folder, self.info, self.prefix, self.samples_per_shard = Path(folder), info, prefix, samples_per_shard
         if samples_per_shard < 1:
             raise UsageError(f"a shard has at least 1 sample, not {samples_per_shard}")
+        check_origin(info.tokenizer, info.stored, info.shape[0])
         begin_set(self.folder)
         self.shards: list[ShardInfo] = []
         self._shard = Shard(info)

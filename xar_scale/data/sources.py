@@ -68,10 +68,10 @@ def _check_room(info: DatasetInfo, config: Config) -> None:
     a_window = data.window // min(shard.samples for shard in info.shards) + 2  # it may begin and end within a shard
     shards = min(2 * lanes * a_window, len(info.shards))
     largest = max(shard.bytes for shard in info.shards)
-    if shards * largest > data.cache_gb * 1e9:
+    if (needed := shards * largest / 1e9) > data.cache_gb:  # both are shown unrounded: what is shown will do
         raise ConfigError(
-            f"data.cache_gb is {data.cache_gb:g}, but two windows of {data.window} samples in each of a node's {lanes} lanes "
-            f"lie in up to {shards} shards of {largest / 1e6:.1f} MB: {shards * largest / 1e9:.1f} GB"
+            f"data.cache_gb is {data.cache_gb}, but two windows of {data.window} samples in each of a node's {lanes} lanes "
+            f"lie in up to {shards} shards of {largest / 1e6} MB: {needed} GB"
         )
 
 

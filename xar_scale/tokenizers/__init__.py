@@ -1,6 +1,7 @@
 """Image tokenizers, by name: each turns uint8 images into what a shard stores and latents back into images."""
 
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -10,8 +11,8 @@ import torch
 from numpy.typing import DTypeLike
 from torch import Tensor
 
-from xar_scale.errors import ConfigError, DataError
-from xar_scale.tokenizers.kl16 import KL16Tokenizer
+from xar_scale.errors import ConfigError, DataError, UsageError
+from xar_scale.tokenizers.kl16 import LATENT_CHANNELS, KL16Tokenizer
 from xar_scale.tokenizers.pixel import PixelTokenizer
 
 
@@ -71,3 +72,18 @@ def create_tokenizer(
     elif not settings.get("sha256"):
         raise DataError("the data set does not say which kl16 weights made it: its tokenizer has no sha256")
     return makers[name](**settings)
+
+
+def check_origin(description: dict[str, Any], stored: str, channels: int) -> None:
+    """Whether a set that is to be made can be drawn from again: one of ``stored`` arrays of ``channels``.
+
+    Raises UsageError where it is kl16's and does not say of which weights, DataError for channels that kl16 has not.
+    """
+    if description.get("name") != KL16Tokenizer.name:
+        return
+    sha256 = description.get("sha256")
+    if not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
+        raise UsageError(f"tokenizer kl16: its weights' sha256 {sha256!r} is not 64 lower-case hexadecimal digits")
+    made = 2 * LATENT_CHANNELS if stored == "moments" else LATENT_CHANNELS
+    if channels != made:
+        raise DataError(f"tokenizer kl16: its {stored} have {made} channels, not {channels}")
