@@ -114,7 +114,7 @@ def _mode(mode: str, machine: Machine) -> Mode:
         with matmul_mode(mode):
             tflops = f"{_teraflops(mode, machine.device):.3g}"
             finding = judge(mode, _error(mode, machine.device), machine)
-        engines = "single, fsdp2" if precision.scaled else "single, fsdp2, deepspeed"
+        engines = "single, ddp, fsdp2" if precision.scaled else "single, ddp, fsdp2, deepspeed"
         if precision.scaled:
             finding += "; deepspeed refused: its ranks disagree on skipping a step, and its loss scale never backs off"
     attention = _attention(machine.device, precision.compute)

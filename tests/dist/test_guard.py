@@ -42,7 +42,9 @@ class Run:
         self.path = folder / f"{engine}-{name}"
         words = ["train", "--recipe", "digits", "--run-dir", str(self.path), f"data.path={folder / 'data'}"]
         words += [*SETTINGS, f"train.engine={engine}", "train.precision=bf16", *more]
-        self.ended: Ended = launch(world, ["-m", "tests.injected", json.dumps(faults), *words], folder / "logs" / self.path.name)
+        self.ended: Ended = launch(
+            world, ["-m", "tests.injected", json.dumps(faults), *words], folder / "logs" / self.path.name
+        )
         self.log = self.ended.outputs[0]
 
     @property
@@ -144,8 +146,9 @@ def test_a_fault_of_bf16_alone_is_outlived_in_tf32(runs, engine):
     assert run.metrics("loss")[:6] == undisturbed.metrics("loss")[:6] != exact.metrics("loss")[:6]
 
 
-def test_fp16_that_overflows_for_real_goes_on_in_tf32(runs):
-    run, exact = runs("fp16", "fsdp2"), runs("exact with fp16's overflow", "fsdp2")
+@pytest.mark.parametrize("engine", ["fsdp2", "ddp"])
+def test_fp16_that_overflows_for_real_goes_on_in_tf32(runs, engine):
+    run, exact = runs("fp16", engine), runs("exact with fp16's overflow", engine)
     assert run.ended.codes == [0, 0] == exact.ended.codes, run.ended.text
     assert run.metrics("precision") == ["fp16"] * 6 + ["tf32"] * 4 + ["fp16"] * 6
     assert exact.reports == []
@@ -245,7 +248,9 @@ def rungs(report: dict) -> list[str]:
     words, modes = [], [attempt["mode"] for attempt in report["attempts"]]
     for mode, following, attempt in zip(modes, [*modes[1:], None], report["attempts"], strict=True):
         retried = "again" if following == mode else "in TF32"
-        words.append({"retry": retried, "roll back": "back", "step": "", "quarantine": "samples out"}.get(attempt["action"], "stop"))
+        words.append(
+            {"retry": retried, "roll back": "back", "step": "", "quarantine": "samples out"}.get(attempt["action"], "stop")
+        )
     return list(filter(None, words))
 
 

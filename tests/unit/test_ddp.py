@@ -116,6 +116,9 @@ def test_four_ranks_own_all_of_it_once_and_as_much_each(four_ranks):
             assert shard.master.numel() == 0 or shard.master.data_ptr() == whole_one[shard.start :].data_ptr()
             owned.setdefault(shard.name, []).append((shard.start, shard.stop))
         sizes = {name: math.prod(shape) for name, shape in engine.shapes.items()}
+        assert engine.owned.start % 64 == 0 and all(
+            part.numel() for group in engine.optimizer.param_groups for part in group["params"]
+        )
         assert engine.owned == slice(rank * len(engine._weights) // 4, (rank + 1) * len(engine._weights) // 4)
         torch.distributed.destroy_process_group()
     assert {name: sum(stop - start for start, stop in parts) for name, parts in owned.items()} == sizes
@@ -159,6 +162,8 @@ def test_passes_that_are_played_train_as_others_do():
             engine.step(1e-2, expected)
     assert played._graphs.recorded.keys() == {whole.FIRST, whole.ADDED}
     assert_same(played, other)
+    played.shards_written(4)
+    assert played._graphs is None  # as a GPU lets go of its records
 
 
 def test_it_has_no_neighbours_that_share_a_copy():

@@ -40,7 +40,7 @@ def test_a_cpu_has_no_tf32_and_says_so(rows):
 
 def test_deepspeed_takes_all_but_fp16(rows):
     assert {mode for mode, row in rows.items() if "deepspeed" in row.engines} == {"bf16", "tf32", "fp32"}
-    assert all("single, fsdp2" in row.engines for row in rows.values())
+    assert all("single, ddp, fsdp2" in row.engines for row in rows.values())
     assert "deepspeed refused: its ranks disagree on skipping a step" in rows["fp16"].finding
 
 

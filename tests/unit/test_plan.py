@@ -259,6 +259,7 @@ def test_the_parts_of_a_step_add_up():
     [
         ({}, "compute"),
         ({"communication": 8}, "communication"),
+        ({"exposed": 5.5}, "communication"),
         ({"host": 6}, "copies to the host"),
         ({"launches": 6}, "launches of the host"),
         ({"data": 9}, "data"),

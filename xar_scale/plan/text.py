@@ -158,9 +158,10 @@ def _chosen(found: Search) -> str:
 
 def _why(found: Search, best: Fitting) -> str:
     time = best.time
-    beside = {"compute": time.compute, "communication": time.communication - time.exposed, "copies to the host": time.host}
-    beside["launches of the host"] = time.launches
-    bound = "data" if time.total == time.data else max(beside, key=beside.__getitem__)
+    sent = max(time.communication - time.exposed, time.exposed)  # beside the rest, or alone
+    parts = {"compute": time.compute, "communication": sent, "copies to the host": time.host}
+    parts["launches of the host"] = time.launches
+    bound = "data" if time.total == time.data else max(parts, key=parts.__getitem__)
     # what comes before it in this order does not fit
     places = [way.config for way in found.ways].index(best.config)
     same = [way.config for way in found.ways[places:] if way.speed == best.speed]

@@ -29,7 +29,7 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     if MODES[train.precision].scaled:
         raise ConfigError(
             f"train.precision {train.precision} needs a loss scale, and DeepSpeed's does not work under ZeRO with autocast: "
-            "ranks disagree on which steps to skip, and the scale never backs off; use train.engine=fsdp2 or single"
+            "ranks disagree on which steps to skip, and the scale never backs off; use train.engine=ddp, fsdp2 or single"
         )
     settings = read_settings(path)
     micro, passes = micro_batches(train, world)
