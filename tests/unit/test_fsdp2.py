@@ -45,6 +45,15 @@ def state(engine: Engine) -> list[torch.Tensor]:
     return [tensor.clone() for shard in engine.shards() for tensor in (shard.master, shard.exp_avg, shard.exp_avg_sq)]
 
 
+def take_over(engine: Engine, trained: Engine, steps: int) -> None:
+    """The state of an engine that has taken ``steps``."""
+    with torch.no_grad():
+        for shard, wanted in zip(engine.shards(), trained.shards(), strict=True):
+            for tensor, value in zip(shard[4:], wanted[4:], strict=True):
+                tensor.copy_(value)
+    engine.shards_written(steps)
+
+
 def engine_in(precision: str, engine: str = "fsdp2") -> Engine:
     return engine_of(f"train.precision={precision}", f"train.engine={engine}")
 
@@ -75,11 +84,7 @@ def test_what_is_written_to_its_shards_is_trained_on_from_there():
     trained, engine = engine_in("fp32"), engine_in("fp32")
     losses(trained, 0, 1, 2)
     engine.losses(random_batch(0))
-    with torch.no_grad():
-        for shard, wanted in zip(engine.shards(), trained.shards(), strict=True):
-            for tensor, value in zip(shard[4:], wanted[4:], strict=True):
-                tensor.copy_(value)
-    engine.shards_written(3)
+    take_over(engine, trained, 3)
     assert losses(engine, 3) == losses(trained, 3)
     assert all(torch.equal(one, other) for one, other in zip(state(engine), state(trained), strict=True))
 
