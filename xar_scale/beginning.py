@@ -12,8 +12,8 @@ from typing_extensions import Self
 from xar_scale import dist
 from xar_scale.checkpoint.initialise import Initialisation
 from xar_scale.checkpoint.interop import open_source
-from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid, verify
-from xar_scale.checkpoint.mirror import Mirror, newest_valid_of
+from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid, open_checkpoint, verify
+from xar_scale.checkpoint.mirror import Check, Mirror, newest_valid_of
 from xar_scale.checkpoint.reshard.writer import verify as verify_source
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config
@@ -126,11 +126,20 @@ def first_weights(model: XAR, config: Config, checkpoint: Checkpoint | None) -> 
             yield initial_weights(model, config.train.seed, found.value)
 
 
-def find_checkpoint(run: Path, resume: str, mirror: Mirror | None) -> Checkpoint | None:
+def find_checkpoint(run: Path, resume: str, mirror: Mirror | None, check: Check) -> Checkpoint | None:
+    """What the run goes on from; none: it begins. What ``check`` refuses, or a run that begins and cannot be copied, leaves
+    nothing in ``run``.
+    """
     if resume == "auto":
-        return newest_valid_of(run, mirror) if mirror else newest_valid(run)
-    if dist.on_rank_0(lambda: bool(checkpoint_paths(run) or (mirror and mirror.steps()))):
+        checkpoint = newest_valid_of(run, mirror, check) if mirror else newest_valid(run)
+    elif dist.on_rank_0(lambda: bool(checkpoint_paths(run) or (mirror and mirror.steps()))):
         advice = "use --resume auto to go on, or another --run-dir" if resume == "none" else "a new --run-dir is needed"
         where = f"{run} or its copy {mirror.url}" if mirror else run
         raise UsageError(f"{where} holds checkpoints already, --resume is {resume}: {advice}")
-    return None if resume == "none" else dist.together(lambda: verify(Path(resume)))
+    else:
+        checkpoint = None if resume == "none" else open_checkpoint(Path(resume))
+    if checkpoint is not None:
+        dist.together(lambda: check(checkpoint))
+    if mirror is not None and (checkpoint is None or resume != "auto"):  # one that is under way does without a silent store
+        dist.on_rank_0(mirror.try_out)
+    return checkpoint

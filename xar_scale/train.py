@@ -61,9 +61,7 @@ def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.d
     if len({*dist.gather_objects(dataset.shards.info.fingerprint)}) > 1:
         raise DataError(f"{config.data.path} is not the same data set on all ranks")
     mirror = dist.together(lambda: Mirror(config.train.upload)) if config.train.upload else None
-    checkpoint = find_checkpoint(run, resume, mirror)
-    if checkpoint is not None:
-        dist.together(lambda: check_continues(checkpoint, config, dataset.shards.info))
+    checkpoint = find_checkpoint(run, resume, mirror, lambda found: check_continues(found, config, dataset.shards.info))
     start = 0 if checkpoint is None else checkpoint.manifest.step
     bad = BadSamples(config.data.max_bad_samples, [] if checkpoint is None else checkpoint.manifest.bad_samples)
 
@@ -141,7 +139,7 @@ class Training:
             self.watchdog.begin(step)
             step = self._advance(step)
         self.watchdog.rest()
-        self.store.finish()
+        self.store.finish(stopped=self.ending is not None)
         self.stops.obeyed()
         if self.ending is not None:
             raise self.ending

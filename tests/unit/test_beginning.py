@@ -13,10 +13,11 @@ import pytest
 from tests.processes import environment
 from tests.unit.foreign_checkpoints import reshard
 from tests.unit.tiny_run import CONFIG, Run
-from xar_scale import beginning
+from xar_scale import background, beginning
 from xar_scale.beginning import RunLock, first_weights
 from xar_scale.checkpoint.load import check_continues
-from xar_scale.checkpoint.manifest import read_manifest
+from xar_scale.checkpoint.manifest import newest_valid, read_manifest
+from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.cli import main
 from xar_scale.config import override
 from xar_scale.errors import ConfigError, DataError, FileError, PreemptedError, StoppedError
@@ -92,6 +93,61 @@ def test_what_a_run_that_is_ending_still_writes_is_gone_on_from(tmp_path, monkey
         assert main([*words, "train.steps=5"]) == 0
     assert "step-00000004 at step 4" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("damaged*")] == []
+
+
+@pytest.fixture
+def train(folder, tmp_path):
+    """Words that train two steps, in ``run``."""
+    steps = ["train.steps=2", "train.checkpoint_every=2", "data.workers=0", "optim.warmup_steps=1"]
+    return ["train", "--recipe", "digits", "--run-dir", str(tmp_path / "run"), f"data.path={folder / 'data'}", *steps, *SMALL]
+
+
+def test_where_a_new_run_s_copies_cannot_be_is_known_before_it_begins(train, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    to = f"train.upload=file://{tmp_path / 'file'}/copy"
+    assert main(train) == 0
+    for more in ([], ["--resume", str(tmp_path / "run")]):
+        assert main([*train, to, "train.steps=3", "--run-dir", str(tmp_path / "new"), *more]) == 74
+        assert f"file://{tmp_path / 'file'}/copy/checkpoints cannot be written: NotADirectory" in capsys.readouterr().err
+        assert not (tmp_path / "new").exists()
+    monkeypatch.setattr(background.time, "sleep", lambda seconds: None)
+    assert main([*train, to, "train.steps=3"]) == 74  # what is under way goes on
+    assert newest_valid(tmp_path / "run").manifest.step == 3
+
+
+def test_another_run_s_copies_leave_nothing_in_a_run_s_folder(train, tmp_path, capsys):
+    other, own = (f"train.upload=file://{tmp_path / name}" for name in ("other", "own"))
+    assert main([*train, other]) == 0
+    shutil.rmtree(tmp_path / "run")
+    capsys.readouterr()
+    assert main([*train, other, "model.width=32"]) == 78
+    said = f"{other.replace('=', ' ')}: model.width is 32, checkpoint step-00000002 was made with 16: it would not continue"
+    assert capsys.readouterr().err == f"xar-scale: {said}\n" and not (tmp_path / "run").exists()
+    assert main([*train, own, "model.width=32"]) == 0
+
+
+def test_a_run_that_is_stopped_ends_as_that_though_it_cannot_be_copied(train, tmp_path, capsys, monkeypatch):
+    def upload(*_):
+        raise FileError("refused")
+
+    monkeypatch.setattr(Mirror, "upload", upload)
+    monkeypatch.setattr(background.time, "sleep", lambda seconds: None)
+    to = f"train.upload=file://{tmp_path / 'copy'}"
+    assert main([*train, to, "--stop-after", "0s"]) == 76
+    assert "given up after 6 attempts: refused" in capsys.readouterr().out
+    assert main([*train, to]) == 74  # it has come to its end, and nothing would make that copy
+
+
+def test_a_new_run_goes_on_from_the_newest_valid_checkpoint_of_another(train, tmp_path, capsys):
+    more = ["train.checkpoint_every=1", "train.steps=3"]
+    assert main([*train, *more]) == 0
+    next((tmp_path / "run" / "checkpoints" / "step-00000003").glob("*.safetensors")).write_bytes(b"")
+    assert main([*train, *more, "--run-dir", str(tmp_path / "new"), "--resume", str(tmp_path / "run")]) == 0
+    assert f"resumed from {tmp_path / 'run' / 'checkpoints' / 'step-00000002'}" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000002")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000003")
+    assert main([*train, "--run-dir", str(tmp_path / "newer"), "--resume", str(tmp_path / "run")]) == 64
+    assert f"no checkpoint in {tmp_path / 'run'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, StoppedError), (signal.SIGUSR2, PreemptedError)])

@@ -1,5 +1,7 @@
 """A copy of a run's checkpoints in an object store: complete or not there, kept as the run keeps its own, and gone on from."""
 
+import errno
+import os
 import shutil
 import threading
 import time
@@ -12,7 +14,7 @@ import pytest
 from tests.unit.test_saving import poll_until
 from tests.unit.tiny_run import Run
 from xar_scale import background
-from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid
+from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid
 from xar_scale.checkpoint.mirror import Mirror, newest_valid_of
 from xar_scale.errors import ConfigError, DataError, FileError
 
@@ -69,6 +71,10 @@ def trained(folder: Path, url: str, steps: int = 3, **settings) -> Run:
     return run
 
 
+def gone_on_from(folder: Path, url: str) -> Checkpoint | None:
+    return newest_valid_of(folder, Mirror(url), lambda found: None)
+
+
 def test_what_is_written_is_copied_and_kept_as_the_run_keeps_its_own(store, bucket, tmp_path, capsys):
     run = trained(tmp_path, bucket, 5, keep_last=2, keep_every=2)
     assert objects(store, bucket) == copied([2, 4, 5])
@@ -80,7 +86,7 @@ def test_what_is_written_is_copied_and_kept_as_the_run_keeps_its_own(store, buck
 def test_a_run_that_has_lost_its_folder_goes_on_from_the_copy(bucket, tmp_path):
     run = trained(tmp_path / "lost", bucket)
     shutil.move(tmp_path / "lost", tmp_path / "kept")
-    checkpoint = newest_valid_of(tmp_path / "lost", Mirror(bucket))
+    checkpoint = gone_on_from(tmp_path / "lost", bucket)
     assert checkpoint.path == run.store.newest
     for path in (tmp_path / "kept" / "checkpoints" / checkpoint.path.name).iterdir():
         assert path.read_bytes() == (checkpoint.path / path.name).read_bytes()
@@ -90,14 +96,14 @@ def test_a_run_that_has_lost_its_folder_goes_on_from_the_copy(bucket, tmp_path):
 def test_what_the_run_has_itself_is_not_fetched(store, bucket, tmp_path):
     run = trained(tmp_path, bucket)
     store.gets.clear()
-    assert newest_valid_of(tmp_path, Mirror(bucket)).path == run.store.newest
+    assert gone_on_from(tmp_path, bucket).path == run.store.newest
     assert sum(store.gets.values()) == 0
 
 
 def test_the_copy_stands_in_for_what_is_damaged(bucket, tmp_path):
     run = trained(tmp_path, bucket)
     (run.store.newest / FILES[1]).write_bytes(b"")
-    assert newest_valid_of(tmp_path, Mirror(bucket)).path == run.store.newest
+    assert gone_on_from(tmp_path, bucket).path == run.store.newest
     assert (tmp_path / "checkpoints" / f"damaged-{run.store.newest.name}").is_dir()
 
 
@@ -106,12 +112,12 @@ def test_a_copy_that_is_damaged_or_not_complete_gives_way_to_the_one_before(stor
     trained(tmp_path / "lost", bucket, keep_last=3)
     spoil(store, bucket, f"step-00000003/{file}")
     store.delete(bucket, f"checkpoints/step-00000002/{FILES[0]}")  # as if it had been cut short
-    found = newest_valid_of(tmp_path / "new", Mirror(bucket))
+    found = gone_on_from(tmp_path / "new", bucket)
     assert found.path.name == "step-00000001"
     assert file in capsys.readouterr().out
     spoil(store, bucket, f"step-00000001/{file}")
     with pytest.raises(DataError, match=file):
-        newest_valid_of(tmp_path / "newer", Mirror(bucket))
+        gone_on_from(tmp_path / "newer", bucket)
 
 
 def test_a_store_that_does_not_answer_is_an_error_unless_the_run_has_its_own(bucket, tmp_path, capsys, monkeypatch):
@@ -121,10 +127,10 @@ def test_a_store_that_does_not_answer_is_an_error_unless_the_run_has_its_own(buc
         raise TimeoutError
 
     monkeypatch.setattr(fsspec.url_to_fs(bucket)[0], "glob", silent)
-    assert newest_valid_of(tmp_path, Mirror(bucket)).path == run.store.newest
+    assert gone_on_from(tmp_path, bucket).path == run.store.newest
     assert f"{bucket}/checkpoints cannot be listed: TimeoutError: no more was said; going on with" in capsys.readouterr().out
     with pytest.raises(FileError, match="cannot be listed"):
-        newest_valid_of(tmp_path / "new", Mirror(bucket))
+        gone_on_from(tmp_path / "new", bucket)
 
 
 def test_a_copy_that_fails_is_tried_again_while_training_goes_on(store, bucket, tmp_path, capsys, monkeypatch):
@@ -199,7 +205,7 @@ def test_what_is_left_of_a_fetch_that_was_cut_short_is_in_nobodys_way(bucket, tm
     left = tmp_path / "new" / "checkpoints" / ".step-00000001.tmp"
     left.mkdir(parents=True)
     (left / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"of more ranks")
-    found = newest_valid_of(tmp_path / "new", Mirror(bucket))
+    found = gone_on_from(tmp_path / "new", bucket)
     assert found.path.name == run.store.newest.name and sorted(path.name for path in found.path.iterdir()) == FILES
 
 
@@ -225,6 +231,25 @@ def test_the_end_of_a_run_waits_for_the_copy_and_says_when_there_is_none(bucket,
     with pytest.raises(FileError, match=r"copy of .*: given up after 6 attempts: s3://.*-not-there/run/.* cannot be written"):
         run.store.finish()
     assert newest_valid(tmp_path).manifest.step == 1
+
+
+def test_a_run_that_is_stopped_does_without_the_copy_and_not_without_the_checkpoint(bucket, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(background.time, "sleep", lambda seconds: None)
+    run = Run(tmp_path, mirror=Mirror(f"{bucket.rsplit('/', 2)[0]}-that-is-not-there/run"))
+    run.train()
+    run.store.save(run.manifest())
+    run.store.finish(stopped=True)
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"copy of checkpoint {run.store.newest} ") and "given up after 6 attempts" in said
+
+    def full(path, _parts):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("xar_scale.checkpoint.store.write_file", full)
+    run.train()
+    run.store.save(run.manifest())
+    with pytest.raises(FileError, match=r"^checkpoint .*step-00000002: given up after 6 attempts"):
+        run.store.finish(stopped=True)
 
 
 def test_one_that_is_being_copied_is_not_dropped_and_the_newest_comes_next(store, bucket, tmp_path, gate):
@@ -261,7 +286,7 @@ def test_a_step_that_is_taken_again_replaces_its_copy(store, bucket, tmp_path):
     run.step = 2
     run.save()
     assert objects(store, bucket) == copied([1, 2])
-    fetched = newest_valid_of(tmp_path / "new", Mirror(bucket))
+    fetched = gone_on_from(tmp_path / "new", bucket)
     assert fetched.manifest.files == newest_valid(tmp_path).manifest.files
 
 
@@ -271,6 +296,38 @@ def test_any_url_that_fsspec_opens_will_do_and_no_other(tmp_path):
     assert run.store.newest.name == "step-00000001"
     with pytest.raises(ConfigError, match=r"train.upload nosuch://x/y cannot be opened: .*nosuch"):
         Mirror("nosuch://x/y")
+    for path in ("s3:/bucket/x", "backup/x", str(tmp_path)):
+        with pytest.raises(ConfigError, match=f"train.upload {path} is no URL, such as s3://bucket/runs/h"):
+            Mirror(path)
+
+
+def test_a_place_is_tried_out_and_nothing_is_left_there(store, bucket, tmp_path, monkeypatch):
+    Mirror(bucket).try_out()
+    Mirror(f"file://{tmp_path}/copy").try_out()
+    assert objects(store, bucket) == [] and not [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
+    (tmp_path / "file").touch()
+    missing = f"{bucket.rsplit('/', 2)[0]}-that-is-not-there/run"
+    for url, said in ((f"file://{tmp_path}/file/x", "NotADirectory"), ("file:///proc/nope", "FileNotFound"), (missing, "File")):
+        with pytest.raises(FileError, match=f"{url}/checkpoints cannot be written: {said}"):
+            Mirror(url).try_out()
+
+    def forbidden(*_arguments, **_options):
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(fsspec.url_to_fs(bucket)[0], "pipe_file", forbidden)
+    with pytest.raises(FileError, match=f"{bucket}/checkpoints cannot be written: PermissionError: Access Denied"):
+        Mirror(bucket).try_out()
+
+
+def test_what_the_run_cannot_go_on_from_is_not_fetched(bucket, tmp_path, capsys):
+    trained(tmp_path / "other", bucket)
+
+    def refuse(found: Checkpoint) -> None:
+        raise ConfigError(f"{found.path} has taken {found.manifest.step}")
+
+    with pytest.raises(ConfigError, match=f"train.upload {bucket}: step-00000003 has taken 3"):
+        newest_valid_of(tmp_path / "new", Mirror(bucket), refuse)
+    assert not (tmp_path / "new").exists() and "fetching" not in capsys.readouterr().out
 
 
 def test_a_run_that_has_gone_back_keeps_its_new_copies_and_drops_those_of_the_course_it_left(store, bucket, tmp_path):
@@ -299,6 +356,26 @@ def test_at_the_end_the_newest_is_copied_though_one_before_it_could_not_be(bucke
     run.train()
     run.save()
     assert Mirror(bucket).steps() == [2]
+
+
+def test_at_the_end_a_copy_that_a_newer_one_waits_for_is_not_tried_again(bucket, tmp_path, monkeypatch, gate):
+    gated, pauses, failures = Mirror.upload, [], [FileError("refused")]
+
+    def upload(*arguments):
+        gated(*arguments)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr(Mirror, "upload", upload)
+    run = Run(tmp_path, mirror=Mirror(bucket))
+    for step in (1, 2):
+        run.train()
+        run.store.save(run.manifest())
+        poll_until(run, lambda step=step: run.store.newest and run.store.newest.name.endswith(str(step)))
+    monkeypatch.setattr(background.time, "sleep", pauses.append)
+    gate.set()
+    run.store.finish()
+    assert pauses == [] and Mirror(bucket).steps() == [2]
 
 
 def test_however_often_a_copy_failed_before_the_end_gives_it_six_attempts(bucket, tmp_path, monkeypatch):

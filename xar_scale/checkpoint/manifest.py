@@ -105,11 +105,20 @@ def read_manifest(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise UsageError(f"no checkpoint at {path}")
     try:
-        values = json.loads((path / MANIFEST).read_text())
+        content = (path / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"checkpoint {path} has no {MANIFEST}") from None
+    return Checkpoint(path, parse_manifest(content, path))
+
+
+def parse_manifest(content: bytes, place: Path | str) -> Manifest:
+    """Of the checkpoint at ``place``. Raises DataError when it is torn, changed or of another format."""
+    try:
+        values = json.loads(content)
         if values["format"] != FORMAT:
-            raise DataError(f"checkpoint {path} is of format {values['format']}, this version reads {FORMAT}")
+            raise DataError(f"checkpoint {place} is of format {values['format']}, this version reads {FORMAT}")
         if values.pop("sha256") != _digest(values):
-            raise DataError(f"checkpoint {path}: {MANIFEST} is torn or changed")
+            raise DataError(f"checkpoint {place}: {MANIFEST} is torn or changed")
         typed = {
             "position": Position(*values["position"]),
             "guard": GuardState.from_dict(values["guard"]),
@@ -117,11 +126,9 @@ def read_manifest(path: Path) -> Checkpoint:
             "shapes": {name: our_shape(name, shape) for name, shape in values["shapes"].items()},
             "files": {name: Fingerprint(**entry) for name, entry in values["files"].items()},
         }
-        return Checkpoint(path, Manifest(**(values | typed)))
-    except FileNotFoundError:
-        raise DataError(f"checkpoint {path} has no {MANIFEST}") from None
+        return Manifest(**(values | typed))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"checkpoint {path}: {MANIFEST} is torn or changed") from None
+        raise DataError(f"checkpoint {place}: {MANIFEST} is torn or changed") from None
 
 
 def verify(path: Path) -> Checkpoint:
@@ -153,6 +160,19 @@ def newest_valid(run: Path) -> Checkpoint | None:
     if paths:
         raise DataError(f"none of the {len(paths)} checkpoints in {run / FOLDER} is valid; another --run-dir starts anew")
     return None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """A run's newest valid checkpoint, or one by its own folder. Every rank calls this, and checks a share of the files.
+
+    Raises UsageError when there is none, DataError when none is valid.
+    """
+    if not (path / FOLDER).is_dir():
+        return dist.together(lambda: verify(path))
+    newest = newest_valid(path)
+    if newest is None:
+        raise UsageError(f"no checkpoint in {path}")
+    return newest
 
 
 def _digest(values: dict[str, Any]) -> str:

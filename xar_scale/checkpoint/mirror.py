@@ -14,22 +14,27 @@ from xar_scale.checkpoint.manifest import (
     FOLDER,
     MANIFEST,
     Checkpoint,
+    Manifest,
     checkpoint_name,
     newest_valid,
-    read_manifest,
+    parse_manifest,
     verify,
 )
 from xar_scale.errors import ConfigError, DataError, FileError, XarScaleError
 from xar_scale.files import free_name, sync_folder
 
 T = TypeVar("T")
+Check = Callable[[Checkpoint], None]  # raises ConfigError where a run cannot go on from it
+TRIED = "tried"  # a file, for a moment
 
 
 class Mirror:
     """``URL/checkpoints/step-.../``, of whatever fsspec opens. All methods raise FileError that names the URL."""
 
     def __init__(self, url: str) -> None:
-        """Raises ConfigError where no installed library speaks the URL's protocol."""
+        """Raises ConfigError where it is no URL, or no installed library speaks its protocol."""
+        if "://" not in url:  # fsspec would take it for a path
+            raise ConfigError(f"train.upload {url} is no URL, such as s3://bucket/runs/h or file:///backup/runs/h")
         self.url = url.rstrip("/")
         try:
             fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
@@ -46,18 +51,31 @@ class Mirror:
 
         return self._do("listed", "", found)
 
+    def try_out(self) -> None:
+        """Write a file and remove it: before the work whose copies are to be there."""
+
+        def try_out(system: fsspec.AbstractFileSystem, root: str) -> None:
+            _make_folder(system, root)
+            system.pipe_file(f"{root}/{TRIED}", b"tried")
+            system.rm_file(f"{root}/{TRIED}")
+
+        self._do("written", "", try_out)
+
     def upload(self, folder: Path, names: Iterable[str]) -> None:
         """Files of the checkpoint ``folder``."""
 
         def put(system: fsspec.AbstractFileSystem, root: str) -> None:
-            bucket, *_ = root.split("/")
-            if bucket and not system.exists(bucket):  # or it would be made: a misspelt one too
-                raise FileNotFoundError(f"{bucket} does not exist")
-            system.makedirs(root, exist_ok=True)
+            _make_folder(system, root)
             for name in names:
                 system.put_file(str(folder / name), f"{root}/{name}")
 
         self._do("written", folder.name, put)
+
+    def manifest(self, step: int) -> Manifest:
+        """Of the checkpoint of ``step``. Raises DataError where it is not as it was written."""
+        name = checkpoint_name(step)
+        content = self._do("read", name, lambda system, root: bytes(system.cat_file(f"{root}/{MANIFEST}")))
+        return parse_manifest(content, f"{self.url}/{FOLDER}/{name}")
 
     def download(self, step: int, names: Iterable[str], folder: Path) -> None:
         """Files of the checkpoint of ``step``, into ``folder``."""
@@ -90,8 +108,16 @@ class Mirror:
             raise FileError(f"{url} cannot be {what}: {said}") from None
 
 
-def newest_valid_of(run: Path, mirror: Mirror) -> Checkpoint | None:
-    """The newest valid checkpoint of ``run``, or a newer one of the mirror, which is fetched to the run's folder first.
+def _make_folder(system: fsspec.AbstractFileSystem, root: str) -> None:
+    bucket, *_ = root.split("/")
+    if bucket and not system.exists(bucket):  # or it would be made: a misspelt one too
+        raise FileNotFoundError(f"{bucket} does not exist")
+    system.makedirs(root, exist_ok=True)
+
+
+def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | None:
+    """The newest valid checkpoint of ``run``, or a newer one of the mirror, which is fetched to the run's folder first, unless
+    ``check`` refuses it: then nothing is.
 
     Every rank calls this. Raises DataError where there are some and none is valid. A mirror that does not answer is reported,
     and raises FileError where the run's folder has none.
@@ -113,7 +139,7 @@ def newest_valid_of(run: Path, mirror: Mirror) -> Checkpoint | None:
         if local is not None and step <= local.manifest.step:
             break
         try:
-            return _fetch(mirror, step, run)
+            return _fetch(mirror, step, run, check)
         except (DataError, FileError) as error:
             dist.say(f"{error}; trying the checkpoint before it")
             damaged = error
@@ -122,16 +148,20 @@ def newest_valid_of(run: Path, mirror: Mirror) -> Checkpoint | None:
     return local
 
 
-def _fetch(mirror: Mirror, step: int, run: Path) -> Checkpoint:
+def _fetch(mirror: Mirror, step: int, run: Path, check: Check) -> Checkpoint:
     """Each rank fetches a share of the files."""
     final = run / FOLDER / checkpoint_name(step)
     temporary = final.with_name(f".{final.name}.tmp")
 
     def begin() -> list[str]:
+        manifest = mirror.manifest(step)
+        try:
+            check(Checkpoint(Path(final.name), manifest))
+        except ConfigError as error:
+            raise ConfigError(f"train.upload {mirror.url}: {error}") from None
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        mirror.download(step, [MANIFEST], temporary)
-        return list(read_manifest(temporary).manifest.files)
+        return [MANIFEST, *manifest.files]
 
     def publish() -> None:
         if final.exists():  # damaged, or it would not be fetched
@@ -139,8 +169,8 @@ def _fetch(mirror: Mirror, step: int, run: Path) -> Checkpoint:
         temporary.rename(final)
         sync_folder(final.parent)
 
-    dist.say(f"fetching {final.name} from {mirror.url}")
     names = dist.on_rank_0(begin)
+    dist.say(f"fetching {final.name} from {mirror.url}")
     dist.together(lambda: mirror.download(step, dist.mine(names), temporary))
     checkpoint = dist.together(lambda: verify(temporary))
     dist.on_rank_0(publish)

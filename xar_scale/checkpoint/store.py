@@ -122,21 +122,28 @@ class Store:
                 self._uploaded = None
         self._upload_next()
 
-    def finish(self) -> None:
-        """Wait until what is under way is done. Raises FileError when that cannot be."""
-        failure = None
+    def finish(self, *, stopped: bool = False) -> None:
+        """Wait until what is under way is done. Raises FileError when that cannot be.
+
+        A copy that cannot be made is only said where the run is ``stopped`` before its end: it goes on from its own checkpoint.
+        """
+        failed: list[Background] = []
         if (work := self._writing) is not None and not self._written(ATTEMPTS_AT_THE_END):
-            failure = work
+            failed.append(work)
         while True:  # what is under way, and the newest one
             self._upload_next()
-            if (work := self._uploading) is None or work.settle(ATTEMPTS_AT_THE_END):
+            last = self._to_upload is None  # else what is under way gives way to it
+            if (work := self._uploading) is None or work.settle(ATTEMPTS_AT_THE_END if last else 1):
                 self._uploading = self._uploaded = None
-            elif self._to_upload is None:
-                failure = failure or work
-            if self._to_upload is None:
+            elif last:
+                failed.append(work)
+            if last:
                 break
-        if failure is not None:
-            raise FileError(f"{failure.name}: given up after {failure.attempts} attempts: {failure.error}")
+        for work in failed:
+            given_up = f"{work.name}: given up after {work.attempts} attempts: {work.error}"
+            if not (stopped and work is self._uploading):
+                raise FileError(given_up)
+            dist.say(given_up)
 
     def go_back(self, step: int) -> None:
         """The run goes on from ``step``: what is of later steps is not written or copied any more, and does not count."""

@@ -10,7 +10,7 @@ from xar_scale import dist
 from xar_scale.checkpoint.files import fingerprint
 from xar_scale.checkpoint.interop import Source, open_source
 from xar_scale.checkpoint.interop.pretrained import config_of, preset_of
-from xar_scale.checkpoint.manifest import FOLDER, MANIFEST, Manifest, newest_valid, verify
+from xar_scale.checkpoint.manifest import FOLDER, MANIFEST, Checkpoint, open_checkpoint
 from xar_scale.checkpoint.reshard.writer import verify as verify_source
 from xar_scale.config import Config, KernelConfig, ModelConfig, SampleConfig, override, validated
 from xar_scale.errors import ConfigError, UsageError
@@ -57,13 +57,8 @@ def open_trained(path: Path, overrides: list[str]) -> Trained:
     """
     if wrong := [word for word in overrides if not word.startswith(SECTIONS)]:
         raise UsageError(f"{wrong[0]}: only {'* and '.join(SECTIONS)}* can be changed when images are drawn")
-    if is_run(path):
-        newest = newest_valid(path)
-        if newest is None:
-            raise UsageError(f"no checkpoint in {path}")
-        return _of_run(newest.path, newest.manifest, overrides)
-    if (path / MANIFEST).is_file():
-        return _of_run(path, dist.together(lambda: verify(path)).manifest, overrides)
+    if is_run(path) or (path / MANIFEST).is_file():
+        return _of_run(open_checkpoint(path), overrides)
     trained = dist.together(lambda: _published(path, overrides))
 
     def hashed() -> tuple[str, str]:
@@ -75,7 +70,8 @@ def open_trained(path: Path, overrides: list[str]) -> Trained:
     return replace(trained, sha256=sha256, tokenizer={"name": "kl16", "sha256": tokenizer})
 
 
-def _of_run(path: Path, manifest: Manifest, overrides: list[str]) -> Trained:
+def _of_run(checkpoint: Checkpoint, overrides: list[str]) -> Trained:
+    path, manifest = checkpoint.path, checkpoint.manifest
     if not manifest.config:
         raise UsageError(f"{path} was made of another format, and knows neither its model's config nor its tokenizer")
     config = Config.from_dict(override(manifest.config, overrides))
