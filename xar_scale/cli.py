@@ -177,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
 
     replay = commands.add_parser("replay", help="run the batch of a guard's report again, on one device")
     replay.add_argument("report", type=Path, help="RUN/reports/step-*.json")
-    replay.add_argument("--checkpoint", type=Path, help="whose weights (default: the run's newest of that step or before)")
+    replay.add_argument(
+        "--checkpoint", type=Path, help="whose weights; or a run, its newest (default: the run's own of that step or before)"
+    )
     replay.set_defaults(run_command=_replay, overridable=False)
 
     doctor = commands.add_parser(
@@ -350,11 +352,11 @@ def _report(options: argparse.Namespace) -> None:
 
 def _replay(options: argparse.Namespace) -> None:
     from xar_scale import dist, reports
-    from xar_scale.checkpoint.manifest import verify
+    from xar_scale.checkpoint.manifest import open_checkpoint
     from xar_scale.replay import find_checkpoint, replay
 
     recorded = reports.read(options.report)
-    checkpoint = verify(options.checkpoint) if options.checkpoint else find_checkpoint(recorded)
+    checkpoint = open_checkpoint(options.checkpoint) if options.checkpoint else find_checkpoint(recorded)
     print(f"{recorded.summary}\nhere, with the weights after {checkpoint.manifest.step} steps ({checkpoint.path}):")
     reproduced = False
     for attempt in replay(recorded, checkpoint, dist.local_device()):

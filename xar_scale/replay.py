@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from xar_scale.checkpoint.load import load_weights
+from xar_scale.checkpoint.load import check_shapes, difference, load_weights
 from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, step_of, verify
 from xar_scale.config import Config, merge
 from xar_scale.diagnosis import Activations, Watch
 from xar_scale.engines import Verdict, create_engine
-from xar_scale.errors import UsageError
+from xar_scale.errors import ConfigError, UsageError
 from xar_scale.model.xar import blank_weights, meta_model
 from xar_scale.precision import MODES
 from xar_scale.reports import Recorded
@@ -37,13 +37,19 @@ def find_checkpoint(recorded: Recorded) -> Checkpoint:
 
 
 def replay(recorded: Recorded, checkpoint: Checkpoint, device: torch.device) -> Iterator[Replayed]:
-    """The recorded rank's part of the step, in the precision in which it failed and then in its fallback."""
+    """The recorded rank's part of the step, in the precision in which it failed and then in its fallback.
+
+    Raises ConfigError or DataError where the checkpoint is of another model than the report.
+    """
     batches = [batch.to(device) for batch in recorded.batches]
     micro = len(batches[0].labels)
     sizes = {"engine": "single", "shard_ranks": None, "micro_batch": micro, "global_batch": micro * len(batches)}
     config = Config.from_dict(merge(recorded.config, {"train": sizes, "data": {"lanes": 1}}))
+    if checkpoint.manifest.config and (differs := difference(checkpoint, config)):  # one of another format has none
+        raise ConfigError(f"report {recorded.path}: {differs}")
     model = meta_model(config.model)
     engine = create_engine(model, blank_weights(model), config, device)
+    check_shapes(checkpoint, engine.shapes)
     model.load_state_dict(load_weights(checkpoint, "model"))
     engine.rank = recorded.rank  # its dropout
     for mode in filter(None, (recorded.mode, MODES[recorded.mode].fallback)):

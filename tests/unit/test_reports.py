@@ -1,6 +1,7 @@
 """Where a pass goes wrong, what a report says of it, and running it again."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -149,6 +150,41 @@ def test_a_replay_has_that_ranks_dropout_that_loss_scale_and_the_newest_weights_
     assert (second.mode, second.verdict.bad) == ("tf32", Bad.NOTHING)
     other, _ = replay(recorded, checkpoint, torch.device("cpu"))
     assert other.verdict.loss != verdict.loss
+
+
+@pytest.fixture
+def met(tmp_path, monkeypatch):
+    """The report of a run."""
+    run = Guarded(tmp_path / "run")
+    run.save()
+    run.spoil(monkeypatch, 1)
+    run.resolve()
+    return tmp_path / "run" / "reports" / "step-00000005.json"
+
+
+def test_a_replay_takes_a_checkpoint_or_the_newest_valid_one_of_a_run(met, tmp_path, capsys):
+    other = Guarded(tmp_path / "other")
+    paths = [other.train(1) or other.save() for _ in range(2)]
+    for path, step in ((paths[0], 1), (tmp_path / "other", 2)):
+        assert main(["replay", str(met), "--checkpoint", str(path)]) == 0
+        assert f"with the weights after {step} steps" in capsys.readouterr().out
+    next(paths[1].glob("*.safetensors")).write_bytes(b"")
+    assert main(["replay", str(met), "--checkpoint", str(tmp_path / "other")]) == 0
+    assert "with the weights after 1 steps" in capsys.readouterr().out
+    assert main(["replay", str(met), "--checkpoint", str(tmp_path)]) == 65
+
+
+def test_a_replay_with_the_weights_of_another_model_says_what_differs(met, tmp_path, capsys):
+    wider = Guarded(tmp_path / "wider", "model.width=32").save()
+    assert main(["replay", str(met), "--checkpoint", str(wider)]) == 78
+    said = f"report {met}: model.width is 16, checkpoint {wider} was made with 32"
+    assert capsys.readouterr().err == f"xar-scale: {said}\n"
+    deeper = Guarded(tmp_path / "deeper", "model.depth_decoder=5")
+    deeper.store.save(deeper.manifest(config={}))  # as made of another format
+    deeper.store.finish()
+    assert main(["replay", str(met), "--checkpoint", str(tmp_path / "deeper")]) == 65
+    said = r"xar-scale: checkpoint \S+: decoder\.2\.\S+ is \[.*\], the model's is None\n"
+    assert re.fullmatch(said, capsys.readouterr().err)
 
 
 def test_a_report_that_cannot_be_read_is_named(tmp_path, monkeypatch):

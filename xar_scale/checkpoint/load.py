@@ -1,5 +1,7 @@
 """From a checkpoint into an engine on any number of ranks, each reading what it owns; or whole, for one process."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,18 +17,14 @@ from xar_scale.errors import ConfigError, DataError
 
 def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -> None:
     """Raises ConfigError when ``config`` cannot continue the checkpoint exactly, with both values."""
-    manifest, old, new = checkpoint.manifest, checkpoint.manifest.config, config.to_dict()
-    if not old:
+    manifest = checkpoint.manifest
+    if not manifest.config:
         raise ConfigError(
             f"checkpoint {checkpoint.path} was made of another format and knows no run: begin one, with --init-from"
         )
-    keys = [f"model.{key}" for key in new["model"]]
-    keys += ["train.seed", "train.global_batch", "train.label_drop", "data.lanes", "data.window", "data.flip"]
-    for key in keys:
-        section, name = key.split(".")
-        before, now = old.get(section, {}).get(name), new[section][name]
-        if before != now:
-            raise ConfigError(f"{key} is {now}, checkpoint {checkpoint.path} was made with {before}: it would not continue")
+    others = ("train.seed", "train.global_batch", "train.label_drop", "data.lanes", "data.window", "data.flip")
+    if differs := difference(checkpoint, config, others):
+        raise ConfigError(f"{differs}: it would not continue")
     if manifest.dataset["fingerprint"] != info.fingerprint:
         raise ConfigError(
             f"{config.data.path} ({info.samples} samples) is not the data set that checkpoint {checkpoint.path} was made "
@@ -41,13 +39,30 @@ def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -
         )
 
 
+def difference(checkpoint: Checkpoint, config: Config, others: Sequence[str] = ()) -> str | None:
+    """The first setting of the model, or of ``others``, that the checkpoint was made with another value of, and both values."""
+    old, new = checkpoint.manifest.config, config.to_dict()
+    for key in (*(f"model.{name}" for name in new["model"]), *others):
+        section, name = key.split(".")
+        before, now = old.get(section, {}).get(name), new[section][name]
+        if before != now:
+            return f"{key} is {now}, checkpoint {checkpoint.path} was made with {before}"
+    return None
+
+
+def check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises DataError that names the first parameter that is not as in ``shapes``."""
+    theirs, ours = checkpoint.manifest.shapes, {name: list(shape) for name, shape in shapes.items()}
+    for name in ours | theirs:
+        if (there := theirs.get(name)) != (here := ours.get(name)):
+            raise DataError(f"checkpoint {checkpoint.path}: {name} is {there}, the model's is {here}")
+
+
 def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
     """Fill weights, moments and averages. Every rank calls this, and reads what it owns: returns how many bytes it read."""
 
     def read() -> int:
-        for name, shape in engine.shapes.items():
-            if (there := checkpoint.manifest.shapes.get(name)) != list(shape):
-                raise DataError(f"checkpoint {checkpoint.path}: {name} is {there}, the model's is {list(shape)}")
+        check_shapes(checkpoint, engine.shapes)
         with open_vectors(checkpoint, *state_kinds(ema)) as files:
             for key, start, tensor in state_vectors(engine, ema):
                 if tensor.device.type == "cpu":
