@@ -153,8 +153,9 @@ def test_a_width_that_is_stored_is_that_average(trained, tmp_path):
 @pytest.mark.parametrize(
     ("sigma_rel", "step", "complaint"),
     [
-        (0.02, None, "--std 0.02 cannot be made of 8 snapshots, of updates 25 to 200: .* off by 25%, 5% .* can be is 0.037"),
-        (0.25, None, "off by 18%, .* --std that can be is 0.17"),
+        (0.02, None, "--std 0.02 cannot be made of 8 snapshots, of updates 25 to 200: .* off by 24.53%, 5% .* can be is 0.037"),
+        (0.25, None, "off by 18.04%, .* --std that can be is 0.17"),
+        (0.042, 50, "off by 5.02%, 5% is allowed"),
         (0.15, 50, "cannot be made of 2 snapshots, of updates 25 to 50"),
         (0.07, 40, "--step 40 is no snapshot's; there are: 25, 50, 75"),
         (0.29, None, "--std 0.29 is no width: they lie between 0 and 0.2887"),

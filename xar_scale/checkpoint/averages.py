@@ -56,7 +56,7 @@ def fit_to(snapshots: Sequence[Checkpoint], sigma_rel: float) -> Fit:
         nearest = min(able, key=lambda width: abs(width - sigma_rel))
         raise UsageError(
             f"--std {sigma_rel:g} cannot be made of {len(snapshots)} snapshots, of updates {snapshots[0].manifest.updates} to "
-            f"{updates}: the nearest profile is off by {found.residual:.0%}, {LARGEST_RESIDUAL:.0%} is allowed; the nearest "
+            f"{updates}: the nearest profile is off by {found.residual:.2%}, {LARGEST_RESIDUAL:.0%} is allowed; the nearest "
             f"--std that can be is {nearest:.3f}, others need more snapshots"
         )
     return found
