@@ -41,7 +41,7 @@ class Graphs:
         self._done = Counter[Hashable]()
         self._records: dict[Hashable, _Record] = {}
 
-    def play(self, kind: Hashable, work: Work, *inputs: Tensor, warm_up: int = WARM_UP) -> Sequence[Tensor | None]:
+    def play(self, kind: Hashable, work: Work, *inputs: Tensor, warm_up: float = WARM_UP) -> Sequence[Tensor | None]:
         """What ``work(*inputs)`` returns; after ``warm_up`` times, by kind and shapes, from a record. Then the outputs are in
         the record's memory, until anything is played again."""
         key = _key(kind, inputs)

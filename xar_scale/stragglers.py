@@ -20,31 +20,13 @@ SLOW = 1.3  # times the median rank's arithmetic; so much longer, for its data, 
 OFTEN = 3  # measurements in a row, before it is said
 
 
-class ForwardTime:
-    """Seconds that the Linear layers of a network compute in the context, forwards; the device is not waited for. With
-    ``compiled`` blocks, whose graphs hooks inside would cut, or not be in, blocks as a whole in place of their layers.
+class Spans:
+    """Seconds of what is begun and ended; the device is not waited for."""
 
-    Weights are there when it begins: engines gather them before, in hooks that come before these.
-    """
-
-    def __init__(self, network: nn.Module, device: torch.device, compiled: bool) -> None:
-        blocks = [module for module in network.modules() if compiled and isinstance(module, Block)]
-        inside = {module for block in blocks for module in block.modules()}
-        layers = [module for module in network.modules() if isinstance(module, nn.Linear) and module not in inside]
-        self.modules = [*blocks, *layers]
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         self._begun: list[Any] = []
         self._spans: list[tuple[Any, Any]] = []
-        self._hooks: list[RemovableHandle] = []
-
-    def __enter__(self) -> Self:
-        for module in self.modules:
-            self._hooks += [module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._end)]
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for hook in self._hooks:
-            hook.remove()
 
     def _begin(self, *_: Any) -> None:
         self._begun.append(self._now())
@@ -65,6 +47,42 @@ class ForwardTime:
         if self.device.type == "cuda":
             return sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
         return sum(end - begin for begin, end in self._spans)
+
+
+class PassTime(Spans):
+    """Seconds in the context, as often as it is entered: of passes in which nothing is sent."""
+
+    def __enter__(self) -> Self:
+        self._begin()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+
+
+class ForwardTime(Spans):
+    """Seconds that the Linear layers of a network compute in the context, forwards. With ``compiled`` blocks, whose
+    graphs hooks inside would cut, or not be in, blocks as a whole in place of their layers.
+
+    Weights are there when it begins: engines gather them before, in hooks that come before these.
+    """
+
+    def __init__(self, network: nn.Module, device: torch.device, compiled: bool) -> None:
+        super().__init__(device)
+        blocks = [module for module in network.modules() if compiled and isinstance(module, Block)]
+        inside = {module for block in blocks for module in block.modules()}
+        layers = [module for module in network.modules() if isinstance(module, nn.Linear) and module not in inside]
+        self.modules = [*blocks, *layers]
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for module in self.modules:
+            self._hooks += [module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._end)]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
 
 class Stragglers:

@@ -35,7 +35,7 @@ from xar_scale.optim import learning_rate
 from xar_scale.precision import MODES
 from xar_scale.recovery import Recovery
 from xar_scale.stopping import Stops
-from xar_scale.stragglers import ForwardTime, Stragglers
+from xar_scale.stragglers import ForwardTime, PassTime, Stragglers
 from xar_scale.watchdog import Watchdog
 
 
@@ -103,8 +103,8 @@ def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.d
 class Looks(NamedTuple):
     """At one attempt at a step."""
 
-    activations: Activations
-    forward: ForwardTime
+    computed: ForwardTime | PassTime
+    activations: Activations | None = None
 
 
 class Training:
@@ -252,16 +252,20 @@ class Training:
 
     @contextmanager
     def _looks(self, logged: bool) -> Iterator[Looks | None]:
-        """What is looked at in an attempt at a step that will be logged; a record shows nothing."""
-        if not logged or self.engine.plays_records:
+        """What is looked at in an attempt at a step that will be logged; of a record only how long it takes."""
+        model, device = self.engine.model, self.engine.device
+        if not logged:
             yield None
-            return
-        model = self.engine.model
-        with Activations(model) as activations, ForwardTime(model, self.engine.device, self.config.kernels.compile) as forward:
-            yield Looks(activations, forward)
+        elif self.engine.plays_records:
+            self.engine.around_pass = passes = PassTime(device)
+            yield Looks(passes)
+            self.engine.around_pass = nullcontext()
+        else:
+            with Activations(model) as activations, ForwardTime(model, device, self.config.kernels.compile) as forward:
+                yield Looks(forward, activations)
 
     def _log(self, done: int, verdict: Verdict, rate: float, looks: Looks | None) -> None:
-        """``looks``: at the attempt that was taken, where that was the first, and no record."""
+        """``looks``: at the attempt that was taken, where that was the first."""
         settings, steps, state = self.config.train, done - self.logged, self.recovery.state
         seconds, waited = (time.perf_counter() - self.since) / steps, self.feed.waited / steps
         values = {
@@ -280,8 +284,9 @@ class Training:
             **state.counts,
         }
         if looks is not None:
-            values["largest_activation"] = dist.largest(max(looks.activations.largest.values()))
-            values["forward_s"] = self.stragglers.compare(looks.forward.seconds, waited, seconds)
+            values["forward_s"] = self.stragglers.compare(looks.computed.seconds, waited, seconds)
+            if looks.activations is not None:
+                values["largest_activation"] = dist.largest(max(looks.activations.largest.values()))
         if self.metrics is not None:
             self.metrics.log(done, values)
         self.since, self.logged, self.feed.waited, self.store.stalled = time.perf_counter(), done, 0.0, 0.0

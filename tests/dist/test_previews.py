@@ -30,7 +30,8 @@ def logged(run) -> list[tuple]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "world", "precision"), [("deepspeed", 2, "bf16"), pytest.param("fsdp2", 3, "fp32", marks=pytest.mark.long)]
+    ("engine", "world", "precision"),
+    [("deepspeed", 2, "bf16"), *(pytest.param(engine, 3, "fp32", marks=pytest.mark.long) for engine in ("fsdp2", "ddp"))],
 )
 def test_a_run_that_draws_is_the_run_that_does_not(tmp_path, engine, world, precision):
     cache_digits(tmp_path / "data", samples_per_shard=500)

@@ -71,16 +71,23 @@ def fsdp3(folder):
     return train(folder, "fsdp3", 3, "fsdp2")
 
 
-def test_every_engine_gives_the_same_losses_and_norms_on_2_and_3_ranks(single, zero2, zero3, fsdp2, fsdp3):
+@pytest.fixture(scope="module")
+def ddp2(folder):
+    return train(folder, "ddp2", 2, "ddp")
+
+
+def test_every_engine_gives_the_same_losses_and_norms_on_2_and_3_ranks(single, zero2, zero3, fsdp2, fsdp3, ddp2):
     assert curve(single)[-1] < 0.9 * curve(single)[0]  # they learn at all
-    for run in (zero2, zero3, fsdp2, fsdp3):
+    for run in (zero2, zero3, fsdp2, fsdp3, ddp2):
         for name in ("loss", "grad_norm"):
             torch.testing.assert_close(curve(run, name), curve(single, name), rtol=1e-5, atol=0)
         assert torch.equal(curve(run, "lr"), curve(single, "lr"))
 
 
-def test_weights_moments_and_ema_are_the_same_with_every_engine_on_any_number_of_ranks(single, zero2, zero3, fsdp2, fsdp3):
-    for run in (zero2, zero3, fsdp2, fsdp3):
+def test_weights_moments_and_ema_are_the_same_with_every_engine_on_any_number_of_ranks(
+    single, zero2, zero3, fsdp2, fsdp3, ddp2
+):
+    for run in (zero2, zero3, fsdp2, fsdp3, ddp2):
         assert_near(state(run, STEPS), state(single, STEPS))
         for step in (7, 14, STEPS):
             assert_near(state(run, step, "ema"), state(single, step, "ema"))
@@ -118,9 +125,9 @@ def test_the_average_follows_every_step(folder):
                 torch.testing.assert_close(after[average], 0.7 * before[average] + 0.3 * weight, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
-def test_10_and_10_steps_are_20_bitwise_on_as_many_ranks(folder, zero2, fsdp2, engine):
-    run = zero2 if engine == "deepspeed" else fsdp2
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2", "ddp"])
+def test_10_and_10_steps_are_20_bitwise_on_as_many_ranks(folder, zero2, fsdp2, ddp2, engine):
+    run = {"deepspeed": zero2, "fsdp2": fsdp2, "ddp": ddp2}[engine]
     resumed = train(folder, f"{run.name}-resumed", 2, engine, "--resume", str(run / "checkpoints" / "step-00000010"))
     assert_bitwise(state(resumed, STEPS), state(run, STEPS))
     assert_bitwise(state(resumed, 14, "ema"), state(run, 14, "ema"))

@@ -7,6 +7,7 @@ import torch
 
 from tests.conftest import digits_config, random_batch
 from tests.unit.conftest import nano_model
+from xar_scale import dist
 from xar_scale.diagnosis import Activations
 from xar_scale.engines import create_engine
 from xar_scale.engines.whole import ADDED, FIRST, WholeEngine
@@ -116,6 +117,24 @@ def test_what_draws_in_between_has_the_memory_of_the_records(engine, device):
     for number in range(4, 8):
         course.step(number)
     assert course.knows(FIRST)
+
+
+def test_what_is_sent_after_a_pass_that_was_played_is_what_it_made(device):
+    """In place, in a group of one rank: the engine itself sends nothing there."""
+    course = Course("ddp", device, 1, "train.precision=bf16")
+    for number in range(3):
+        course.step(number)
+    gradients, weights = course.engine._gradients, course.engine._weights
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=device)
+    try:
+        course.attempt(3)
+        expected = gradients.clone(), weights.clone()
+        dist.reduce_scatter(gradients[course.engine.owned], gradients)
+        dist.all_gather(weights, weights[course.engine.owned])
+        assert torch.equal(gradients, expected[0]) and torch.equal(weights, expected[1]) and course.knows(FIRST)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -1,6 +1,7 @@
 """DDP in one process, and as one rank of four: plain PyTorch's steps, where weights and gradients lie, and who owns what."""
 
 import math
+import weakref
 from functools import partial
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.conftest import digits_config, random_batch
 from tests.unit.test_fsdp2 import engine_of, losses, state, take_over
+from xar_scale import dist
 from xar_scale.config import Config
 from xar_scale.engines import Engine, whole
 from xar_scale.errors import ConfigError
@@ -123,6 +125,43 @@ def test_four_ranks_own_all_of_it_once_and_as_much_each(four_ranks):
         assert held == sorted(held) and all(one[1] == other[0] for one, other in pairwise(held))
 
 
+def test_a_step_of_two_passes_reduces_once_and_gathers_once(four_ranks, monkeypatch):
+    four_ranks(1)
+    engine = ddp("model.width=16", "model.heads=2", "train.global_batch=64", "train.micro_batch=8")
+    sent, whole_vector = [], len(engine._weights)
+    for name in ("reduce_scatter", "all_gather"):
+        kept = getattr(dist, name)
+        noted = partial(
+            lambda name, kept, out, given: (sent.append((name, len(out), len(given))), kept(out, given)), name, kept
+        )
+        monkeypatch.setattr(dist, name, noted)
+    for batch in passes(0):
+        engine.forward_backward(batch)
+    assert sent == []
+    verdict = engine.agree(torch.zeros(()))
+    assert sent == [("reduce_scatter", whole_vector // 4, whole_vector)]
+    engine.step(1e-3, verdict)
+    assert sent[1:] == [("all_gather", whole_vector, whole_vector // 4)]
+
+
+def test_a_rank_that_owns_nothing_but_padding_takes_its_steps():
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=255, world_size=256)
+    try:
+        engine = ddp("model.width=16", "model.heads=2", "train.global_batch=256", "data.lanes=256")
+        assert not any(part.numel() for part in engine.local.values())
+        assert losses(engine, 0)[0] > 0
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_an_engine_goes_with_its_last_name():
+    engine = ddp()
+    losses(engine, 0)
+    gone = weakref.ref(engine)
+    del engine
+    assert gone() is None
+
+
 class Played(whole.Graphs):
     """Records as a GPU plays them: the device's part of the work is done again, and the host's part is not, so that what it
     decides and keeps is as it was when the work was recorded."""
@@ -137,11 +176,16 @@ class Played(whole.Graphs):
         self.done[kind] = self.done.get(kind, 0) + 1
         if self.done[kind] <= warm_up:
             return work(*inputs)
-        kept = set(self.engine._added)
-        self.engine._added = set(self.recorded.setdefault(kind, frozenset(kept)))
+        added, kept = self.engine._added, frozenset(self.engine._added)
+        self._become(added, self.recorded.setdefault(kind, kept))
         outputs = work(*inputs)
-        self.engine._added = kept
+        self._become(added, kept)
         return outputs
+
+    @staticmethod
+    def _become(names, others):
+        names.clear()
+        names.update(others)
 
 
 def test_passes_that_are_played_train_as_others_do():

@@ -360,8 +360,9 @@ def test_wrong_plans(capsys, words, code, parts):
         ),
         ([], ["--engine", "fsdp2", "--batch", "4", "--ranks", "512"]),
         ([], ["--engine", "deepspeed", "--batch", "8", "--ranks", "512"]),
+        ([], ["--engine", "ddp", "--batch", "4", "--ranks", "512"]),
     ],
-    ids=["single", "fsdp2 on 2 ranks", "fsdp2 of 512", "ZeRO-3 of 512"],
+    ids=["single", "fsdp2 on 2 ranks", "fsdp2 of 512", "ZeRO-3 of 512", "DDP of 512"],
 )
 def test_memory_of_real_steps_is_as_reckoned(launch, words):
     command = [sys.executable, *launch, "tools/bench.py", "memory", "--model", "nano", *words]

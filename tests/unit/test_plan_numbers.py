@@ -1,5 +1,6 @@
 """The plan's formulas, its order and its text, beside numbers worked out by hand for weights and machines of round sizes."""
 
+import dataclasses
 import re
 
 import pytest
@@ -69,7 +70,7 @@ def test_an_optimizer_reads_and_writes_13_numbers_a_weight_under_zero3_15_and_un
     assert cost.optimizer_bytes(GROUPS, SMALL, 8) == 13 * 4 * 25
     assert cost.optimizer_bytes(ZERO3, SMALL, 8) == 15 * 4 * 13  # 100 weights, padded to 104
     # and what two passes put where gradients are reduced: of all weights
-    assert cost.optimizer_bytes(DDP, SMALL, 8) == 13 * 4 * 13 + (2 + 3) * 4 * 100
+    assert cost.optimizer_bytes(DDP, SMALL, 8) == 15 * 4 * 13 + (2 + 3) * 4 * 100
 
 
 def test_each_rank_copies_its_share_of_a_checkpoint_and_each_node_writes_its():
@@ -140,3 +141,17 @@ def test_a_plan_s_text_has_its_numbers(monkeypatch):
     assert any(line.startswith(f"checkpoint {size / 1e9:,.1f} GB; ") for line in lines)
     assert "runner-up: FSDP2, recompute full, micro batch 128: 600.0 ms a step, 40.0 GB" in said(*ways[:2])
     assert not any(line.startswith("runner-up") for line in said(ways[0]))
+    assert not any("as quick" in line for line in lines)
+    quick = way(0.5, "none", "ddp", 128), way(0.501, "none", "deepspeed", 128), way(0.9, "none", "fsdp2", 128)
+    reason = " of 2 as quick, to 2%, the least recomputation, then DDP, then the largest micro batch"
+    assert reason in said(*quick)
+    assert {
+        "communication alone 0.00 ms: a reduction and a gather",
+        " overlap: none of communication; nothing waits for a slow rank",
+    } <= {*said(dataclasses.replace(quick[0], sent=cost.collectives(quick[0].config, SMALL, H100)))}
+    large = RankMemory(90e9, 0, 0, 0)  # which does not fit, and is none of the choice
+    monkeypatch.setattr(
+        "xar_scale.plan.search.rank_memory",
+        lambda config, *_: large if config.train.engine == "deepspeed" else RankMemory(1, 0, 0, 0),
+    )
+    assert not any("as quick" in line for line in said(*quick))

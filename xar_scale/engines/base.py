@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import or_
@@ -62,6 +62,7 @@ class Engine(ABC):
         self.loss_scale = 1.0  # what gradients are multiplied by on their way, where 16 bits would lose them
         self.mode: str = config.train.precision
         self.splits = 1
+        self.around_pass: AbstractContextManager[object] = nullcontext()  # entered for each of an attempt
         apply_matmul_mode(self.mode)
 
     @property
@@ -89,7 +90,8 @@ class Engine(ABC):
         self._seed(step)
         loss, inputs = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for batch in batches:
-            loss += self.forward_backward(batch) / self.passes
+            with self.around_pass:
+                loss += self.forward_backward(batch) / self.passes
             inputs += batch.inputs_sum()
         return self.agree(loss, inputs, faults, stop)
 
@@ -220,6 +222,8 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
 
 def finite_if_all_are(tensors: list[Tensor]) -> Tensor:
     """A number for the question alone: on a CPU these norms are quick, and of large tensors not exact."""
+    if not tensors:  # of a rank that owns none
+        return torch.zeros(())
     return torch.stack(torch._foreach_norm(tensors)).sum()
 
 

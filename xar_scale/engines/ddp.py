@@ -30,20 +30,25 @@ class DDPEngine(WholeEngine):
         self.starts, length = _placed(self.shapes, dist.world())
         self.owned = slice(length // dist.world() * self.rank, length // dist.world() * (self.rank + 1))
         self._weights, self._gradients = torch.zeros(length, device=device), torch.zeros(length, device=device)
+        self._added: set[str] = set()  # parameters whose gradients are of this step
         names = {parameter: name for name, parameter in model.named_parameters()}
         for weight in weights:
             name = names[getattr(weight.module, weight.key)]
             value = self._whole(self._weights, name)
             value.copy_(weight.value)
             parameter = weight._replace(value=value).place(device)
-            parameter.register_post_accumulate_grad_hook(partial(self._add, self._whole(self._gradients, name)))
+            # no method of this engine, which would then live as long as its parameters, and they as long as it
+            parameter.register_post_accumulate_grad_hook(partial(_add, self._added, name, self._whole(self._gradients, name)))
         self.parameters = dict(model.named_parameters())
         self.local = {name: self._part(self._weights, name) for name in self.shapes}
-        self._added: set[nn.Parameter] = set()  # whose gradients are of this step
         here = {name: part for name, part in self.local.items() if part.numel()}
         for name, part in here.items():
             part.grad = self._part(self._gradients, name)
         self.optimizer = create_adamw(here, self.shapes, config.optim, choose_library(config.kernels.library, device))
+        # what NCCL needs for these it takes now, and not when a pass has left no room. Weights are the same from here on, also
+        # where hosts have drawn them with other last bits
+        self._reduce()
+        self._gather()
 
     def _whole(self, vector: Tensor, name: str) -> Tensor:
         shape = self.shapes[name]
@@ -58,13 +63,6 @@ class DDPEngine(WholeEngine):
     def _part(self, vector: Tensor, name: str) -> Tensor:
         return self._whole(vector, name).view(-1)[slice(*self._range(name))]
 
-    def _add(self, whole: Tensor, parameter: nn.Parameter) -> None:
-        """As soon as a pass has made it, and let go of what it was made in."""
-        assert parameter.grad is not None
-        whole.add_(parameter.grad) if parameter in self._added else whole.copy_(parameter.grad)
-        self._added.add(parameter)
-        parameter.grad = None
-
     @property
     def _has_gradients(self) -> bool:
         return bool(self._added)
@@ -73,15 +71,19 @@ class DDPEngine(WholeEngine):
         return []
 
     def _take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
-        self._added.update(self.parameters.values())
+        self._added.update(self.parameters)
 
     def agree(self, loss: Tensor, inputs: Tensor | None = None, faults: int = 0, stop: bool = False) -> Verdict:
+        self._reduce()
+        return super().agree(loss, inputs, faults, stop)
+
+    def _reduce(self) -> None:
         if dist.world() > 1:
             dist.reduce_scatter(self._gradients[self.owned], self._gradients)
             self._gradients[self.owned].div_(dist.world())
-        return super().agree(loss, inputs, faults, stop)
 
     def gradients(self) -> list[Tensor]:
+        assert len(self._added) in (0, len(self.parameters))  # one without would have an earlier step's
         return [self._gradients[self.owned]] if self._added else []
 
     def _optimizer_step(self, learning_rate: float) -> None:
@@ -108,6 +110,14 @@ class DDPEngine(WholeEngine):
             set_steps(self.optimizer, weight, steps)
         self._gather()
         self._apply_precision()  # whoever writes may draw next, and needs the records' memory
+
+
+def _add(added: set[str], name: str, whole: Tensor, parameter: nn.Parameter) -> None:
+    """A gradient to those before it, as soon as a pass has made it, and let go of what it was made in."""
+    assert parameter.grad is not None
+    whole.add_(parameter.grad) if name in added else whole.copy_(parameter.grad)
+    added.add(name)
+    parameter.grad = None
 
 
 def _placed(shapes: dict[str, torch.Size], ranks: int) -> tuple[dict[str, int], int]:

@@ -1,5 +1,6 @@
 """Engines whose ranks have whole weights each: on a GPU their compiled passes are recorded, and played again."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,17 +36,15 @@ class WholeEngine(Engine):
             self._graphs = Graphs(self.device)  # whose memory such a pass needs
             return super().forward_backward(batch)
         inputs = batch.latents, batch.labels, batch.t, batch.noise
-        first = not self._has_gradients
-        if not first and not graphs.knows(FIRST, *inputs):  # the gradients that it adds to are not yet where they will stay
-            return super().forward_backward(batch)
 
         def work(latents: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Sequence[Tensor | None]:
             held = replace(batch, latents=latents, labels=labels, t=t, noise=noise)
             loss = super(WholeEngine, self).forward_backward(held)
             return [loss, *self._gradients_made()]
 
-        # what is added is warm by then, and unrecorded would need its activations beside those of the records
-        kind, warm_up = (FIRST, WARM_UP) if first else (ADDED, 0)
+        # Added is where the first of a step has put its gradients: recorded once those stay there, and then at once, because
+        # unrecorded it would need its activations beside those of the records
+        kind, warm_up = (ADDED, 0 if graphs.knows(FIRST, *inputs) else math.inf) if self._has_gradients else (FIRST, WARM_UP)
         loss, *gradients = graphs.play(kind, work, *inputs, warm_up=warm_up)
         self._take_gradients(gradients)
         assert loss is not None

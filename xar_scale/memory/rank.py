@@ -117,7 +117,11 @@ def rank_memory(
         one = inside * precision.reduce.itemsize
         last = max(one, outside * precision.reduce.itemsize)  # in no block: they come when all blocks' are reduced
     # AdamW's temporaries: fused, a GPU's, has none; a CPU's two of one tensor
-    optimizer = 0 if device.type == "cuda" else 2 * (flat or weights.largest / ranks)
+    optimizer = (
+        0
+        if device.type == "cuda"
+        else 2 * (flat or (min(weights.largest, share) if engine == "ddp" else weights.largest / ranks))
+    )
     state = {
         "parameters": WEIGHT * parameters,
         "moments": WEIGHT * 2 * share,

@@ -155,9 +155,9 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
 
 def optimizer_bytes(config: Config, weights: Weights, world: int) -> float:
     """Read and written a rank and step, of its share: gradients for the norm (1) and to be clipped (2), AdamW's four tensors (4
-    read, 3 written), the averages (3 each); under ZeRO-3 the copy that is gathered from (2). Under DDP each pass's gradients of
-    all weights as they are put where they are reduced (2, or 3 where there are some). Four bytes each."""
-    times = 10 + 3 * averages_of(config.optim) + (2 if config.train.engine == "deepspeed" else 0)
+    read, 3 written), the averages (3 each); under ZeRO-3 the copy that is gathered from (2). Under DDP the ranks' mean (2), and
+    of all weights each pass's gradients, put where they are reduced (2, or 3 where there are some). Four bytes each."""
+    times = 10 + 3 * averages_of(config.optim) + (2 if config.train.engine in ("deepspeed", "ddp") else 0)
     ranks = owners(config.train, world)
     put = 3 * micro_batches(config.train, world)[1] - 1 if config.train.engine == "ddp" else 0
     return WEIGHT * (times * weights.cut(config.train.engine, ranks) / ranks + put * weights.whole)

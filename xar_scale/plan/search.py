@@ -21,6 +21,7 @@ from xar_scale.precision import MODES
 
 CUDA = torch.device("cuda", 0)
 KNOWN = 0.02  # of a step's seconds
+ENGINES = {"single": "single", "ddp": "DDP", "deepspeed": "ZeRO-3", "fsdp2": "FSDP2"}  # among equals the first
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full", "offload")  # the least work first
 
 
@@ -35,10 +36,9 @@ class Way:
     @property
     def name(self) -> str:
         train = self.config.train
-        engine = {"deepspeed": "ZeRO-3", "fsdp2": "FSDP2", "ddp": "DDP", "single": "single"}[train.engine]
         shared = f" in groups of {train.shard_ranks}" if train.shard_ranks else ""
         compiled = ", compiled" if self.config.kernels.compile else ""
-        return f"{engine}{shared}{compiled}, recompute {train.recompute}, micro batch {train.micro_batch}"
+        return f"{ENGINES[train.engine]}{shared}{compiled}, recompute {train.recompute}, micro batch {train.micro_batch}"
 
     @property
     def speed(self) -> int:
@@ -142,9 +142,8 @@ def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
 
 def _order(way: Way) -> tuple[int, int, bool, int, int]:
     train = way.config.train
-    engines = ("single", "ddp", "deepspeed", "fsdp2")
     eager = not way.config.kernels.compile  # whose launches take longer than they are known to
-    return way.speed, RECOMPUTE.index(train.recompute), eager, engines.index(train.engine), -(train.micro_batch or 0)
+    return way.speed, RECOMPUTE.index(train.recompute), eager, [*ENGINES].index(train.engine), -(train.micro_batch or 0)
 
 
 def _candidates(config: Config, machines: Machines, fixed: Sequence[str]) -> Iterator[Config]:

@@ -1,6 +1,7 @@
 """A plan as text: tables, the assumptions behind them, and the choice."""
 
 import dataclasses
+from itertools import takewhile
 
 from xar_scale.config import micro_batches
 from xar_scale.doctor import table
@@ -8,7 +9,7 @@ from xar_scale.memory.rank import MARGIN, RankMemory
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.plan.cost import checkpoint, link_of, optimizer_bytes, sample_bytes, snapshot_bytes
 from xar_scale.plan.hardware import Machines
-from xar_scale.plan.search import KNOWN, RECOMPUTE, Fitting, Search, Way
+from xar_scale.plan.search import ENGINES, KNOWN, RECOMPUTE, Fitting, Search, Way
 from xar_scale.precision import MODES
 from xar_scale.presets import IMAGENET_IMAGES
 
@@ -162,11 +163,15 @@ def _why(found: Search, best: Fitting) -> str:
     parts = {"compute": time.compute, "communication": sent, "copies to the host": time.host}
     parts["launches of the host"] = time.launches
     bound = "data" if time.total == time.data else max(parts, key=parts.__getitem__)
-    # what comes before it in this order does not fit
-    places = [way.config for way in found.ways].index(best.config)
-    same = [way.config for way in found.ways[places:] if way.speed == best.speed]
+    same = [way.config for way in takewhile(lambda way: way.speed == best.speed, found.fitting())]
     compiled, engines = {each.kernels.compile for each in same}, {each.train.engine for each in same}
-    then = ", then compiled blocks" if len(compiled) > 1 else ", then ZeRO-3" if len(engines) > 1 else ""
+    then = (
+        ", then compiled blocks"
+        if len(compiled) > 1
+        else f", then {ENGINES[best.config.train.engine]}"
+        if len(engines) > 1
+        else ""
+    )
     equal = f"\n  of {len(same)} as quick, to {KNOWN:.0%}, the least recomputation{then}, then the largest micro batch"
     among = equal if len(same) > 1 else ""
     return (
