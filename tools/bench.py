@@ -9,6 +9,7 @@ python tools/bench.py build --model xar_7b --ranks 64
 python tools/bench.py loader --data /tmp/loader
 python tools/bench.py reshard --model xar_h --data /tmp/reshard
 python tools/bench.py memory --model xar_h --ranks 512
+python tools/bench.py launches --model xar_h --engine fsdp2 --compile
 torchrun --nproc-per-node 2 tools/bench.py scaling --model xar_b
 torchrun --nproc-per-node 2 tools/bench.py checkpoint --model xar_b --data /tmp/checkpoint
 python tools/bench.py order --shards 100000 --samples-per-shard 1000
@@ -21,6 +22,7 @@ from typing import get_args
 from xar_scale import dist
 from xar_scale.bench.checkpoint import bench_checkpoint
 from xar_scale.bench.guard import bench_guard
+from xar_scale.bench.launches import bench_launches
 from xar_scale.bench.loader import bench_loader, bench_order
 from xar_scale.bench.model import bench_attention, bench_build, bench_recompute
 from xar_scale.bench.plan import bench_memory, bench_scaling
@@ -68,7 +70,11 @@ def create_parser() -> Parser:
     memory.set_defaults(command=bench_memory, grid=16)
     scaling = commands.add_parser("scaling", help="a step on these ranks, predicted from its parts, and measured")
     scaling.set_defaults(command=bench_scaling, grid=16)
-    for command in (memory, scaling):
+    launches = commands.add_parser("launches", help="what the host takes for a pass, whatever its size: for `plan --launch`")
+    launches.set_defaults(command=bench_launches, batch=1, grid=16, shard_ranks=None)
+    launches.add_argument("--ranks", type=int, default=8, help="this rank is 0 of, in a process group that sends nothing")
+    launches.add_argument("--compile", action="store_true", help="the blocks")
+    for command in (memory, scaling, launches):
         command.add_argument("--model", default="xar_b")
         command.add_argument("--batch", type=int, default=1, help="samples a rank and pass")
         command.add_argument("--engine", choices=("single", "ddp", "fsdp2", "deepspeed"), default="deepspeed")

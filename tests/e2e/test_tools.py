@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 
@@ -282,6 +283,15 @@ def test_what_the_guard_adds_to_a_step_is_the_sum_of_its_parts(monkeypatch, caps
     (step,), (guard, share) = rows.pop("the step"), rows.pop("the guard")
     assert len(rows) == 5 and float(guard) == pytest.approx(sum(float(row[0]) for row in rows.values()), abs=0.004)
     assert 0 < float(guard) / float(step) == pytest.approx(float(share.rstrip("%")) / 100, rel=0.05)
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("fsdp2", 8)])
+def test_a_pass_s_launches_are_timed_a_block(tmp_path, engine, ranks):
+    ended = launch(1, ["tools/bench.py", "launches", "--model", "nano", "--engine", engine], tmp_path)
+    assert ended.codes == [0], ended.text
+    said = rf"nano's 4 blocks, fp32, {engine}, rank 0 of {ranks} on cpu: (.*) ms a pass, (.*) a block\n"
+    whole, block = map(float, re.fullmatch(said, ended.outputs[0]).groups())
+    assert 0 < block == pytest.approx(whole / 4, abs=0.02)
 
 
 @pytest.mark.long

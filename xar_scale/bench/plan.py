@@ -58,7 +58,7 @@ def train_steps(config: Config, device: torch.device) -> tuple[Engine, EMA]:
     """An engine after a few steps of one pass each, on zeros."""
     model = meta_model(config.model)
     model.use_kernels(config.kernels, device, torch.float32, training=True)
-    apply_recompute(model.blocks, config.train.recompute)
+    apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     engine = create_engine(model, blank_weights(model), config, device)
     engine.set_precision(config.train.precision)
     averages = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)

@@ -1,0 +1,33 @@
+"""What the host takes for a pass, whatever its size: what ``plan --launch`` is to be told."""
+
+import argparse
+import dataclasses
+
+from xar_scale import dist
+from xar_scale.bench.absent import join_absent
+from xar_scale.bench.plan import config_of, train_steps, zeros
+from xar_scale.bench.timing import median_ms
+from xar_scale.config import KernelConfig
+
+NARROW = {"width": 128, "heads": 2, "grid": (4, 4)}  # of as many layers, which a GPU is through with before the host is
+
+
+def bench_launches(options: argparse.Namespace) -> None:
+    """A pass, forward and backward, in a narrow network of the model's depth, as one rank of a group that sends
+    nothing. On a CPU its arithmetic, which is little, is in it."""
+    device = dist.local_device()
+    ranks = 1 if options.engine == "single" else options.ranks
+    join_absent(ranks)
+    config = config_of(options, ranks)
+    model = dataclasses.replace(config.model, **NARROW)  # type: ignore[arg-type]
+    engine, _ = train_steps(dataclasses.replace(config, model=model, kernels=KernelConfig(compile=options.compile)), device)
+    batch, blocks = zeros(engine.config, options.batch, device), len(engine.model.blocks)
+
+    def work() -> None:
+        engine.forward_backward(batch)
+        engine.discard()
+
+    ms = median_ms(work, device)
+    how = f"{options.engine}{', compiled' if options.compile else ''}{', played' if engine.plays_records else ''}"
+    where = f"{options.model}'s {blocks} blocks, {options.precision}, {how}, rank 0 of {ranks} on {device}"
+    dist.say(f"{where}: {ms:.1f} ms a pass, {ms / blocks:.2f} a block")
