@@ -104,30 +104,26 @@ def rank_memory(
     share = parameters = weights.cut(engine, holders) / holders
     outside, inside = (padded(shapes, engine, ranks) for shapes in (weights.outside, weights.inside))
     gathered = unreduced = flat = one = last = 0.0
+    piece = weights.largest / ranks  # the most that an optimizer has at once
     if engine == "ddp":
-        parameters = weights.whole
-    if engine == "deepspeed":
+        parameters, piece = weights.whole, min(weights.largest, share)
+    elif engine == "deepspeed":
         bucket = bucket or reduce_bucket(train)
         parameters = 2 * share + (weights.whole / ranks if ranks != world else 0)
         gathered = WEIGHT * max(outside + 2 * inside, min(weights.whole, ZERO3_LIVE))  # in 16 bits on their way only
         unreduced = last = bucket * sum(dtype.itemsize for dtype in {FP32, precision.gather}) + WEIGHT * weights.largest
-        flat = min(share, ZERO3_LIVE)  # its sub-groups are as large
+        piece = flat = min(share, ZERO3_LIVE)  # its sub-groups are as large
     elif engine == "fsdp2":
         gathered = outside * WEIGHT + 2 * inside * precision.gather.itemsize
         one = inside * precision.reduce.itemsize
         last = max(one, outside * precision.reduce.itemsize)  # in no block: they come when all blocks' are reduced
-    # AdamW's temporaries: fused, a GPU's, has none; a CPU's two of one tensor
-    optimizer = (
-        0
-        if device.type == "cuda"
-        else 2 * (flat or (min(weights.largest, share) if engine == "ddp" else weights.largest / ranks))
-    )
+    optimizer = 0 if device.type == "cuda" else 2 * piece  # AdamW's temporaries; fused, a GPU's, has none
     state = {
         "parameters": WEIGHT * parameters,
         "moments": WEIGHT * 2 * share,
         "averages": WEIGHT * share * averages_of(config.optim),
     }
-    # each pass's own come as activations go; where there is more than one, or an engine sums them elsewhere, that is there
+    # those of one pass come as activations go; of more than one, and where an engine sums them up elsewhere, the sums are there
     sums = engine in ("deepspeed", "ddp") or micro_batches(train, world)[1] > 1
     gradients = WEIGHT * (weights.whole if engine == "ddp" else share)
     peak = passes(config, mode, samples, device)
