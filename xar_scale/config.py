@@ -300,8 +300,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     values = _parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of keys")
-    for section, keys in values.items():
-        if not isinstance(keys, dict | None):
+    for section in values.keys() & {field.name for field in dataclasses.fields(Config)}:
+        if not isinstance(keys := values[section], dict | None):
             raise ConfigError(f"{path}: {section} is {keys!r}, not a section of keys")
     return {section: keys for section, keys in values.items() if keys is not None}
 
