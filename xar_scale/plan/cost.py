@@ -130,7 +130,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
     """Each part by its formula; b samples a rank and pass, p passes.
 
     compute = p b FLOPs / (peak x mfu); communication = that of all collectives; host = 2 p b x inputs of blocks / host;
-    launches = p x blocks x launch, of passes that are not recorded;
+    launches = p x blocks x launch, of passes that are not recorded; with whole weights UNGATHERED of it;
     exposed = one call of the first gather and of the last reduction, and of the rest what is not overlapped;
     data = global batch / (loader x workers x ranks).
     """
@@ -139,6 +139,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
     inputs = 0.0
     if train.recompute == "offload":
         inputs = weights.blocks * create_layout(config.model).tokens * config.model.width * WEIGHT
+    launch = machines.launch * (UNGATHERED if train.whole_weights else 1)
     workers = max(config.data.workers, 1) * machines.gpus
     communication = sum(each.seconds for each in sent)
     ends = sum(each.seconds / each.calls for each in (sent[0], sent[-1])) if sent else 0.0
@@ -146,7 +147,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
         compute=passes * samples * image_flops(config) / (gpu.peak(train.precision) * machines.mfu),
         communication=communication,
         host=2 * passes * samples * inputs / gpu.host,
-        launches=0.0 if records(config, train.precision) else passes * weights.blocks * machines.launch,
+        launches=0.0 if records(config, train.precision) else passes * weights.blocks * launch,
         exposed=ends + (1 - machines.overlap) * (communication - ends),
         optimizer=optimizer_bytes(config, weights, machines.gpus) / gpu.memory_bandwidth,
         data=train.global_batch / (machines.loader * workers),
@@ -189,4 +190,5 @@ def sample_bytes(config: Config) -> int:
     return 2 * 2 * config.model.channels * rows * columns + HEADERS
 
 
+UNGATHERED = 0.7  # of a block's launches: its own kernels'. 164 of 246 ms and 290 of 406, on two hosts (docs/benchmarks)
 HEADERS = 4 * 512  # of the latents' member and of the label's, whose 512 bytes follow

@@ -7,7 +7,7 @@ from xar_scale.config import micro_batches
 from xar_scale.doctor import table
 from xar_scale.memory.rank import MARGIN, RankMemory
 from xar_scale.model.flops import forward_flops, training_flops
-from xar_scale.plan.cost import checkpoint, link_of, optimizer_bytes, sample_bytes, snapshot_bytes
+from xar_scale.plan.cost import UNGATHERED, checkpoint, link_of, optimizer_bytes, sample_bytes, snapshot_bytes
 from xar_scale.plan.hardware import Machines
 from xar_scale.plan.search import ENGINES, KNOWN, RECOMPUTE, Fitting, Search, Way
 from xar_scale.precision import MODES
@@ -113,7 +113,7 @@ def _assumed(found: Search, best: Fitting) -> str:
         f"memory: {gpu.memory / 1e9:.0f} GB a GPU; {MARGIN - 1:.0%} of what is reckoned is added for CUDA, NCCL and fragments",
         "memory: the moment of a step that needs most, a pass or the optimizer's step; attention and dropout as fused kernels",
         f"compute: {machines.mfu:.0%} of {peak:,.0f} TFLOP/s, recomputed work included, at any micro batch (--mfu)",
-        *([_assumed_of_launches(machines)] if best.time.launches else []),
+        *([_assumed_of_launches(machines, best)] if best.time.launches else []),
         *(_assumed_of_links(machines, best) if best.sent else []),
         f"optimizer: {optimizer_bytes(best.config, found.weights, machines.gpus) / 1e9:.2f} GB read and written a GPU at "
         f"{gpu.memory_bandwidth / 1e12:.2f} TB/s; host link {gpu.host / 1e9:.0f} GB/s",
@@ -124,8 +124,9 @@ def _assumed(found: Search, best: Fitting) -> str:
     return "\n".join(["assumed", *(f"  {line}" for line in lines)])
 
 
-def _assumed_of_launches(machines: Machines) -> str:
-    return f"launches: {machines.launch * 1e3:g} ms of the host a block and pass (--launch), of eager ones more"
+def _assumed_of_launches(machines: Machines, best: Fitting) -> str:
+    whole = f" x {UNGATHERED:g}, with nothing to gather" if best.config.train.whole_weights else ""
+    return f"launches: {machines.launch * 1e3:g} ms of the host a block and pass (--launch){whole}, of eager ones more"
 
 
 def _assumed_of_links(machines: Machines, best: Fitting) -> list[str]:
