@@ -87,6 +87,8 @@ class NodeCache:
         with self._errors():
             if (self.folder / key).exists():
                 return True
+            if not (self.folder / f"{key}{PART}").exists():  # the lock may be held for another file
+                return False
             with self._locked(key, wait=False) as mine:
                 return not mine
 
