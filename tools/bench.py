@@ -29,7 +29,7 @@ from xar_scale.bench.plan import bench_memory, bench_scaling
 from xar_scale.bench.reshard import bench_reshard
 from xar_scale.bench.step import add_options, bench_sample, bench_step
 from xar_scale.cli import Parser, ending
-from xar_scale.config import AttentionBackend, Recompute, TrainConfig
+from xar_scale.config import AttentionBackend, EngineName, Recompute, TrainConfig
 from xar_scale.errors import UsageError
 from xar_scale.model.entities import kinds
 from xar_scale.precision import MODES, apply_matmul_mode
@@ -77,7 +77,7 @@ def create_parser() -> Parser:
     for command in (memory, scaling, launches):
         command.add_argument("--model", default="xar_b")
         command.add_argument("--batch", type=int, default=1, help="samples a rank and pass")
-        command.add_argument("--engine", choices=("single", "ddp", "fsdp2", "deepspeed"), default="deepspeed")
+        command.add_argument("--engine", choices=get_args(EngineName), default="deepspeed")
         command.add_argument("--precision", choices=MODES, default="fp32")
         command.add_argument("--recompute", choices=get_args(Recompute), default="none")
     memory.add_argument("--shard-ranks", type=int, help="that share one copy of the weights (default: all)")
@@ -87,7 +87,7 @@ def create_parser() -> Parser:
         command.add_argument("--entity", help=f"one of {', '.join(kinds())} (attention: default all; recompute: cell)")
     step = commands.add_parser("step", help="a training step, beside a baseline of PyTorch's own and the published code")
     step.set_defaults(command=bench_step)
-    step.add_argument("--engine", choices=("single", "ddp", "fsdp2", "deepspeed"), default="single")
+    step.add_argument("--engine", choices=get_args(EngineName), default="single")
     step.add_argument("--ds-config", default=TrainConfig.ds_config, help="of --engine deepspeed")
     step.add_argument("--recompute", choices=get_args(Recompute), default="none")
     step.add_argument("--dropout", type=float, default=0.1)

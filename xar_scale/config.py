@@ -20,6 +20,7 @@ T = TypeVar("T")
 Share = Annotated[float, Field(ge=0, lt=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "full", "selective", "offload"]
+EngineName = Literal["single", "ddp", "fsdp2", "deepspeed"]
 KernelLibrary = Literal["auto", "torch", "apex"]
 AttentionBackend = Literal["auto", "dense", "masked", "prefix", "flex", "flash"]
 
@@ -96,7 +97,7 @@ class TrainConfig:
     micro_batch: int | None = Field(default=None, gt=0)  # samples a rank and pass; none: no accumulation
     seed: int = Field(default=0, ge=0, lt=2**64)
     label_drop: float = Field(default=0.1, ge=0, le=1)
-    engine: Literal["single", "ddp", "fsdp2", "deepspeed"] = "deepspeed"
+    engine: EngineName = "deepspeed"
     ds_config: str = "ds_configs/zero3.json"
     shard_ranks: int | None = Field(default=None, gt=0)  # neighbours that share one copy of the weights; none: all ranks
     precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"

@@ -343,6 +343,11 @@ def test_an_earlier_plan_is_replaced(tmp_path):
         (["train.micro_batch=3"], 78, ["micro_batch 3"]),
         (["train.engine=deepspeed", "train.precision=fp16"], 78, ["train.precision fp16 needs a loss scale"]),
         (["train.engine=single"], 78, ["single is one process, not 4"]),
+        (
+            ["train.engine=deepspeed", "train.shard_ranks=1"],
+            78,
+            ["train.shard_ranks 1 is whole weights on each rank", "use ddp"],
+        ),
         (["model.width=20480", "model.heads=160", *QUICK], 78, ["nothing fits 80 GB a GPU on 4", "leave train.micro_batch"]),
     ],
 )

@@ -132,6 +132,8 @@ def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
         raise ConfigError(
             f"train.precision {train.precision} needs a loss scale, which ZeRO has not; use ddp, fsdp2 or leave it out"
         )
+    if "train.engine" in fixed and train.engine == "deepspeed" and train.shard_ranks == 1 != machines.gpus:
+        raise ConfigError("train.shard_ranks 1 is whole weights on each rank, which ZeRO-3 does not have; use ddp without it")
     weights = weights_of(config.model)
     ways = []
     for candidate in _candidates(config, machines, fixed):

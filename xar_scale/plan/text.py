@@ -166,13 +166,11 @@ def _why(found: Search, best: Fitting) -> str:
     bound = "data" if time.total == time.data else max(parts, key=parts.__getitem__)
     same = [way.config for way in takewhile(lambda way: way.speed == best.speed, found.fitting())]
     compiled, engines = {each.kernels.compile for each in same}, {each.train.engine for each in same}
-    then = (
-        ", then compiled blocks"
-        if len(compiled) > 1
-        else f", then {ENGINES[best.config.train.engine]}"
-        if len(engines) > 1
-        else ""
-    )
+    then = ""
+    if len(compiled) > 1:
+        then = ", then compiled blocks"
+    elif len(engines) > 1:
+        then = f", then {ENGINES[best.config.train.engine]}"
     equal = f"\n  of {len(same)} as quick, to {KNOWN:.0%}, the least recomputation{then}, then the largest micro batch"
     among = equal if len(same) > 1 else ""
     return (
