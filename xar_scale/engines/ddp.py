@@ -87,11 +87,8 @@ class DDPEngine(WholeEngine):
         return [self._gradients[self.owned]] if self._added else []
 
     def _optimizer_step(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
+        super()._optimizer_step(learning_rate)
         self._gather()
-        self.discard()
 
     def _gather(self) -> None:
         if dist.world() > 1:

@@ -43,12 +43,6 @@ class SingleEngine(WholeEngine):
     def gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
 
-    def _optimizer_step(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
     def discard(self) -> None:
         self.optimizer.zero_grad()
 

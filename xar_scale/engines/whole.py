@@ -18,6 +18,8 @@ FIRST, ADDED = "first", "added"  # passes of a step: what they do with gradients
 
 
 class WholeEngine(Engine):
+    optimizer: torch.optim.Optimizer
+
     def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
         super().__init__(model, config, device)
         self._graphs: Graphs | None = None
@@ -49,6 +51,12 @@ class WholeEngine(Engine):
         self._take_gradients(gradients)
         assert loss is not None
         return loss.clone()
+
+    def _optimizer_step(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.discard()
 
     def _apply_precision(self) -> None:
         """Autocast is all there is. What was recorded in another precision goes, and with it its memory."""
