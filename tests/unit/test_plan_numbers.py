@@ -143,7 +143,7 @@ def test_a_plan_s_text_has_its_numbers(monkeypatch):
     assert not any(line.startswith("runner-up") for line in said(ways[0]))
     assert not any("as quick" in line for line in lines)
     quick = way(0.5, "none", "ddp", 128), way(0.501, "none", "deepspeed", 128), way(0.9, "none", "fsdp2", 128)
-    reason = " of 2 as quick, to 2%, the least recomputation, then DDP, then the largest micro batch"
+    reason = " before 1 as quick, to 2%, that may fit too: the least recomputation, then DDP, then the largest micro batch"
     assert reason in said(*quick)
     assert {
         "communication alone 0.00 ms: a reduction and a gather",
@@ -152,6 +152,6 @@ def test_a_plan_s_text_has_its_numbers(monkeypatch):
     large = RankMemory(90e9, 0, 0, 0)  # which does not fit, and is none of the choice
     monkeypatch.setattr(
         "xar_scale.plan.search.rank_memory",
-        lambda config, *_: large if config.train.engine == "deepspeed" else RankMemory(1, 0, 0, 0),
+        lambda config, *_: large if config.train.engine == "ddp" else RankMemory(1, 0, 0, 0),
     )
     assert not any("as quick" in line for line in said(*quick))

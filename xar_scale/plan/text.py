@@ -1,7 +1,7 @@
 """A plan as text: tables, the assumptions behind them, and the choice."""
 
 import dataclasses
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 
 from xar_scale.config import micro_batches
 from xar_scale.doctor import table
@@ -164,14 +164,17 @@ def _why(found: Search, best: Fitting) -> str:
     parts = {"compute": time.compute, "communication": sent, "copies to the host": time.host}
     parts["launches of the host"] = time.launches
     bound = "data" if time.total == time.data else max(parts, key=parts.__getitem__)
-    same = [way.config for way in takewhile(lambda way: way.speed == best.speed, found.fitting())]
+    # whether those fit is not asked: to know it would take as long as all else
+    after = dropwhile(lambda way: way.config is not best.config, found.ways)
+    same = [way.config for way in takewhile(lambda way: way.speed == best.speed, after)]
     compiled, engines = {each.kernels.compile for each in same}, {each.train.engine for each in same}
     then = ""
     if len(compiled) > 1:
         then = ", then compiled blocks"
     elif len(engines) > 1:
         then = f", then {ENGINES[best.config.train.engine]}"
-    equal = f"\n  of {len(same)} as quick, to {KNOWN:.0%}, the least recomputation{then}, then the largest micro batch"
+    order = f"the least recomputation{then}, then the largest micro batch"
+    equal = f"\n  before {len(same) - 1} as quick, to {KNOWN:.0%}, that may fit too: {order}"
     among = equal if len(same) > 1 else ""
     return (
         f"the fewest GPU-hours of {len(found.ways)} ways, of those that fit{among}\n"
