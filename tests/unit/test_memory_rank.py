@@ -58,6 +58,15 @@ def test_gradients_come_as_activations_go_where_a_step_is_one_pass():
     assert one.activations == two.activations > 0
 
 
+@pytest.mark.parametrize("engine", ["single", "fsdp2", "ddp", "deepspeed"])
+def test_a_pass_in_parts_has_the_gradients_of_the_parts_before(engine):
+    """As after the guard's fallback."""
+    whole, parts = (
+        config_of(f"train.engine={engine}", "train.global_batch=64", f"train.micro_batch={size}", *GRID) for size in (64, 32)
+    )
+    assert rank_memory(whole, "tf32", 32, 1, CPU) == rank_memory(parts, "tf32", 32, 1, CPU)
+
+
 def test_neighbours_copies_are_counted_once():
     """hpZ: masters stay cut over all ranks, and each keeps its part of the neighbours' copy."""
     plain = digits_config("train.engine=deepspeed", "train.global_batch=128", "train.micro_batch=8", *GRID)

@@ -7,7 +7,7 @@ import torch
 
 from xar_scale import dist
 from xar_scale.config import Config, micro_batches
-from xar_scale.memory.passes import Passes, extrapolated_passes, line, pass_memory
+from xar_scale.memory.passes import Passes, extrapolated_passes, pass_memory
 from xar_scale.memory.rank import rank_memory
 from xar_scale.precision import MODES
 
@@ -35,13 +35,12 @@ def plan_fallback(
     most = need(fallback, samples)
     if most <= room:
         return 1, ""
-    least = need(fallback, 1)
-    # The peak is the largest of sums that grow evenly with the samples: between two sizes it lies below the line of theirs
     divisors = (parts for parts in range(2, samples) if samples % parts == 0)
-    parts = next((parts for parts in divisors if line(least, most, (samples // parts - 1) / (samples - 1)) <= room), samples)
+    parts = next((parts for parts in divisors if need(fallback, samples // parts) <= room), samples)
     if need(config.train.precision, samples) > room:
         return parts, ""
     needs = f"{fallback.upper()} after a fallback needs about {_gb(most)} of {_gb(room)}"
+    least = need(fallback, 1)
     if least > room:
         return samples, f"{needs}, with one sample a pass still {_gb(least)}: it may run out of memory"
     return parts, f"{needs}: it will run each pass in {parts} parts (micro_batch {samples} as {parts} x {samples // parts})"

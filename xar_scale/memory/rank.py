@@ -90,7 +90,8 @@ def rank_memory(
     passes: Passes = pass_memory,
     bucket: int | None = None,
 ) -> RankMemory:
-    """What a rank of ``world`` needs for passes of ``samples`` in ``mode``; ``passes`` is used for ``pass_memory``.
+    """What a rank of ``world`` needs for passes of ``samples`` in ``mode``, of which a step has as many as make up its part of the
+    global batch; ``passes`` is used for ``pass_memory``.
 
     Its share of the state, and the largest of what the backward pass takes and the optimizer's step: the pass where it begins
     and, under FSDP2, after a block or two, and where it ends. DDP has all weights, and of all gradients the sums.
@@ -124,7 +125,7 @@ def rank_memory(
         "averages": WEIGHT * share * averages_of(config.optim),
     }
     # those of one pass come as activations go; of more than one, and where an engine sums them up elsewhere, the sums are there
-    sums = engine in ("deepspeed", "ddp") or micro_batches(train, world)[1] > 1
+    sums = engine in ("deepspeed", "ddp") or samples < math.prod(micro_batches(train, world))
     gradients = WEIGHT * (weights.whole if engine == "ddp" else share)
     peak = passes(config, mode, samples, device)
     activations: float = peak.peak
