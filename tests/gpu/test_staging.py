@@ -1,0 +1,25 @@
+"""Copies in pinned memory of the host: as much as is copied, and for as long as it is used."""
+
+import gc
+
+import torch
+
+from xar_scale.staging import Staging
+
+
+def test_a_gpu_copies_into_pinned_memory_which_is_given_back(device):
+    sizes = [2**20 + 1, 0, 3]
+    for _ in range(3):  # memory that was not given back could not be pinned anew
+        tensors = [torch.randn(size, device=device) for size in sizes]
+        staging = Staging(tensors)
+        assert all(copy.is_pinned() for copy in staging.copies if copy.numel())
+        staging.take(tensors)
+        kept = [tensor.clone() for tensor in tensors]
+        for tensor in tensors:
+            tensor.zero_()  # the GPU copies before
+        staging.wait()
+        assert all(torch.equal(copy, tensor.cpu()) for copy, tensor in zip(staging.copies, kept, strict=True))
+        copy = staging.copies[0]
+        del staging
+        gc.collect()
+        assert not copy.is_pinned()
