@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -36,14 +37,14 @@ class Graphs:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = _stream(device)
         self._pool: Any = None  # of all records: only one plays at a time
         self._done = Counter[Hashable]()
         self._records: dict[Hashable, _Record] = {}
 
     def play(self, kind: Hashable, work: Work, *inputs: Tensor, warm_up: float = WARM_UP) -> Sequence[Tensor | None]:
         """What ``work(*inputs)`` returns; after ``warm_up`` times, by kind and shapes, from a record. Then the outputs are in
-        the record's memory, until anything is played again."""
+        the record's memory, until it is played again."""
         key = _key(kind, inputs)
         if self._done[key] < warm_up:
             self._done[key] += 1
@@ -77,6 +78,12 @@ class Graphs:
             outputs = work(*held)
         self._pool = self._pool or graph.pool()
         return _Record(graph, held, outputs)
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all records: cuBLAS keeps a workspace for each stream that it was ever used on."""
+    return torch.cuda.Stream(device)
 
 
 def _key(kind: Hashable, inputs: Sequence[Tensor]) -> Hashable:

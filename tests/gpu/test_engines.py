@@ -10,15 +10,16 @@ STEPS = ["train.steps=5", "train.global_batch=32", "train.log_every=1", "optim.w
 
 
 def logged(folder, name, *more, program=("-m", "xar_scale"), **environment):
+    """What a run printed, and its metrics."""
     own = [*STEPS, f"data.path={folder / 'data'}", *more]
     run = [*program, "train", "--recipe", "digits", "--run-dir", str(folder / name), *own]
     ended = launch(1, run, folder / "logs" / name, **environment)
     assert ended.codes == [0], ended.text
-    return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    return ended.text, [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(folder, name, *more, **environment):
-    return [line["loss"] for line in logged(folder, name, *more, **environment)]
+    return [line["loss"] for line in logged(folder, name, *more, **environment)[1]]
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +37,25 @@ def test_every_engine_learns_on_a_gpu_as_on_a_cpu(folder, cpu, engine, precision
     assert gpu == pytest.approx(cpu, rel=tolerance)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["single"],
-        *([engine, "kernels.compile=true", "sample.every=2"] for engine in ("single", "ddp")),
-        ["deepspeed"],
-        ["fsdp2"],
-    ],
-)
-def test_a_fault_of_bf16_alone_is_outlived_on_a_gpu(folder, words):
-    engine, *others = words
-    fault = json.dumps([{"kind": "activation", "step": 1, "until": 2, "rank": 0}])
-    more = [f"train.engine={engine}", *others, "train.precision=bf16", "guard.hold_steps=2"]
-    lines = logged(folder, "-".join(["fault", *words]), *more, program=("-m", "tests.injected", fault), DS_ACCELERATOR="cuda")
+def broken(step):
+    """A run whose activations in bf16 break in one step, on one process."""
+    fault = json.dumps([{"kind": "activation", "step": step, "until": step + 1, "rank": 0}])
+    return {"program": ("-m", "tests.injected", fault), "DS_ACCELERATOR": "cuda"}
+
+
+@pytest.mark.parametrize("engine", ["single", "ddp", "deepspeed", "fsdp2"])
+def test_a_fault_of_bf16_alone_is_outlived_on_a_gpu(folder, engine):
+    more = [f"train.engine={engine}", "train.precision=bf16", "guard.hold_steps=2"]
+    _, lines = logged(folder, f"fault-{engine}", *more, **broken(1))
     assert [line["precision"] for line in lines] == ["bf16", "tf32", "tf32", "tf32", "bf16"]
+
+
+@pytest.mark.parametrize("engine", ["single", "ddp"])
+def test_passes_are_recorded_anew_after_a_fault_and_after_pictures(folder, engine):
+    more = [f"train.engine={engine}", "train.precision=bf16", "guard.hold_steps=5", "train.steps=16", "sample.every=8"]
+    said, lines = logged(folder, f"recorded-{engine}", *more, "kernels.compile=true", **broken(4))
+    assert [line["precision"] for line in lines] == ["bf16"] * 4 + ["tf32"] * 6 + ["bf16"] * 6
+    # after two that warm up: in bf16, in TF32, which pictures follow, and in bf16 again
+    assert said.count("a pass is recorded") == 3
+    assert "a pass is recorded" not in (eager := logged(folder, f"eager-{engine}", *more, **broken(4)))[0]
+    assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in eager[1]], rel=5e-2)

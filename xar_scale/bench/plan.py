@@ -40,9 +40,15 @@ def config_of(options: argparse.Namespace, world: int) -> Config:
 
 
 def measured_memory(config: Config, device: torch.device) -> int:
-    """The most that PyTorch's CPU allocator had given out at any moment from before the engine is made to the end of a few
-    steps. What it gives is counted, not what the system keeps for it: fragments, libraries and buffers of gloo are left out.
+    """The most that PyTorch's allocator for ``device`` had given out at any moment from before the engine is made to the end of
+    a few steps. What it gives is counted, not what the system keeps for it: fragments, libraries, gloo's and NCCL's buffers are
+    left out.
     """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        train_steps(config, device)
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         kept = train_steps(config, device)
     del kept
@@ -104,7 +110,8 @@ def bench_memory(options: argparse.Namespace) -> None:
         dist.say(f"| {part} | {size / 1e9:.3f} |")
     dist.say(f"| reckoned | {sum(needed) / 1e9:.3f} |")
     dist.say(f"| measured: allocator | {measured / 1e9:.3f} ({sum(needed) / measured - 1:+.1%}) |")
-    dist.say(f"| measured: resident set | {grown / 1e9:.3f} ({sum(needed) / grown - 1:+.1%}) |")
+    if device.type == "cpu":
+        dist.say(f"| measured: resident set | {grown / 1e9:.3f} ({sum(needed) / grown - 1:+.1%}) |")
 
 
 def bench_scaling(options: argparse.Namespace) -> None:
