@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -155,6 +155,19 @@ def together(work: Callable[[], T]) -> T:
         raised.rank = at if torch_dist.is_initialized() else None
         raise raised
     return result  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def interlocked() -> Iterator[None]:
+    """Around work in which ranks send to each other: a defect in it ends this process at once. Told to the others as
+    ``together`` does it, it would meet a collective of the work, in which they wait for this rank."""
+    try:
+        yield
+    except Exception as error:
+        if world() == 1 or isinstance(error, XarScaleError | OSError):
+            raise
+        traceback.print_exc()
+        leave(1)
 
 
 def on_rank_0(work: Callable[[], T]) -> T:

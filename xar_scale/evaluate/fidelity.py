@@ -3,9 +3,10 @@
 import hashlib
 import os
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,10 +100,14 @@ class Extractor:
     def of_all(self, images: Images) -> Features:
         """In the images' order, on rank 0; on others nothing. Every rank calls this, and takes its share of the parts."""
 
-        def extract() -> dict[int, Features]:
-            return {part: self.of(images.read(part)) for part in dist.mine(range(images.parts))}
+        def extract(parts: Sequence[int]) -> dict[int, Features]:
+            return {part: self.of(images.read(part)) for part in dist.mine(parts)}
 
-        gathered = dist.gather_on_rank_0(dist.together(extract))
+        found: dict[int, Features] = {}
+        for first in range(0, images.parts, dist.world()):
+            # nobody goes on where one has failed: to be read they may be drawn, by neighbours that share the weights
+            found |= dist.together(partial(extract, range(images.parts)[first : first + dist.world()]))
+        gathered = dist.gather_on_rank_0(found)
         by_part = {part: features for of_rank in gathered for part, features in of_rank.items()}
         if not by_part:
             return {}

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,7 +89,8 @@ class Generator:
     def latents(self, labels: Sequence[int], seed: int | Sequence[int], first: int = 0, watch: Watch | None = None) -> Tensor:
         """One batch, in the tokenizer's own scale."""
         options = {name: getattr(self.settings, name) for name in SAMPLER}
-        with torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute is not FP32):
+        mixed = torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute is not FP32)
+        with mixed, dist.interlocked() if self.shared else nullcontext():
             drawn = sample(self.model, labels, seed=seed, first_image=first, watch=watch, **options)
         return drawn / self.latent_scale
 

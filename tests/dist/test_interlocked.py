@@ -1,0 +1,68 @@
+"""Work in which ranks send to each other, and which fails on one of them."""
+
+import pytest
+
+from tests.processes import launch
+
+BEGIN = """
+import sys
+import torch
+from xar_scale import dist
+from xar_scale.errors import NonFiniteError
+
+dist.init(torch.device("cpu"))
+sent = torch.ones(3)
+"""
+
+DEFECT = """
+def work():
+    with dist.interlocked():
+        if dist.rank() == 1:
+            raise RuntimeError("planted")
+        torch.distributed.all_reduce(sent)
+
+def main():
+    dist.together(work)
+    return 0
+
+dist.run(main)
+"""
+
+IMAGES = """
+from xar_scale.evaluate.fidelity import Extractor
+
+class Reading(Extractor):
+    def __init__(self):
+        pass
+
+    def of(self, images):
+        return {"pooled": images}
+
+class Drawn:
+    parts = 6
+
+    def read(self, part):
+        torch.distributed.all_reduce(sent)
+        if part == int(sys.argv[1]):
+            raise NonFiniteError("planted")
+        return torch.full((2,), part)
+
+try:
+    found = Reading().of_all(Drawn())
+except NonFiniteError as error:
+    dist.leave(3)
+assert dist.rank() or found["pooled"].tolist() == [part for part in range(6) for _ in range(2)]
+dist.leave(4)
+"""
+
+
+def test_a_defect_is_told_by_the_rank_that_has_it_which_leaves_at_once(tmp_path):
+    ended = launch(2, ["-c", BEGIN + DEFECT], tmp_path)
+    assert ended.codes[1] == 1 and "RuntimeError: planted" in ended.outputs[1] and "gloo" not in ended.outputs[1]
+    assert ended.codes[0] != 0
+
+
+@pytest.mark.parametrize(("fails", "code"), [(0, 3), (3, 3), (5, 3), (9, 4)])
+def test_features_are_those_of_all_parts_and_no_rank_goes_on_where_one_has_failed(fails, code, tmp_path):
+    ended = launch(2, ["-c", BEGIN + IMAGES, str(fails)], tmp_path)
+    assert ended.codes == [code, code], ended.text
