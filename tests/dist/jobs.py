@@ -98,10 +98,6 @@ class Job(Run):
         checkpoint = read_manifest(Path(path))
         whole = {f"{kind}/{key}": tensor for kind in KINDS for key, tensor in load_weights(checkpoint, kind).items()}
         owned = [(key, start, tensor) for key, start, tensor in state_vectors(self.engine, self.ema)]
-        headers = 0
-        for file in checkpoint.manifest.files:
-            with (checkpoint.path / file).open("rb") as opened:
-                headers += 8 + int.from_bytes(opened.read(8), "little")
         optimizer = getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)  # DeepSpeed wraps it
         of_rank = {
             "differ": [
@@ -110,7 +106,7 @@ class Job(Run):
                 if not torch.equal(tensor, whole[key].view(-1)[start : start + tensor.numel()])
             ],
             "elements": sum(tensor.numel() for _, _, tensor in owned),
-            "bytes_read": self.bytes_read - headers,
+            "bytes_read": self.bytes_read,
             "steps": sorted({int(state["step"]) for state in optimizer.state.values()}),
             "settings": sorted(
                 {(group["weight_decay"], *group["betas"], group["eps"]) for group in optimizer.param_groups}

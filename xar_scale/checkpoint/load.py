@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xar_scale import dist
 from xar_scale.checkpoint.manifest import Checkpoint
-from xar_scale.checkpoint.vectors import open_vectors
+from xar_scale.checkpoint.vectors import check_kinds, open_ranges, open_vectors
 from xar_scale.config import Config
 from xar_scale.data.shards import DatasetInfo
 from xar_scale.ema import EMA, POWER_KINDS
@@ -63,8 +63,11 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
 
     def read() -> int:
         check_shapes(checkpoint, engine.shapes)
-        with open_vectors(checkpoint, *state_kinds(ema)) as files:
-            for key, start, tensor in state_vectors(engine, ema):
+        check_kinds(checkpoint, state_kinds(ema))
+        owned = state_vectors(engine, ema)
+        spans = {key: (start, start + tensor.numel()) for key, start, tensor in owned}
+        with open_ranges(checkpoint, spans, dist.rank(), dist.world()) as files:
+            for key, start, tensor in owned:
                 if tensor.device.type == "cpu":
                     files.read(key, start, tensor)
                 else:

@@ -33,17 +33,18 @@ class Piece(NamedTuple):
 class Pieces:
     """Reads vectors that lie in pieces; a context manager, which may have files open. ``bytes_read`` counts what was read.
 
-    Raises DataError where they are not whole, or a file is too short for them.
+    ``spans``: the elements [start, stop) of each that there are. Raises DataError where the pieces are not these, or a file is
+    too short for them.
     """
 
-    def __init__(self, pieces: Mapping[str, Sequence[Piece]], shapes: Mapping[str, torch.Size]) -> None:
+    def __init__(self, pieces: Mapping[str, Sequence[Piece]], spans: Mapping[str, tuple[int, int]]) -> None:
         self.pieces = {key: sorted(piece for piece in given if piece.stop > piece.start) for key, given in pieces.items()}
         self.bytes_read = 0
         self._open: dict[Path, int] = {}
         self.files = sorted({piece.path for given in self.pieces.values() for piece in given})
         sizes = {path: path.stat().st_size for path in self.files}
         for key, given in self.pieces.items():
-            at = 0
+            at, last = spans[key]
             for piece in given:
                 if piece.start != at:
                     raise DataError(f"{piece.path}: {key} goes on at element {piece.start}, the pieces before end at {at}")
@@ -53,14 +54,16 @@ class Pieces:
                 if end > sizes[piece.path]:
                     raise DataError(f"{piece.path} has {sizes[piece.path]} bytes, {key} ends at {end}: it is torn")
                 at = piece.stop
-            if at != shapes[key].numel():
-                raise DataError(f"{key} of shape {tuple(shapes[key])} has {shapes[key].numel()} elements, its files hold {at}")
+            if at != last:
+                raise DataError(f"{key} ends at element {last}, what its files hold of it at {at}")
 
     def read(self, key: str, start: int, out: Tensor) -> None:
         """Fill ``out`` (1-D, float32, contiguous, on the CPU) with the elements from ``start`` on, reading no others."""
         pieces, stop = self.pieces.get(key, ()), start + out.numel()
         if not pieces or pieces[-1].stop < stop:
             raise DataError(f"{key} has no element {stop - 1} in these files: it ends at {pieces[-1].stop if pieces else 0}")
+        if start < pieces[0].start:
+            raise DataError(f"{key} has no element {start} in these files: it begins at {pieces[0].start}")
         for piece in pieces[max(bisect_right(pieces, start, key=lambda piece: piece.start) - 1, 0) :]:
             if start >= stop:
                 return
@@ -118,6 +121,11 @@ class Pieces:
         tensor = torch.empty(tuple(shape))
         self.read(key, 0, tensor.view(-1))
         return tensor
+
+
+def whole(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, int]]:
+    """All elements of each vector."""
+    return {key: (0, shape.numel()) for key, shape in shapes.items()}
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:

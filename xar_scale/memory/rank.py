@@ -90,8 +90,8 @@ def rank_memory(
     passes: Passes = pass_memory,
     bucket: int | None = None,
 ) -> RankMemory:
-    """What a rank of ``world`` needs for passes of ``samples`` in ``mode``, of which a step has as many as make up its part of the
-    global batch; ``passes`` is used for ``pass_memory``.
+    """What a rank of ``world`` needs for passes of ``samples`` in ``mode``, of which a step has as many as make up its part of
+    the global batch; ``passes`` is used for ``pass_memory``.
 
     Its share of the state, and the largest of what the backward pass takes and the optimizer's step: the pass where it begins
     and, under FSDP2, after a block or two, and where it ends. DDP has all weights, and of all gradients the sums.

@@ -7,7 +7,7 @@ import torch
 from xar_scale.checkpoint.interop.pickled import Pickled, read_pickled
 from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.interop.zero import read_common, settings, steps_taken
-from xar_scale.checkpoint.pieces import Pieces
+from xar_scale.checkpoint.pieces import Pieces, whole
 from xar_scale.errors import DataError
 
 # kind -> folder of folders, file. DeepSpeed has no averages: those lie apart from what it looks at
@@ -41,7 +41,7 @@ def open_universal(folder: Path, trust_pickle: bool) -> Source:
     lacking = {f"{kind}/{name}" for kind in kinds for name in known} - set(shapes)
     if lacking or not shapes:
         raise DataError(f"{folder} lacks {len(lacking)} tensors, first {min(lacking, default='of all')}")
-    reader = Pieces(pieces, shapes)
+    reader = Pieces(pieces, whole(shapes))
     try:
         return Source(
             folder,

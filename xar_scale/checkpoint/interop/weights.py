@@ -11,7 +11,7 @@ from xar_scale.checkpoint.files import SUFFIX
 from xar_scale.checkpoint.interop.official import our_names
 from xar_scale.checkpoint.interop.pickled import is_pickled, read_pickled
 from xar_scale.checkpoint.interop.source import InMemory, Source
-from xar_scale.checkpoint.pieces import DTYPES, Piece, Pieces, read_header
+from xar_scale.checkpoint.pieces import DTYPES, Piece, Pieces, read_header, whole
 from xar_scale.errors import DataError
 
 INDEX, PTH = f"model{SUFFIX}.index.json", "model.pth"
@@ -44,7 +44,7 @@ def open_weights(path: Path, trust_pickle: bool) -> Source:
     _check_index(path, set(shapes))
     ours = our_names(shapes)
     shapes = {f"model/{ours[name]}": shape for name, shape in shapes.items() if name in ours}
-    reader = Pieces({f"model/{ours[name]}": [piece] for name, piece in pieces.items() if name in ours}, shapes)
+    reader = Pieces({f"model/{ours[name]}": [piece] for name, piece in pieces.items() if name in ours}, whole(shapes))
     return Source(path, f"safetensors, {len(files)} files", shapes, reader, reader.files)
 
 
@@ -54,7 +54,7 @@ def _open_pth(path: Path, file: Path, trust_pickle: bool) -> Source:
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     if read.whole:
         return Source(path, ".pth of torch.save's old format, which is read whole", shapes, InMemory(tensors), [file])
-    reader = Pieces({key: [read.piece(tensor)] for key, tensor in tensors.items()}, shapes)
+    reader = Pieces({key: [read.piece(tensor)] for key, tensor in tensors.items()}, whole(shapes))
     return Source(path, ".pth", shapes, reader, [file])
 
 

@@ -10,7 +10,7 @@ import torch
 
 from xar_scale.checkpoint.interop.pickled import Pickled, read_pickled
 from xar_scale.checkpoint.interop.source import Source
-from xar_scale.checkpoint.pieces import Piece, Pieces
+from xar_scale.checkpoint.pieces import Piece, Pieces, whole
 from xar_scale.errors import DataError
 
 OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -84,7 +84,7 @@ def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
     shapes = {f"{kind}/{name}": shape for kind in _kinds(pieces) for name, shape in parameters.items()}
     if lacking := set(shapes) - set(pieces):
         raise DataError(f"{folder} lacks {len(lacking)} tensors, first {min(lacking)}")
-    reader = Pieces(pieces, shapes)
+    reader = Pieces(pieces, whole(shapes))
     return Source(
         folder,
         f"DeepSpeed ZeRO-{stage}, {len(ranks)} ranks",
