@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
@@ -14,7 +15,7 @@ import pytest
 from tests.unit.test_saving import poll_until
 from tests.unit.tiny_run import Run
 from xar_scale import background
-from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid
+from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid, read_manifest
 from xar_scale.checkpoint.mirror import Mirror, newest_valid_of
 from xar_scale.errors import ConfigError, DataError, FileError
 
@@ -400,3 +401,19 @@ def test_however_often_a_copy_failed_before_the_end_gives_it_six_attempts(bucket
     monkeypatch.setattr(background.time, "sleep", pause)
     run.store.finish()
     assert pauses == [1, 2, 4] and Mirror(bucket).steps() == [1]
+
+
+@pytest.mark.parametrize("name", ["../../../escaped.safetensors", "/escaped.safetensors", "latest"])
+def test_a_copy_that_names_files_elsewhere_is_none(tmp_path, name):
+    """Whoever may write to the mirror could have it write over any file of the user."""
+    url = f"file://{tmp_path}/copy"
+    path = trained(tmp_path / "run", url, 1).store.newest
+    manifest = read_manifest(path).manifest
+    name = f"{tmp_path}{name}" if name.startswith("/") else name
+    copy = tmp_path / "copy" / "checkpoints" / path.name
+    (entry,) = manifest.files.values()
+    (copy / "manifest.json").write_bytes(replace(manifest, files={name: entry}).to_json())
+    (tmp_path / "escaped.safetensors").write_text("mine")
+    with pytest.raises(DataError, match=f"names '{name}', which is no file of a checkpoint's"):
+        gone_on_from(tmp_path / "new" / "run", url)
+    assert (tmp_path / "escaped.safetensors").read_text() == "mine"
