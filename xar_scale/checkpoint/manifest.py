@@ -126,7 +126,7 @@ def parse_manifest(content: bytes, place: Path | str) -> Manifest:
             "shapes": {name: our_shape(name, shape) for name, shape in values["shapes"].items()},
             "files": {name: Fingerprint(**entry) for name, entry in values["files"].items()},
         }
-        if elsewhere := [name for name in typed["files"] if Path(name).name != name or not name.endswith(SUFFIX)]:
+        if elsewhere := [name for name in values["files"] if Path(name).name != name or not name.endswith(SUFFIX)]:
             # what is fetched is written by these names, and whoever may write to a mirror is not this user
             raise DataError(f"checkpoint {place}: {MANIFEST} names {elsewhere[0]!r}, which is no file of a checkpoint's")
         return Manifest(**(values | typed))

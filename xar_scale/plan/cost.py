@@ -43,12 +43,14 @@ class Collective(NamedTuple):
 
 def link_of(machines: Machines, ranks: int) -> Link:
     """The slowest that a ring of ``ranks`` neighbours goes through. Within a node NVLink; between nodes all adapters of a node,
-    a ring each: per_node x network, where NVLink is not slower. A hop within a node takes a tenth of one between them.
+    a ring each: per_node x network, where NVLink is not slower. A hop within a node takes a tenth of one between them, and of
+    per_node hops one is: (1 + (per_node - 1) / 10) hop / per_node.
     """
-    gpu = machines.gpu
+    gpu, near = machines.gpu, machines.hop / 10
     if ranks <= machines.per_node:
-        return Link(gpu.nvlink * machines.link_share, machines.hop / 10)
-    return Link(min(gpu.nvlink, machines.per_node * gpu.network) * machines.link_share, machines.hop / machines.per_node)
+        return Link(gpu.nvlink * machines.link_share, near)
+    hop = near + (machines.hop - near) / machines.per_node
+    return Link(min(gpu.nvlink, machines.per_node * gpu.network) * machines.link_share, hop)
 
 
 def collectives(config: Config, weights: Weights, machines: Machines) -> list[Collective]:
@@ -130,7 +132,8 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
     """Each part by its formula; b samples a rank and pass, p passes.
 
     compute = p b FLOPs / (peak x mfu); communication = that of all collectives; host = 2 p b x inputs of blocks / host;
-    launches = p x blocks x launch, of passes that are not recorded; with whole weights UNGATHERED of it;
+    launches = p x blocks x launch, of passes that are not recorded; with whole weights UNGATHERED of it, and more of it where
+    blocks are computed again;
     exposed = one call of the first gather and of the last reduction, and of the rest what is not overlapped;
     data = global batch / (loader x workers x ranks).
     """
@@ -139,7 +142,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
     inputs = 0.0
     if train.recompute == "offload":
         inputs = weights.blocks * create_layout(config.model).tokens * config.model.width * WEIGHT
-    launch = machines.launch * (UNGATHERED if train.whole_weights else 1)
+    launch = machines.launch * (UNGATHERED if train.whole_weights else 1) * launched_again(config)
     workers = max(config.data.workers, 1) * machines.gpus
     communication = sum(each.seconds for each in sent)
     ends = sum(each.seconds / each.calls for each in (sent[0], sent[-1])) if sent else 0.0
@@ -154,11 +157,20 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
     )
 
 
+def launched_again(config: Config) -> float:
+    """What recomputation multiplies a pass's launches by, as a CPU's host had it (docs/benchmarks/2026-11-27-cpu-ddp.md)."""
+    if config.train.recompute in ("full", "offload"):
+        return 1.5
+    # graphs have it in them; without, Python decides of each operation
+    return 2.0 if config.train.recompute == "selective" and not config.kernels.compile else 1.0
+
+
 def optimizer_bytes(config: Config, weights: Weights, world: int) -> float:
-    """Read and written a rank and step, of its share: gradients for the norm (1) and to be clipped (2), AdamW's four tensors (4
-    read, 3 written), the averages (3 each); under ZeRO-3 the copy that is gathered from (2). Under DDP the ranks' mean (2), and
-    of all weights each pass's gradients, put where they are reduced (2, or 3 where there are some). Four bytes each."""
-    times = 10 + 3 * averages_of(config.optim) + (2 if config.train.engine in ("deepspeed", "ddp") else 0)
+    """Read and written a rank and step, of its share: weights, to see whether they are finite (1), gradients for the norm (1)
+    and to be clipped (2), AdamW's four tensors (4 read, 3 written), the averages (3 each); under ZeRO-3 the copy that is
+    gathered from (2). Under DDP the ranks' mean (2), and of all weights each pass's gradients, put where they are reduced (2,
+    or 3 where there are some). Four bytes each."""
+    times = 11 + 3 * averages_of(config.optim) + (2 if config.train.engine in ("deepspeed", "ddp") else 0)
     ranks = owners(config.train, world)
     put = 3 * micro_batches(config.train, world)[1] - 1 if config.train.engine == "ddp" else 0
     return WEIGHT * (times * weights.cut(config.train.engine, ranks) / ranks + put * weights.whole)
@@ -179,9 +191,11 @@ def checkpoint(config: Config, weights: Weights, machines: Machines) -> Checkpoi
 
 
 def snapshot_bytes(config: Config, weights: Weights, machines: Machines) -> float:
-    """Of a node's memory: the guard's snapshots, and what a checkpoint that is being written has been copied to."""
-    of_rank = checkpoint(config, weights, machines).size / owners(config.train, machines.gpus)
-    return min(machines.per_node, machines.gpus) * of_rank * ((config.guard.snapshots if config.guard.enabled else 0) + 1)
+    """Of a node's memory: the guard's snapshots of all that a rank owns, and the copy of what it writes to a checkpoint, which
+    where several ranks own the same is a part of it."""
+    size, world = checkpoint(config, weights, machines).size, machines.gpus
+    snapshots = config.guard.snapshots if config.guard.enabled else 0
+    return min(machines.per_node, world) * (snapshots * size / owners(config.train, world) + size / world)
 
 
 def sample_bytes(config: Config) -> int:

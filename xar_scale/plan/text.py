@@ -7,7 +7,7 @@ from xar_scale.config import micro_batches
 from xar_scale.doctor import table
 from xar_scale.memory.rank import MARGIN, RankMemory
 from xar_scale.model.flops import forward_flops, training_flops
-from xar_scale.plan.cost import UNGATHERED, checkpoint, link_of, optimizer_bytes, sample_bytes, snapshot_bytes
+from xar_scale.plan.cost import UNGATHERED, checkpoint, launched_again, link_of, optimizer_bytes, sample_bytes, snapshot_bytes
 from xar_scale.plan.hardware import Machines
 from xar_scale.plan.search import ENGINES, KNOWN, RECOMPUTE, Fitting, Search, Way
 from xar_scale.precision import MODES
@@ -126,7 +126,8 @@ def _assumed(found: Search, best: Fitting) -> str:
 
 def _assumed_of_launches(machines: Machines, best: Fitting) -> str:
     whole = f" x {UNGATHERED:g}, with nothing to gather" if best.config.train.whole_weights else ""
-    return f"launches: {machines.launch * 1e3:g} ms of the host a block and pass (--launch){whole}, of eager ones more"
+    again = f" x {times:g}, to compute again" if (times := launched_again(best.config)) > 1 else ""
+    return f"launches: {machines.launch * 1e3:g} ms of the host a block and pass (--launch){whole}{again}, of eager ones more"
 
 
 def _assumed_of_links(machines: Machines, best: Fitting) -> list[str]:
