@@ -156,7 +156,7 @@ class KernelConfig:
 
     attention: AttentionBackend = "auto"
     library: KernelLibrary = "auto"  # of RMSNorm and Adam; auto: torch, as long as apex is not measured
-    compile: bool = False  # in training each block a graph of torch.compile, in sampling the network
+    compile: bool = False  # each block a graph of torch.compile, in training and in sampling
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -176,7 +176,8 @@ def on_rank_0(work: Callable[[], T]) -> T:
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether it is what a collective raises when another rank is gone: gloo's and NCCL's errors say so in words alone."""
+    """Whether it is what a collective raises when another rank is gone: gloo's and NCCL's errors say so in words alone. (Mostly
+    NCCL's own thread sees it first, and aborts the process.)"""
     said = str(error)
     return ("gloo" in said and ("peer" in said or "Broken pipe" in said)) or "remote process exited" in said
 

@@ -61,6 +61,7 @@ class Watchdog:
         self.run, self.settings = run, settings
         self.seconds = deque[float](maxlen=KEPT)
         self._current: tuple[int, float] | None = None  # a step, and when it was begun
+        self._slept = 0.0  # seconds since then in which the whole process was stopped
         self._store = _store()
         self._alarmed, self._ended = threading.Event(), threading.Event()
         # apart, because each may be kept waiting: by the step itself, by rank 0's process, by a disk
@@ -82,7 +83,7 @@ class Watchdog:
         now = time.monotonic()
         if self._current is not None:
             self.seconds.append(now - self._current[1])
-        self._current = step, now
+        self._current, self._slept = (step, now), 0.0
 
     def rest(self) -> None:
         """What comes now takes the time it takes: a disk, another state."""
@@ -100,9 +101,9 @@ class Watchdog:
         while not self._ended.wait(LOOK_S):
             asleep, looked = time.monotonic() - looked - LOOK_S, time.monotonic()
             current, limit = self._current, self.limit
-            if asleep > ASLEEP_S and current is not None:  # the whole process was stopped: others tell, if they had to wait
-                self._current = current = current[0], current[1] + asleep
-            overdue = current is not None and limit is not None and time.monotonic() - current[1] > limit
+            if asleep > ASLEEP_S:  # the whole process was stopped: others tell, if they had to wait
+                self._slept += asleep
+            overdue = current is not None and limit is not None and time.monotonic() - current[1] - self._slept > limit
             if (overdue or self._alarmed.is_set()) and not self._ended.is_set():
                 self._end(current)
 

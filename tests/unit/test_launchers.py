@@ -166,7 +166,7 @@ exit $CODE"""
 *) echo "scontrol $*" >>"$CALLS" ;;
 esac"""
 
-    def __init__(self, folder: Path, code: int, *, asked: bool = False, preempted: str = "None", **more: str) -> None:
+    def __init__(self, folder: Path, code: int, *words: str, asked: bool = False, preempted: str = "None", **more: str) -> None:
         programs, calls, self.run = folder / "bin", folder / "calls", folder / "run"
         programs.mkdir(exist_ok=True)
         for name, script in (("srun", self.SRUN), ("scontrol", self.SCONTROL)):
@@ -177,7 +177,7 @@ esac"""
         told = {"CALLS": str(calls), "CODE": str(code), "ASKED": "1" if asked else "", "PREEMPTED": preempted}
         path = {"PATH": f"{programs}:{os.environ['PATH']}"}
         self.done = subprocess.run(
-            ["bash", ROOT / "launchers" / "slurm.sbatch", "train", "--run-dir", self.run],
+            ["bash", ROOT / "launchers" / "slurm.sbatch", *(words or ("train", "--run-dir", self.run))],
             env=environment() | job | told | path | more,
             cwd=folder,
             capture_output=True,
@@ -226,6 +226,17 @@ def test_a_job_whose_restarts_cannot_be_counted_is_not_queued_again_for_ever(tmp
     batch.run.touch()  # no folder can be made, as on a disk that is full
     batch = Batch(tmp_path, 71)
     assert not batch.requeued and f"not started again: {batch.run}/restarts cannot be written" in batch.done.stdout
+
+
+def test_jobs_of_no_run_count_their_restarts_apart(tmp_path):
+    of_others = ROOT / "runs" / "restarts"
+    for number, restarts in (("700001", 1), ("700002", 1), ("700001", 2)):
+        counted = ROOT / f".restarts-{number}"
+        assert Batch(tmp_path, 71, "evaluate", "runs/h", SLURM_JOB_ID=number).done.returncode == 71
+        assert counted.read_text() == f"none {restarts}\n" and not of_others.exists()
+    for number in ("700001", "700002"):
+        Batch(tmp_path, 0, "evaluate", "runs/h", SLURM_JOB_ID=number)
+    assert not [*ROOT.glob(".restarts-70000?")]
 
 
 def test_a_job_that_is_submitted_from_elsewhere_says_so(tmp_path):

@@ -342,6 +342,17 @@ def test_what_was_interrupted_is_begun_anew_for_another_source_or_target(tmp_pat
     assert_bitwise(values(tmp_path / "new"), state)
 
 
+def test_what_is_recorded_after_a_torn_line_is_known_at_the_next_start(tmp_path):
+    with writer._Work(tmp_path / "new", "digest"):
+        pass
+    with (tmp_path / ".new.partial" / "journal").open("a") as journal:
+        journal.write('{"file": "a", "by')
+    with writer._Work(tmp_path / "new", "digest") as work:
+        work.record({"verified": True})
+    with writer._Work(tmp_path / "new", "digest") as work:
+        assert work.verified
+
+
 def test_two_at_once_do_not_write_the_same(tmp_path, own, capsys):
     with open_source(own) as source:
         digest = writer._digest(source, plan(source, "pth"))

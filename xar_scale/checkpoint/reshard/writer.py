@@ -110,7 +110,10 @@ class _Work:
     def _recall(self, digest: str) -> bool:
         """What an interrupted run of the same has done."""
         self._journal.seek(0)
-        lines = [line for line in self._journal if line.endswith("\n")]  # the last may be torn
+        lines = self._journal.readlines()
+        if lines and not lines[-1].endswith("\n"):  # torn, and what is recorded next is a line of its own
+            self._journal.truncate(sum(map(len, lines[:-1])))  # of bytes too: JSON as it is written here is ASCII
+            lines.pop()
         try:
             entries = [json.loads(line) for line in lines]
         except ValueError:
