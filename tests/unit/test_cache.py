@@ -23,7 +23,7 @@ from xar_scale.data.cache import NodeCache
 from xar_scale.data.loader import LatentDataset, RankNumbers, batches
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.remote import RemoteFolder
-from xar_scale.data.sources import lanes_of_a_node, open_shards
+from xar_scale.data.sources import most_lanes, open_shards
 from xar_scale.errors import ConfigError, FileError
 from xar_scale.model.entities import create_layout
 
@@ -189,7 +189,7 @@ def test_lanes_of_a_node_are_those_that_its_ranks_read(lanes, world, local, most
     of_rank = [{number // world for number in range(rank * lanes, (rank + 1) * lanes)} for rank in range(world)]
     nodes = [set().union(*of_rank[first : first + local]) for first in range(0, world, local)]
     assert batch == lanes * world and max(map(len, nodes)) == most
-    assert lanes_of_a_node(lanes, world, local) == most
+    assert most_lanes(lanes, world, local) == most
 
 
 def test_a_cache_too_small_for_what_is_read_at_a_time_is_refused_with_the_numbers(url, tmp_path, monkeypatch):
@@ -209,6 +209,18 @@ def test_a_cache_too_small_for_what_is_read_at_a_time_is_refused_with_the_number
     monkeypatch.setenv("WORLD_SIZE", "2")  # two nodes: a lane each
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     with pytest.raises(ConfigError, match=r"a node's 1 lanes .* 6 shards"):
+        opened(1e-5)
+    opened(7e-5)
+
+
+def test_a_short_last_shard_is_not_taken_for_all_of_them(tmp_path):
+    write_set(tmp_path / "set", 41, per_shard=PER_SHARD)
+
+    def opened(gigabytes: float):
+        path = f"data.path=file://{tmp_path}/set", f"data.cache={tmp_path}", f"data.cache_gb={gigabytes}"
+        return open_shards(digits_config(*path, *SETTINGS, "data.lanes=1"))
+
+    with pytest.raises(ConfigError, match=r"a node's 1 lanes .* 6 shards"):  # a window of 6: the short one, and two beside it
         opened(1e-5)
     opened(7e-5)
 

@@ -376,10 +376,18 @@ def test_as_many_shards_stay_open_as_the_lanes_go_around(tmp_path, monkeypatch):
     open_ = reader._OpenShard.__init__
     monkeypatch.setattr(reader._OpenShard, "__init__", lambda self, *of: opened.append(of) or open_(self, *of))
     dataset = open_set(tmp_path, "data.lanes=16", "train.global_batch=16")  # windows of six: three shards, four at their edges
-    assert dataset.shards.open_shards == 16 * 5
+    assert dataset.shards.open_shards == 16 * 4
     for step in range(18):
         dataset.__getitems__(range(16 * step, 16 * step + 16))
     assert len(set(opened)) > 100 and len(opened) < 1.1 * len(set(opened))  # edges of lanes are met twice
+
+
+def test_a_rank_keeps_shards_of_its_own_lanes_open(tmp_path, monkeypatch):
+    write_set(tmp_path, 399, per_shard=2)  # the last holds one
+    monkeypatch.setattr(LatentShards, "open_shards", 1)
+    for world, lanes in ((4, 4), (3, 6), (16, 1), (32, 1)):
+        monkeypatch.setenv("WORLD_SIZE", str(world))
+        assert open_set(tmp_path, "data.lanes=16", "train.global_batch=96").shards.open_shards == lanes * 4
 
 
 @pytest.mark.parametrize("name", ["latents", "noise", "t"])

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import tarfile
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from tests.unit.conftest import read_set, small_info, small_samples, write_set
 from xar_scale.data import shards as shards_module
 from xar_scale.data.reader import LatentShards, ShardError
-from xar_scale.data.shards import DATASET_FILE, ShardWriter
+from xar_scale.data.shards import DATASET_FILE, ShardInfo, ShardWriter
 from xar_scale.errors import DataError, FileError, UsageError
 
 TAR, INDEX = "latents-000001.tar", "latents-000001.index.json"
@@ -53,6 +54,16 @@ def test_what_is_written_is_read(tmp_path_factory, count, per_shard, shape, dtyp
     assert info == small_info(shape=shape, dtype=dtype, flipped=flipped, shards=info.shards)
     assert_same(read_set(folder), written)
     assert list(LatentShards(folder).faults()) == []
+
+
+@settings(deadline=None)
+@given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=5), samples=st.integers(2, 12))
+def test_the_most_shards_that_samples_in_a_row_lie_in(counts, samples):
+    info = small_info(shards=tuple(ShardInfo(f"s{number}", count, 1, 0, 0) for number, count in enumerate(counts)))
+    row = range(min(samples, info.samples))
+    orders = ([shard for shard in order for _ in range(counts[shard])] for order in permutations(range(len(counts))))
+    met = [len(set(order[first : first + len(row)])) for order in orders for first in range(info.samples - len(row) + 1)]
+    assert info.most_shards(samples) == max(met)
 
 
 def test_samples_are_read_in_any_order(tmp_path):

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import Self
 
-from xar_scale import rng
+from xar_scale import dist, rng
 from xar_scale.config import Config
 from xar_scale.data.faults import Fault
 from xar_scale.data.order import SampleOrder, Window
 from xar_scale.data.reader import ShardError
 from xar_scale.data.shards import DatasetInfo
-from xar_scale.data.sources import Shards
+from xar_scale.data.sources import Shards, most_lanes
 from xar_scale.data.workers import DeadWorkerError, from_workers
 from xar_scale.errors import ConfigError, DataError, FileError, ProcessError, XarScaleError
 from xar_scale.flow import sample_time
@@ -104,8 +104,8 @@ class LatentDataset(Dataset[Batch]):
             global_batch=config.train.global_batch,
             lanes=config.data.lanes,
         )
-        # A rank goes around the windows of its lanes: all of a run's in one process at worst, and a shard opens slowly
-        at_once = config.data.lanes * (config.data.window // min(shard.samples for shard in shards.info.shards) + 2)
+        # a rank goes around the windows of its lanes, and a shard opens slowly
+        at_once = most_lanes(config.data.lanes, dist.world(), 1) * shards.info.most_shards(config.data.window)
         self._announced = set[Window]()
         self.quarantined = set[Place]()  # others stand for these
         self._bad = set[tuple[int, int, bool]]()  # arrays that were no substitute: they need not be tried again

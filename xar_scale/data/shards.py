@@ -60,6 +60,12 @@ class DatasetInfo:
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
+    def most_shards(self, samples: int) -> int:
+        """The most shards that so many samples in a row lie in, whatever the shards' order."""
+        together = np.cumsum(np.sort([shard.samples for shard in self.shards]))
+        within = int(np.searchsorted(together, samples - 2, side="right"))  # the first and the last lie in others
+        return min(within + 2, len(self.shards))
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what says which sample is where: the same for a copy, another for anything that moves or changes one."""

@@ -64,9 +64,8 @@ def cache_folder(config: Config) -> Path:
 def _check_room(info: DatasetInfo, config: Config) -> None:
     """Raises ConfigError where the node's cache cannot hold what its ranks read from at a time, and what comes next."""
     data = config.data
-    lanes = lanes_of_a_node(data.lanes, dist.world(), dist.local_world())
-    a_window = data.window // min(shard.samples for shard in info.shards) + 2  # it may begin and end within a shard
-    shards = min(2 * lanes * a_window, len(info.shards))
+    lanes = most_lanes(data.lanes, dist.world(), dist.local_world())
+    shards = min(2 * lanes * info.most_shards(data.window), len(info.shards))
     largest = max(shard.bytes for shard in info.shards)
     if (needed := shards * largest / 1e9) > data.cache_gb:  # both are shown unrounded: what is shown will do
         raise ConfigError(
@@ -75,7 +74,7 @@ def _check_room(info: DatasetInfo, config: Config) -> None:
         )
 
 
-def lanes_of_a_node(lanes: int, world: int, local: int) -> int:
-    """The most lanes that the ranks of one node read from, ``local`` of ``world``: each takes an even slice of all lanes."""
-    nodes = [(first, min(first + local, world)) for first in range(0, world, local)]
-    return max(-(-end * lanes // world) - first * lanes // world for first, end in nodes)
+def most_lanes(lanes: int, world: int, together: int) -> int:
+    """The most lanes that a node's ranks read from, ``together`` of ``world``: each takes an even slice of all lanes."""
+    groups = [(first, min(first + together, world)) for first in range(0, world, together)]
+    return max(-(-end * lanes // world) - first * lanes // world for first, end in groups)
