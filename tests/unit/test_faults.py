@@ -283,11 +283,14 @@ def test_a_store_that_fails_is_no_bad_sample_and_is_asked_once(folder, monkeypat
         raise FileError("the store is gone")
 
     monkeypatch.setattr(dataset.shards, "read_array", fail)
-    batch = dataset.__getitems__(range(10))
-    assert len(asked) == 1  # each attempt may take minutes
-    assert batch.latents.abs().sum() == 0 and len(batch.keys) == 10
-    with pytest.raises(FileError, match="the store is gone"):
-        BadSamples(1000).add(batch.faults)
+    dataset.quarantine([(0, 0)])
+    count = LatentDataset.CHUNK + 10
+    for numbers in (range(count), range(count, 2 * count)):  # passes of a step, which are all awaited
+        batch = dataset.__getitems__(numbers)
+        assert len(asked) == 1  # each attempt may take minutes
+        assert batch.latents.abs().sum() == 0 and len(batch.keys) == count
+        with pytest.raises(FileError, match="the store is gone"):
+            BadSamples(1000).add(batch.faults)
 
 
 def test_the_mirrored_array_is_looked_at_too(tmp_path):

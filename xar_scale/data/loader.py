@@ -109,6 +109,7 @@ class LatentDataset(Dataset[Batch]):
         self._announced = set[Window]()
         self.quarantined = set[Place]()  # others stand for these
         self._bad = set[tuple[int, int, bool]]()  # arrays that were no substitute: they need not be tried again
+        self._lost: FileError | None = None  # what the samples lie on does not give them
         shards.open_shards = min(max(shards.open_shards, at_once), MAX_OPEN_SHARDS)
 
     def quarantine(self, places: Iterable[Place]) -> None:
@@ -153,7 +154,7 @@ class LatentDataset(Dataset[Batch]):
                 stored[row] = 0
                 continue
             try:
-                keys[row], labels[row], stored[row] = self.shards.read_array(*place, flipped=flip[row])
+                keys[row], labels[row], stored[row] = self._read(place, flipped=flip[row])
             except DataError as error:
                 faults[row], stored[row] = self._fault(place, error), 0
             except FileError as error:  # what the others lie on too: the step will not be taken
@@ -185,6 +186,16 @@ class LatentDataset(Dataset[Batch]):
             faults=tuple(faults.values()),
         )
 
+    def _read(self, place: Place, *, flipped: bool) -> tuple[str, int, np.ndarray]:
+        """Key, label and array. A store that is gone is asked once: each attempt may take minutes, and the run ends."""
+        if self._lost is not None:
+            raise self._lost
+        try:
+            return self.shards.read_array(*place, flipped=flipped)
+        except FileError as error:
+            self._lost = error
+            raise
+
     def _substitute(self, place: Place, *, flipped: bool) -> tuple[Place, str, int, np.ndarray]:
         """The next sample in the order of storage that can be read. Raises DataError where there is none."""
         for shard, positions in self._after(place):
@@ -192,7 +203,7 @@ class LatentDataset(Dataset[Batch]):
                 if (shard, position) in self.quarantined or (shard, position, flipped) in self._bad:
                     continue
                 try:
-                    key, label, array = self.shards.read_array(shard, position, flipped=flipped)
+                    key, label, array = self._read((shard, position), flipped=flipped)
                     if np.isfinite(array).all():
                         return (shard, position), key, label, array
                 except ShardError:
