@@ -87,6 +87,23 @@ def test_files_used_longest_ago_make_room(store, stored, url, tmp_path):
     assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 2
 
 
+def test_what_is_announced_does_not_make_room_for_what_else_is(store, stored, url, tmp_path):
+    index = sum((stored / f"latents-00000{n}.index.json").stat().st_size for n in range(4))
+    cache = NodeCache(tmp_path / "cache", 3 * (stored / "latents-000000.tar").stat().st_size + index + 100)
+    shards = LatentShards(RemoteFolder(url, cache))
+    for shard in (0, 1, 2):
+        shards.read(shard, 0)
+        time.sleep(0.01)
+    shards.fetch_ahead([3, 0])  # the last makes the second go, not the first, which is wanted
+    begun = time.monotonic()
+    while store.gets[f"/{url[5:]}/latents-000003.tar"] == 0 or list(cache.folder.glob("*.part")):
+        assert time.monotonic() - begun < 200
+        time.sleep(0.01)
+    shards.read(3, 0)
+    shards.read(0, 1)
+    assert shard_gets(store) == [1] * 4
+
+
 def test_a_download_that_is_killed_leaves_nothing_locked_or_lost(store, stored, url, tmp_path):
     store.fault = lambda path, times, answer: slow(20 if times == 1 and path.endswith(".tar") else 0)(answer)
     child = multiprocessing.get_context("fork").Process(target=_read_all, args=(url, tmp_path / "cache"))

@@ -155,8 +155,7 @@ def test_what_fails_ahead_of_need_does_not_end_the_fetching(store, url, cache):
     for name in ("latents-000001.tar", "latents-000002.tar", "latents-000003.tar", "latents-000004.tar", "latents-000005.tar"):
         store.delete(url, name)
     shards = LatentShards(RemoteFolder(url, cache))
-    for shard in range(1, 10):
-        shards.fetch_ahead(shard)
+    shards.fetch_ahead(range(1, 10))
     begun = time.monotonic()
     while not all(store.gets[f"/{url[5:]}/latents-00000{n}.tar"] for n in (6, 7, 8, 9)):
         assert time.monotonic() - begun < 200
@@ -166,7 +165,7 @@ def test_what_fails_ahead_of_need_does_not_end_the_fetching(store, url, cache):
 def test_windows_are_announced_once(store, url, tmp_path, monkeypatch):
     config = digits_config(f"data.path={url}", f"data.cache={tmp_path / 'cache'}", *SETTINGS)
     dataset, announced = LatentDataset(open_shards(config), config, create_layout(config.model)), []
-    monkeypatch.setattr(dataset.shards, "fetch_ahead", announced.append)
+    monkeypatch.setattr(dataset.shards, "fetch_ahead", announced.extend)
     dataset.__getitems__([0, 4])
     count = len(announced)
     dataset.__getitems__([1, 5])

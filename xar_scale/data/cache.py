@@ -82,11 +82,19 @@ class NodeCache:
             os.utime(descriptor)
         return descriptor
 
+    def renew(self, key: str) -> bool:
+        """Note that the file is used, if it is there."""
+        try:
+            os.utime(f"{self._folder}/{key}")
+        except FileNotFoundError:
+            return False
+        except OSError:  # another user's file, say
+            pass
+        return True
+
     def busy(self, key: str) -> bool:
-        """Whether the file is there, or being downloaded."""
+        """Whether the file is being downloaded."""
         with self._errors():
-            if (self.folder / key).exists():
-                return True
             if not (self.folder / f"{key}{PART}").exists():  # the lock may be held for another file
                 return False
             with self._locked(key, wait=False) as mine:

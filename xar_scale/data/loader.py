@@ -136,9 +136,8 @@ class LatentDataset(Dataset[Batch]):
         """Announce the shards of windows that have begun, and then of those after them."""
         windows = self.order.windows(numbers)
         begun = sorted(windows - self._announced)
-        for window in (*begun, *(self.order.after(window) for window in begun)):
-            for shard in self.order.shards_in(window):
-                self.shards.fetch_ahead(shard)
+        coming = (*begun, *(self.order.after(window) for window in begun))
+        self.shards.fetch_ahead([shard for window in coming for shard in self.order.shards_in(window)])
         self._announced = windows
 
     def _part(self, numbers: Sequence[int]) -> Batch:

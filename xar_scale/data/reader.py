@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from xar_scale.config import validated
 from xar_scale.data.faults import Fault
 from xar_scale.data.index import Index, Spans
 from xar_scale.data.shards import DATASET_FILE, FORMAT, INDEX, DatasetInfo, Sample, ShardInfo, npy_header
-from xar_scale.data.storage import Folder, MissingFileError, Storage
+from xar_scale.data.storage import Described, Folder, MissingFileError, Storage
 from xar_scale.errors import DataError
 
 
@@ -73,11 +73,12 @@ class LatentShards:
         self._open(shard)
         return _read_index(self.storage, self.info.shards[shard])
 
-    def fetch_ahead(self, shard: int) -> None:
-        """Shard ``shard`` will be read soon."""
-        info = self.info.shards[shard]
-        self.storage.fetch_ahead(f"{info.name}.tar", info.bytes, info.crc32)
-        self.storage.fetch_ahead(f"{info.name}{INDEX}", None, info.index_crc32)
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
+        """These shards will be read soon."""
+        files = list[Described]()
+        for info in (self.info.shards[shard] for shard in shards):
+            files += (f"{info.name}.tar", info.bytes, info.crc32), (f"{info.name}{INDEX}", None, info.index_crc32)
+        self.storage.fetch_ahead(files)
 
     def _open(self, shard: int) -> "_OpenShard":
         if not hasattr(self, "_opened"):  # made on first use: it cannot be sent to another process

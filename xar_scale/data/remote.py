@@ -9,14 +9,14 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import fsspec
 
 from xar_scale.data.cache import ContentError, Download, NodeCache
-from xar_scale.data.storage import MissingFileError
+from xar_scale.data.storage import Described, MissingFileError
 from xar_scale.errors import ConfigError, DataError, FileError
 
 BLOCK = 16 << 20  # bytes a request: what object stores advise, and what a cut connection costs
@@ -63,12 +63,15 @@ class RemoteFolder:
     def forget(self, name: str, crc32: int) -> bool:
         return self.cache.forget(self.key(name, crc32))
 
-    def fetch_ahead(self, name: str, size: int | None, crc32: int) -> None:
+    def fetch_ahead(self, files: Sequence[Described]) -> None:
+        # before a download begins: what is here already must not make room for it
+        missing = [file for file in files if not self.cache.renew(self.key(file[0], file[2]))]
         if not hasattr(self, "_ahead"):  # threads belong to the process that uses them
-            self._ahead: queue.SimpleQueue[tuple[str, int | None, int]] = queue.SimpleQueue()
+            self._ahead: queue.SimpleQueue[Described] = queue.SimpleQueue()
             for _ in range(DOWNLOADS):  # daemons: what is under way does not hold up the end of a process
                 threading.Thread(target=self._work, name="fetch ahead", daemon=True).start()
-        self._ahead.put((name, size, crc32))
+        for file in missing:
+            self._ahead.put(file)
 
     def _work(self) -> None:
         while True:

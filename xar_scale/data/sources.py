@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -32,7 +32,7 @@ class Shards(Protocol):
 
     def faults(self) -> Iterator[Fault]: ...
 
-    def fetch_ahead(self, shard: int) -> None: ...
+    def fetch_ahead(self, shards: Sequence[int]) -> None: ...
 
     def read_array(self, shard: int, position: int, *, flipped: bool) -> tuple[str, int, np.ndarray]: ...
 

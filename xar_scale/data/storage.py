@@ -1,10 +1,13 @@
 """Where the files of a set lie, seen by its reader; here a folder of this machine's file systems (see remote.py)."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from xar_scale.errors import DataError, FileError
+
+Described = tuple[str, int | None, int]  # a file: its name, its size where that is known, its CRC-32
 
 
 class MissingFileError(DataError):
@@ -41,8 +44,8 @@ class Storage(Protocol):
     def forget(self, name: str, crc32: int) -> bool:
         """Whether what was read was a copy that may have rotted, and has been thrown away: reading again may bring better."""
 
-    def fetch_ahead(self, name: str, size: int | None, crc32: int) -> None:
-        """This file will be needed; returns at once."""
+    def fetch_ahead(self, files: Sequence[Described]) -> None:
+        """These files will be needed; returns at once."""
 
 
 class Folder:
@@ -87,7 +90,7 @@ class Folder:
     def forget(self, name: str, crc32: int) -> bool:
         return False
 
-    def fetch_ahead(self, name: str, size: int | None, crc32: int) -> None:
+    def fetch_ahead(self, files: Sequence[Described]) -> None:
         pass
 
 

@@ -1,6 +1,6 @@
 """Latents that lie on no disk: what a benchmark reads when the disk is not its subject."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -37,7 +37,7 @@ class SyntheticShards:
     def faults(self) -> Iterator[Fault]:
         return iter(())
 
-    def fetch_ahead(self, shard: int) -> None:
+    def fetch_ahead(self, shards: Sequence[int]) -> None:
         pass
 
     def read_array(self, shard: int, position: int, *, flipped: bool) -> tuple[str, int, np.ndarray]:
