@@ -24,7 +24,7 @@ from xar_scale.data.loader import LatentDataset, RankNumbers, batches
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.remote import RemoteFolder
 from xar_scale.data.sources import most_lanes, open_shards
-from xar_scale.errors import ConfigError, FileError
+from xar_scale.errors import ConfigError, DataError, FileError
 from xar_scale.model.entities import create_layout
 
 
@@ -85,6 +85,27 @@ def test_files_used_longest_ago_make_room(store, stored, url, tmp_path):
     assert max(shard_gets(store)) == 1
     shards.read(1, 2)
     assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 2
+
+
+def test_a_damaged_file_is_known_as_such_as_long_as_it_is_there(store, stored, url, tmp_path):
+    content = bytearray((stored / "latents-000001.tar").read_bytes())
+    content[1600] ^= 1  # of the first array
+    (stored / "latents-000001.tar").write_bytes(content)
+    store.put(stored, url.split("/")[2])
+    cache = NodeCache(tmp_path / "cache", 2 * len(content) + 3000)
+    shards = LatentShards(RemoteFolder(url, cache))
+
+    def read(*numbers: int) -> None:
+        for shard in numbers:
+            shards.read(shard, 1)
+            time.sleep(0.01)
+
+    read(1, 0, 1, 2)  # the third makes the first go, which was used since the second was found to be damaged
+    with pytest.raises(DataError, match="checksum does not match"):
+        shards.read(1, 0)
+    assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 3
+    read(3, 4)
+    assert not list(cache.folder.glob("*.damaged"))  # with the file it goes
 
 
 def test_what_is_announced_does_not_make_room_for_what_else_is(store, stored, url, tmp_path):

@@ -14,7 +14,7 @@ from xar_scale.files import locked
 
 FOLDER, LOCKS, ROOM = "xar_scale-cache", "locks", "room"
 PART, DAMAGED = ".part", ".damaged"  # behind a key: a file that is being downloaded; a mark that the whole file is damaged
-OURS = re.compile(rf"[0-9a-f]{{40}}({PART}|{DAMAGED})?")  # nothing else is ever removed
+OURS = re.compile(rf"[0-9a-f]{{40}}({PART})?")  # nothing else is ever removed, but for a file's mark
 ROOM_WAIT_S = 0.1
 
 
@@ -150,6 +150,7 @@ class NodeCache:
             needs_lock = name.endswith(PART) and _bucket(name) != held
             with self._locked(name, wait=False) if needs_lock else contextlib.nullcontext(True) as free:
                 if free:
+                    (self.folder / f"{name}{DAMAGED}").unlink(missing_ok=True)
                     (self.folder / name).unlink(missing_ok=True)
                     total -= size
         return total <= limit
