@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import tarfile
 import zlib
 from dataclasses import asdict
@@ -239,6 +240,15 @@ def test_a_tar_that_is_zeros_from_somewhere_on_is_refused():
     content[10 * 4 * BLOCK :] = bytes(len(content) - 10 * 4 * BLOCK)
     with pytest.raises(DataError, match="lie .* zeros, more than a tar's end has"):
         index_tar(io.BytesIO(bytes(content)), "x.tar", Members(), flipped=False)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 20, 64, 128, 2048])
+def test_a_tar_s_records_may_be_large(tmp_path, blocks):
+    for name, content in TWO:
+        (tmp_path / name).write_bytes(content)
+    subprocess.run(["tar", "-b", str(blocks), "-cf", "x.tar", *(name for name, _ in TWO)], cwd=tmp_path, check=True)
+    with (tmp_path / "x.tar").open("rb") as file:
+        assert index_tar(file, "x.tar", Members(), flipped=False).keys == ["a", "b"]
 
 
 @pytest.mark.parametrize("change", [lambda shards: shards[1].update(samples=3), lambda shards: shards[1].update(samples=9)])

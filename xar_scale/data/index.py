@@ -1,6 +1,7 @@
 """The index of one shard: which samples a tar holds, where their arrays lie, and what their bytes sum to."""
 
 import json
+import math
 import tarfile
 import zlib
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing_extensions import Self
 
 from xar_scale.errors import DataError
 
+LARGEST_RECORD = 1 << 20  # of tars; apart from the usual one, records are powers of two
 LATENT, FLIPPED, LABEL = "latent.npy", "flipped.npy", "cls"  # members of a sample, as this project writes them
 
 
@@ -112,7 +114,9 @@ def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool, *, che
     zeros = file.tell() - end
     if zeros < 2 * tarfile.BLOCKSIZE:
         raise DataError(f"shard {path} is cut: it has no end after sample {key}")
-    if zeros > 2 * tarfile.RECORDSIZE:  # an end fills its record; a crash may leave zeros from somewhere on
+    # an end fills its record, of which the file has a whole number; a crash may leave zeros from somewhere on
+    record = max(tarfile.RECORDSIZE, math.gcd(file.tell(), LARGEST_RECORD))
+    if zeros > 2 * record:
         raise DataError(f"shard {path}: after sample {key}, at byte {end}, lie {zeros} zeros, more than a tar's end has")
     finish()
     return index
