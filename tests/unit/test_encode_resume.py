@@ -1,7 +1,9 @@
 """Encoding that is stopped or meets bad images: what goes on, to the same bytes, and what does not."""
 
 import json
+import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -299,6 +301,36 @@ def test_rank_0_sees_while_it_waits_that_the_others_found_too_many(source, tmp_p
     monkeypatch.setattr(encode_module.time, "sleep", meanwhile)
     with pytest.raises(DataError, match=f"1 bad images, --max-bad allows 0: {source}/n0/x.jpg: is torn"):
         encode(out, source)
+
+
+def test_looks_at_what_others_have_done_take_little_of_the_time(source, tmp_path, monkeypatch):
+    """A folder of 100,000 records takes a file system seconds to list."""
+    out, now, looks, pauses = tmp_path / "set", [0], [], []
+    as_rank(monkeypatch, 0, 2)
+    listdir = os.listdir
+
+    class Working(Told):
+        def progress(self, *numbers):  # at the start, and after each of seven batches
+            now[0] += 6
+
+    def slow(folder):
+        if folder == out / WORK:
+            looks.append(now[0])
+            now[0] += 3
+        return listdir(folder)
+
+    def sleep(seconds):
+        pauses.append(seconds)
+        now[0] += seconds
+        if len(pauses) == 3:
+            raise StopError
+
+    monkeypatch.setattr(os, "listdir", slow)
+    monkeypatch.setattr(encode_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    with pytest.raises(StopError):
+        encode(out, source, watcher=Working())
+    assert looks == [0, 51, 114, 183]  # at the start, and while it waits; none between, at a shard's end either
+    assert pauses == [60] * 3
 
 
 def test_a_shard_without_a_good_image_is_left_out_and_all_bad_is_no_set(source, tmp_path):

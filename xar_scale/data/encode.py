@@ -5,6 +5,7 @@ record of each shard that is done. Processes share nothing else: no process grou
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ PREFIX = "latents"
 WORK, PLAN, NOTE = ".encoding", "plan.json", "ended-rank-"
 RECORD, BAD_RECORD = ".json", ".bad.json"  # behind the name of a shard: of a whole one, of one that lacks bad images
 POLL_S, LOOK_S = 0.5, 5.0  # between looks at what other processes have done: while waiting, while working
+REST = 20  # times what a look took are between it and the next: it lists the folder, which may hold 100,000 records
 
 
 class Watcher:
@@ -65,7 +67,7 @@ def encode_set(
         raise UsageError(f"no folder at {settings.source}")
     if out.resolve().is_relative_to(Path(settings.source).resolve()):  # its folder would count as a class
         raise UsageError(f"{out} is the source {settings.source}, or lies in it: write elsewhere")
-    notes = _Notes(out, rank)
+    notes = _Notes(out, rank, world)
     with notes.left_behind():
         plan = _plan(out, settings, notes, watcher)
         if plan is None:
@@ -150,8 +152,8 @@ class _Work:
         self.out, self.plan, self.info, self.tokenizer = out, plan, info, tokenizer
         self.max_bad, self.watcher = max_bad, watcher
         self.shard, self.bad = Shard(info), list[_Bad]()  # the one in the making, and what it lacks
-        self.done = dict[int, Path]()  # the records of all processes
-        self.recorded = dict[Path, list[_Bad]]()  # the bad images in them
+        self.done = dict[int, str]()  # the records of all processes
+        self.recorded = dict[str, list[_Bad]]()  # the bad images in them
         self._look()
 
     def encode(self, shards: Sequence[int], workers: int) -> None:
@@ -166,24 +168,25 @@ class _Work:
                 self._add(batch.sources, batch.images.numpy())
             if batch.last:
                 self._end_shard(batch.shard)
-            if time.monotonic() - self.looked > LOOK_S:
+            if time.monotonic() - self.looked > max(LOOK_S, self.rest):
                 self._look()
             self._tell()
 
     def finish(self, notes: "_Notes") -> DatasetInfo:
         """Wait for the shards of all processes; then the set is whole."""
         told = False
+        self._look()
         while missing := [shard for shard in range(self.plan.shards) if shard not in self.done]:
             if not told:
                 first = shard_name(PREFIX, missing[0])
                 self.watcher.say(f"waiting for {len(missing)} shards of other ranks, the first {first}")
                 told = True
-            time.sleep(POLL_S)
+            time.sleep(max(POLL_S, self.rest))
             notes.check()
             self._look()
             self._allow_bad()
             self._tell()
-        records = [json.loads(self.done[shard].read_bytes()) for shard in range(self.plan.shards)]
+        records = [json.loads((self.out / WORK / self.done[shard]).read_bytes()) for shard in range(self.plan.shards)]
         bad = [_Bad(*image) for record in records for image in record["bad"]]
         shards = [ShardInfo(**record["shard"]) for record in records if record["shard"] is not None]
         if not shards:
@@ -219,23 +222,29 @@ class _Work:
         name = shard_name(PREFIX, number)
         shard = asdict(self.shard.write(self.out, name)) if len(self.shard) else None
         sync_folder(self.out)  # or a crash of the machine could leave the record and take the tar
-        record = self.out / WORK / f"{name}{BAD_RECORD if self.bad else RECORD}"
-        write_atomically(record, json.dumps({"shard": shard, "bad": self.bad}).encode())
-        self.shard, self.bad = Shard(self.info), []
-        self._look()
-        self._allow_bad()  # again: another process may have written its record in the same moment
+        record = f"{name}{BAD_RECORD if self.bad else RECORD}"
+        write_atomically(self.out / WORK / record, json.dumps({"shard": shard, "bad": self.bad}).encode())
+        self.done[number] = record
+        lacks, self.shard, self.bad = self.bad, Shard(self.info), []
+        if lacks:
+            self._look()
+            self._allow_bad()  # again: another process may have written its record in the same moment
 
     def _look(self) -> None:
         """See what all processes have recorded."""
+        begun = time.monotonic()
+        with suppress(FileNotFoundError):  # the set was finished in this moment
+            names = os.listdir(self.out / WORK)
+            self.done = {_number(name): name for name in names if name.startswith(PREFIX) and name.endswith(RECORD)}
+            for name in self.done.values():
+                if name.endswith(BAD_RECORD) and name not in self.recorded:
+                    record = json.loads((self.out / WORK / name).read_bytes())
+                    self.recorded[name] = [_Bad(*image) for image in record["bad"]]
         self.looked = time.monotonic()
-        self.done = {int(_number(path)): path for path in (self.out / WORK).glob(f"{PREFIX}-*{RECORD}")}
-        for path in self.done.values():
-            if path.name.endswith(BAD_RECORD) and path not in self.recorded:
-                with suppress(FileNotFoundError):  # the set was finished in this moment
-                    self.recorded[path] = [_Bad(*image) for image in json.loads(path.read_bytes())["bad"]]
+        self.rest = REST * (self.looked - begun)
 
     def _all_bad(self) -> list["_Bad"]:
-        return [*(image for path in sorted(self.recorded) for image in self.recorded[path]), *self.bad]
+        return [*(image for name in sorted(self.recorded) for image in self.recorded[name]), *self.bad]
 
     def _allow_bad(self) -> None:
         if len(bad := self._all_bad()) > self.max_bad:
@@ -255,21 +264,22 @@ class _Notes:
     Notes that lie there at the start are of a start before this one: whoever left them may have been started again too.
     """
 
-    def __init__(self, out: Path, rank: int) -> None:
+    def __init__(self, out: Path, rank: int, world: int) -> None:
         self.folder, self.rank = out / WORK, rank
+        awaited = range(1, world) if rank == 0 else [0]  # with their shards, or the plan
+        self.awaited = [self.folder / f"{NOTE}{other}" for other in awaited]
         self.old = self._found()
 
     def _found(self) -> dict[Path, int]:
-        """Those of other ranks, with their times."""
-        own = self.folder / f"{NOTE}{self.rank}"
+        """Those of the ranks that this one waits for, with their times."""
         found = dict[Path, int]()
-        for path in self.folder.glob(f"{NOTE}*[0-9]"):
-            with suppress(FileNotFoundError):  # the set was finished in this moment
+        for path in self.awaited:
+            with suppress(FileNotFoundError):
                 found[path] = path.stat().st_mtime_ns
-        return {path: when for path, when in found.items() if path != own}
+        return found
 
     def check(self) -> None:
-        """Raises the error of another rank that has ended since this one began, under its exit code."""
+        """Raises the error of a rank waited for that has ended since this one began, under its exit code."""
         for path in sorted(path for path, when in self._found().items() if self.old.get(path) != when):
             ended, code = json.loads(path.read_bytes())
             error = XarScaleError(f"rank {path.name.removeprefix(NOTE)} ended: {ended}")
@@ -297,8 +307,8 @@ class _Bad(NamedTuple):
     why: str
 
 
-def _number(record: Path) -> str:
-    return record.name.split(".")[0].removeprefix(f"{PREFIX}-")
+def _number(record: str) -> int:
+    return int(record.split(".")[0].removeprefix(f"{PREFIX}-"))
 
 
 def _clear(out: Path) -> None:
