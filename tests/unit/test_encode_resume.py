@@ -249,6 +249,28 @@ def test_who_waits_for_a_rank_that_ends_with_an_error_ends_too(source, tmp_path,
     assert files(out) == whole
 
 
+def test_a_rank_that_ends_a_second_time_is_noticed_again(source, tmp_path, monkeypatch):
+    out, note = tmp_path / "set", tmp_path / "set" / WORK / "ended-rank-1"
+
+    def fail(why):
+        as_rank(monkeypatch, 1, 2)
+        failing = Stopping(0)
+        failing.error = DataError(why)
+        with pytest.raises(DataError):
+            encode(out, source, failing)
+        as_rank(monkeypatch, 0, 2)
+
+    as_rank(monkeypatch, 0, 2)
+    with pytest.raises(StopError):
+        encode(out, source, Stopping(0))  # who makes the plan
+    fail("was torn")
+    os.utime(note, (0, 0))
+    waits = iter([lambda: None, lambda: fail("is torn again"), stop])  # at first the note is of the start before
+    monkeypatch.setattr(encode_module.time, "sleep", lambda seconds: next(waits)())
+    with pytest.raises(XarScaleError, match="^rank 1 ended: is torn again$"):
+        encode(out, source)
+
+
 def test_who_waits_for_the_plan_hears_that_the_listing_failed(source, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     out = tmp_path / "set"
