@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import random
+import re
 import threading
 import time
 
@@ -179,6 +180,25 @@ def test_waits_between_attempts_grow(monkeypatch):
     with pytest.raises(FileError, match="after 10 attempts"):
         remote._get("http://127.0.0.1:9/a")
     assert waits == [0.5, 1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def test_who_waited_for_another_s_attempts_does_not_begin_them_anew(cache, monkeypatch):
+    """Else one of many workers would take so long that it counts as a hang."""
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.3)
+    folder, said = RemoteFolder("http://127.0.0.1:9/set", cache), []
+
+    def ask() -> None:
+        with pytest.raises(FileError) as caught:
+            folder.descriptor("a.tar", 1000, 0)
+        said.append(str(caught.value))
+
+    asking = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in asking:
+        thread.start()
+    for thread in asking:
+        thread.join()
+    assert [re.findall(r"after (\d+) attempts", line) for line in said] == [["10"], ["4"], ["4"], ["4"]]
 
 
 def test_denied_access_is_said_at_once(monkeypatch):

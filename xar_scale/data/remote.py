@@ -95,7 +95,7 @@ class RemoteFolder:
         for arrival in range(1, ARRIVALS + 1):
             damaged = size is not None and arrival == ARRIVALS
             try:
-                return self.cache.open(key, crc32, lambda: _download(url, size), damaged=damaged)
+                return self.cache.open(key, crc32, partial(_download, url, size, time.monotonic()), damaged=damaged)
             except ContentError as error:
                 _say(f"{url}: {error}, arrival {arrival} of {ARRIVALS}")
                 last = error
@@ -122,18 +122,20 @@ class CachedFile:
             os.close(descriptor)
 
 
-def _download(url: str, size: int | None) -> Download:
-    """A file on its way; where nobody knows its size, it is fetched first."""
+def _download(url: str, size: int | None, asked: float) -> Download:
+    """A file on its way, ``asked`` for when another may have been at it; where nobody knows its size, it is fetched first."""
+    # after that long another's attempts were in vain: were each to begin them anew, the last would wait for those of all
+    attempts = ATTEMPTS if time.monotonic() - asked < LONGEST_WAIT_S else FIRST_ATTEMPTS
     if size is None:
-        whole = _get(url)
+        whole = _get(url, attempts=attempts)
         return Download(len(whole), iter([whole]))
-    return Download(size, _blocks(url, size))
+    return Download(size, _blocks(url, size, attempts))
 
 
-def _blocks(url: str, size: int) -> Iterator[bytes]:
+def _blocks(url: str, size: int, attempts: int) -> Iterator[bytes]:
     for begin in range(0, size, BLOCK):
         end = min(begin + BLOCK, size)
-        block = _get(url, begin, end)
+        block = _get(url, begin, end, attempts)
         if len(block) not in (end - begin, size):
             raise ContentError(f"it has {begin + len(block):,} bytes, the index says {size:,}")
         yield block
