@@ -12,14 +12,14 @@ from typing_extensions import Self
 from xar_scale import dist
 from xar_scale.checkpoint.initialise import Initialisation
 from xar_scale.checkpoint.interop import open_source
-from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid, open_checkpoint, verify
+from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid, open_checkpoint, step_of, verify
 from xar_scale.checkpoint.mirror import Check, Mirror, newest_valid_of
 from xar_scale.checkpoint.reshard.writer import verify as verify_source
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config
 from xar_scale.data.loader import LatentDataset
 from xar_scale.data.sources import Shards, open_shards
-from xar_scale.errors import DataError, FileError, UsageError
+from xar_scale.errors import ConfigError, DataError, FileError, UsageError
 from xar_scale.files import locked, write_atomically
 from xar_scale.metrics import Metrics
 from xar_scale.model.entities import create_layout
@@ -34,7 +34,7 @@ class RunLock:
     """Rank 0's, until the context is left: no other process trains in ``run``. One that ends may take a while."""
 
     def __init__(self, run: Path, stops: Stops) -> None:
-        self.run, self.stops, self._stack, self._taken = run, stops, ExitStack(), False
+        self.run, self.stops, self._stack, self.taken = run, stops, ExitStack(), False
 
     def __enter__(self) -> Self:
         return self
@@ -49,9 +49,9 @@ class RunLock:
     def take(self) -> None:
         """Once is enough. Raises FileError where another process has it and keeps it, StoppedError or PreemptedError where this
         one is asked to stop meanwhile."""
-        if self._taken or dist.rank() != 0:
+        if self.taken or dist.rank() != 0:
             return
-        self._taken, path, holder = True, self.run / LOCK_FILE, ""
+        self.taken, path, holder = True, self.run / LOCK_FILE, ""
         for second in range(LOCK_WAIT_S):
             try:
                 attempt = ExitStack()
@@ -82,7 +82,10 @@ def _this_process() -> str:
 def open_run(config: Config, run: Path, store: Store, start: int, lock: RunLock) -> Metrics:
     """Rank 0's part of beginning: all that can fail for want of a writable folder fails here, before anything is trained."""
     run.mkdir(parents=True, exist_ok=True)
+    unguarded = not lock.taken  # what the folder held was looked at when there was none
     lock.take()
+    if unguarded and (later := [path.name for path in checkpoint_paths(run) if step_of(path) > start]):
+        raise FileError(f"{run}: another job began it meanwhile, and wrote {later[-1]}; the same command goes on from there")
     store.open(start)
     write_atomically(run / CONFIG_FILE, config.to_yaml().encode())
     return Metrics(run, start, config.train.steps)
@@ -124,6 +127,14 @@ def first_weights(model: XAR, config: Config, checkpoint: Checkpoint | None) -> 
             for line in found.report():
                 dist.say(line)
             yield initial_weights(model, config.train.seed, found.value)
+
+
+def mirror_of(run: Path, url: str) -> Mirror:
+    """Raises ConfigError where it is none, or would write over the run itself."""
+    mirror = Mirror(url)
+    if mirror.is_of(run):
+        raise ConfigError(f"train.upload {url} is the run's own folder: its checkpoints would be removed for their copies")
+    return mirror
 
 
 def find_checkpoint(run: Path, resume: str, mirror: Mirror | None, check: Check) -> Checkpoint | None:

@@ -2,7 +2,9 @@
 
 import atexit
 import contextlib
+import ctypes
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -35,6 +37,12 @@ def adopt_launcher() -> None:
             os.environ.setdefault(name, value)
 
 
+def follow_parent(number: signal.Signals) -> None:
+    """Have the system send this process a signal when the one that started it ends, however that ends. On Linux."""
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+
+
 def init(device: torch.device) -> None:
     """Join the process group that the launcher's environment describes; a process without a launcher is a group of one. It
     returns when all have joined: a rank that is refused what comes next leaves, and would break it for who is still joining.
@@ -48,6 +56,8 @@ def init(device: torch.device) -> None:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the last collectives, which the watchdog tells of
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # killed, torchrun would leave its ranks training
+        follow_parent(signal.SIGTERM)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)

@@ -198,16 +198,17 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def _whole_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Of a log's lines, up to the first that cannot be read: the size in bytes, and what it says."""
+    """Of a log's lines that can be read: where it ends, in bytes, and what it says."""
+    end = 0
     for line in content.splitlines(keepends=True):
+        end += len(line)
         try:
             values = json.loads(line)
             readable = line.endswith(b"\n") and math.isfinite(values["step"])
         except (ValueError, KeyError, TypeError):
-            return
-        if not readable:
-            return
-        yield len(line), values
+            continue
+        if readable:
+            yield end, values
 
 
 def _end_of(path: Path, step: int) -> int:
@@ -215,4 +216,4 @@ def _end_of(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     lines = _whole_lines(path.read_bytes())
-    return sum(size for size, _ in itertools.takewhile(lambda line: line[1]["step"] <= step, lines))
+    return max((end for end, _ in itertools.takewhile(lambda line: line[1]["step"] <= step, lines)), default=0)

@@ -28,8 +28,12 @@ class Stops:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """In the context SIGUSR2, SIGTERM and SIGINT are wishes, but for a second SIGINT. In the main thread."""
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)}
+        """In the context SIGUSR2, SIGTERM, SIGINT and SIGHUP are wishes, but for a second SIGINT, and a SIGHUP that is ignored,
+        as nohup has it. In the main thread."""
+        heard = [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            heard.append(signal.SIGHUP)
+        before = {number: signal.signal(number, self._hear) for number in heard}
         try:
             yield
         finally:

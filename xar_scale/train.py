@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 
 from xar_scale import dist
-from xar_scale.beginning import RunLock, find_checkpoint, first_weights, open_data, open_run
+from xar_scale.beginning import RunLock, find_checkpoint, first_weights, mirror_of, open_data, open_run
 from xar_scale.checkpoint.load import check_continues, load, state_kinds
 from xar_scale.checkpoint.manifest import Manifest
-from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config, micro_batches
 from xar_scale.data.faults import BadSamples, Fault
@@ -60,7 +59,7 @@ def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.d
     dataset = dist.together(lambda: open_data(config))
     if len({*dist.gather_objects(dataset.shards.info.fingerprint)}) > 1:
         raise DataError(f"{config.data.path} is not the same data set on all ranks")
-    mirror = dist.together(lambda: Mirror(config.train.upload)) if config.train.upload else None
+    mirror = dist.together(lambda: mirror_of(run, config.train.upload)) if config.train.upload else None
     checkpoint = find_checkpoint(run, resume, mirror, lambda found: check_continues(found, config, dataset.shards.info))
     start = 0 if checkpoint is None else checkpoint.manifest.step
     bad = BadSamples(config.data.max_bad_samples, [] if checkpoint is None else checkpoint.manifest.bad_samples)

@@ -1,6 +1,11 @@
 """Joining the process group."""
 
-from tests.processes import launch
+import subprocess
+import sys
+
+import psutil
+
+from tests.processes import environment, launch, wait_until_gone
 
 PROGRAM = """
 import sys, time
@@ -23,3 +28,32 @@ dist.leave(3 + Path(sys.argv[1]).exists())
 def test_nobody_goes_on_before_all_have_joined(tmp_path):
     ended = launch(2, ["-c", PROGRAM, str(tmp_path / "joined")], tmp_path)
     assert ended.codes == [4, 4], ended.text
+
+
+RANK = """
+import signal, sys, time
+from pathlib import Path
+import torch
+from xar_scale import dist
+
+def told(number, frame):
+    Path(sys.argv[1]).touch()
+    dist.leave(0)
+
+signal.signal(signal.SIGTERM, told)
+dist.init(torch.device("cpu"))
+print("joined", flush=True)
+time.sleep(100)
+"""
+LAUNCHER = 'import subprocess, sys; subprocess.run([sys.executable, "-c", *sys.argv[1:]])'
+
+
+def test_a_launcher_that_is_killed_leaves_no_rank_training(tmp_path):
+    command = [sys.executable, "-c", LAUNCHER, RANK, str(tmp_path / "told")]
+    kept = environment() | {"TORCHELASTIC_RUN_ID": "one"}  # torchrun's: a shell may end without an end of what it started
+    with subprocess.Popen(command, env=kept, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout.readline() == "joined\n"
+        (rank,) = psutil.Process(launcher.pid).children()
+        launcher.kill()
+        wait_until_gone([rank.pid], 60)
+    assert (tmp_path / "told").exists()

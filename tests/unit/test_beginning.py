@@ -95,6 +95,23 @@ def test_what_a_run_that_is_ending_still_writes_is_gone_on_from(tmp_path, monkey
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("damaged*")] == []
 
 
+def test_what_another_job_began_and_wrote_meanwhile_is_not_set_aside(train, tmp_path, capsys, monkeypatch):
+    """Both found no folder, and nothing to lock."""
+    assert main([*train, "--run-dir", str(tmp_path / "other")]) == 0
+    take = RunLock.take
+
+    def taken(lock):
+        shutil.copytree(tmp_path / "other" / "checkpoints", tmp_path / "run" / "checkpoints", dirs_exist_ok=True)
+        take(lock)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLock, "take", taken)
+        assert main(train) == 74
+    assert "another job began it meanwhile, and wrote step-00000002; the same command goes on" in capsys.readouterr().err
+    assert main([*train, "train.steps=3"]) == 0
+    assert "resumed from" in capsys.readouterr().out
+
+
 @pytest.fixture
 def train(folder, tmp_path):
     """Words that train two steps, in ``run``."""

@@ -15,6 +15,8 @@ import pytest
 from tests.unit.test_saving import poll_until
 from tests.unit.tiny_run import Run
 from xar_scale import background
+from xar_scale.beginning import mirror_of
+from xar_scale.checkpoint import mirror
 from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid, read_manifest
 from xar_scale.checkpoint.mirror import Mirror, newest_valid_of
 from xar_scale.errors import ConfigError, DataError, FileError
@@ -127,11 +129,64 @@ def test_a_store_that_does_not_answer_is_an_error_unless_the_run_has_its_own(buc
     def silent(*_arguments, **_options):
         raise TimeoutError
 
-    monkeypatch.setattr(fsspec.url_to_fs(bucket)[0], "glob", silent)
+    monkeypatch.setattr(mirror, "WAITS_S", (0, 0))
+    monkeypatch.setattr(fsspec.url_to_fs(bucket)[0], "find", silent)
     assert gone_on_from(tmp_path, bucket).path == run.store.newest
-    assert f"{bucket}/checkpoints cannot be listed: TimeoutError: no more was said; going on with" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{bucket}/checkpoints cannot be listed: TimeoutError: no more was said; going on with" in said
+    assert said.count("; again in 0 s") == 2
     with pytest.raises(FileError, match="cannot be listed"):
         gone_on_from(tmp_path / "new", bucket)
+
+
+@pytest.mark.parametrize("work", ["find", "cat_file", "get_file"])
+def test_what_the_store_fails_to_give_once_is_asked_for_again(bucket, tmp_path, monkeypatch, work):
+    """And for want of it nothing older is gone on from."""
+    newest = trained(tmp_path / "lost", bucket).store.newest
+    system, left = fsspec.url_to_fs(bucket)[0], [1]
+    exact = getattr(system, work)
+
+    def failing(*arguments, **options):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise TimeoutError
+        return exact(*arguments, **options)
+
+    monkeypatch.setattr(system, work, failing)
+    monkeypatch.setattr(mirror, "WAITS_S", (0,))
+    assert gone_on_from(tmp_path / "new", bucket).path.name == newest.name
+    left[0] = 99
+    with pytest.raises(FileError, match="TimeoutError"):
+        gone_on_from(tmp_path / "newer", bucket)
+
+
+def test_copies_of_later_steps_stay_unless_the_run_has_gone_back_from_them(store, bucket, tmp_path):
+    """Its store was silent when it began again: they are of the same course."""
+    trained(tmp_path / "lost", bucket, 3, keep_last=9)
+    again = trained(tmp_path / "again", bucket, 1, keep_last=9)
+    assert objects(store, bucket) == copied([1, 2, 3])
+    again.store.go_back(1)
+    again.train()
+    again.save()
+    assert objects(store, bucket) == copied([1, 2])
+
+
+@pytest.mark.parametrize("name", ["up[2]", "what?", "a*"])
+def test_copies_in_a_place_whose_name_is_a_pattern_are_found(tmp_path, name):
+    url = f"file://{tmp_path}/{name}/run"
+    newest = trained(tmp_path / "lost", url, 2, keep_last=1).store.newest
+    assert Mirror(url).steps() == [2]
+    assert gone_on_from(tmp_path / "new", url).path.name == newest.name
+
+
+def test_a_copy_is_elsewhere(tmp_path):
+    run = tmp_path / "run"
+    (tmp_path / "link").symlink_to(run)
+    run.mkdir()
+    for own in (f"file://{run}", f"file://{tmp_path}/link/", f"file://{tmp_path}/x/../run"):
+        with pytest.raises(ConfigError, match="is the run's own folder"):
+            mirror_of(run, own)
+    assert mirror_of(run, f"file://{run}/copy").url == f"file://{run}/copy"
 
 
 def test_a_copy_that_fails_is_tried_again_while_training_goes_on(store, bucket, tmp_path, capsys, monkeypatch):
@@ -297,7 +352,7 @@ def test_any_url_that_fsspec_opens_will_do_and_no_other(tmp_path):
     assert run.store.newest.name == "step-00000001"
     with pytest.raises(ConfigError, match=r"train.upload nosuch://x/y cannot be opened: .*nosuch"):
         Mirror("nosuch://x/y")
-    for path in ("s3:/bucket/x", "backup/x", str(tmp_path)):
+    for path in ("s3:/bucket/x", "backup/x", str(tmp_path), "s3://", "file:///", "://x"):
         with pytest.raises(ConfigError, match=f"train.upload {path} is no URL, such as s3://bucket/runs/h"):
             Mirror(path)
 

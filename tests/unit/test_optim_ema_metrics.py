@@ -17,7 +17,7 @@ from tests.unit.conftest import nano_model, normal, shapes_of
 from xar_scale import metrics as metrics_module
 from xar_scale.config import OptimConfig, TrainConfig
 from xar_scale.ema import EMA
-from xar_scale.metrics import Metrics, memory_gb
+from xar_scale.metrics import Metrics, memory_gb, read_log
 from xar_scale.optim import create_adamw, learning_rate, parameter_groups
 from xar_scale.precision import MODES, apply_matmul_mode
 
@@ -192,6 +192,15 @@ def test_a_torn_last_line_is_dropped_also_where_all_others_stay(tmp_path):
         file.write('{"step": 20, "loss": 1')
     log(tmp_path, 20, 20)
     assert [line["step"] for line in lines(tmp_path)] == [10, 20]
+
+
+def test_lines_after_one_that_cannot_be_read_stay(tmp_path):
+    log(tmp_path, 0, 30)
+    first, _, third = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text(f"{first}garbage\n{third}")
+    log(tmp_path, 30, 40)
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert kept[1] == "garbage" and [line["step"] for line in read_log(tmp_path)] == [10, 30, 40]
 
 
 def test_off_a_terminal_each_logging_step_is_a_plain_line(tmp_path, capsys):

@@ -284,9 +284,12 @@ def test_leftovers_of_a_run_that_was_cut_short_are_cleared_away(tmp_path):
     folder = tmp_path / "checkpoints"
     for name in (".step-00000002.tmp", ".step-00000000.old"):
         shutil.copytree(first, folder / name)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / ".step-00000003.old").symlink_to(tmp_path / "elsewhere")  # of one that lay on another disk
+    (folder / ".step-00000004.tmp").touch()
     (folder / "latest").write_text("step-00000000\n")
     run.store.open(1)
-    assert sorted(os.listdir(folder)) == ["latest", "step-00000001"]
+    assert sorted(os.listdir(folder)) == ["latest", "step-00000001"] and (tmp_path / "elsewhere").is_dir()
     assert (folder / "latest").read_text() == "step-00000001\n"
 
 

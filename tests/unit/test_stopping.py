@@ -21,7 +21,13 @@ def stops(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "kind"), [(signal.SIGUSR2, PreemptedError), (signal.SIGTERM, StoppedError), (signal.SIGINT, StoppedError)]
+    ("number", "kind"),
+    [
+        (signal.SIGUSR2, PreemptedError),
+        (signal.SIGTERM, StoppedError),
+        (signal.SIGINT, StoppedError),
+        (signal.SIGHUP, StoppedError),  # its terminal has gone
+    ],
 )
 def test_a_signal_is_a_wish(stops, number, kind):
     assert not stops.asked()
@@ -32,6 +38,16 @@ def test_a_signal_is_a_wish(stops, number, kind):
     assert type(error) is kind and error.exit_code == (75 if kind is PreemptedError else 76)
     name = signal.Signals(number).name
     assert str(error) == f"stopped after step 3 of 9 ({name} to rank 0): a checkpoint is written, the same command goes on"
+
+
+def test_under_nohup_a_terminal_that_goes_is_no_wish(stops):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stops.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stops.asked() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_wish_to_be_queued_again_counts_before_others(stops):

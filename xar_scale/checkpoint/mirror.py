@@ -2,12 +2,15 @@
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from xar_scale import dist
 from xar_scale.checkpoint.manifest import (
@@ -26,14 +29,17 @@ from xar_scale.files import free_name, sync_folder
 T = TypeVar("T")
 Check = Callable[[Checkpoint], None]  # raises ConfigError where a run cannot go on from it
 TRIED = "tried"  # a file, for a moment
+WAITS_S = 2, 4, 8  # between attempts at the start
 
 
 class Mirror:
-    """``URL/checkpoints/step-.../``, of whatever fsspec opens. All methods raise FileError that names the URL."""
+    """``URL/checkpoints/step-.../``, of whatever fsspec opens. All methods raise FileError that names the URL, and DataError
+    where what is read lacks a file."""
 
     def __init__(self, url: str) -> None:
         """Raises ConfigError where it is no URL, or no installed library speaks its protocol."""
-        if "://" not in url:  # fsspec would take it for a path
+        protocol, separator, place = url.partition("://")
+        if not (protocol and separator and place.strip("/")):  # fsspec would take it for a path
             raise ConfigError(f"train.upload {url} is no URL, such as s3://bucket/runs/h or file:///backup/runs/h")
         self.url = url.rstrip("/")
         try:
@@ -41,12 +47,17 @@ class Mirror:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"train.upload {url} cannot be opened: {error}") from None
 
-    def steps(self, files: str = MANIFEST) -> list[int]:
-        """Of the checkpoints that are complete, oldest first; or of all that have such ``files``."""
+    def is_of(self, run: Path) -> bool:
+        """Whether it is the run's own folder, under another name."""
+        system, root = fsspec.url_to_fs(self.url)
+        return isinstance(system, LocalFileSystem) and (Path(root) / FOLDER).resolve() == (run / FOLDER).resolve()
+
+    def steps(self, files: str = re.escape(MANIFEST)) -> list[int]:
+        """Of the checkpoints that are complete, oldest first; or of all that have ``files`` of such names, a pattern."""
 
         def found(system: fsspec.AbstractFileSystem, root: str) -> list[int]:
             system.invalidate_cache()
-            matches = (re.search(r"/step-(\d{8,})/[^/]+$", path) for path in system.glob(f"{root}/step-*/{files}"))
+            matches = (re.search(rf"/step-(\d{{8,}})/{files}$", path) for path in system.find(root, maxdepth=2))
             return sorted({int(match[1]) for match in matches if match})
 
         return self._do("listed", "", found)
@@ -104,8 +115,9 @@ class Mirror:
             system, root = fsspec.url_to_fs(url)
             return work(system, root)
         except Exception as error:  # each store and library has its own kinds
+            kind = DataError if what == "read" and isinstance(error, FileNotFoundError) else FileError
             said = f"{type(error).__name__}: {str(error) or 'no more was said'}".splitlines()[0]
-            raise FileError(f"{url} cannot be {what}: {said}") from None
+            raise kind(f"{url} cannot be {what}: {said}") from None
 
 
 def _make_folder(system: fsspec.AbstractFileSystem, root: str) -> None:
@@ -119,8 +131,8 @@ def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | Non
     """The newest valid checkpoint of ``run``, or a newer one of the mirror, which is fetched to the run's folder first, unless
     ``check`` refuses it: then nothing is.
 
-    Every rank calls this. Raises DataError where there are some and none is valid. A mirror that does not answer is reported,
-    and raises FileError where the run's folder has none.
+    Every rank calls this. Raises DataError where there are some and none is valid. A mirror that does not answer is asked
+    again, and reported, and raises FileError where the run's folder has none: nobody would know what is lost by beginning anew.
     """
     local: Checkpoint | None = None
     damaged: XarScaleError | None = None
@@ -129,23 +141,33 @@ def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | Non
     except DataError as error:
         damaged = error
     try:
-        steps = dist.on_rank_0(mirror.steps)
+        for step in reversed(_asked(lambda: dist.on_rank_0(mirror.steps))):
+            if local is not None and step <= local.manifest.step:
+                break
+            try:
+                return _asked(partial(_fetch, mirror, step, run, check))
+            except DataError as error:
+                dist.say(f"{error}; trying the checkpoint before it")
+                damaged = error
     except FileError as error:
         if local is None:
             raise
         dist.say(f"{error}; going on with {local.path}")
         return local
-    for step in reversed(steps):
-        if local is not None and step <= local.manifest.step:
-            break
-        try:
-            return _fetch(mirror, step, run, check)
-        except (DataError, FileError) as error:
-            dist.say(f"{error}; trying the checkpoint before it")
-            damaged = error
     if local is None and damaged is not None:
         raise damaged
     return local
+
+
+def _asked(work: Callable[[], T]) -> T:
+    """What ``work`` returns. One that fails for want of an answer is tried again."""
+    for seconds in WAITS_S:
+        try:
+            return work()
+        except FileError as error:
+            dist.say(f"{error}; again in {seconds} s")
+            time.sleep(seconds)
+    return work()
 
 
 def _fetch(mirror: Mirror, step: int, run: Path, check: Check) -> Checkpoint:

@@ -5,7 +5,6 @@ threads have come to, all ranks learn together between two steps (``poll``), and
 """
 
 import contextlib
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -32,7 +31,7 @@ from xar_scale.config import TrainConfig
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
 from xar_scale.errors import FileError
-from xar_scale.files import free_name, sync_folder, write_atomically
+from xar_scale.files import free_name, remove, sync_folder, write_atomically
 from xar_scale.staging import Staging
 
 ATTEMPTS_AT_THE_END = 6  # of writing the last checkpoint, 1, 2, 4, ... seconds apart
@@ -62,6 +61,7 @@ class Store:
         self._uploading: Background | None = None
         self._uploaded: Path | None = None  # what that is about
         self._to_upload: Path | None = None  # after that: the newest one that is written
+        self._went_back = False  # since the last copy
 
     def open(self, start: int) -> None:
         """Rank 0's part of beginning at step ``start``: make the folder, and put in order what an earlier run left in it."""
@@ -71,7 +71,7 @@ class Store:
             self._drop_older()  # the run goes on from the newest, which is valid; the next save may need the room
         for folder in (FOLDER, AVERAGES):
             for leftover in (self.run / folder).glob(".step-*"):
-                shutil.rmtree(leftover)
+                remove(leftover)
 
     def set_aside_after(self, step: int) -> None:
         """Rename what is of later steps, so that it neither counts nor blocks: checkpoints, damaged ones that resuming passed
@@ -147,6 +147,7 @@ class Store:
 
     def go_back(self, step: int) -> None:
         """The run goes on from ``step``: what is of later steps is not written or copied any more, and does not count."""
+        self._went_back = True
         if self._begun is not None and step_of(self._begun) > step:
             self._writing = None  # it was waited for, and failed
         if self._to_upload is not None and step_of(self._to_upload) > step:
@@ -204,7 +205,8 @@ class Store:
         if dist.rank() == 0:
             for given_up in temporary.parent.glob(".step-*.tmp"):
                 if given_up != temporary:
-                    shutil.rmtree(given_up, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        remove(given_up)
         temporary.mkdir(parents=True, exist_ok=True)
         path = temporary / file_name(dist.rank())
         try:
@@ -241,7 +243,8 @@ class Store:
             if path not in (self._to_upload, self._uploaded):
                 path.rename(path.with_name(f".{path.name}.old"))
         for hidden in self.folder.glob(".step-*.old"):
-            shutil.rmtree(hidden, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                remove(hidden)
 
     def _too_old(self, steps: Sequence[int]) -> list[int]:
         """Of the steps of checkpoints, oldest first, those that need not be kept."""
@@ -253,10 +256,13 @@ class Store:
         if dist.rank() == 0:
             mirror.upload(final, [MANIFEST])
             complete = mirror.steps()
-            given_up = set(mirror.steps(files="*")) - {*complete, step_of(final)}
-            later = [step for step in complete if step > step_of(final)]  # of a course that the run has gone back from
-            for step in sorted({*given_up, *later, *self._too_old(complete[: len(complete) - len(later)])}):
+            given_up = set(mirror.steps(files="[^/]+")) - {*complete, step_of(final)}
+            later = [step for step in complete if step > step_of(final)]
+            # of a course that the run has gone back from; or of its own, from before a start that the store did not answer
+            stale = later if self._went_back else []
+            for step in sorted({*given_up, *stale, *self._too_old(complete[: len(complete) - len(later)])}):
                 mirror.remove(step)
+            self._went_back = False
 
     def _temporary(self, manifest: Manifest) -> Path:
         final = self._final(manifest)

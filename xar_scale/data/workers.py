@@ -1,7 +1,6 @@
 """PyTorch's data loader, and what becomes of it when one of its worker processes dies."""
 
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from xar_scale import dist
 
 
 class DeadWorkerError(Exception):
@@ -97,9 +98,8 @@ def _die_with(parent: int, worker: int) -> None:
 
     Until then signals are its affair: SLURM and terminals send them to all processes alike, and its last steps need data.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    dist.follow_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it was killed before that
         os._exit(1)
