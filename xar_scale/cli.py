@@ -362,7 +362,7 @@ def _replay(options: argparse.Namespace) -> None:
     for attempt in replay(recorded, checkpoint, dist.local_device()):
         bad = reports.names(attempt.verdict.bad)
         reproduced |= attempt.mode == recorded.mode and bool(bad)
-        largest = max(attempt.activations, key=lambda name: attempt.activations[name])
+        largest = max(attempt.activations, key=lambda name: (math.isnan(attempt.activations[name]), attempt.activations[name]))
         print(
             f"  {attempt.mode}: loss {attempt.verdict.loss:.4g}, gradient norm {attempt.verdict.grad_norm:.4g}, "
             f"not finite: {' and '.join(bad) or 'nothing'}\n"

@@ -169,12 +169,12 @@ def together(work: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def interlocked() -> Iterator[None]:
-    """Around work in which ranks send to each other: a defect in it ends this process at once. Told to the others as
-    ``together`` does it, it would meet a collective of the work, in which they wait for this rank."""
+    """Around work in which ranks send to each other: an error that not all have alike ends this process at once. Told to the
+    others as ``together`` does it, it would meet a collective of the work, in which they wait for this rank."""
     try:
         yield
     except Exception as error:
-        if world() == 1 or isinstance(error, XarScaleError | OSError):
+        if world() == 1 or isinstance(error, XarScaleError):  # of what was asked for, which is the same everywhere
             raise
         traceback.print_exc()
         leave(1)

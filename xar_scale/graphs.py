@@ -44,7 +44,7 @@ class Graphs:
 
     def play(self, kind: Hashable, work: Work, *inputs: Tensor, warm_up: float = WARM_UP) -> Sequence[Tensor | None]:
         """What ``work(*inputs)`` returns; after ``warm_up`` times, by kind and shapes, from a record. Then the outputs are in
-        the record's memory, until it is played again."""
+        the record's memory, until it, or one that was made before it, is played again."""
         key = _key(kind, inputs)
         if self._done[key] < warm_up:
             self._done[key] += 1

@@ -29,7 +29,7 @@ class Replayed:
 
 def find_checkpoint(recorded: Recorded) -> Checkpoint:
     """The newest one of the run that is not younger than the report. Raises UsageError where there is none."""
-    run = recorded.path.parent.parent
+    run = recorded.path.resolve().parent.parent
     paths = [path for path in checkpoint_paths(run) if step_of(path) <= recorded.step]
     if not paths:
         raise UsageError(f"{run} holds no checkpoint of step {recorded.step} or before; name one with --checkpoint")

@@ -1,5 +1,6 @@
 """Copies of an engine's tensors in the host's memory, which is taken once and used again."""
 
+import mmap
 import weakref
 from collections.abc import Sequence
 
@@ -17,20 +18,23 @@ class Staging:
         for tensor in tensors:
             starts.append(size)
             size += -(-tensor.nbytes // ALIGNED) * ALIGNED
-        memory = torch.empty(size, dtype=torch.uint8).fill_(0)  # written to: memory that nobody has is found out now
-        if size and any(tensor.is_cuda for tensor in tensors):
-            self._pin(memory)
+        pinned = size > 0 and any(tensor.is_cuda for tensor in tensors)
+        memory = self._pinned(size) if pinned else torch.empty(size, dtype=torch.uint8)
+        memory.fill_(0)  # written to: memory that nobody has is found out now
         self.copies = [
             memory[start:][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for start, tensor in zip(starts, tensors, strict=True)
         ]
         self._copied: torch.cuda.Event | None = None
 
-    def _pin(self, memory: Tensor) -> None:
+    def _pinned(self, size: int) -> Tensor:
         """For as long as this lives. PyTorch's own pinned memory is of powers of two, nearly twice what is asked for."""
-        runtime, start = torch.cuda.cudart(), memory.data_ptr()
-        torch.cuda.check_error(runtime.cudaHostRegister(start, memory.nbytes, 0))
-        weakref.finalize(self, runtime.cudaHostUnregister, start).atexit = False
+        pages = mmap.mmap(-1, size)
+        pages.madvise(mmap.MADV_DONTFORK)  # data workers are forks, for which the system would copy what is pinned
+        memory, runtime = torch.frombuffer(pages, dtype=torch.uint8), torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
+        weakref.finalize(self, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
+        return memory
 
     def take(self, tensors: Sequence[Tensor]) -> None:
         """Copy ``tensors`` as they are now. A GPU copies when it comes to it: before whatever it is asked to do next, and so

@@ -185,7 +185,7 @@ def settings(environ: Mapping[str, str], local_world: int, cores: int) -> list[F
     for name, found in (("NCCL_SOCKET_IFNAME", _nccl_takes), ("GLOO_SOCKET_IFNAME", _gloo_takes)):
         if (value := environ.get(name)) and not found(value, there):
             findings.append(Finding(name, value, f"no such interface here, there are {', '.join(there)}: name one of them"))
-    threads = int(environ.get("OMP_NUM_THREADS", str(cores)).split(",")[0])
+    threads = int((environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])
     if threads * local_world > cores and local_world > 1:
         findings.append(
             Finding(

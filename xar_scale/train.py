@@ -22,7 +22,7 @@ from xar_scale.data.loader import LatentDataset
 from xar_scale.diagnosis import Activations
 from xar_scale.ema import EMA, POWER_KINDS, widths_of
 from xar_scale.engines import Engine, Verdict, create_engine
-from xar_scale.errors import DataError, XarScaleError
+from xar_scale.errors import DataError, FileError, XarScaleError
 from xar_scale.evaluate.previews import Previews
 from xar_scale.guard import Action, GuardState
 from xar_scale.memory.fallback import fallback_splits
@@ -156,7 +156,7 @@ class Training:
         if verdict.faults:
             try:
                 _account_for(news, self.bad)
-            except DataError:  # on every rank alike: what is being written is not lost
+            except (DataError, FileError):  # on every rank alike: what is being written is not lost
                 self.watchdog.rest()
                 self.store.newest_on_disk()
                 raise

@@ -1,10 +1,23 @@
 """Copies in pinned memory of the host: as much as is copied, and for as long as it is used."""
 
 import gc
+import re
+from pathlib import Path
 
 import torch
 
 from xar_scale.staging import Staging
+
+
+def flags_of(address):
+    """The kernel's, of the memory there."""
+    there = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            there = int(match[1], 16) <= address < int(match[2], 16)
+        elif there and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(address)
 
 
 def test_a_gpu_copies_into_pinned_memory_which_is_given_back(device):
@@ -13,6 +26,7 @@ def test_a_gpu_copies_into_pinned_memory_which_is_given_back(device):
         tensors = [torch.randn(size, device=device) for size in sizes]
         staging = Staging(tensors)
         assert all(copy.is_pinned() for copy in staging.copies if copy.numel())
+        assert "dc" in flags_of(staging.copies[0].data_ptr())  # no fork, as data workers are, gets a copy
         staging.take(tensors)
         kept = [tensor.clone() for tensor in tensors]
         for tensor in tensors:

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
@@ -15,11 +17,13 @@ from tests.unit.foreign_checkpoints import reshard
 from tests.unit.tiny_run import CONFIG, Run
 from xar_scale import background, beginning
 from xar_scale.beginning import RunLock, first_weights
+from xar_scale.checkpoint import store
 from xar_scale.checkpoint.load import check_continues
-from xar_scale.checkpoint.manifest import newest_valid, read_manifest
+from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, read_manifest
 from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.cli import main
 from xar_scale.config import override
+from xar_scale.data.faults import BadSamples, Fault
 from xar_scale.errors import ConfigError, DataError, FileError, PreemptedError, StoppedError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.model.xar import meta_model
@@ -110,6 +114,24 @@ def test_what_another_job_began_and_wrote_meanwhile_is_not_set_aside(train, tmp_
     assert "another job began it meanwhile, and wrote step-00000002; the same command goes on" in capsys.readouterr().err
     assert main([*train, "train.steps=3"]) == 0
     assert "resumed from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [DataError("bad"), FileError("gone")])
+def test_what_is_being_written_when_data_end_the_run_is_not_lost(train, tmp_path, monkeypatch, error):
+    write, writing, news = store.write_file, threading.Event(), BadSamples.news
+
+    def slowly(*arguments):
+        writing.set()
+        time.sleep(1)
+        return write(*arguments)
+
+    def lost(bad, faults):
+        return [Fault("a", 1, error, fatal=True)] if writing.is_set() else news(bad, faults)
+
+    monkeypatch.setattr(store, "write_file", slowly)
+    monkeypatch.setattr(BadSamples, "news", lost)
+    assert main([*train, "train.steps=2000"]) == error.exit_code
+    assert [path.name for path in checkpoint_paths(tmp_path / "run")] == ["step-00000002"]
 
 
 @pytest.fixture

@@ -369,7 +369,7 @@ class Numbers(Dataset):
 
 stream = from_workers(Numbers(), 2, batch_size=None)
 pid = next(stream)
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP):
     os.kill(pid, number)
 print(len([next(stream) for _ in range(6)]), flush=True)
 """

@@ -1,9 +1,13 @@
 """Checkpoints of others: what is recognised, how it is named, and what is refused, by which line."""
 
 import argparse
+import contextlib
+import io
 import os
 import pickle
+import random
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -52,6 +56,15 @@ def test_ours_by_checkpoint_or_by_run(own):
         assert [group["weight_decay"] for group in source.groups] == [CONFIG.optim.weight_decay, 0.0]
         expected = load_weights(read_manifest(own), "exp_avg_sq")
         assert_bitwise({name: source.whole(f"exp_avg_sq/{name}") for name in expected}, expected)
+
+
+def test_of_a_run_the_newest_checkpoint_is_meant_whatever_its_pointer_says(own, tmp_path):
+    """It is written after the checkpoint, and may be behind."""
+    shutil.copytree(own, tmp_path / "checkpoints" / "step-00000001")
+    shutil.copytree(own, tmp_path / "checkpoints" / own.name)
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000001\n")
+    with open_source(tmp_path) as source:
+        assert source.path == tmp_path / "checkpoints" / own.name
 
 
 def test_any_range_of_a_vector_that_lies_on_three_ranks(zero):
@@ -224,6 +237,59 @@ def test_what_is_not_there_or_of_no_format(tmp_path, own):
     shard.unlink()
     with pytest.raises(DataError, match=f"{shard.name} is missing"):
         open_source(tmp_path / "own")
+
+
+@pytest.mark.parametrize("how", ["compressed", "in another order", "without room between"])
+def test_a_pth_that_was_packed_anew_is_refused_and_not_read_askew(tmp_path, weights, how):
+    """torch.load reads it; where its values lie is not where torch.save would have put them."""
+    torch.save(weights, tmp_path / "saved.pth")
+    with zipfile.ZipFile(tmp_path / "saved.pth") as saved:
+        names = saved.namelist()
+        contents = {name: saved.read(name) for name in (sorted(names) if how == "in another order" else names)}
+    kind = zipfile.ZIP_DEFLATED if how == "compressed" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(tmp_path / "anew.pth", "w", kind) as anew:
+        for name, content in contents.items():
+            anew.writestr(name, content)
+    assert_bitwise(torch.load(tmp_path / "anew.pth"), weights)
+    with pytest.raises(DataError, match="anew.pth was packed anew: its values are not where torch.save has them"):
+        open_source(tmp_path / "anew.pth")
+    with open_source(tmp_path / "saved.pth") as source:
+        assert_bitwise({name: source.whole(f"model/{name}") for name in weights}, weights)
+
+
+def test_a_pth_of_the_other_byte_order_is_refused(tmp_path, weights):
+    torch.save(weights, tmp_path / "saved.pth")
+    content = (tmp_path / "saved.pth").read_bytes()
+    with zipfile.ZipFile(tmp_path / "saved.pth") as saved:
+        (name,) = [name for name in saved.namelist() if name.endswith("/byteorder")]
+    with zipfile.ZipFile(io.BytesIO(content)) as saved, zipfile.ZipFile(tmp_path / "other.pth", "w") as other:
+        for entry in saved.namelist():
+            other.writestr(entry, b"big" if entry == name else saved.read(entry))
+    with pytest.raises(DataError, match="other.pth is of a machine of the other byte order"):
+        open_source(tmp_path / "other.pth")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_weights_in_float64_are_refused_and_not_rounded(tmp_path, weights, old):
+    doubles = {name: tensor.double() for name, tensor in weights.items()}
+    torch.save(doubles, tmp_path / "doubles.pth", _use_new_zipfile_serialization=not old)
+    with pytest.raises(DataError, match="is torch.float64; float32, bfloat16 and float16 are read"):
+        open_source(tmp_path / "doubles.pth")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_pth_damaged_anywhere_is_a_line(tmp_path, old):
+    torch.save({"model": {"a": torch.zeros(3), "b": [1, 2]}}, tmp_path / "saved.pth", _use_new_zipfile_serialization=not old)
+    content, draw = (tmp_path / "saved.pth").read_bytes(), random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(content)
+        if old:  # a size that is wrong would be taken from the memory
+            del damaged[draw.randrange(len(damaged)) :]
+        else:
+            damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        (tmp_path / "damaged.pth").write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            open_source(tmp_path / "damaged.pth").reader.close()
 
 
 def test_safetensors_that_are_cut_short_or_lack_what_their_index_lists(tmp_path):

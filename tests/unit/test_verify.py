@@ -242,6 +242,23 @@ def test_a_tar_that_is_zeros_from_somewhere_on_is_refused():
         index_tar(io.BytesIO(bytes(content)), "x.tar", Members(), flipped=False)
 
 
+@pytest.mark.parametrize("records", [7, 16, 32])
+def test_an_end_of_zeros_is_as_large_as_a_record_makes_it(records):
+    """Of a tar of so many records of the usual size; the sizes of some are powers of two times another number."""
+    count = (records * tarfile.RECORDSIZE - 2 * BLOCK) // (4 * BLOCK) - 1
+    content = tar_of(*[(f"{n}.{m}", c) for n in range(count) for m, c in (("cls", b"1"), ("latent.npy", ARRAY))]).getvalue()
+    assert len(content) == records * tarfile.RECORDSIZE
+    kept = count
+    while kept > 1:  # zeros from a sample on
+        kept -= 1
+        zeroed = content[: kept * 4 * BLOCK].ljust(len(content), b"\0")
+        size = len(zeroed)
+        fills = any(-(-(kept * 4 + 2) * BLOCK // record) * record == size for record in (1 << power for power in range(14, 21)))
+        if size - kept * 4 * BLOCK > 2 * tarfile.RECORDSIZE and not fills:
+            with pytest.raises(DataError, match="more than a tar's end has"):
+                index_tar(io.BytesIO(zeroed), "x.tar", Members(), flipped=False)
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 20, 64, 128, 2048])
 def test_a_tar_s_records_may_be_large(tmp_path, blocks):
     for name, content in TWO:

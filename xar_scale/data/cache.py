@@ -61,8 +61,8 @@ class NodeCache:
                     right = _write(temporary, source.blocks) == crc32
                     if not (right or damaged):
                         raise ContentError(f"its checksum is not {crc32:08x}, the set's")
-                    if not right:
-                        (self.folder / f"{key}{DAMAGED}").touch()
+                    mark = self.folder / f"{key}{DAMAGED}"
+                    mark.unlink(missing_ok=True) if right else mark.touch()
                     # opened before it can be removed again. And who counts what is here may overlook a file that gets another
                     # name just then
                     descriptor = os.open(temporary, os.O_RDONLY)

@@ -1,7 +1,6 @@
 """The index of one shard: which samples a tar holds, where their arrays lie, and what their bytes sum to."""
 
 import json
-import math
 import tarfile
 import zlib
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing_extensions import Self
 
 from xar_scale.errors import DataError
 
-LARGEST_RECORD = 1 << 20  # of tars; apart from the usual one, records are powers of two
+LARGE_RECORDS = [1 << power for power in range(14, 21)]  # of tars; apart from the usual one, they are powers of two
 LATENT, FLIPPED, LABEL = "latent.npy", "flipped.npy", "cls"  # members of a sample, as this project writes them
 
 
@@ -114,9 +113,10 @@ def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool, *, che
     zeros = file.tell() - end
     if zeros < 2 * tarfile.BLOCKSIZE:
         raise DataError(f"shard {path} is cut: it has no end after sample {key}")
-    # an end fills its record, of which the file has a whole number; a crash may leave zeros from somewhere on
-    record = max(tarfile.RECORDSIZE, math.gcd(file.tell(), LARGEST_RECORD))
-    if zeros > 2 * record:
+    # an end fills a record, whose size the tar does not say; a crash may leave zeros from somewhere on
+    least = end + 2 * tarfile.BLOCKSIZE
+    fills = any(file.tell() == -(-least // record) * record for record in LARGE_RECORDS)
+    if zeros > 2 * tarfile.RECORDSIZE and not fills:
         raise DataError(f"shard {path}: after sample {key}, at byte {end}, lie {zeros} zeros, more than a tar's end has")
     finish()
     return index

@@ -3,10 +3,12 @@
 import argparse
 import errno
 import re
-from dataclasses import dataclass
+import struct
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
@@ -15,6 +17,11 @@ from xar_scale.checkpoint.pieces import Piece
 from xar_scale.errors import DataError, UsageError
 
 ZIP = b"PK\x03\x04"
+LENGTHS = 26  # bytes into an archive's entry: the lengths of its name, and of what comes between that and the values
+TORN = (  # what torch.load raises of files that are not whole
+    *(UnpicklingError, BadZipFile, struct.error, RuntimeError, EOFError, OSError, ImportError),
+    *(ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError),
+)
 
 
 class PlainObject:
@@ -42,6 +49,7 @@ class Pickled:
     path: Path
     value: Any
     whole: bool
+    places: dict[int, int] = field(default_factory=dict)  # where values lie in it, and how many bytes
 
     def piece(self, tensor: Tensor, start: int = 0, first: int = 0, count: int | None = None) -> Piece:
         """Elements [first, first + count) of a tensor, which are those from ``start`` on of a vector."""
@@ -52,6 +60,8 @@ class Pickled:
             raise DataError(f"{self.path}: elements {first} to {first + count} of a tensor that has {tensor.numel()}")
         storage: Any = tensor.untyped_storage()
         offset = 0 if count == 0 else storage._checkpoint_offset  # torch 2.11 to 2.15
+        if count and self.places.get(offset) != storage.nbytes():
+            raise DataError(_packed_anew(self.path))
         offset += tensor.dtype.itemsize * (int(tensor.storage_offset()) + first)
         return Piece(start, start + count, self.path, offset, tensor.dtype)
 
@@ -82,9 +92,11 @@ def read_pickled(path: Path, trust_pickle: bool = False) -> Pickled:
                 return Pickled(path, torch.load(path, map_location="cpu", weights_only=not trust_pickle), whole=True)
             from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
 
+            places = _places(path)
             with FakeTensorMode():
-                return Pickled(path, torch.load(path, map_location="cpu", weights_only=not trust_pickle), whole=False)
-    except (UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+                value = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+            return Pickled(path, value, whole=False, places=places)
+    except TORN as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a seek to before a torn archive's beginning
             raise
         if match := re.search(r"GLOBAL (\S+)", str(error)):
@@ -94,3 +106,33 @@ def read_pickled(path: Path, trust_pickle: bool = False) -> Pickled:
         said = "" if isinstance(error, UnpicklingError) else str(error).partition("\n")[0]  # else pages of advice
         said = said and f": {said}"
         raise DataError(f"{path} is torn, or not a file of torch.save{said}") from None
+
+
+def _places(path: Path) -> dict[int, int]:
+    """Where in an archive values lie, and how many bytes, as it says itself.
+
+    Without values torch.load reckons places from the order in which torch.save numbers and writes them. Another program that
+    packs the same files need not keep it, and may compress them: DataError.
+    """
+    places: dict[int, int] = {}
+    numbers: list[int] = []
+    with ZipFile(path) as archive, path.open("rb") as file:
+        for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
+            folder, _, number = entry.filename.rpartition("/")
+            if entry.filename.endswith("/byteorder") and archive.read(entry) == b"big":  # torch would swap what is not there
+                raise DataError(f"{path} is of a machine of the other byte order")
+            if not folder.endswith("/data"):
+                continue
+            if entry.compress_type:
+                raise DataError(_packed_anew(path))
+            file.seek(entry.header_offset + LENGTHS)
+            places[entry.header_offset + LENGTHS + 4 + sum(struct.unpack("<HH", file.read(4)))] = entry.file_size
+            numbers.append(int(number))
+        ordered = any(entry.filename.endswith("/.format_version") for entry in archive.infolist())
+    if ordered and numbers != sorted(numbers):
+        raise DataError(_packed_anew(path))
+    return places
+
+
+def _packed_anew(path: Path) -> str:
+    return f"{path} was packed anew: its values are not where torch.save has them; load it, and save it again"

@@ -32,7 +32,7 @@ def open_universal(folder: Path, trust_pickle: bool) -> Source:
     for kind, (place, name) in PLACES.items():
         for path in sorted((folder / place).glob(f"*/{name}")):
             file = read_pickled(path, trust_pickle)
-            tensor = file.value["param"] if isinstance(file.value, dict) else file.value  # ZeRO-3's are bare, and flat
+            tensor = file.value.get("param") if isinstance(file.value, dict) else file.value  # ZeRO-3's are bare, and flat
             if not isinstance(tensor, torch.Tensor):
                 raise DataError(f"{path} holds a {type(tensor).__name__}, not a tensor")
             key = f"{kind}/{path.parent.name}"

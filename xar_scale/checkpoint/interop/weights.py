@@ -73,6 +73,9 @@ def named_states(path: Path, value: Any) -> dict[str, Tensor]:
             tensors |= {f"{kind}/{ours[name]}": tensor for name, tensor in floats.items() if name in ours}
     if not any(key.startswith("model/") for key in tensors):
         raise DataError(f"{path} holds no weights")
+    for key, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise DataError(f"{path}: {key} is {tensor.dtype}; float32, bfloat16 and float16 are read")
     return tensors
 
 
