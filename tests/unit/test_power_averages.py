@@ -53,6 +53,15 @@ def test_checkpoints_have_them_and_training_goes_on_bitwise(tmp_path):
     assert len(run.state()) == 6 * len(run.engine.shapes) and same(run.state(), other.state())
 
 
+def test_that_snapshots_cannot_be_written_is_known_at_the_start(tmp_path):
+    """They come first: without them a step's checkpoint would not be written either."""
+    (tmp_path / "ema").touch()
+    run = Run(tmp_path, config=CONFIG)
+    with pytest.raises(OSError, match=f"{tmp_path}/ema"):
+        run.store.open(0)
+    Run(tmp_path).store.open(0)  # which has none
+
+
 def test_without_the_option_nothing_is_more_than_before(tmp_path):
     run = Run(tmp_path)
     run.train()

@@ -31,7 +31,7 @@ from xar_scale.config import TrainConfig
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
 from xar_scale.errors import FileError
-from xar_scale.files import free_name, remove, sync_folder, write_atomically
+from xar_scale.files import free_name, make_folder, remove, sync_folder, write_atomically
 from xar_scale.staging import Staging
 
 ATTEMPTS_AT_THE_END = 6  # of writing the last checkpoint, 1, 2, 4, ... seconds apart
@@ -66,6 +66,8 @@ class Store:
     def open(self, start: int) -> None:
         """Rank 0's part of beginning at step ``start``: make the folder, and put in order what an earlier run left in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if len(self.ema.averages) > 1:  # snapshots are due, and come before the checkpoints of their steps
+            make_folder(self.run / AVERAGES)
         self._set_in_order(start)
         with contextlib.suppress(OSError):
             self._drop_older()  # the run goes on from the newest, which is valid; the next save may need the room
