@@ -85,7 +85,7 @@ def open_run(config: Config, run: Path, store: Store, start: int, lock: RunLock)
     unguarded = not lock.taken  # what the folder held was looked at when there was none
     lock.take()
     if unguarded and (later := [path.name for path in checkpoint_paths(run) if step_of(path) > start]):
-        raise FileError(f"{run}: another job began it meanwhile, and wrote {later[-1]}; the same command goes on from there")
+        raise FileError(f"{run}: another job began it meanwhile, and wrote {later[-1]}; --resume auto goes on from there")
     store.open(start)
     write_atomically(run / CONFIG_FILE, config.to_yaml().encode())
     return Metrics(run, start, config.train.steps)

@@ -19,8 +19,7 @@ class Staging:
             starts.append(size)
             size += -(-tensor.nbytes // ALIGNED) * ALIGNED
         pinned = size > 0 and any(tensor.is_cuda for tensor in tensors)
-        memory = self._pinned(size) if pinned else torch.empty(size, dtype=torch.uint8)
-        memory.fill_(0)  # written to: memory that nobody has is found out now
+        memory = self._pinned(size) if pinned else torch.empty(size, dtype=torch.uint8).fill_(0)  # what nobody has is known now
         self.copies = [
             memory[start:][: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for start, tensor in zip(starts, tensors, strict=True)
@@ -29,9 +28,9 @@ class Staging:
 
     def _pinned(self, size: int) -> Tensor:
         """For as long as this lives. PyTorch's own pinned memory is of powers of two, nearly twice what is asked for."""
-        pages = mmap.mmap(-1, size)
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_DONTFORK)  # data workers are forks, for which the system would copy what is pinned
-        memory, runtime = torch.frombuffer(pages, dtype=torch.uint8), torch.cuda.cudart()
+        memory, runtime = torch.frombuffer(pages, dtype=torch.uint8).fill_(0), torch.cuda.cudart()
         torch.cuda.check_error(runtime.cudaHostRegister(memory.data_ptr(), size, 0))
         weakref.finalize(self, runtime.cudaHostUnregister, memory.data_ptr()).atexit = False
         return memory

@@ -23,6 +23,7 @@ class Stops:
         self.file = run / STOP_FILE
         self.after, self.begun = after, time.monotonic()
         self.heard: dict[str, float] = {}  # signals by name, and when
+        self._terminal = [output for output in (1, 2) if os.isatty(output)]
         self._looked = -LOOK_S
         self._found = False
 
@@ -44,6 +45,9 @@ class Stops:
         name, now = signal.Signals(number).name, time.monotonic()
         if number == signal.SIGINT and now - self.heard.get(name, now) > AGAIN_S:
             os._exit(128 + number)
+        if number == signal.SIGHUP:  # the terminal has gone, and what is written to it is an error
+            for output in self._terminal:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), output)
         self.heard.setdefault(name, now)
 
     def asked(self) -> bool:

@@ -82,7 +82,7 @@ class Watchdog:
         """Step ``step`` begins, and the one before it has ended."""
         now = time.monotonic()
         if self._current is not None:
-            self.seconds.append(now - self._current[1] - self._slept)
+            self.seconds.append(max(now - self._current[1] - self._slept, 0.0))
         self._current, self._slept = (step, now), 0.0
 
     def rest(self) -> None:

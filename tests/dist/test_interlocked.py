@@ -18,7 +18,7 @@ DEFECT = """
 def work():
     with dist.interlocked():
         if dist.rank() == 1:
-            raise RuntimeError("planted")
+            raise ERROR("planted")
         torch.distributed.all_reduce(sent)
 
 def main():
@@ -56,9 +56,10 @@ dist.leave(4)
 """
 
 
-def test_a_defect_is_told_by_the_rank_that_has_it_which_leaves_at_once(tmp_path):
-    ended = launch(2, ["-c", BEGIN + DEFECT], tmp_path)
-    assert ended.codes[1] == 1 and "RuntimeError: planted" in ended.outputs[1] and "gloo" not in ended.outputs[1]
+@pytest.mark.parametrize("error", ["RuntimeError", "OSError"])
+def test_a_defect_is_told_by_the_rank_that_has_it_which_leaves_at_once(tmp_path, error):
+    ended = launch(2, ["-c", BEGIN + DEFECT.replace("ERROR", error)], tmp_path)
+    assert ended.codes[1] == 1 and f"{error}: planted" in ended.outputs[1] and "gloo" not in ended.outputs[1]
     assert ended.codes[0] != 0
 
 

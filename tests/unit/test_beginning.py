@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -111,7 +112,7 @@ def test_what_another_job_began_and_wrote_meanwhile_is_not_set_aside(train, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(RunLock, "take", taken)
         assert main(train) == 74
-    assert "another job began it meanwhile, and wrote step-00000002; the same command goes on" in capsys.readouterr().err
+    assert "another job began it meanwhile, and wrote step-00000002; --resume auto goes on" in capsys.readouterr().err
     assert main([*train, "train.steps=3"]) == 0
     assert "resumed from" in capsys.readouterr().out
 
@@ -132,6 +133,21 @@ def test_what_is_being_written_when_data_end_the_run_is_not_lost(train, tmp_path
     monkeypatch.setattr(BadSamples, "news", lost)
     assert main([*train, "train.steps=2000"]) == error.exit_code
     assert [path.name for path in checkpoint_paths(tmp_path / "run")] == ["step-00000002"]
+
+
+def test_a_terminal_that_goes_takes_no_run_with_it(train, tmp_path):
+    """Also what it says then is written to nobody."""
+    words = [sys.executable, "-m", "xar_scale", *train, "train.steps=100000", f"train.upload=file://{tmp_path}/copy"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execvpe(words[0], words, environment())
+    said = b""
+    while b"copy of checkpoint" not in said:
+        said += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 76
+    newest = checkpoint_paths(tmp_path / "run")[-1]
+    assert checkpoint_paths(tmp_path / "copy")[-1].name == newest.name
 
 
 @pytest.fixture

@@ -239,7 +239,7 @@ def test_what_is_not_there_or_of_no_format(tmp_path, own):
         open_source(tmp_path / "own")
 
 
-@pytest.mark.parametrize("how", ["compressed", "in another order", "without room between"])
+@pytest.mark.parametrize("how", ["compressed", "in another order", "without room between", "with folders"])
 def test_a_pth_that_was_packed_anew_is_refused_and_not_read_askew(tmp_path, weights, how):
     """torch.load reads it; where its values lie is not where torch.save would have put them."""
     torch.save(weights, tmp_path / "saved.pth")
@@ -248,6 +248,8 @@ def test_a_pth_that_was_packed_anew_is_refused_and_not_read_askew(tmp_path, weig
         contents = {name: saved.read(name) for name in (sorted(names) if how == "in another order" else names)}
     kind = zipfile.ZIP_DEFLATED if how == "compressed" else zipfile.ZIP_STORED
     with zipfile.ZipFile(tmp_path / "anew.pth", "w", kind) as anew:
+        if how == "with folders":
+            anew.mkdir("saved/data")
         for name, content in contents.items():
             anew.writestr(name, content)
     assert_bitwise(torch.load(tmp_path / "anew.pth"), weights)

@@ -130,7 +130,7 @@ def test_a_store_that_does_not_answer_is_an_error_unless_the_run_has_its_own(buc
         raise TimeoutError
 
     monkeypatch.setattr(mirror, "WAITS_S", (0, 0))
-    monkeypatch.setattr(fsspec.url_to_fs(bucket)[0], "find", silent)
+    monkeypatch.setattr(fsspec.url_to_fs(bucket)[0], "ls", silent)
     assert gone_on_from(tmp_path, bucket).path == run.store.newest
     said = capsys.readouterr().out
     assert f"{bucket}/checkpoints cannot be listed: TimeoutError: no more was said; going on with" in said
@@ -139,7 +139,7 @@ def test_a_store_that_does_not_answer_is_an_error_unless_the_run_has_its_own(buc
         gone_on_from(tmp_path / "new", bucket)
 
 
-@pytest.mark.parametrize("work", ["find", "cat_file", "get_file"])
+@pytest.mark.parametrize("work", ["ls", "cat_file", "get_file"])
 def test_what_the_store_fails_to_give_once_is_asked_for_again(bucket, tmp_path, monkeypatch, work):
     """And for want of it nothing older is gone on from."""
     newest = trained(tmp_path / "lost", bucket).store.newest
@@ -162,13 +162,34 @@ def test_what_the_store_fails_to_give_once_is_asked_for_again(bucket, tmp_path, 
 
 def test_copies_of_later_steps_stay_unless_the_run_has_gone_back_from_them(store, bucket, tmp_path):
     """Its store was silent when it began again: they are of the same course."""
-    trained(tmp_path / "lost", bucket, 3, keep_last=9)
-    again = trained(tmp_path / "again", bucket, 1, keep_last=9)
-    assert objects(store, bucket) == copied([1, 2, 3])
+    trained(tmp_path / "lost", bucket, 4, keep_last=9)
+    again = trained(tmp_path / "again", bucket, 3, keep_last=9)
     again.store.go_back(1)
+    again.step = 1
     again.train()
     again.save()
-    assert objects(store, bucket) == copied([1, 2])
+    assert objects(store, bucket) == copied([1, 2, 4])
+
+
+def test_a_checkpoint_is_not_removed_for_want_of_an_answer(bucket, tmp_path, monkeypatch):
+    """That it lacks its manifest was not seen."""
+    run = trained(tmp_path, bucket, 1, keep_last=9)
+    system = fsspec.url_to_fs(bucket)[0]
+    exact = system.ls
+
+    def failing(path, **options):
+        if path.endswith("step-00000001"):
+            raise TimeoutError
+        return exact(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(system, "ls", failing)
+        run.train()
+        run.store.save(run.manifest())
+        poll_until(run, lambda: run.store.newest and run.store.newest.name.endswith("2"))
+        poll_until(run, lambda: run.store._uploading is not None and run.store._uploading.attempts)
+    run.store.finish()
+    assert Mirror(bucket).steps() == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["up[2]", "what?", "a*"])

@@ -1,11 +1,10 @@
 """A copy of a run's checkpoints behind a URL: complete once its manifest is there, which is written last and goes first."""
 
+import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +23,7 @@ from xar_scale.checkpoint.manifest import (
     verify,
 )
 from xar_scale.errors import ConfigError, DataError, FileError, XarScaleError
-from xar_scale.files import free_name, sync_folder
+from xar_scale.files import free_name, remove, sync_folder
 
 T = TypeVar("T")
 Check = Callable[[Checkpoint], None]  # raises ConfigError where a run cannot go on from it
@@ -49,18 +48,24 @@ class Mirror:
 
     def is_of(self, run: Path) -> bool:
         """Whether it is the run's own folder, under another name."""
-        system, root = fsspec.url_to_fs(self.url)
-        return isinstance(system, LocalFileSystem) and (Path(root) / FOLDER).resolve() == (run / FOLDER).resolve()
+        kind = fsspec.get_filesystem_class(fsspec.utils.get_protocol(self.url))  # a store may be silent, and is not asked
+        if not issubclass(kind, LocalFileSystem):
+            return False
+        return bool((Path(kind._strip_protocol(self.url)) / FOLDER).resolve() == (run / FOLDER).resolve())
 
-    def steps(self, files: str = re.escape(MANIFEST)) -> list[int]:
-        """Of the checkpoints that are complete, oldest first; or of all that have ``files`` of such names, a pattern."""
+    def listing(self) -> dict[int, set[str]]:
+        """Names of files by the steps of checkpoints, complete or not."""
 
-        def found(system: fsspec.AbstractFileSystem, root: str) -> list[int]:
+        def found(system: fsspec.AbstractFileSystem, root: str) -> dict[int, set[str]]:
             system.invalidate_cache()
-            matches = (re.search(rf"/step-(\d{{8,}})/{files}$", path) for path in system.find(root, maxdepth=2))
-            return sorted({int(match[1]) for match in matches if match})
+            folders = ((path, re.fullmatch(r"step-(\d{8,})", _name(path))) for path in _listed(system, root))
+            return {int(match[1]): {*map(_name, _listed(system, path))} for path, match in folders if match}
 
         return self._do("listed", "", found)
+
+    def steps(self) -> list[int]:
+        """Of the checkpoints that are complete, oldest first."""
+        return sorted(step for step, names in self.listing().items() if MANIFEST in names)
 
     def try_out(self) -> None:
         """Write a file and remove it: before the work whose copies are to be there."""
@@ -92,6 +97,8 @@ class Mirror:
         """Files of the checkpoint of ``step``, into ``folder``."""
 
         def get(system: fsspec.AbstractFileSystem, root: str) -> None:
+            if not folder.is_dir():
+                raise OSError(f"{folder} is not there on this node")
             for name in names:
                 system.get_file(f"{root}/{name}", str(folder / name))
 
@@ -120,6 +127,17 @@ class Mirror:
             raise kind(f"{url} cannot be {what}: {said}") from None
 
 
+def _listed(system: fsspec.AbstractFileSystem, folder: str) -> list[str]:
+    try:
+        return list(system.ls(folder, detail=False))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]
+
+
 def _make_folder(system: fsspec.AbstractFileSystem, root: str) -> None:
     bucket, *_ = root.split("/")
     if bucket and not system.exists(bucket):  # or it would be made: a misspelt one too
@@ -141,11 +159,11 @@ def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | Non
     except DataError as error:
         damaged = error
     try:
-        for step in reversed(_asked(lambda: dist.on_rank_0(mirror.steps))):
+        for step in reversed(dist.on_rank_0(lambda: _asked(mirror.steps))):
             if local is not None and step <= local.manifest.step:
                 break
             try:
-                return _asked(partial(_fetch, mirror, step, run, check))
+                return _fetch(mirror, step, run, check)
             except DataError as error:
                 dist.say(f"{error}; trying the checkpoint before it")
                 damaged = error
@@ -160,7 +178,7 @@ def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | Non
 
 
 def _asked(work: Callable[[], T]) -> T:
-    """What ``work`` returns. One that fails for want of an answer is tried again."""
+    """What ``work`` of a mirror returns. Without an answer it is tried again."""
     for seconds in WAITS_S:
         try:
             return work()
@@ -176,12 +194,13 @@ def _fetch(mirror: Mirror, step: int, run: Path, check: Check) -> Checkpoint:
     temporary = final.with_name(f".{final.name}.tmp")
 
     def begin() -> list[str]:
-        manifest = mirror.manifest(step)
+        manifest = _asked(lambda: mirror.manifest(step))
         try:
             check(Checkpoint(Path(final.name), manifest))
         except ConfigError as error:
             raise ConfigError(f"train.upload {mirror.url}: {error}") from None
-        shutil.rmtree(temporary, ignore_errors=True)
+        if os.path.lexists(temporary):
+            remove(temporary)
         temporary.mkdir(parents=True)
         return [MANIFEST, *manifest.files]
 
@@ -193,7 +212,7 @@ def _fetch(mirror: Mirror, step: int, run: Path, check: Check) -> Checkpoint:
 
     names = dist.on_rank_0(begin)
     dist.say(f"fetching {final.name} from {mirror.url}")
-    dist.together(lambda: mirror.download(step, dist.mine(names), temporary))
+    dist.together(lambda: _asked(lambda: mirror.download(step, dist.mine(names), temporary)))
     checkpoint = dist.together(lambda: verify(temporary))
     dist.on_rank_0(publish)
     return replace(checkpoint, path=final)

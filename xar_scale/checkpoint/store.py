@@ -61,11 +61,12 @@ class Store:
         self._uploading: Background | None = None
         self._uploaded: Path | None = None  # what that is about
         self._to_upload: Path | None = None  # after that: the newest one that is written
-        self._went_back = False  # since the last copy
+        self._copied = set[int]()  # steps, of this run's start and since
 
     def open(self, start: int) -> None:
         """Rank 0's part of beginning at step ``start``: make the folder, and put in order what an earlier run left in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._copied.add(start)
         if len(self.ema.averages) > 1:  # snapshots are due, and come before the checkpoints of their steps
             make_folder(self.run / AVERAGES)
         self._set_in_order(start)
@@ -149,7 +150,6 @@ class Store:
 
     def go_back(self, step: int) -> None:
         """The run goes on from ``step``: what is of later steps is not written or copied any more, and does not count."""
-        self._went_back = True
         if self._begun is not None and step_of(self._begun) > step:
             self._writing = None  # it was waited for, and failed
         if self._to_upload is not None and step_of(self._to_upload) > step:
@@ -257,14 +257,14 @@ class Store:
         """Rank 0: the manifest makes it complete; only then does anything older go."""
         if dist.rank() == 0:
             mirror.upload(final, [MANIFEST])
-            complete = mirror.steps()
-            given_up = set(mirror.steps(files="[^/]+")) - {*complete, step_of(final)}
+            there, self._copied = mirror.listing(), {*self._copied, step_of(final)}
+            complete = sorted(step for step, names in there.items() if MANIFEST in names)
+            given_up = {*there} - {*complete, step_of(final)}
             later = [step for step in complete if step > step_of(final)]
-            # of a course that the run has gone back from; or of its own, from before a start that the store did not answer
-            stale = later if self._went_back else []
+            # its own are of a course that it has gone back from; others, not seen at the start for a silent store, of this one
+            stale = self._copied.intersection(later)
             for step in sorted({*given_up, *stale, *self._too_old(complete[: len(complete) - len(later)])}):
                 mirror.remove(step)
-            self._went_back = False
 
     def _temporary(self, manifest: Manifest) -> Path:
         final = self._final(manifest)

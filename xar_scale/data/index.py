@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from xar_scale.errors import DataError
 
-LARGE_RECORDS = [1 << power for power in range(14, 21)]  # of tars; apart from the usual one, they are powers of two
+LARGE_RECORDS = [1 << power for power in range(15, 21)]  # of tars; apart from the usual one, they are powers of two
 LATENT, FLIPPED, LABEL = "latent.npy", "flipped.npy", "cls"  # members of a sample, as this project writes them
 
 

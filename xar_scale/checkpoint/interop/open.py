@@ -7,7 +7,7 @@ from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.interop.universal import is_universal, open_universal
 from xar_scale.checkpoint.interop.weights import open_weights, weight_files
 from xar_scale.checkpoint.interop.zero import is_zero, open_zero
-from xar_scale.checkpoint.manifest import LATEST, MANIFEST, checkpoint_paths, read_manifest
+from xar_scale.checkpoint.manifest import FOLDER, LATEST, MANIFEST, checkpoint_paths, read_manifest
 from xar_scale.checkpoint.vectors import open_vectors, shapes_of
 from xar_scale.errors import DataError, UsageError
 
@@ -44,7 +44,7 @@ def open_source(path: Path, trust_pickle: bool = False) -> Source:
 
 def _tagged(folder: Path) -> Path:
     """The newest checkpoint of a run of ours, or the folder that a file ``latest`` names, of DeepSpeed, where there is one."""
-    if paths := checkpoint_paths(folder):
+    if paths := checkpoint_paths(folder.parent if folder.name == FOLDER else folder):
         return paths[-1]
     for tag in (folder / name for name in TAGS):
         if tag.is_file():

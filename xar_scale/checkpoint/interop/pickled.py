@@ -4,6 +4,7 @@ import argparse
 import errno
 import re
 import struct
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,7 +20,7 @@ from xar_scale.errors import DataError, UsageError
 ZIP = b"PK\x03\x04"
 LENGTHS = 26  # bytes into an archive's entry: the lengths of its name, and of what comes between that and the values
 TORN = (  # what torch.load raises of files that are not whole
-    *(UnpicklingError, BadZipFile, struct.error, RuntimeError, EOFError, OSError, ImportError),
+    *(UnpicklingError, BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError, ImportError),
     *(ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError),
 )
 
@@ -121,9 +122,9 @@ def _places(path: Path) -> dict[int, int]:
             folder, _, number = entry.filename.rpartition("/")
             if entry.filename.endswith("/byteorder") and archive.read(entry) == b"big":  # torch would swap what is not there
                 raise DataError(f"{path} is of a machine of the other byte order")
-            if not folder.endswith("/data"):
+            if not folder.endswith("/data") or entry.is_dir():
                 continue
-            if entry.compress_type:
+            if entry.compress_type or not number.isdecimal():
                 raise DataError(_packed_anew(path))
             file.seek(entry.header_offset + LENGTHS)
             places[entry.header_offset + LENGTHS + 4 + sum(struct.unpack("<HH", file.read(4)))] = entry.file_size
