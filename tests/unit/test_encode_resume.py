@@ -73,6 +73,41 @@ def test_a_shard_without_a_record_is_made_again(source, tmp_path, whole):
     assert files(out) == whole
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"shard": 1, "bad": []}', '{"shard": {"name": "x"}, "bad": []}', "3"])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_torn_record_is_named_and_without_it_the_shard_is_made_again(source, tmp_path, content, bad):
+    copy, out = damage(source, tmp_path / "copy", *BAD[:bad]), tmp_path / "set"
+    with pytest.raises(StopError):
+        encode(out, copy, Stopping(25), max_bad=bad)
+    record = next((out / WORK).glob("latents-*.bad.json" if bad else "latents-*.json"))
+    record.write_text(content)
+    with pytest.raises(DataError, match=f"{record} is torn; without the file, its shard is made again"):
+        encode(out, copy, max_bad=bad)
+    record.unlink()
+    assert encode(out, copy, max_bad=bad).samples == 21 - bad
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}, "images": []}'])
+def test_a_torn_plan_is_named_and_without_the_folder_all_is_made_anew(source, tmp_path, whole, content):
+    out = tmp_path / "set"
+    with pytest.raises(StopError):
+        encode(out, source, Stopping(7))
+    (out / WORK / PLAN).write_text(content)
+    with pytest.raises(DataError, match=f"{out / WORK / PLAN} is torn; without {out / WORK}, all is made anew"):
+        encode(out, source)
+    shutil.rmtree(out / WORK)
+    encode(out, source)
+    assert files(out) == whole
+
+
+def test_a_torn_note_of_a_rank_that_ended_is_named(source, tmp_path, monkeypatch):
+    out, note = tmp_path / "set", tmp_path / "set" / WORK / "ended-rank-1"
+    as_rank(monkeypatch, 0, 2)
+    monkeypatch.setattr(encode_module.time, "sleep", lambda seconds: note.write_text(""))
+    with pytest.raises(DataError, match=f"{note} is torn; rank 1 has ended"):
+        encode(out, source)
+
+
 def test_a_record_is_written_behind_what_it_speaks_of(source, tmp_path, whole, monkeypatch):
     out = tmp_path / "set"
     monkeypatch.setattr(encode_module, "sync_folder", stop)  # between the two

@@ -116,7 +116,10 @@ def _plan(out: Path, settings: EncodeSettings, notes: "_Notes", watcher: Watcher
     told = False
     while True:
         try:
-            values = json.loads(path.read_bytes())
+            with _told_if_torn(path, f"without {path.parent}, all is made anew"):
+                values = json.loads(path.read_bytes())
+                begun, images = dict(values["settings"]), [SourceImage(*row) for row in values["images"]]
+                plan = Plan(settings, int(values["classes"]), images)
             break
         except FileNotFoundError:
             if finished_set(out, settings) is not None:
@@ -127,11 +130,11 @@ def _plan(out: Path, settings: EncodeSettings, notes: "_Notes", watcher: Watcher
         time.sleep(POLL_S)
         notes.check()
     for name, value in asdict(settings).items():
-        if (begun := values["settings"].get(name)) != value:
+        if (was := begun.get(name)) != value:
             raise UsageError(
-                f"{out} was begun with {name} {begun!r}, this is {name} {value!r}; go on with that, or write elsewhere"
+                f"{out} was begun with {name} {was!r}, this is {name} {value!r}; go on with that, or write elsewhere"
             )
-    return Plan(settings, values["classes"], [SourceImage(*row) for row in values["images"]])
+    return plan
 
 
 def _make_plan(out: Path, settings: EncodeSettings, watcher: Watcher) -> None:
@@ -186,9 +189,9 @@ class _Work:
             self._look()
             self._allow_bad()
             self._tell()
-        records = [json.loads((self.out / WORK / self.done[shard]).read_bytes()) for shard in range(self.plan.shards)]
-        bad = [_Bad(*image) for record in records for image in record["bad"]]
-        shards = [ShardInfo(**record["shard"]) for record in records if record["shard"] is not None]
+        records = [self._record(self.done[shard]) for shard in range(self.plan.shards)]
+        bad = [image for record in records for image in record.bad]
+        shards = [record.shard for record in records if record.shard is not None]
         if not shards:
             raise DataError(f"all {len(bad)} images are bad, the first {self._named(bad[0])}")
         info = replace(self.info, images={**_prepared(self.plan.settings), "skipped": [image.name for image in bad]})
@@ -236,12 +239,17 @@ class _Work:
         with suppress(FileNotFoundError):  # the set was finished in this moment
             names = os.listdir(self.out / WORK)
             self.done = {_number(name): name for name in names if name.startswith(PREFIX) and name.endswith(RECORD)}
-            for name in self.done.values():
-                if name.endswith(BAD_RECORD) and name not in self.recorded:
-                    record = json.loads((self.out / WORK / name).read_bytes())
-                    self.recorded[name] = [_Bad(*image) for image in record["bad"]]
+            with_bad = [name for name in self.done.values() if name.endswith(BAD_RECORD)]
+            self.recorded = {name: self.recorded.get(name) or self._record(name).bad for name in with_bad}
         self.looked = time.monotonic()
         self.rest = REST * (self.looked - begun)
+
+    def _record(self, name: str) -> "_Record":
+        path = self.out / WORK / name
+        with _told_if_torn(path, "without the file, its shard is made again"):
+            record = json.loads(path.read_bytes())
+            shard = None if record["shard"] is None else ShardInfo(**record["shard"])
+            return _Record(shard, [_Bad(*image) for image in record["bad"]])
 
     def _all_bad(self) -> list["_Bad"]:
         return [*(image for name in sorted(self.recorded) for image in self.recorded[name]), *self.bad]
@@ -281,8 +289,10 @@ class _Notes:
     def check(self) -> None:
         """Raises the error of a rank waited for that has ended since this one began, under its exit code."""
         for path in sorted(path for path, when in self._found().items() if self.old.get(path) != when):
-            ended, code = json.loads(path.read_bytes())
-            error = XarScaleError(f"rank {path.name.removeprefix(NOTE)} ended: {ended}")
+            rank = path.name.removeprefix(NOTE)
+            with _told_if_torn(path, f"rank {rank} has ended, and why is not known"):
+                ended, code = json.loads(path.read_bytes())
+            error = XarScaleError(f"rank {rank} ended: {ended}")
             error.exit_code = code
             raise error
 
@@ -305,6 +315,22 @@ class _Bad(NamedTuple):
 
     name: str
     why: str
+
+
+class _Record(NamedTuple):
+    """Of a shard that is done."""
+
+    shard: ShardInfo | None  # None where all its images are bad
+    bad: list[_Bad]
+
+
+@contextmanager
+def _told_if_torn(path: Path, remedy: str) -> Iterator[None]:
+    """Around what is made of a file of JSON: raises DataError, with the ``remedy``, where it is not what was written."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path} is torn; {remedy}") from None
 
 
 def _number(record: str) -> int:
