@@ -73,6 +73,70 @@ def test_a_shard_without_a_record_is_made_again(source, tmp_path, whole):
     assert files(out) == whole
 
 
+def remove(path):
+    path.unlink()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def flip(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged", "says"),
+    [
+        ("latents-000001.tar", remove, "is missing"),
+        ("latents-000001.tar", cut, "is truncated: 100 bytes, the index says"),
+        ("latents-000001.index.json", remove, "is missing"),
+        ("latents-000001.index.json", cut, "is torn or changed"),
+        ("latents-000001.index.json", flip, "is torn or changed"),
+    ],
+)
+def test_a_recorded_shard_whose_files_are_not_as_written_is_made_again(
+    source, tmp_path, whole, monkeypatch, name, damaged, says
+):
+    out, told = tmp_path / "set", Told()
+    with pytest.raises(StopError):
+        encode(out, source, Stopping(20))
+    damaged(out / name)
+    done = (out / "latents-000000.tar").stat().st_mtime_ns
+    encode(out, source, watcher=told)
+    assert len([line for line in told.lines if f"{out / name} {says}" in line and "made again" in line]) == 1
+    assert files(out) == whole and (out / "latents-000000.tar").stat().st_mtime_ns == done
+
+
+def test_a_set_is_not_whole_before_the_files_of_all_ranks_are_as_written(source, tmp_path, whole, monkeypatch):
+    out = tmp_path / "set"
+    with pytest.raises(StopError):
+        encode(out, source, Stopping(0))  # who makes the plan
+    as_rank(monkeypatch, 1, 2)
+    encode(out, source)
+    (out / "latents-000003.tar").unlink()
+    as_rank(monkeypatch, 0, 2)
+    with pytest.raises(DataError, match=f"{out}/latents-000003.tar is missing .1 such shards.; the same command makes"):
+        encode(out, source)
+    assert not (out / DATASET_FILE).exists()
+    as_rank(monkeypatch, 1, 2)
+    encode(out, source)
+    as_rank(monkeypatch, 0, 2)
+    encode(out, source)
+    assert files(out) == whole
+
+
+def test_the_bad_images_of_a_shard_that_is_made_again_count_no_more(source, tmp_path):
+    copy, out = damage(source, tmp_path / "copy", BAD[0]), tmp_path / "set"
+    with pytest.raises(StopError):
+        encode(out, copy, Stopping(25), max_bad=1)
+    (record,) = (out / WORK).glob("latents-*.bad.json")
+    (out / record.name.replace(".bad.json", ".tar")).unlink()
+    shutil.copy(source / BAD[0], copy / BAD[0])
+    assert encode(out, copy).samples == 21
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"shard": 1, "bad": []}', '{"shard": {"name": "x"}, "bad": []}', "3"])
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_torn_record_is_named_and_without_it_the_shard_is_made_again(source, tmp_path, content, bad):

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -22,7 +23,8 @@ from xar_scale.data.decode import Batches, decoded
 from xar_scale.data.images import CROP, SourceImage, list_images
 from xar_scale.data.plan import EncodeSettings, Plan
 from xar_scale.data.reader import LatentShards
-from xar_scale.data.shards import DATASET_FILE, DatasetInfo, Shard, ShardInfo, begin_set, end_set, shard_name
+from xar_scale.data.shards import DATASET_FILE, INDEX, DatasetInfo, Shard, ShardInfo, begin_set, end_set, shard_name
+from xar_scale.data.storage import Folder
 from xar_scale.errors import ConfigError, DataError, UsageError, XarScaleError
 from xar_scale.files import sync_folder, write_atomically
 from xar_scale.tokenizers import Tokenizer, check_origin
@@ -160,7 +162,9 @@ class _Work:
         self._look()
 
     def encode(self, shards: Sequence[int], workers: int) -> None:
-        """Make those of the shards that are not done."""
+        """Make those of the shards that are not done, or whose files are not as they were written."""
+        for damage in self._drop_damaged(shards):
+            self.watcher.say(f"{damage}; the shard is made again")
         self._allow_bad()
         self._tell()
         batches = Batches(self.plan, [shard for shard in shards if shard not in self.done], self.tokenizer.image_channels)
@@ -189,6 +193,8 @@ class _Work:
             self._look()
             self._allow_bad()
             self._tell()
+        if damaged := self._drop_damaged(range(self.plan.shards)):
+            raise DataError(f"{damaged[0]} ({len(damaged)} such shards); the same command makes what is missing")
         records = [self._record(self.done[shard]) for shard in range(self.plan.shards)]
         bad = [image for record in records for image in record.bad]
         shards = [record.shard for record in records if record.shard is not None]
@@ -250,6 +256,25 @@ class _Work:
             record = json.loads(path.read_bytes())
             shard = None if record["shard"] is None else ShardInfo(**record["shard"])
             return _Record(shard, [_Bad(*image) for image in record["bad"]])
+
+    def _drop_damaged(self, shards: Sequence[int]) -> list[str]:
+        """Let go of the records of shards whose files are not as recorded. Returns what is wrong with each.
+
+        Of a tar this is its size: all of them are read by ``verify_shards``.
+        """
+        damaged, folder = list[str](), Folder(self.out)
+        for number in shards:
+            if number in self.done and (shard := self._record(self.done[number]).shard) is not None:
+                try:
+                    folder.check_size(f"{shard.name}.tar", shard.bytes)
+                    if zlib.crc32(folder.read(f"{shard.name}{INDEX}")) != shard.index_crc32:
+                        raise DataError(f"{folder.path(f'{shard.name}{INDEX}')} is torn or changed")
+                except DataError as error:
+                    damaged.append(str(error))
+                    name = self.done.pop(number)
+                    (self.out / WORK / name).unlink(missing_ok=True)
+                    self.recorded.pop(name, None)
+        return damaged
 
     def _all_bad(self) -> list["_Bad"]:
         return [*(image for name in sorted(self.recorded) for image in self.recorded[name]), *self.bad]
