@@ -1,5 +1,7 @@
 """Encoding that is stopped or meets bad images: what goes on, to the same bytes, and what does not."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -96,9 +98,7 @@ def flip(path):
         ("latents-000001.index.json", flip, "is torn or changed"),
     ],
 )
-def test_a_recorded_shard_whose_files_are_not_as_written_is_made_again(
-    source, tmp_path, whole, monkeypatch, name, damaged, says
-):
+def test_a_recorded_shard_whose_files_are_not_as_written_is_made_again(source, tmp_path, whole, name, damaged, says):
     out, told = tmp_path / "set", Told()
     with pytest.raises(StopError):
         encode(out, source, Stopping(20))
@@ -177,7 +177,8 @@ def test_a_record_is_written_behind_what_it_speaks_of(source, tmp_path, whole, m
     monkeypatch.setattr(encode_module, "sync_folder", stop)  # between the two
     with pytest.raises(StopError):
         encode(out, source)
-    assert files(out).keys() == {"latents-000000.tar", "latents-000000.index.json", f"{WORK}/{PLAN}", f"{WORK}/ended-rank-0"}
+    work = {f"{WORK}/{name}" for name in (PLAN, "ended-rank-0", "rank-0.lock")}
+    assert files(out).keys() == {"latents-000000.tar", "latents-000000.index.json", *work}
     monkeypatch.undo()
     encode(out, source)
     assert files(out) == whole
@@ -208,6 +209,39 @@ def test_other_settings_are_refused_with_both_values(source, tmp_path, changes, 
     with pytest.raises(UsageError, match=f"{out} already holds a data set"):
         encode(out, source, **changes)
     assert files(out) == before and encode(out, source).samples == 21
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_second_process_of_a_rank_is_refused_and_harms_nothing(source, tmp_path, whole, monkeypatch, rank):
+    out, refused = tmp_path / "set", []
+
+    class Meanwhile(Told):
+        def progress(self, *numbers):
+            with pytest.raises(UsageError) as caught:
+                encode(out, source)
+            refused.append(str(caught.value))
+
+    as_rank(monkeypatch, 0, 2)
+    with pytest.raises(StopError):
+        encode(out, source, Stopping(0))  # who makes the plan
+    as_rank(monkeypatch, rank, rank + 1)
+    encode(out, source, watcher=Meanwhile())
+    assert set(refused) == {f"another process is writing {out} as rank {rank}"}
+    as_rank(monkeypatch, 0, 1)
+    encode(out, source)
+    assert files(out) == whole
+
+
+def test_where_nothing_can_be_locked_it_goes_on(source, tmp_path, whole, monkeypatch):
+    out, told = tmp_path / "set", Told()
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    encode(out, source, watcher=told)
+    assert f"{out} cannot be locked, so that another process as rank 0 would go unnoticed: No locks available" in told.lines
+    assert files(out) == whole
 
 
 def test_a_crash_behind_the_description_leaves_nothing_behind(source, tmp_path, whole, monkeypatch):

@@ -10,7 +10,7 @@ import shutil
 import time
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,7 @@ from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DATASET_FILE, INDEX, DatasetInfo, Shard, ShardInfo, begin_set, end_set, shard_name
 from xar_scale.data.storage import Folder
 from xar_scale.errors import ConfigError, DataError, UsageError, XarScaleError
-from xar_scale.files import sync_folder, write_atomically
+from xar_scale.files import locked, sync_folder, write_atomically
 from xar_scale.tokenizers import Tokenizer, check_origin
 
 PREFIX = "latents"
@@ -52,9 +52,9 @@ def encode_set(
 
     Returns the description of a whole set: to rank 0, and to any rank that finds it there; to others None. ``workers`` are
     processes that decode, ``max_bad`` the images that may be left out.
-    Raises UsageError where ``out`` holds a set, or part of one, that was made with other settings, or lies in the source;
-    DataError for a source that is no set of images, and when more than ``max_bad`` are bad; ProcessError when a decoding
-    process dies.
+    Raises UsageError where ``out`` holds a set, or part of one, that was made with other settings, or lies in the source, and
+    where another process writes it as this rank; DataError for a source that is no set of images, and when more than
+    ``max_bad`` are bad; ProcessError when a decoding process dies.
     """
     rank, world = dist.rank(), dist.world()
     if not 0 <= rank < world:
@@ -70,13 +70,32 @@ def encode_set(
     if out.resolve().is_relative_to(Path(settings.source).resolve()):  # its folder would count as a class
         raise UsageError(f"{out} is the source {settings.source}, or lies in it: write elsewhere")
     notes = _Notes(out, rank, world)
-    with notes.left_behind():
+    with notes.left_behind(), ExitStack() as stack:
+        if rank == 0:
+            (out / WORK).mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_alone(out, rank, watcher))
         plan = _plan(out, settings, notes, watcher)
         if plan is None:
             return finished_set(out, settings)
+        if rank != 0:  # which writes nothing before rank 0 has
+            stack.enter_context(_alone(out, rank, watcher))
         work = _Work(out, plan, _description(plan, tokenizer, (channels, rows, columns)), tokenizer, max_bad, watcher)
         work.encode(range(rank, plan.shards, world), workers)
         return work.finish(notes) if rank == 0 else None
+
+
+@contextmanager
+def _alone(out: Path, rank: int, watcher: Watcher) -> Iterator[None]:
+    """Raises UsageError where another process is at work as this rank: both would write the same files."""
+    with ExitStack() as stack:
+        try:
+            mine = stack.enter_context(locked(out / WORK / f"rank-{rank}.lock"))
+        except OSError as error:
+            watcher.say(f"{out} cannot be locked, so that another process as rank {rank} would go unnoticed: {error.strerror}")
+            mine = True
+        if not mine:
+            raise UsageError(f"another process is writing {out} as rank {rank}")
+        yield
 
 
 def _description(plan: Plan, tokenizer: Tokenizer, shape: tuple[int, int, int]) -> DatasetInfo:
@@ -141,7 +160,6 @@ def _plan(out: Path, settings: EncodeSettings, notes: "_Notes", watcher: Watcher
 
 def _make_plan(out: Path, settings: EncodeSettings, watcher: Watcher) -> None:
     begin_set(out)
-    (out / WORK).mkdir(exist_ok=True)
     watcher.say(f"listing the images of {settings.source}")
     images, classes = list_images(Path(settings.source), settings.image, settings.classes)
     order = rng.generator(0, "encode").permutation(len(images))  # as they lie, a shard would be of one class
