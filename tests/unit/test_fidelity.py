@@ -295,6 +295,14 @@ def test_numbers_of_something_else_are_not_written_over(tmp_path, folders):
             check_folder(tmp_path / "numbers", result | {section: result[section] | change})
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"set": {}, "reference": 1, "features": {}}', "\udcff"])
+def test_numbers_that_are_torn_are_named(tmp_path, content):
+    (tmp_path / "evaluation.json").write_text(content, errors="surrogateescape")
+    wanted = {"set": {}, "reference": {}, "features": {}}
+    with pytest.raises(DataError, match=f"{tmp_path}/evaluation.json is torn or changed; remove it or name another --out"):
+        check_folder(tmp_path, wanted)
+
+
 def test_a_folder_of_pictures_is_known_by_what_is_in_them(tmp_path):
     for number in range(3):
         Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")

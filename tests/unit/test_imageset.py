@@ -1,6 +1,7 @@
 """A set of generated images: what is in it, what is gone on with, what is refused; and what digits are judged by."""
 
 import dataclasses
+import io
 import json
 
 import numpy as np
@@ -134,10 +135,12 @@ def test_a_part_that_is_torn_is_named(tmp_path, trained):
     images = image_set(trained, tmp_path / "set", COUNT, 4)
     images.open()
     images.draw(open_generator(trained, CPU))
-    content = images.path(1).read_bytes()
-    images.path(1).write_bytes(content[:-9])
-    with pytest.raises(DataError, match=r"part-00001.npy is torn; without the file, its images are drawn anew"):
-        images.read(1)
+    content, archive = images.path(1).read_bytes(), io.BytesIO()
+    np.savez(archive, images.read(1))
+    for torn in (content[:-9], content[:5], b"", archive.getvalue()):
+        images.path(1).write_bytes(torn)
+        with pytest.raises(DataError, match=r"part-00001.npy is torn; without the file, its images are drawn anew"):
+            images.read(1)
     np.save(images.path(1), np.zeros((3, 1, 8, 8), np.uint8))
     with pytest.raises(DataError, match=r"part-00001.npy is uint8\(3, 1, 8, 8\), not 8 images"):
         images.read(1)

@@ -157,12 +157,19 @@ def describe(images: ImageSet, trained: Trained) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
-    """Raises UsageError where ``folder`` holds numbers of another set, reference or features than those ``wanted``."""
+    """Raises UsageError where ``folder`` holds numbers of another set, reference or features than those ``wanted``, DataError
+    where nobody can tell.
+    """
     there = folder / RESULT
     if not there.is_file():
         return
-    kept, wanted = json.loads(there.read_text()), json.loads(json.dumps(wanted))
-    for section in ("set", "reference", "features"):
+    sections, wanted = ("set", "reference", "features"), json.loads(json.dumps(wanted))
+    try:
+        values = json.loads(there.read_text())
+        kept = {section: dict(values[section]) for section in sections}
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{there} is torn or changed; remove it or name another --out") from None
+    for section in sections:
         known = {*kept[section], *wanted[section]} - {"path", MADE_WITH}  # which tell nothing of what they are
         if any(kept[section].get(name) != wanted[section].get(name) for name in known):
             raise UsageError(f"{there} is of another {section}; name another --out")
