@@ -21,6 +21,17 @@ def make_folder(path: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Around reading or writing ``path``: of a disk that is full or broken the system's error names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Either the old file or the whole new one is there at any moment, also after a crash."""
     temporary = path.with_name(path.name + ".tmp")
@@ -64,7 +75,8 @@ def sync_folder(path: Path) -> None:
     """Make renames and new entries of a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -237,6 +237,18 @@ def test_an_average_is_made_shown_and_sampled_and_not_gone_on_from(tmp_path, too
     assert not torch.equal(*(load_weights(read_manifest(tmp_path / at))["in_proj.weight"] for at in ("made", "earlier")))
 
 
+def test_a_file_that_a_full_disk_does_not_take_is_named(tmp_path, tool, largest_file):
+    run = Run(tmp_path / "run", config=CONFIG)
+    for _ in range(2):
+        run.train(2)
+        run.store.save(run.manifest(kinds=tuple(POWER_KINDS)), run.manifest())
+        run.store.finish()
+    largest_file(10_000)
+    code, _, complaint = tool("ema", tmp_path / "run", "--std", "0.09", "--out", tmp_path / "made")
+    assert (code, complaint.partition("shard")[0]) == (74, f"inspect_checkpoint: {tmp_path}/.made.tmp/"), complaint
+    assert complaint.endswith(".safetensors: File too large\n")
+
+
 def sparse_checkpoint(like: Path, path: Path, elements: int, kinds: tuple[str, ...]) -> None:
     """One vector a kind, of zeros that take no room on the disk."""
     path.mkdir(parents=True)

@@ -4,6 +4,8 @@ import argparse
 import errno
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -284,6 +286,22 @@ def test_a_disk_that_is_full_beforehand_or_meanwhile(tmp_path, own, monkeypatch,
     assert not (tmp_path / "new").exists()
     assert reshard(own, tmp_path / "new", "--to", "xar-scale") == 0
     verify(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("target", "size", "file"),
+    [
+        ("xar-scale", 10_000, "files/shard-00001-model-00001-of-00001.safetensors: File too large"),
+        ("safetensors", 10_000, "files/model-00001-of-00001.safetensors: File too large"),
+        ("xar-scale", 10, "journal: File too large"),
+    ],
+)
+def test_the_file_that_a_full_disk_does_not_take_is_named(tmp_path, own, capsys, largest_file, target, size, file):
+    largest_file(size)
+    assert reshard(own, tmp_path / "new", "--to", target) == 74
+    largest_file(resource.RLIM_INFINITY)
+    assert re.search(f"^reshard: /.*/{file}", capsys.readouterr().err)
+    assert reshard(own, tmp_path / "new", "--to", target) == 0
 
 
 KILLED = """

@@ -8,6 +8,7 @@ import torch
 from tests.processes import launch
 from tests.unit.conftest import write_set
 from xar_scale import dist, surroundings
+from xar_scale.errors import FileError
 from xar_scale.surroundings import clocks, disk, network, settings, software
 
 HERE = {"OMP_NUM_THREADS": "1"}
@@ -93,6 +94,13 @@ def test_disks_are_measured_and_left_as_they_were(tmp_path, monkeypatch):
     (tmp_path / "a.tar").write_bytes(bytes(1 << 20))
     free, read = disk("data", tmp_path, written=False)
     assert read.what == "  read, a.tar" and free.advice == ""
+
+
+def test_the_file_that_a_full_disk_does_not_take_is_named_and_removed(tmp_path, largest_file):
+    largest_file(1 << 20)
+    with pytest.raises(FileError, match=f"^{tmp_path}/.doctor-[0-9]+: File too large$"):
+        disk("run", tmp_path, written=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_no_data_set_is_named_with_what_to_do(tmp_path):

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from xar_scale.files import naming
+
 SUFFIX = ".safetensors"
 BLOCK = 1 << 23  # bytes hashed or written at once
 FLOAT32 = 4  # bytes
@@ -69,7 +71,7 @@ def write_file(path: Path, ranges: Sequence[Range]) -> Fingerprint:
 def write_blocks(path: Path, cuts: Mapping[str, tuple[int, int]], values: Iterable[Tensor]) -> Fingerprint:
     """The same of ``values`` that come one after another, in blocks of any size, as ``header_of`` has it."""
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as file:
+    with naming(path), path.open("wb", buffering=0) as file:
         for view in chain([memoryview(header_of(cuts))], map(_bytes_of, values)):
             for begin in range(0, len(view), BLOCK):
                 block = view[begin : begin + BLOCK]

@@ -213,9 +213,9 @@ class Store:
         path = temporary / file_name(dist.rank())
         try:
             return {path.name: write_file(path, parts)}
-        except OSError as error:
+        except OSError:
             path.unlink(missing_ok=True)  # the room that it takes may be what others lack
-            raise OSError(error.errno, error.strerror, str(path)) from None  # the system names no file when it is flushed
+            raise
 
     def _publish(self, manifest: Manifest, written: Sequence[dict[str, Fingerprint]]) -> None:
         """Rank 0: one rename makes it visible; only then does anything older go."""

@@ -18,9 +18,10 @@ from xar_scale.checkpoint.interop.pickled import is_pickled
 from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.reshard.parts import Cut, Fixed, Output, Plan
 from xar_scale.errors import DataError, FileError, UsageError
-from xar_scale.files import sync_folder, write_atomically
+from xar_scale.files import naming, sync_folder, write_atomically
 
 SYNC = 1 << 28  # bytes between two moments to which an interrupted run comes back
+JOURNAL = "journal"
 
 Progress = Callable[[int], None]  # bytes done
 
@@ -90,7 +91,7 @@ class _Work:
         self._block = torch.empty(BLOCK // FLOAT32)
         self._view = memoryview(self._block.numpy()).cast("B")  # type: ignore[arg-type]
         self.files.mkdir(parents=True, exist_ok=True)
-        self._journal = (self.folder / "journal").open("a+")
+        self._journal = (self.folder / JOURNAL).open("a+")
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -105,7 +106,8 @@ class _Work:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._journal.close()
+        with naming(self.folder / JOURNAL):  # what could not be written is attempted again
+            self._journal.close()
 
     def _recall(self, digest: str) -> bool:
         """What an interrupted run of the same has done."""
@@ -140,9 +142,10 @@ class _Work:
         return found >= size if at_least else found == size
 
     def record(self, *entries: dict[str, object]) -> None:
-        self._journal.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        with naming(self.folder / JOURNAL):
+            self._journal.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
 
     def write(self, source: Source, output: Output, progress: Progress) -> None:
         """One file; of one that was begun, what is there is read and not made again."""
@@ -150,7 +153,7 @@ class _Work:
         path.parent.mkdir(parents=True, exist_ok=True)
         done = self.begun[1] if self.begun[0] == output.name else 0
         digest, sums, at = hashlib.sha256(), list[int](), 0
-        with path.open("r+b" if done else "wb", buffering=0) as file:
+        with naming(path), path.open("r+b" if done else "wb", buffering=0) as file:
             for part in output.parts:
                 if isinstance(part, Cut):
                     sums.append(0)
@@ -184,11 +187,9 @@ class _Work:
 
     def _sync(self) -> None:
         for output in self._unsynced:
-            descriptor = os.open(self.files / output.name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            path = self.files / output.name
+            with naming(path), path.open("rb") as file:
+                os.fsync(file.fileno())
         self.record(*({"file": output.name, **vars(self.finished[output.name])} for output in self._unsynced))
         self._unsynced, self._bytes_unsynced = [], 0
 
