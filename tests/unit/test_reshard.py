@@ -294,6 +294,8 @@ def test_a_disk_that_is_full_beforehand_or_meanwhile(tmp_path, own, monkeypatch,
         ("xar-scale", 10_000, "files/shard-00001-model-00001-of-00001.safetensors: File too large"),
         ("safetensors", 10_000, "files/model-00001-of-00001.safetensors: File too large"),
         ("xar-scale", 10, "journal: File too large"),
+        ("pth", 100, "model.pth cannot be written; is the disk of .* full?"),
+        ("pth", 10_000, "model.pth cannot be written; is the disk of .* full?"),
     ],
 )
 def test_the_file_that_a_full_disk_does_not_take_is_named(tmp_path, own, capsys, largest_file, target, size, file):

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 
 from xar_scale.checkpoint.reshard.parts import Cut, Fixed, Late, Output, Part
+from xar_scale.errors import FileError
 
 # of a zip archive: its entries' local headers, and their records in the directory at its end
 LOCAL, RECORD = struct.Struct("<26x2H"), struct.Struct("<4s12xI8x3H12x")
@@ -47,8 +48,12 @@ def saved(name: str, value: Any) -> Output:
         path = Path(folder) / Path(name).name  # torch names what is inside after the file
         with FakeTensorMode():
             hollowed = hollow(value)
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
-            torch.save(hollowed, path)  # holes where values will be: it takes no room
+        try:
+            with torch.serialization.skip_data(materialize_fake_tensors=True):
+                torch.save(hollowed, path)  # holes where values will be: it takes no room
+        except RuntimeError as error:  # torch has no other for what the system refuses
+            said = str(error).partition("\n")[0]
+            raise FileError(f"{path} cannot be written; is the disk of {tempfile.gettempdir()} full? ({said})") from None
         with path.open("rb") as file:
             return Output(name, _parts(file, found))
 
