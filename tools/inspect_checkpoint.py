@@ -71,13 +71,20 @@ def show_checkpoint(path: Path) -> tuple[str, str]:
 
 
 def show_run(run: Path, paths: Sequence[Path]) -> list[tuple[str, str]]:
-    findings = [look(path) for path in paths]
-    rows, complaints = [], []
-    for path, finding in zip(paths, findings, strict=True):
+    findings, rows, complaints = [], [], []
+    for path in paths:
         name = str(path.relative_to(run))
-        summary = ("-",) * (len(TITLES) - 3)
-        with suppress(DataError):
-            summary = summarize(read_manifest(path).manifest)
+        finding, summary = GOOD, ("-",) * (len(TITLES) - 3)
+        try:
+            finding = look(path)
+            with suppress(DataError):
+                summary = summarize(read_manifest(path).manifest)
+        except (UsageError, FileNotFoundError):
+            if path.is_dir():
+                raise
+        if not path.is_dir():  # dropped meanwhile, by a run that goes on
+            continue
+        findings.append(finding)
         rows.append((name, *summary, *(words.split(":")[0] for words in finding)))
         complaints += [f"{name}: {words}" for words in finding if words not in GOOD]
     print("\n".join([table(TITLES, rows), *complaints]))

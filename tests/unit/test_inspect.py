@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -119,6 +120,24 @@ def test_a_run_is_a_table_and_damage_ends_with_65_after_all_is_shown(tmp_path, t
     assert (code, complaint) == (65, f"inspect_checkpoint: {tmp_path}: 4 of 6 damaged or not finite\n")
     code, shown, complaint = tool("show", paths[1])  # one alone is shown as far as it can be
     assert code == 65 and "torn or changed" in shown and complaint.endswith("1 of 1 damaged or not finite\n")
+
+
+@pytest.mark.parametrize("moment", ["verify", "not_finite"])
+def test_a_checkpoint_that_a_run_drops_while_it_is_looked_at_is_not_shown(tmp_path, tool, monkeypatch, moment):
+    run = Run(tmp_path, config=CONFIG)
+    run.train()
+    first = run.save()
+    run.train()
+    run.save()
+    exact = getattr(inspect_checkpoint, moment)
+
+    def meanwhile(what):
+        shutil.rmtree(first, ignore_errors=True)
+        return exact(what)
+
+    monkeypatch.setattr(inspect_checkpoint, moment, meanwhile)
+    code, shown, _ = tool("show", tmp_path)
+    assert code == 0 and len(shown.splitlines()) == 2 and first.name not in shown
 
 
 def test_what_was_made_of_another_format_is_shown_without_its_run(tmp_path, tool):

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.conftest import digits_config
 from tests.unit.tiny_run import CONFIG, INFO, Run
-from xar_scale.checkpoint import files, store
+from xar_scale.checkpoint import files, manifest, store
 from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.load import check_continues, load, load_weights, state_vectors
 from xar_scale.checkpoint.manifest import FORMAT, checkpoint_paths, newest_valid, read_manifest, verify
@@ -210,6 +210,24 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, dam
     damage(first)
     with pytest.raises(DataError, match="none of the 2 checkpoints"):  # never a silent start from nothing
         newest_valid(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["read_manifest", "fingerprint"])
+def test_one_that_a_run_drops_while_it_is_looked_at_gives_way_to_a_newer_one(tmp_path, capsys, monkeypatch, moment):
+    run = Run(tmp_path)
+    run.train()
+    first, newer, exact = run.save(), [], getattr(manifest, moment)
+
+    def meanwhile(path):
+        if not newer:
+            run.train()
+            newer.append(run.save())
+            shutil.rmtree(first)
+        return exact(path)
+
+    monkeypatch.setattr(manifest, moment, meanwhile)
+    assert newest_valid(tmp_path).path == newer[0] != first
+    assert "trying" not in capsys.readouterr().out
 
 
 def test_no_checkpoint_is_not_an_error_but_a_wrong_path_is(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 from xar_scale import dist
 from xar_scale.checkpoint.files import SUFFIX, Fingerprint, fingerprint
 from xar_scale.data.order import Position
-from xar_scale.errors import DataError, UsageError
+from xar_scale.errors import DataError, FileError, UsageError
 from xar_scale.guard import GuardState
 
 FORMAT = 4
@@ -151,14 +151,19 @@ def verify(path: Path) -> Checkpoint:
 def newest_valid(run: Path) -> Checkpoint | None:
     """The newest checkpoint whose files are all as written; None when there is none at all.
 
-    A damaged one is reported and the one before it tried. Raises DataError when there are some and none is valid.
+    A damaged one is reported and the one before it tried; where one is dropped meanwhile, by a run that goes on, there is a
+    newer one, which is looked for. Raises DataError when there are some and none is valid.
     Every rank calls this, and checks a share of the files.
     """
     paths = dist.on_rank_0(lambda: checkpoint_paths(run))
     for path in reversed(paths):
         try:
             return dist.together(lambda at=path: verify(at))  # type: ignore[misc]
-        except DataError as error:
+        except (DataError, UsageError, FileError) as error:  # a defect leaves at once, and is in no collective any more
+            if not dist.on_rank_0(path.is_dir):
+                return newest_valid(run)
+            if not isinstance(error, DataError):
+                raise
             dist.say(f"{error}; trying the checkpoint before it")
     if paths:
         raise DataError(f"none of the {len(paths)} checkpoints in {run / FOLDER} is valid; another --run-dir starts anew")
