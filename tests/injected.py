@@ -152,7 +152,8 @@ class Planter:
     def written(self, path: Path, parts: Sequence[Range]) -> Fingerprint:
         for fault in self.faults:
             if fault.kind in ("disk", "defect") and dist.rank() == fault.rank and fault.active(self.step, 1):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if fault.kind == "disk" else RuntimeError("planted")
+                full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                raise full if fault.kind == "disk" else RuntimeError("planted")
         return self.write(path, parts)
 
     def state(self, fault: Fault, engine: Engine, step: int) -> None:

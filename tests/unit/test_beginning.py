@@ -140,6 +140,7 @@ def test_a_terminal_that_goes_takes_no_run_with_it(train, tmp_path):
     words = [sys.executable, "-m", "xar_scale", *train, "train.steps=100000", f"train.upload=file://{tmp_path}/copy"]
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
         os.execvpe(words[0], words, environment())
     said = b""
     while b"copy of checkpoint" not in said:

@@ -16,7 +16,9 @@ from xar_scale.stopping import Stops
 @pytest.fixture
 def stops(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
     yield Stops(tmp_path)
+    signal.signal(signal.SIGHUP, hangup)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -41,13 +43,10 @@ def test_a_signal_is_a_wish(stops, number, kind):
 
 
 def test_under_nohup_a_terminal_that_goes_is_no_wish(stops):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with stops.listening():
-            os.kill(os.getpid(), signal.SIGHUP)
-        assert not stops.asked() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with stops.listening():
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert not stops.asked() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_a_wish_to_be_queued_again_counts_before_others(stops):
