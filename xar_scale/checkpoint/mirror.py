@@ -53,19 +53,19 @@ class Mirror:
             return False
         return bool((Path(kind._strip_protocol(self.url)) / FOLDER).resolve() == (run / FOLDER).resolve())
 
-    def listing(self) -> dict[int, set[str]]:
-        """Names of files by the steps of checkpoints, complete or not."""
+    def listing(self) -> dict[int, bool]:
+        """Whether each checkpoint that something is there of is complete, by steps, oldest first."""
 
-        def found(system: fsspec.AbstractFileSystem, root: str) -> dict[int, set[str]]:
+        def found(system: fsspec.AbstractFileSystem, root: str) -> dict[int, bool]:
             system.invalidate_cache()
             folders = ((path, re.fullmatch(r"step-(\d{8,})", _name(path))) for path in _listed(system, root))
-            return {int(match[1]): {*map(_name, _listed(system, path))} for path, match in folders if match}
+            return {int(match[1]): MANIFEST in map(_name, _listed(system, path)) for path, match in folders if match}
 
-        return self._do("listed", "", found)
+        return dict(sorted(self._do("listed", "", found).items()))
 
     def steps(self) -> list[int]:
         """Of the checkpoints that are complete, oldest first."""
-        return sorted(step for step, names in self.listing().items() if MANIFEST in names)
+        return [step for step, complete in self.listing().items() if complete]
 
     def try_out(self) -> None:
         """Write a file and remove it: before the work whose copies are to be there."""

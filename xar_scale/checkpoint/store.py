@@ -257,8 +257,9 @@ class Store:
         """Rank 0: the manifest makes it complete; only then does anything older go."""
         if dist.rank() == 0:
             mirror.upload(final, [MANIFEST])
-            there, self._copied = mirror.listing(), {*self._copied, step_of(final)}
-            complete = sorted(step for step, names in there.items() if MANIFEST in names)
+            self._copied.add(step_of(final))
+            there = mirror.listing()
+            complete = [step for step in there if there[step]]
             given_up = {*there} - {*complete, step_of(final)}
             later = [step for step in complete if step > step_of(final)]
             # its own are of a course that it has gone back from; others, not seen at the start for a silent store, of this one

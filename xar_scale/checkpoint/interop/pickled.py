@@ -8,8 +8,8 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
-from zipfile import BadZipFile, ZipFile
+from typing import Any, BinaryIO
+from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from xar_scale.checkpoint.pieces import Piece
 from xar_scale.errors import DataError, UsageError
 
 ZIP = b"PK\x03\x04"
-LENGTHS = 26  # bytes into an archive's entry: the lengths of its name, and of what comes between that and the values
+LOCAL = struct.Struct("<26x2H")  # of an archive's entry: the lengths of its name, and of what comes between that and the values
 TORN = (  # what torch.load raises of files that are not whole
     *(UnpicklingError, BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError, ImportError),
     *(ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError),
@@ -126,13 +126,18 @@ def _places(path: Path) -> dict[int, int]:
                 continue
             if entry.compress_type or not number.isdecimal():
                 raise DataError(_packed_anew(path))
-            file.seek(entry.header_offset + LENGTHS)
-            places[entry.header_offset + LENGTHS + 4 + sum(struct.unpack("<HH", file.read(4)))] = entry.file_size
+            places[values_of(file, entry)] = entry.file_size
             numbers.append(int(number))
         ordered = any(entry.filename.endswith("/.format_version") for entry in archive.infolist())
     if ordered and numbers != sorted(numbers):
         raise DataError(_packed_anew(path))
     return places
+
+
+def values_of(file: BinaryIO, entry: ZipInfo) -> int:
+    """Where in an archive an entry's content begins."""
+    file.seek(entry.header_offset)
+    return entry.header_offset + LOCAL.size + sum(LOCAL.unpack(file.read(LOCAL.size)))
 
 
 def _packed_anew(path: Path) -> str:

@@ -10,11 +10,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from xar_scale.checkpoint.interop.pickled import values_of
 from xar_scale.checkpoint.reshard.parts import Cut, Fixed, Late, Output, Part
 from xar_scale.errors import FileError
 
-# of a zip archive: its entries' local headers, and their records in the directory at its end
-LOCAL, RECORD = struct.Struct("<26x2H"), struct.Struct("<4s12xI8x3H12x")
+RECORD = struct.Struct("<4s12xI8x3H12x")  # of an entry, in the directory at a zip archive's end
 DESCRIPTOR_CRC, RECORD_CRC = 4, 16  # where in what follows an entry's data, and in its record, its CRC-32 is
 
 
@@ -66,8 +66,7 @@ def _parts(file: BinaryIO, tensors: Sequence[Whole]) -> list[Part]:
     end = 0  # of the last tensor's values
     for number, tensor in enumerate(tensors):
         entry = entries[f"data/{number}"]
-        file.seek(entry.header_offset)
-        begin = entry.header_offset + LOCAL.size + sum(LOCAL.unpack(file.read(LOCAL.size)))
+        begin = values_of(file, entry)
         assert entry.file_size == 4 * tensor.shape.numel() and not entry.compress_type, f"{tensor.key}: {entry}"
         parts += [_between(file, end, begin, number), Cut(tensor.key, 0, tensor.shape.numel())]
         end = begin + entry.file_size
