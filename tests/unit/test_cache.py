@@ -156,6 +156,18 @@ def test_a_copy_that_rots_is_fetched_again(store, url, cache):
         assert store.gets[f"/{url[5:]}/{name}"] == 2
 
 
+def test_a_mark_that_outlived_its_file_is_not_the_next_one_s(store, url, cache):
+    """Left by a process that was killed between the two: a copy that rots would never be fetched again."""
+    folder = RemoteFolder(url, cache)
+    shards = LatentShards(folder)
+    info = shards.info.shards[0]
+    copy = cache.folder / folder.key(f"{info.name}.tar", info.crc32)
+    mark = copy.with_name(f"{copy.name}.damaged")
+    mark.touch()
+    shards.read(0, 0)
+    assert copy.exists() and not mark.exists()
+
+
 def test_copies_are_told_apart_by_whole_urls_and_content(store, tmp_path, cache):
     bucket = f"apart{time.monotonic_ns()}"
     first = write_set(tmp_path / "a", 8, per_shard=PER_SHARD)

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,11 @@ from tests.unit.guarded_run import NAN, Guarded
 from xar_scale import reports
 from xar_scale.cli import main
 from xar_scale.diagnosis import Activations, Watch
+from xar_scale.engines import Verdict
 from xar_scale.errors import DataError, UsageError
 from xar_scale.guard import Action, Bad, Decision, Event
 from xar_scale.model.layers import Block
-from xar_scale.replay import find_checkpoint, replay
+from xar_scale.replay import Replayed, find_checkpoint, replay
 
 
 def test_a_watch_names_the_first_module_forward_and_backward(tmp_path):
@@ -160,6 +162,19 @@ def met(tmp_path, monkeypatch):
     run.spoil(monkeypatch, 1)
     run.resolve()
     return tmp_path / "run" / "reports" / "step-00000005.json"
+
+
+def test_a_report_is_replayed_from_within_its_own_folder(met, monkeypatch):
+    monkeypatch.chdir(met.parent)
+    assert find_checkpoint(reports.read(Path(met.name))).path.parent == met.parent.parent / "checkpoints"
+
+
+def test_of_a_replay_s_activations_the_largest_is_one_that_is_not_finite(met, capsys, monkeypatch):
+    verdict = Verdict(1.0, 1.0, Bad.NOTHING, faults=0, stop=False)
+    blocks = {"a": 3.0, "b": math.nan, "c": 5.0}
+    monkeypatch.setattr("xar_scale.replay.replay", lambda *_: iter([Replayed("fp32", verdict, None, None, blocks)]))
+    main(["replay", str(met)])
+    assert "largest activation: nan, of b" in capsys.readouterr().out
 
 
 def test_a_replay_takes_a_checkpoint_or_the_newest_valid_one_of_a_run(met, tmp_path, capsys):

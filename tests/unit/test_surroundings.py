@@ -56,6 +56,7 @@ def test_a_rank_whose_device_is_slow_or_another_is_named(monkeypatch):
 
 def test_more_threads_than_cores_are_named():
     assert "OMP_NUM_THREADS" not in named(settings({"OMP_NUM_THREADS": "2"}, 4, 8))
+    assert "OMP_NUM_THREADS" in named(settings({"OMP_NUM_THREADS": ""}, 4, 8))  # as if it were not set
     found = named(settings({"OMP_NUM_THREADS": "3"}, 4, 8))
     assert found["OMP_NUM_THREADS"] == "4 ranks with 3 threads share 8 cores: 2 at the most"
     assert "not set: 8" in [finding.found for finding in settings({}, 4, 8)]

@@ -87,6 +87,8 @@ def test_a_process_that_was_stopped_itself_is_not_taken_for_one_that_hangs(tmp_p
     monkeypatch.setattr(dog._ended, "wait", wait)
     dog._watch()
     assert [round(at, 3) for at in ended] == [500.5, 500.7]  # as long after it as was left
+    dog.begin(4)
+    assert dog.seconds[-1] == pytest.approx(0.75)  # of the 500.7 s since 0.05
 
 
 PROGRAM = """
