@@ -113,7 +113,7 @@ def _read(content: bytes, path: Path) -> dict[Any, Any]:
 class KL16Tokenizer:
     """The autoencoder on ``device``: in float32 and one image at a time, unless told otherwise.
 
-    One at a time, if not told otherwise, because kernels differ with the batch, in the last bits: so what an image is stored as, and how a latent
+    One at a time because kernels differ with the batch, in the last bits: so what an image is stored as, and how a latent
     looks, do not depend on what else is in the batch. It also means the activations of one image, however large the batch.
     """
 
