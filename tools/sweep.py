@@ -76,7 +76,7 @@ def sweep(options: argparse.Namespace) -> None:
     device = dist.local_device()
     if dist.world() > 1:
         dist.init(device)
-    dist.together(_matplotlib)  # which is needed last, after hours
+    dist.on_all_ranks(_matplotlib)  # which is needed last, after hours
     trained = open_trained(options.weights, options.overrides)
     comparison = Comparison(options.reference, options.features, device, options.inception_weights)
     generator = functools.cache(lambda: open_generator(trained, device))  # once, where anything is left to be drawn

@@ -117,13 +117,13 @@ def first_weights(model: XAR, config: Config, checkpoint: Checkpoint | None) -> 
     elif not config.train.init_from:
         yield initial_weights(model, config.train.seed)
     else:
-        with dist.together(lambda: open_source(Path(config.train.init_from))) as source:
+        with dist.on_all_ranks(lambda: open_source(Path(config.train.init_from))) as source:
             if source.manifest is not None:
-                dist.together(lambda: verify(source.path))
+                dist.on_all_ranks(lambda: verify(source.path))
             else:
-                dist.together(lambda: verify_source(source, lambda count: None) if dist.rank() == 0 else None)
+                dist.on_all_ranks(lambda: verify_source(source, lambda count: None) if dist.rank() == 0 else None)
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-            found = dist.together(lambda: Initialisation(source, shapes, config.model))
+            found = dist.on_all_ranks(lambda: Initialisation(source, shapes, config.model))
             for line in found.report():
                 dist.say(line)
             yield initial_weights(model, config.train.seed, found.value)
@@ -150,7 +150,7 @@ def find_checkpoint(run: Path, resume: str, mirror: Mirror | None, check: Check)
     else:
         checkpoint = None if resume == "none" else open_checkpoint(Path(resume))
     if checkpoint is not None:
-        dist.together(lambda: check(checkpoint))
+        dist.on_all_ranks(lambda: check(checkpoint))
     if mirror is not None and (checkpoint is None or resume != "auto"):  # one that is under way does without a silent store
         dist.on_rank_0(mirror.try_out)
     return checkpoint

@@ -293,7 +293,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         drawing = [*options.overrides, *(f"--{name}" for name in ("images", "seed") if getattr(options, name) is not None)]
         if drawing:
             raise UsageError(f"{drawing[0]}: {options.what} holds images, and none are drawn")
-        folder, given = options.out, dist.together(lambda: open_images(options.what))
+        folder, given = options.out, dist.on_all_ranks(lambda: open_images(options.what))
         comparison, sha256 = compare(), dist.on_rank_0(lambda: sha256_of(options.what))
         set_ = {"path": str(options.what), "images": given.count, "sha256": sha256}
         refuse_others(comparison, folder, {"set": set_})
@@ -386,7 +386,7 @@ def _doctor(options: argparse.Namespace) -> None:
         if missing := [folder for folder in (options.run_dir, options.data) if folder is not None and not folder.is_dir()]:
             raise UsageError(f"no folder at {missing[0]}, on rank {dist.rank()}")
 
-    dist.together(check)
+    dist.on_all_ranks(check)
     machine = doctor.this_machine(device)
     facts = doctor.facts(machine)
     dist.say(doctor.table(("what", "found"), facts) + "\n")

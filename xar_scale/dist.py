@@ -37,7 +37,7 @@ def adopt_launcher() -> None:
             os.environ.setdefault(name, value)
 
 
-def follow_parent(number: signal.Signals) -> None:
+def die_with_parent(number: signal.Signals) -> None:
     """Have the system send this process a signal when the one that started it ends, however that ends. On Linux."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
@@ -57,7 +57,7 @@ def init(device: torch.device) -> None:
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the last collectives, which the watchdog tells of
     if "TORCHELASTIC_RUN_ID" in os.environ:  # killed, torchrun would leave its ranks training
-        follow_parent(signal.SIGTERM)
+        die_with_parent(signal.SIGTERM)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -103,7 +103,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def largest(value: float) -> float:
+def max_over_ranks(value: float) -> float:
     """The largest of the ranks' values; NaN where there is one."""
     return max(gather_objects(value), key=lambda value: (value != value, value))
 
@@ -137,7 +137,7 @@ def mine(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: world()] if torch_dist.is_initialized() else items
 
 
-def together(work: Callable[[], T]) -> T:
+def on_all_ranks(work: Callable[[], T]) -> T:
     """Do ``work`` on every rank; if it fails on any, every rank raises, with the lowest such rank's message.
 
     So no rank goes on alone into a collective that the others never enter. An OSError becomes a FileError. A defect on any rank
@@ -168,9 +168,9 @@ def together(work: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def interlocked() -> Iterator[None]:
+def abort_on_error() -> Iterator[None]:
     """Around work in which ranks send to each other: an error that not all have alike ends this process at once. Told to the
-    others as ``together`` does it, it would meet a collective of the work, in which they wait for this rank."""
+    others as ``on_all_ranks`` does it, it would meet a collective of the work, in which they wait for this rank."""
     try:
         yield
     except Exception as error:
@@ -182,7 +182,7 @@ def interlocked() -> Iterator[None]:
 
 def on_rank_0(work: Callable[[], T]) -> T:
     """What ``work`` returns on rank 0, on every rank; its error likewise."""
-    return gather_objects(together(lambda: work() if rank() == 0 else None))[0]  # type: ignore[return-value]
+    return gather_objects(on_all_ranks(lambda: work() if rank() == 0 else None))[0]  # type: ignore[return-value]
 
 
 def is_lost_rank(error: RuntimeError) -> bool:

@@ -73,7 +73,7 @@ def _median(call: Callable[[], object], device: torch.device) -> float:
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(dist.largest(time.perf_counter() - begun))
+        seconds.append(dist.max_over_ranks(time.perf_counter() - begun))
     return statistics.median(seconds[1:])
 
 

@@ -51,22 +51,25 @@ def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None =
     if config.train.engine != "single":
         dist.init(device)
     with RunLock(run, stops) as lock:
-        dist.together(lambda: lock.take() if run.is_dir() else None)  # what it holds stays as it is looked at
+        dist.on_all_ranks(lambda: lock.take() if run.is_dir() else None)  # what it holds stays as it is looked at
         _train(config, run, resume, stops, device, lock)
 
 
 def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.device, lock: RunLock) -> None:
-    dataset = dist.together(lambda: open_data(config))
+    dataset = dist.on_all_ranks(lambda: open_data(config))
     if len({*dist.gather_objects(dataset.shards.info.fingerprint)}) > 1:
         raise DataError(f"{config.data.path} is not the same data set on all ranks")
-    mirror = dist.together(lambda: mirror_of(run, config.train.upload)) if config.train.upload else None
+    mirror = dist.on_all_ranks(lambda: mirror_of(run, config.train.upload)) if config.train.upload else None
     checkpoint = find_checkpoint(run, resume, mirror, lambda found: check_continues(found, config, dataset.shards.info))
     start = 0 if checkpoint is None else checkpoint.manifest.step
     bad = BadSamples(config.data.max_bad_samples, [] if checkpoint is None else checkpoint.manifest.bad_samples)
 
     model = meta_model(config.model)
     compute = MODES[config.train.precision].compute
-    kernels = dist.together(lambda: model.use_kernels(config.kernels, device, compute, training=True))  # as each node has them
+    # nodes may differ in what is installed
+    kernels = dist.on_all_ranks(
+        lambda: model.use_kernels(config.kernels, device, compute, training=True)
+    )  # as each node has them
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     with first_weights(model, config, checkpoint) as weights:
         engine = create_engine(model, weights, config, device)
@@ -82,10 +85,10 @@ def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.d
         if config.train.init_from:
             dist.say(f"{config.train.init_from} is not begun with: the run is under way")
         dist.say(f"resumed from {checkpoint.path} {where}; rank 0 read {count:,} of {checkpoint.manifest.bytes:,} bytes")
-    store = dist.together(lambda: Store(run, engine, ema, config.train, mirror))
+    store = dist.on_all_ranks(lambda: Store(run, engine, ema, config.train, mirror))
     previews = Previews(config, run, engine, ema, dataset.shards.info)
     # only now is the run's folder touched: nothing is left to refuse
-    metrics = dist.together(lambda: open_run(config, run, store, start, lock) if dist.rank() == 0 else None)
+    metrics = dist.on_all_ranks(lambda: open_run(config, run, store, start, lock) if dist.rank() == 0 else None)
     dist.say(
         f"{run}: {sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
         f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}; {kernels}"
@@ -274,7 +277,7 @@ class Training:
             "images_per_s": settings.global_batch / seconds,
             "tflops_per_s": settings.global_batch / seconds * training_flops(self.config.model) / 1e12,
             "step_s": seconds,
-            "data_wait_s": dist.largest(waited),
+            "data_wait_s": dist.max_over_ranks(waited),
             "memory_gb": memory_gb(self.engine.device),
             "bad_samples": len(self.bad.known),
             "epoch": done * settings.global_batch / self.dataset.order.samples,
@@ -285,7 +288,7 @@ class Training:
         if looks is not None:
             values["forward_s"] = self.stragglers.compare(looks.computed.seconds, waited, seconds)
             if looks.activations is not None:
-                values["largest_activation"] = dist.largest(max(looks.activations.largest.values()))
+                values["largest_activation"] = dist.max_over_ranks(max(looks.activations.largest.values()))
         if self.metrics is not None:
             self.metrics.log(done, values)
         self.since, self.logged, self.feed.waited, self.store.stalled = time.perf_counter(), done, 0.0, 0.0

@@ -78,11 +78,11 @@ def bench_step(options: argparse.Namespace) -> None:
         "step",
         settings,
         images=config.train.global_batch,
-        seconds={name: [dist.largest(each) for each in taken] for name, taken in seconds.items()},
+        seconds={name: [dist.max_over_ranks(each) for each in taken] for name, taken in seconds.items()},
         flops=float(training_flops(config.model) * options.batch),
         peak=_peak(device, options.precision),
-        memory_gb=dist.largest(memory) / 1e9,
-        data_wait_s=dist.largest(waited),
+        memory_gb=dist.max_over_ranks(memory) / 1e9,
+        data_wait_s=dist.max_over_ranks(waited),
         communication_s=found.communication_s,  # rank 0's
         hidden_s=found.hidden_s,
     )

@@ -16,13 +16,13 @@ sent = torch.ones(3)
 
 DEFECT = """
 def work():
-    with dist.interlocked():
+    with dist.abort_on_error():
         if dist.rank() == 1:
             raise ERROR("planted")
         torch.distributed.all_reduce(sent)
 
 def main():
-    dist.together(work)
+    dist.on_all_ranks(work)
     return 0
 
 dist.run(main)
