@@ -376,7 +376,7 @@ def _replay(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from xar_scale import dist, doctor, surroundings
+    from xar_scale import dist, doctor, environment
 
     device = dist.local_device()
     if dist.world() > 1:
@@ -393,9 +393,9 @@ def _doctor(options: argparse.Namespace) -> None:
     titles = ("mode", "TFLOP/s", "compute", "gather", "reduce", "matmul", "attention", "engines", "finding")
     modes = doctor.modes(machine)
     dist.say(doctor.table(titles, modes) + "\n")
-    findings = [*surroundings.arithmetic(modes), *surroundings.network(device), *surroundings.clocks()]
-    findings += surroundings.disk("run", options.run_dir, written=True) if options.run_dir else []
-    findings += surroundings.disk("data", options.data, written=False) if options.data else []
-    findings += surroundings.software(dict(facts))
-    findings += surroundings.settings(os.environ, dist.local_world(), len(os.sched_getaffinity(0)))
+    findings = [*environment.arithmetic(modes), *environment.network(device), *environment.clocks()]
+    findings += environment.disk("run", options.run_dir, written=True) if options.run_dir else []
+    findings += environment.disk("data", options.data, written=False) if options.data else []
+    findings += environment.software(dict(facts))
+    findings += environment.settings(os.environ, dist.local_world(), len(os.sched_getaffinity(0)))
     dist.say(doctor.table(("around it", "found", "what to do"), findings) if findings else "around it: nothing to be done")

@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 
 from xar_scale import dist
-from xar_scale.beginning import RunLock, find_checkpoint, first_weights, mirror_of, open_data, open_run
 from xar_scale.checkpoint.load import check_continues, load, state_kinds
 from xar_scale.checkpoint.manifest import Manifest
 from xar_scale.checkpoint.store import Store
@@ -33,6 +32,7 @@ from xar_scale.model.xar import meta_model
 from xar_scale.optim import learning_rate
 from xar_scale.precision import MODES
 from xar_scale.recovery import Recovery
+from xar_scale.startup import RunLock, find_checkpoint, first_weights, mirror_of, open_data, open_run
 from xar_scale.stopping import Stops
 from xar_scale.stragglers import ForwardTime, PassTime, Stragglers
 from xar_scale.watchdog import Watchdog

@@ -185,7 +185,7 @@ def test_compiled_blocks_are_one_graph_also_where_steps_are_logged(train, tmp_pa
 
 def test_a_resumed_run_draws_no_weights(train, monkeypatch):
     assert main(train) == 0
-    monkeypatch.setattr("xar_scale.beginning.initial_weights", None)  # not even called
+    monkeypatch.setattr("xar_scale.startup.initial_weights", None)  # not even called
     assert main([*train, "train.steps=3"]) == 0
 
 

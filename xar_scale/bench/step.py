@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xar_scale import dist
-from xar_scale.beginning import open_data
 from xar_scale.bench.memory import peak_resident
 from xar_scale.bench.published import Published
 from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, Record, check_same_work, compare, markdown, read_record
@@ -31,6 +30,7 @@ from xar_scale.plan.hardware import GPUS
 from xar_scale.precision import FP32, MODES, apply_matmul_mode
 from xar_scale.presets import model_values, recipe
 from xar_scale.sampler import sample
+from xar_scale.startup import open_data
 
 BASELINE_LAYERS = 2
 PUBLISHED_GRID = 16

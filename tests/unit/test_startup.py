@@ -16,8 +16,7 @@ import pytest
 from tests.processes import environment
 from tests.unit.foreign_checkpoints import reshard
 from tests.unit.tiny_run import CONFIG, Run
-from xar_scale import background, beginning
-from xar_scale.beginning import RunLock, first_weights
+from xar_scale import background, startup
 from xar_scale.checkpoint import store
 from xar_scale.checkpoint.load import check_continues
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, read_manifest
@@ -28,6 +27,7 @@ from xar_scale.data.faults import BadSamples, Fault
 from xar_scale.errors import ConfigError, DataError, FileError, PreemptedError, StoppedError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.model.xar import meta_model
+from xar_scale.startup import RunLock, first_weights
 from xar_scale.stopping import Stops
 
 SMALL = ("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
@@ -52,7 +52,7 @@ def holder(tmp_path):
 
 
 def test_two_jobs_do_not_train_in_one_folder(tmp_path, holder, monkeypatch, capsys):
-    monkeypatch.setattr(beginning.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(startup.time, "sleep", lambda seconds: None)
     refused = pytest.raises(FileError, match="another process still trains here; end it, or use another")
     with RunLock(tmp_path, Stops(tmp_path)) as lock, refused:
         lock.take()
@@ -68,7 +68,7 @@ def test_one_that_is_ending_is_waited_for_and_the_lock_is_let_go_of(tmp_path, ho
             holder.kill()
             holder.wait()
 
-    monkeypatch.setattr(beginning.time, "sleep", pause)
+    monkeypatch.setattr(startup.time, "sleep", pause)
     for _ in range(2):
         with RunLock(tmp_path, Stops(tmp_path)) as lock:
             lock.take()
@@ -94,7 +94,7 @@ def test_what_a_run_that_is_ending_still_writes_is_gone_on_from(tmp_path, monkey
     command = [sys.executable, "-c", HOLDER, tmp_path / "run" / "lock"]
     with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == "held\n"
-        monkeypatch.setattr(beginning.time, "sleep", pause)
+        monkeypatch.setattr(startup.time, "sleep", pause)
         assert main([*words, "train.steps=5"]) == 0
     assert "step-00000004 at step 4" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("damaged*")] == []

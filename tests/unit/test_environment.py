@@ -7,9 +7,9 @@ import torch
 
 from tests.processes import launch
 from tests.unit.conftest import write_set
-from xar_scale import dist, surroundings
+from xar_scale import dist, environment
+from xar_scale.environment import clocks, disk, network, settings, software
 from xar_scale.errors import FileError
-from xar_scale.surroundings import clocks, disk, network, settings, software
 
 HERE = {"OMP_NUM_THREADS": "1"}
 
@@ -18,9 +18,9 @@ def named(findings) -> dict[str, str]:
     return {finding.what: finding.advice for finding in findings}
 
 
-@pytest.mark.parametrize("name", surroundings.SETTINGS)
+@pytest.mark.parametrize("name", environment.SETTINGS)
 def test_settings_that_hurt_are_named_with_what_to_do(name):
-    hurts, why = surroundings.SETTINGS[name]
+    hurts, why = environment.SETTINGS[name]
     value = next(value for value in ("0", "1", "INFO", "DETAIL") if hurts(value))
     assert named(settings(HERE | {name: value}, 1, 8))[name] == why
     assert name not in named(settings(HERE | {name: "WARN"}, 1, 8)) and name not in named(settings(HERE, 1, 8))
@@ -35,7 +35,7 @@ def test_settings_that_hurt_are_named_with_what_to_do(name):
     ],
 )
 def test_an_interface_that_is_not_there_is_named_with_those_that_are(monkeypatch, name, value, good):
-    monkeypatch.setattr(surroundings.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    monkeypatch.setattr(environment.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
     said = "no such interface here, there are lo, eth0: name one of them"
     assert named(settings(HERE | {name: value}, 1, 8)).get(name) == (None if good else said)
 
@@ -44,14 +44,14 @@ def test_a_rank_whose_device_is_slow_or_another_is_named(monkeypatch):
     rows = {"bf16": ("600", "is bf16 (error 3e-03)"), "tf32": ("-", "refused: compute capability 7.5 has no TF32")}
     told = [("a", rows), ("a", rows), ("b", rows | {"bf16": ("400", "is NOT bf16: error 3e-04")})]
     monkeypatch.setattr(dist, "gather_objects", lambda _: told)
-    found = surroundings.arithmetic([])
+    found = environment.arithmetic([])
     assert [finding.what for finding in found if finding.what.startswith("bf16")] == ["bf16 of rank 2 (b)"] * 2
     assert found[0].found == "400 TFLOP/s, the median rank 600" and "throttled" in found[0].advice
     assert found[1].found == "is NOT bf16: error 3e-04" and "take the node out" in found[1].advice
     assert {finding.what for finding in found[2:]} == {"tf32 of rank 1 (a)", "tf32 of rank 2 (b)"}
     told[1:] = [told[0]]
     rows.pop("tf32")
-    assert surroundings.arithmetic([]) == []
+    assert environment.arithmetic([]) == []
 
 
 def test_more_threads_than_cores_are_named():
@@ -63,13 +63,13 @@ def test_more_threads_than_cores_are_named():
 
 
 def test_few_open_files_and_little_shared_memory(monkeypatch):
-    monkeypatch.setattr(surroundings.resource, "getrlimit", lambda _: (1024, 1 << 20))
-    usage = surroundings.shutil.disk_usage("/")
-    monkeypatch.setattr(surroundings.shutil, "disk_usage", lambda _: usage._replace(total=64 << 20))
+    monkeypatch.setattr(environment.resource, "getrlimit", lambda _: (1024, 1 << 20))
+    usage = environment.shutil.disk_usage("/")
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: usage._replace(total=64 << 20))
     found = named(settings(HERE, 1, 8))
     assert found["open files"].startswith("ulimit -n 4096: ") and "--shm-size" in found["/dev/shm"]
-    monkeypatch.setattr(surroundings.resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
-    monkeypatch.setattr(surroundings.shutil, "disk_usage", lambda _: usage._replace(total=64 << 30))
+    monkeypatch.setattr(environment.resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: usage._replace(total=64 << 30))
     assert named(settings(HERE, 1, 8)) == {}
 
 
@@ -84,12 +84,12 @@ def test_software_that_is_old_wrong_or_not_the_same(monkeypatch):
 
 
 def test_disks_are_measured_and_left_as_they_were(tmp_path, monkeypatch):
-    monkeypatch.setattr(surroundings, "DISK_BYTES", 1 << 23)
+    monkeypatch.setattr(environment, "DISK_BYTES", 1 << 23)
     free, written, read = disk("run", tmp_path, written=True)
     assert free.what == f"run {tmp_path}" and re.fullmatch(r"\d+ GB free", free.found)
     assert all(re.fullmatch(r"[1-9]\d* MB/s", finding.found) for finding in (written, read))
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(surroundings, "FREE_GB", 1 << 40)
+    monkeypatch.setattr(environment, "FREE_GB", 1 << 40)
     assert disk("run", tmp_path, written=True)[0].advice.startswith("make room")
     write_set(tmp_path)
     (tmp_path / "a.tar").write_bytes(bytes(1 << 20))
