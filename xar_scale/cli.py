@@ -15,7 +15,7 @@ from xar_scale.config import Config, merge, override, read_yaml
 from xar_scale.errors import INTERRUPTED, OK, UNREAD, ProcessError, UsageError, XarScaleError
 from xar_scale.files import make_folder, write_atomically
 from xar_scale.presets import MODELS, RECIPES, model_values, recipe
-from xar_scale.stopping import Stops
+from xar_scale.stopping import StopRequests
 
 # Launchers end all ranks with the first that ends: before ranks have joined, those that are silent leave this much to the other
 PATIENCE_S = 5.0
@@ -28,10 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(arguments)
         options.run_command(options)
 
-    return ending("xar-scale", run)
+    return exit_code_of("xar-scale", run)
 
 
-def ending(program: str, run: Callable[[], None]) -> int:
+def exit_code_of(program: str, run: Callable[[], None]) -> int:
     """The exit code of ``run``, its error on standard error as one line. Of several ranks the one that met it speaks, or 0."""
     from xar_scale import dist
 
@@ -206,7 +206,7 @@ def _train(options: argparse.Namespace) -> None:
     if options.run_dir is None and options.recipe is None:
         raise UsageError("train needs --run-dir when there is no --recipe to name it after")
     run_dir = options.run_dir or Path("runs") / options.recipe
-    stops = Stops(run_dir, None if options.stop_after is None else _seconds(options.stop_after))
+    stops = StopRequests(run_dir, None if options.stop_after is None else _seconds(options.stop_after))
     with stops.listening():  # already while what takes seconds is imported
         from xar_scale.train import train
 

@@ -17,7 +17,7 @@ from xar_scale.errors import ConfigError, FileError, UsageError, XarScaleError
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 T = TypeVar("T")
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "full", "selective", "offload"]
 EngineName = Literal["single", "ddp", "fsdp2", "deepspeed"]
@@ -41,7 +41,7 @@ class ModelConfig:
     classes: int = Field(default=1000, gt=0)  # the null class comes after them
     mlp_ratio: float = Field(default=4.0, gt=0)
     time_bins: int = Field(default=1000, gt=0)  # the network sees floor(time_bins * t)
-    dropout: Share = 0.0
+    dropout: Fraction = 0.0
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -80,11 +80,11 @@ class OptimConfig:
     final_lr: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
     decay_share: float = Field(default=0.0, ge=0, le=1)  # last share of the run's steps, a cosine to final_lr
-    betas: tuple[Share, Share] = (0.9, 0.96)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.96)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.02, ge=0)
     clip: float = Field(default=1.0, gt=0)
-    ema_decay: Share = 0.9999
+    ema_decay: Fraction = 0.9999
     ema_snapshots_every: int | None = Field(default=None, gt=0)  # steps, of averages that any other is made of; none: never
 
 
@@ -112,7 +112,7 @@ class TrainConfig:
     upload: str = ""  # URL of a folder, any that fsspec opens, to copy checkpoints to; none: they stay in the run's
 
     @property
-    def whole_weights(self) -> bool:
+    def replicated_weights(self) -> bool:
         """Whether each rank has all of them: nothing is gathered for a pass."""
         return self.engine in ("single", "ddp")
 

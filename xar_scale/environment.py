@@ -183,7 +183,7 @@ def settings(environ: Mapping[str, str], local_world: int, cores: int) -> list[F
         Finding(name, environ[name], why) for name, (hurts, why) in SETTINGS.items() if name in environ and hurts(environ[name])
     ]
     there = [name for _, name in socket.if_nameindex()]
-    for name, found in (("NCCL_SOCKET_IFNAME", _nccl_takes), ("GLOO_SOCKET_IFNAME", _gloo_takes)):
+    for name, found in (("NCCL_SOCKET_IFNAME", _nccl_accepts), ("GLOO_SOCKET_IFNAME", _gloo_accepts)):
         if (value := environ.get(name)) and not found(value, there):
             findings.append(Finding(name, value, f"no such interface here, there are {', '.join(there)}: name one of them"))
     threads = int((environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])
@@ -206,14 +206,14 @@ def settings(environ: Mapping[str, str], local_world: int, cores: int) -> list[F
     return findings
 
 
-def _nccl_takes(value: str, there: Sequence[str]) -> bool:
+def _nccl_accepts(value: str, there: Sequence[str]) -> bool:
     """Whether it finds one: beginnings of names; after = whole names, after ^ those that are not taken."""
     names = value.lstrip("=^").split(",")
     named = [name for name in there if (name in names if value[0] == "=" else name.startswith(tuple(names)))]
     return len(named) < len(there) if value[0] == "^" else bool(named)
 
 
-def _gloo_takes(value: str, there: Sequence[str]) -> bool:
+def _gloo_accepts(value: str, there: Sequence[str]) -> bool:
     return set(value.split(",")) <= set(there)  # all of them
 
 

@@ -24,7 +24,7 @@ from xar_scale.files import locked, write_atomically
 from xar_scale.metrics import Metrics
 from xar_scale.model.entities import create_layout
 from xar_scale.model.xar import XAR, Weight, blank_weights, initial_weights
-from xar_scale.stopping import Stops
+from xar_scale.stopping import StopRequests
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
 LOCK_WAIT_S = 100
@@ -33,7 +33,7 @@ LOCK_WAIT_S = 100
 class RunLock:
     """Rank 0's, until the context is left: no other process trains in ``run``. One that ends may take a while."""
 
-    def __init__(self, run: Path, stops: Stops) -> None:
+    def __init__(self, run: Path, stops: StopRequests) -> None:
         self.run, self.stops, self._stack, self.taken = run, stops, ExitStack(), False
 
     def __enter__(self) -> Self:
@@ -42,7 +42,7 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _name(self, holder: str) -> None:
+    def _write_holder(self, holder: str) -> None:
         with suppress(OSError):  # a full disk holds no name, and the lock all the same
             (self.run / LOCK_FILE).write_text(holder)
 
@@ -57,8 +57,8 @@ class RunLock:
                 attempt = ExitStack()
                 if attempt.enter_context(locked(path)):
                     self._stack = attempt
-                    attempt.callback(self._name, "")
-                    self._name(_this_process())
+                    attempt.callback(self._write_holder, "")
+                    self._write_holder(_this_process())
                     return
                 attempt.close()
                 holder = path.read_text() or "another process"
@@ -67,8 +67,8 @@ class RunLock:
                 return
             if second == 0:
                 dist.say(f"{self.run}: {holder} trains here; waiting for it to end")
-            if self.stops.asked():
-                raise self.stops.alone(f"stopped while {holder} trains in {self.run}: nothing is begun")
+            if self.stops.requested():
+                raise self.stops.local_error(f"stopped while {holder} trains in {self.run}: nothing is begun")
             time.sleep(1)
         raise FileError(f"{self.run}: {holder} still trains here; end it, or use another --run-dir")
 
@@ -94,11 +94,11 @@ def open_run(config: Config, run: Path, store: Store, start: int, lock: RunLock)
 def open_data(config: Config) -> LatentDataset:
     shards = open_shards(config)
     if dist.rank() == 0:  # one rank looks at all shards; the others check what they open
-        _look_at(shards, config.data.max_bad_samples)
+        _check_shards(shards, config.data.max_bad_samples)
     return LatentDataset(shards, config, create_layout(config.model))
 
 
-def _look_at(shards: Shards, allowed: int) -> None:
+def _check_shards(shards: Shards, allowed: int) -> None:
     """Raises DataError where shards that are missing or cut hold more samples than the run may do without."""
     samples = {shard.name: shard.samples for shard in shards.info.shards}
     lost = 0

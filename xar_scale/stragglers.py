@@ -17,10 +17,10 @@ from xar_scale import dist
 from xar_scale.model.layers import Block
 
 SLOW = 1.3  # times the median rank's arithmetic; so much longer, for its data, would a step be
-OFTEN = 3  # measurements in a row, before it is said
+CONSECUTIVE = 3  # measurements in a row, before it is said
 
 
-class Spans:
+class SpanTimer:
     """Seconds of what is begun and ended; the device is not waited for."""
 
     def __init__(self, device: torch.device) -> None:
@@ -49,7 +49,7 @@ class Spans:
         return sum(end - begin for begin, end in self._spans)
 
 
-class PassTime(Spans):
+class PassTime(SpanTimer):
     """Seconds in the context, as often as it is entered: of passes in which nothing is sent."""
 
     def __enter__(self) -> Self:
@@ -60,7 +60,7 @@ class PassTime(Spans):
         self._end()
 
 
-class ForwardTime(Spans):
+class ForwardTime(SpanTimer):
     """Seconds that the Linear layers of a network compute in the context, forwards. With ``compiled`` blocks, whose
     graphs hooks inside would cut, or not be in, blocks as a whole in place of their layers.
 
@@ -98,12 +98,12 @@ class Stragglers:
         computing, waiting = (statistics.median_low(values) for values in ([of[0] for of in found], [of[1] for of in found]))
         for rank, (computed, waited, host) in enumerate(found):
             slow = f"rank {rank} ({host}) is slow"
-            if self._often(rank, "arithmetic", computed > SLOW * computing):
+            if self._repeated(rank, "arithmetic", computed > SLOW * computing):
                 dist.say(f"{slow}: its layers compute {computed / computing:.1f} times as long as the median rank's")
-            if self._often(rank, "data", waited - waiting > (SLOW - 1) * step):
+            if self._repeated(rank, "data", waited - waiting > (SLOW - 1) * step):
                 dist.say(f"{slow}: it waits {waited:.2f} s a step for data, the median rank {waiting:.2f} s")
         return [of[0] for of in found]
 
-    def _often(self, rank: int, what: str, slow: bool) -> bool:
+    def _repeated(self, rank: int, what: str, slow: bool) -> bool:
         self._slow[rank, what] = self._slow[rank, what] + 1 if slow else 0
-        return self._slow[rank, what] == OFTEN
+        return self._slow[rank, what] == CONSECUTIVE

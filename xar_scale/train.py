@@ -33,19 +33,19 @@ from xar_scale.optim import learning_rate
 from xar_scale.precision import MODES
 from xar_scale.recovery import Recovery
 from xar_scale.startup import RunLock, find_checkpoint, first_weights, mirror_of, open_data, open_run
-from xar_scale.stopping import Stops
+from xar_scale.stopping import StopRequests
 from xar_scale.stragglers import ForwardTime, PassTime, Stragglers
 from xar_scale.watchdog import Watchdog
 
 
-def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None = None) -> None:
+def train(config: Config, run: Path, resume: str = "auto", stops: StopRequests | None = None) -> None:
     """Train to ``train.steps``, keeping checkpoints, metrics and the config in ``run``.
 
     ``resume``: "auto" goes on from the newest valid checkpoint of ``run`` if there is one; "none" demands that there is
     none; else the path of a checkpoint to start from. Every rank calls this. Raises PreemptedError or StoppedError, after a
     last checkpoint, where ``stops`` of any rank asks for it.
     """
-    stops = stops or Stops(run)
+    stops = stops or StopRequests(run)
     device = dist.local_device()
     micro_batches(config.train, dist.world())  # refused before anything is joined, built or written
     if config.train.engine != "single":
@@ -55,7 +55,7 @@ def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None =
         _train(config, run, resume, stops, device, lock)
 
 
-def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.device, lock: RunLock) -> None:
+def _train(config: Config, run: Path, resume: str, stops: StopRequests, device: torch.device, lock: RunLock) -> None:
     dataset = dist.on_all_ranks(lambda: open_data(config))
     if len({*dist.gather_objects(dataset.shards.info.fingerprint)}) > 1:
         raise DataError(f"{config.data.path} is not the same data set on all ranks")
@@ -102,7 +102,7 @@ def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.d
     dist.say(f"done: {config.train.steps} steps; checkpoint {store.newest or (checkpoint and checkpoint.path)}")
 
 
-class Looks(NamedTuple):
+class Probes(NamedTuple):
     """At one attempt at a step."""
 
     computed: ForwardTime | PassTime
@@ -121,7 +121,7 @@ class Training:
         bad: BadSamples,
         recovery: Recovery,
         store: Store,
-        stops: Stops,
+        stops: StopRequests,
         watchdog: Watchdog,
         previews: Previews,
         metrics: Metrics | None,
@@ -140,9 +140,9 @@ class Training:
         while step < self.config.train.steps and self.ending is None:
             self.watchdog.begin(step)
             step = self._advance(step)
-        self.watchdog.rest()
+        self.watchdog.pause()
         self.store.finish(stopped=self.ending is not None)
-        self.stops.obeyed()
+        self.stops.remove_file()
         if self.ending is not None:
             raise self.ending
 
@@ -153,18 +153,18 @@ class Training:
         logged = last or done % self.config.train.log_every == 0
         batches = self.feed.take()
         news = self.bad.news(fault for batch in batches for fault in batch.faults)
-        with self._looks(logged) as looks:
-            verdict = self.recovery.attempt(step, batches, len(news), self.stops.asked())
+        with self._probes(logged) as probes:
+            verdict = self.recovery.attempt(step, batches, len(news), self.stops.requested())
         self.store.poll()
         if verdict.faults:
             try:
                 _account_for(news, self.bad)
             except (DataError, FileError):  # on every rank alike: what is being written is not lost
-                self.watchdog.rest()
+                self.watchdog.pause()
                 self.store.newest_on_disk()
                 raise
         if verdict.bad:
-            self.watchdog.rest()  # further attempts, and a report
+            self.watchdog.pause()  # further attempts, and a report
         action, resolved = self.recovery.resolve(step, batches, verdict)
         if action is Action.QUARANTINE:
             self.dataset.quarantine(self.recovery.suspects)
@@ -183,17 +183,17 @@ class Training:
         if saved:
             self.store.save(*(replace(self._manifest(done), kinds=kinds) for kinds in saved))
         if logged:
-            self._log(done, resolved, rate, looks if resolved is verdict else None)
+            self._log(done, resolved, rate, probes if resolved is verdict else None)
         if self.previews.due(done) and (last or not verdict.stop):
             self._preview(done)
         if self.metrics is not None:
             self.metrics.advance(done)
         if verdict.stop and not last:
-            self.ending = self.stops.reason(f"stopped after step {done} of {self.config.train.steps}")
+            self.ending = self.stops.error(f"stopped after step {done} of {self.config.train.steps}")
         return done
 
     def _preview(self, done: int) -> None:
-        self.watchdog.rest()
+        self.watchdog.pause()
         self.store.newest_on_disk()  # whatever becomes of the pictures
         begun = time.perf_counter()
         preview = self.previews.take(done, done - self.recovery.state.skipped)
@@ -212,7 +212,7 @@ class Training:
         last = done == self.config.train.steps
         snapshot, checkpoint = (every is not None and (last or done % every == 0) for every in (snapshots, checkpoints))
         if snapshot or checkpoint or stop:
-            self.watchdog.rest()  # a disk takes the time it takes
+            self.watchdog.pause()  # a disk takes the time it takes
         checkpoint |= stop or (snapshot and self.store.lacks_checkpoint())
         return [kinds for due, kinds in ((snapshot, tuple(POWER_KINDS)), (checkpoint, state_kinds(self.ema))) if due]
 
@@ -244,7 +244,7 @@ class Training:
         self.since, self.logged, self.feed.waited = time.perf_counter(), step, 0.0
 
     def _go_back(self) -> int:
-        self.watchdog.rest()
+        self.watchdog.pause()
         step = self.recovery.roll_back()
         self.store.go_back(step)
         self._seek(step)
@@ -253,21 +253,21 @@ class Training:
         return step
 
     @contextmanager
-    def _looks(self, logged: bool) -> Iterator[Looks | None]:
+    def _probes(self, logged: bool) -> Iterator[Probes | None]:
         """What is looked at in an attempt at a step that will be logged; of a record only how long it takes."""
         model, device = self.engine.model, self.engine.device
         if not logged:
             yield None
         elif self.engine.plays_records:
             self.engine.around_pass = passes = PassTime(device)
-            yield Looks(passes)
+            yield Probes(passes)
             self.engine.around_pass = nullcontext()
         else:
             with Activations(model) as activations, ForwardTime(model, device, self.config.kernels.compile) as forward:
-                yield Looks(forward, activations)
+                yield Probes(forward, activations)
 
-    def _log(self, done: int, verdict: Verdict, rate: float, looks: Looks | None) -> None:
-        """``looks``: at the attempt that was taken, where that was the first."""
+    def _log(self, done: int, verdict: Verdict, rate: float, probes: Probes | None) -> None:
+        """``probes``: at the attempt that was taken, where that was the first."""
         settings, steps, state = self.config.train, done - self.logged, self.recovery.state
         seconds, waited = (time.perf_counter() - self.since) / steps, self.feed.waited / steps
         values = {
@@ -285,10 +285,10 @@ class Training:
             "checkpoint_stall_s": self.store.stalled,
             **state.counts,
         }
-        if looks is not None:
-            values["forward_s"] = self.stragglers.compare(looks.computed.seconds, waited, seconds)
-            if looks.activations is not None:
-                values["largest_activation"] = dist.max_over_ranks(max(looks.activations.largest.values()))
+        if probes is not None:
+            values["forward_s"] = self.stragglers.compare(probes.computed.seconds, waited, seconds)
+            if probes.activations is not None:
+                values["largest_activation"] = dist.max_over_ranks(max(probes.activations.largest.values()))
         if self.metrics is not None:
             self.metrics.log(done, values)
         self.since, self.logged, self.feed.waited, self.store.stalled = time.perf_counter(), done, 0.0, 0.0

@@ -30,7 +30,7 @@ from xar_scale.errors import HangError
 from xar_scale.files import write_atomically
 
 FOLDER, HEARTBEAT_FILE = "hangs", "heartbeat.json"
-LOOK_S = 1.0
+POLL_S = 1.0
 REPLY_S = 10.0  # in which a rank that still runs answers an alarm
 ASLEEP_S = 5.0  # more than that between two looks is no work of others
 STEPS, KEPT = 5, 100  # that a median is made of: at least, and of the last
@@ -38,7 +38,7 @@ PACKAGE = str(Path(__file__).parent)
 
 
 @dataclass
-class Seen:
+class RankState:
     """What one rank is at."""
 
     rank: int
@@ -85,7 +85,7 @@ class Watchdog:
             self.seconds.append(max(now - self._current[1] - self._slept, 0.0))
         self._current, self._slept = (step, now), 0.0
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """What comes now takes the time it takes: a disk, another state."""
         self._current = None
 
@@ -98,8 +98,8 @@ class Watchdog:
 
     def _watch(self) -> None:
         looked = time.monotonic()
-        while not self._ended.wait(LOOK_S):
-            asleep, looked = time.monotonic() - looked - LOOK_S, time.monotonic()
+        while not self._ended.wait(POLL_S):
+            asleep, looked = time.monotonic() - looked - POLL_S, time.monotonic()
             current, limit = self._current, self.limit
             if asleep > ASLEEP_S:  # the whole process was stopped: others tell, if they had to wait
                 self._slept += asleep
@@ -110,14 +110,14 @@ class Watchdog:
     def _listen(self) -> None:
         """For an alarm of another rank. A store that does not answer has gone with rank 0's process, which collectives tell."""
         with contextlib.suppress(Exception):  # of several kinds, by version
-            while self._store is not None and not self._ended.wait(LOOK_S):
+            while self._store is not None and not self._ended.wait(POLL_S):
                 if self._store.check(["alarm"]):
                     self._alarmed.set()
                     return
 
     def _write_heartbeats(self) -> None:
         written = None
-        while dist.rank() == 0 and not self._ended.wait(LOOK_S):
+        while dist.rank() == 0 and not self._ended.wait(POLL_S):
             if (current := self._current) is not None and current != written:
                 begun = time.time() - (time.monotonic() - current[1])
                 beat = {"step": current[0], "time": begun, "host": socket.gethostname(), "pid": os.getpid()}
@@ -129,21 +129,21 @@ class Watchdog:
         last_resort = threading.Timer(3 * REPLY_S, os._exit, [HangError.exit_code])  # should a disk hang as well
         last_resort.daemon = True
         last_resort.start()
-        mine = look(current and current[0])
+        mine = local_state(current and current[0])
         seen = {mine.rank: mine}
         asking = threading.Thread(target=self._exchange, args=(mine, seen), daemon=True)
         asking.start()
         asking.join(1.5 * REPLY_S)
         folder, seen = self.run / FOLDER, dict(seen)
-        tells = mine.rank == min(seen)
-        if tells:
+        reports = mine.rank == min(seen)
+        if reports:
             took = (
                 f"step {mine.step} takes {time.monotonic() - current[1]:.0f} s"
                 if current
                 else "another rank's step takes too long"
             )
             median = f", the median step {statistics.median(self.seconds):.1f} s" if self.seconds else ""
-            lines = [f"xar-scale: hang: {took}{median}", *verdict(seen, dist.world()), f"stacks of all threads: {folder}"]
+            lines = [f"xar-scale: hang: {took}{median}", *diagnose(seen, dist.world()), f"stacks of all threads: {folder}"]
             print("\n".join(lines), file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -152,11 +152,11 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
         if self._store is not None:  # which may be in this process, and others ask; and launchers end all when the first leaves
-            time.sleep(LOOK_S if tells else 2 * LOOK_S)
+            time.sleep(POLL_S if reports else 2 * POLL_S)
         dist.leave(HangError.exit_code)
 
-    def _exchange(self, mine: Seen, seen: dict[int, Seen]) -> None:
-        """Put into ``seen`` what the ranks see that answer in time: all into that of the lowest, which tells; into the others'
+    def _exchange(self, mine: RankState, seen: dict[int, RankState]) -> None:
+        """Put into ``seen`` what the ranks see that answer in time: all into that of the lowest; into the others'
         whose that is. If each read all, a thousand ranks would take minutes."""
         store, until = self._store, time.monotonic() + REPLY_S
         with contextlib.suppress(Exception):  # a store that is gone
@@ -169,21 +169,21 @@ class Watchdog:
                 time.sleep(0.1)
             for rank in range(dist.world()):
                 if rank != mine.rank and store.check([f"rank{rank}"]):
-                    seen[rank] = Seen(**json.loads(store.get(f"rank{rank}")))
+                    seen[rank] = RankState(**json.loads(store.get(f"rank{rank}")))
                     if rank < mine.rank:
                         return
 
 
-def look(step: int | None) -> Seen:
+def local_state(step: int | None) -> RankState:
     """This rank, as it is now."""
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
     own = [call for call in stack if call.filename.startswith(PACKAGE)]
     where = _named(stack[-1]) + (f", called by {_named(own[-1])}" if own and own[-1] is not stack[-1] else "")
     groups, last = _collectives()
-    return Seen(dist.rank(), socket.gethostname(), os.getpid(), step, where, groups, last)
+    return RankState(dist.rank(), socket.gethostname(), os.getpid(), step, where, groups, last)
 
 
-def verdict(seen: dict[int, Seen], world: int) -> Iterator[str]:
+def diagnose(seen: dict[int, RankState], world: int) -> Iterator[str]:
     """Whom the others wait for, a line a rank."""
     silent = [rank for rank in range(world) if rank not in seen]
     if len(seen) == 1 < world and 0 in silent:  # in rank 0's process ranks find each other
@@ -208,7 +208,7 @@ def verdict(seen: dict[int, Seen], world: int) -> Iterator[str]:
             yield f"rank {of.rank} ({of.host}, process {of.pid}) is in {of.where}; its last collective: {_newest(of)}"
 
 
-def _newest(of: Seen) -> str:
+def _newest(of: RankState) -> str:
     """Of the group that it has last called: dictionaries keep that order."""
     return [*of.last.values()][-1] if of.last else "none"
 

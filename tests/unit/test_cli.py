@@ -19,7 +19,7 @@ from tests.processes import ROOT
 from tests.unit.tiny_run import INFO, Run
 from xar_scale import cli, files
 from xar_scale.checkpoint.manifest import newest_valid
-from xar_scale.cli import ending, main
+from xar_scale.cli import exit_code_of, main
 from xar_scale.engines import whole
 from xar_scale.engines.single import SingleEngine
 from xar_scale.errors import ProcessError, UsageError
@@ -335,7 +335,7 @@ def test_a_rank_that_alone_meets_an_error_says_it(capsys, monkeypatch, error):
     def fail():
         raise error
 
-    assert ending("xar-scale", fail) in (71, 74)
+    assert exit_code_of("xar-scale", fail) in (71, 74)
     assert capsys.readouterr().err in ("xar-scale: workers died\n", "xar-scale: /a: Permission denied\n")
 
 
@@ -343,11 +343,13 @@ def test_what_is_interrupted_says_so_in_a_line(capsys):
     def run() -> None:
         raise KeyboardInterrupt
 
-    assert ending("sweep", run) == 130 and capsys.readouterr().err == "sweep: interrupted\n"
+    assert exit_code_of("sweep", run) == 130 and capsys.readouterr().err == "sweep: interrupted\n"
 
 
 def test_what_nobody_reads_on_ends_without_a_word():
-    program = "from xar_scale import cli, dist; dist.run(lambda: cli.ending('show', lambda: [*map(print, range(100_000))]))"
+    program = (
+        "from xar_scale import cli, dist; dist.run(lambda: cli.exit_code_of('show', lambda: [*map(print, range(100_000))]))"
+    )
     command = f'"{sys.executable}" -c "{program}" | head -n 1; exit "${{PIPESTATUS[0]}}"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
     assert (done.stdout, done.stderr, done.returncode) == ("0\n", "", 141)
@@ -363,4 +365,4 @@ def test_a_silent_rank_does_not_end_before_the_one_that_speaks(rank, spoken, wai
     def run() -> None:
         raise UsageError("no such thing")
 
-    assert ending("sweep", run) == 64 and capsys.readouterr().err == spoken and naps == waited
+    assert exit_code_of("sweep", run) == 64 and capsys.readouterr().err == spoken and naps == waited

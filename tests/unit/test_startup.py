@@ -28,7 +28,7 @@ from xar_scale.errors import ConfigError, DataError, FileError, PreemptedError, 
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.model.xar import meta_model
 from xar_scale.startup import RunLock, first_weights
-from xar_scale.stopping import Stops
+from xar_scale.stopping import StopRequests
 
 SMALL = ("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
 HOLDER = """
@@ -54,7 +54,7 @@ def holder(tmp_path):
 def test_two_jobs_do_not_train_in_one_folder(tmp_path, holder, monkeypatch, capsys):
     monkeypatch.setattr(startup.time, "sleep", lambda seconds: None)
     refused = pytest.raises(FileError, match="another process still trains here; end it, or use another")
-    with RunLock(tmp_path, Stops(tmp_path)) as lock, refused:
+    with RunLock(tmp_path, StopRequests(tmp_path)) as lock, refused:
         lock.take()
     assert capsys.readouterr().out == f"{tmp_path}: another process trains here; waiting for it to end\n"
 
@@ -70,7 +70,7 @@ def test_one_that_is_ending_is_waited_for_and_the_lock_is_let_go_of(tmp_path, ho
 
     monkeypatch.setattr(startup.time, "sleep", pause)
     for _ in range(2):
-        with RunLock(tmp_path, Stops(tmp_path)) as lock:
+        with RunLock(tmp_path, StopRequests(tmp_path)) as lock:
             lock.take()
             assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
             lock.take()
@@ -209,7 +209,7 @@ def test_a_new_run_goes_on_from_the_newest_valid_checkpoint_of_another(train, tm
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, StoppedError), (signal.SIGUSR2, PreemptedError)])
 def test_whoever_waits_for_the_lock_and_is_asked_to_stop_does(tmp_path, holder, number, kind):
     (tmp_path / "lock").write_text("process 7 on node3")
-    stops = Stops(tmp_path)
+    stops = StopRequests(tmp_path)
     refused = pytest.raises(kind, match="stopped while process 7 on node3 trains in .*: nothing is begun")
     with stops.listening(), RunLock(tmp_path, stops) as lock, refused:
         os.kill(os.getpid(), number)
@@ -221,7 +221,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
         raise OSError(95, os.strerror(95))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with RunLock(tmp_path, Stops(tmp_path)) as lock:
+    with RunLock(tmp_path, StopRequests(tmp_path)) as lock:
         lock.take()
     assert "cannot be locked, so that another job in it would go unnoticed: Operation not supported" in capsys.readouterr().out
 

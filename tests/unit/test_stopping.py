@@ -10,14 +10,14 @@ import torch
 
 from xar_scale import cli, dist, slurm, stopping
 from xar_scale.errors import ConfigError, PreemptedError, StoppedError, UsageError
-from xar_scale.stopping import Stops
+from xar_scale.stopping import StopRequests
 
 
 @pytest.fixture
 def stops(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
-    yield Stops(tmp_path)
+    yield StopRequests(tmp_path)
     signal.signal(signal.SIGHUP, hangup)
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -32,11 +32,11 @@ def stops(tmp_path):
     ],
 )
 def test_a_signal_is_a_wish(stops, number, kind):
-    assert not stops.asked()
+    assert not stops.requested()
     with stops.listening():
         os.kill(os.getpid(), number)
-    assert stops.asked()
-    error = stops.reason("stopped after step 3 of 9")
+    assert stops.requested()
+    error = stops.error("stopped after step 3 of 9")
     assert type(error) is kind and error.exit_code == (75 if kind is PreemptedError else 76)
     name = signal.Signals(number).name
     assert str(error) == f"stopped after step 3 of 9 ({name} to rank 0): a checkpoint is written, the same command goes on"
@@ -46,41 +46,41 @@ def test_under_nohup_a_terminal_that_goes_is_no_wish(stops):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with stops.listening():
         os.kill(os.getpid(), signal.SIGHUP)
-    assert not stops.asked() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert not stops.requested() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_a_wish_to_be_queued_again_counts_before_others(stops):
     with stops.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR2)
-    assert type(stops.reason("")) is PreemptedError
+    assert type(stops.error("")) is PreemptedError
 
 
 def test_the_file_is_seen_and_taken_away_and_looked_for_once_a_second(stops, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
-    assert not stops.asked()
+    assert not stops.requested()
     stops.file.touch()
     now[0] += 0.9
-    assert not stops.asked()
+    assert not stops.requested()
     now[0] += 0.2
-    assert stops.asked()
-    assert "STOP is there" in str(stops.reason(""))
-    stops.obeyed()
+    assert stops.requested()
+    assert "STOP is there" in str(stops.error(""))
+    stops.remove_file()
     assert not stops.file.exists()
-    assert stops.asked()  # what was asked remains so
+    assert stops.requested()  # what was asked remains so
 
 
 def test_the_clock_is_rank_0s(stops, monkeypatch, tmp_path):
     now = [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
-    late = Stops(tmp_path, after=5)
+    late = StopRequests(tmp_path, after=5)
     now[0] += 4.9
-    assert not late.asked()
+    assert not late.requested()
     now[0] += 0.2
-    assert late.asked() and "--stop-after 5 s" in str(late.reason(""))
+    assert late.requested() and "--stop-after 5 s" in str(late.error(""))
     monkeypatch.setattr(dist, "rank", lambda: 1)
-    assert not late.asked()
+    assert not late.requested()
 
 
 def test_a_second_ctrl_c_ends_it_at_once_but_not_the_same_one_passed_on(tmp_path):
@@ -90,7 +90,7 @@ from pathlib import Path
 from xar_scale import stopping
 now = [100.0]
 stopping.time.monotonic = lambda: now[0]
-stops = stopping.Stops(Path("."))
+stops = stopping.StopRequests(Path("."))
 with stops.listening():
     os.kill(os.getpid(), signal.SIGINT)
     now[0] += stopping.AGAIN_S

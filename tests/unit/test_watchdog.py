@@ -17,19 +17,19 @@ from tests.conftest import digits_config
 from tests.processes import environment
 from xar_scale import dist, stragglers, watchdog
 from xar_scale.stragglers import ForwardTime, Stragglers
-from xar_scale.watchdog import Seen, Watchdog, verdict
+from xar_scale.watchdog import RankState, Watchdog, diagnose
 
 SETTINGS = digits_config("train.engine=single", "train.hang_after=4", "train.hang_seconds=0.5").train
 
 
-def seen(rank: int, begun: dict[str, int], where: str = "wait (x.py:1)") -> Seen:
+def seen(rank: int, begun: dict[str, int], where: str = "wait (x.py:1)") -> RankState:
     last = {group: f"all_reduce number {count} of group {group}" for group, count in begun.items()}
-    return Seen(rank, f"host{rank}", 100 + rank, 7, where, begun, last)
+    return RankState(rank, f"host{rank}", 100 + rank, 7, where, begun, last)
 
 
 def test_who_has_begun_fewer_collectives_is_whom_the_others_wait_for():
     ranks = {0: seen(0, {"all": 9}), 1: seen(1, {"all": 8}, "sleep (loader.py:3)"), 2: seen(2, {"all": 9})}
-    assert list(verdict(ranks, 3)) == [
+    assert list(diagnose(ranks, 3)) == [
         "rank 1 (host1, process 101) has not begun all_reduce number 9 of group all, in which others wait: it is in "
         "sleep (loader.py:3)",
         "rank 0 (host0, process 100) is in wait (x.py:1); its last collective: all_reduce number 9 of group all",
@@ -39,16 +39,16 @@ def test_who_has_begun_fewer_collectives_is_whom_the_others_wait_for():
 
 def test_groups_of_which_a_rank_is_no_part_do_not_count():
     ranks = {0: seen(0, {"all": 9, "left": 5}), 1: seen(1, {"all": 9, "left": 4}), 2: seen(2, {"all": 9, "right": 2})}
-    lines = list(verdict(ranks, 3))
+    lines = list(diagnose(ranks, 3))
     assert lines[0].startswith("rank 1 (host1, process 101) has not begun all_reduce number 5 of group left")
     assert len([line for line in lines if "has not begun" in line]) == 1
 
 
 def test_a_rank_that_does_not_answer_is_named_and_so_is_a_hang_of_all():
-    assert next(verdict({0: seen(0, {"all": 9})}, 2)) == "rank 1 does not answer: its process is stopped or its node gone"
-    assert next(verdict({3: seen(3, {"all": 9})}, 6)).startswith("rank 0 does not answer: ")  # through whom the others would
+    assert next(diagnose({0: seen(0, {"all": 9})}, 2)) == "rank 1 does not answer: its process is stopped or its node gone"
+    assert next(diagnose({3: seen(3, {"all": 9})}, 6)).startswith("rank 0 does not answer: ")  # through whom the others would
     both = {rank: seen(rank, {"all": 9}) for rank in range(2)}
-    assert next(verdict(both, 2)) == "all ranks have begun the same collectives: the network, or a device, does not get on"
+    assert next(diagnose(both, 2)) == "all ranks have begun the same collectives: the network, or a device, does not get on"
 
 
 def test_the_limit_is_many_medians_and_there_is_none_before_there_is_a_median(tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_the_limit_is_many_medians_and_there_is_none_before_there_is_a_median(tm
         dog.begin(step)
         assert dog.limit is None
         now[0] += seconds
-    dog.rest()
+    dog.pause()
     now[0] += 1000  # a disk
     dog.begin(5)
     assert dog.limit is None  # the last of them was not a step alone
@@ -76,7 +76,7 @@ def test_a_process_that_was_stopped_itself_is_not_taken_for_one_that_hangs(tmp_p
     dog.seconds.extend([0.1] * 10)  # the limit is half a second
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(dog, "_end", lambda current: ended.append(now[0]))
-    monkeypatch.setattr(watchdog, "LOOK_S", 0.1)
+    monkeypatch.setattr(watchdog, "POLL_S", 0.1)
     pauses = iter([0.1, 500.0, 0.2, 0.2, 0.2])  # the second is a sleep of the whole process
     dog._current = (3, 0.05)
 
@@ -97,12 +97,12 @@ from dataclasses import replace
 from pathlib import Path
 from tests.unit.test_watchdog import SETTINGS
 from xar_scale import watchdog
-watchdog.LOOK_S = 0.05
+watchdog.POLL_S = 0.05
 with watchdog.Watchdog(Path("."), replace(SETTINGS, hang_seconds=2.0)) as dog:
     for step in range(8):
         dog.begin(step)
         time.sleep(0.02)
-    dog.rest()
+    dog.pause()
     time.sleep(2.5)
     print("rested", flush=True)
     dog.begin(8)
@@ -194,11 +194,11 @@ def test_the_rank_that_tells_leaves_first(tmp_path, monkeypatch, capsys, rank):
             if isinstance(timer, threading.Timer):
                 timer.cancel()  # its last resort
     assert codes == [69] and ("hang: step 7" in capsys.readouterr().err) is (rank == 0)
-    assert slept == [watchdog.LOOK_S * (1 + rank)]
+    assert slept == [watchdog.POLL_S * (1 + rank)]
 
 
 def test_the_heartbeat_is_rank_0s(tmp_path, monkeypatch):
-    monkeypatch.setattr(watchdog, "LOOK_S", 0.01)
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
     monkeypatch.setenv("RANK", "1")
     with Watchdog(tmp_path, SETTINGS) as dog:
         dog.begin(3)
@@ -240,12 +240,12 @@ def test_an_alarm_of_before_a_restart_is_none_after_it(monkeypatch):
 
 
 def test_an_alarm_of_another_rank_ends_one_that_rests_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(watchdog, "LOOK_S", 0.01)
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
     dog, ended = Watchdog(tmp_path, SETTINGS), []
     dog._store = CountingStore()
     monkeypatch.setattr(dog, "_end", lambda current: ended.append(current) or dog._ended.set())
     with dog:
-        dog.rest()  # while it saves, say
+        dog.pause()  # while it saves, say
         time.sleep(0.1)
         assert ended == []
         dog._store.set("alarm", "1")
@@ -277,7 +277,7 @@ def test_the_time_of_layers_is_theirs_alone(monkeypatch):
 @pytest.mark.parametrize("often", [2, 3])
 def test_a_rank_is_named_once_when_it_is_slow_several_times_in_a_row(monkeypatch, capsys, often):
     times = [1.0, 1.1, 1.0, 2.0]
-    monkeypatch.setattr(stragglers, "OFTEN", often)
+    monkeypatch.setattr(stragglers, "CONSECUTIVE", often)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [(value, 0.5, f"host{rank}") for rank, value in enumerate(times)])
     compared = Stragglers()
     for _ in range(often + 2):
@@ -297,11 +297,11 @@ def test_a_rank_that_waits_for_data_while_others_wait_for_it_is_named(monkeypatc
     waits = [0.0, 0.01, 0.35]  # of a second, which the step takes
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [(1.0, wait, f"host{rank}") for rank, wait in enumerate(waits)])
     compared = Stragglers()
-    for _ in range(stragglers.OFTEN + 2):
+    for _ in range(stragglers.CONSECUTIVE + 2):
         compared.compare(1.0, 0.0, 1.0)
     assert capsys.readouterr().out == "rank 2 (host2) is slow: it waits 0.35 s a step for data, the median rank 0.01 s\n"
     waits[:] = [0.9, 0.9, 0.9]  # all wait for the same storage: the metrics show it
-    for _ in range(stragglers.OFTEN):
+    for _ in range(stragglers.CONSECUTIVE):
         compared.compare(1.0, 0.0, 1.0)
     assert capsys.readouterr().out == ""
 
@@ -309,7 +309,7 @@ def test_a_rank_that_waits_for_data_while_others_wait_for_it_is_named(monkeypatc
 def test_a_report_that_cannot_be_written_keeps_nobody_alive(tmp_path):
     (tmp_path / watchdog.FOLDER).mkdir()
     os.mkfifo(tmp_path / watchdog.FOLDER / "step-00000008-rank-0.txt")  # as a disk that hangs: to open it waits for a reader
-    quick = PROGRAM.replace("watchdog.LOOK_S = 0.05", "watchdog.LOOK_S, watchdog.REPLY_S = 0.05, 0.3").replace(
+    quick = PROGRAM.replace("watchdog.POLL_S = 0.05", "watchdog.POLL_S, watchdog.REPLY_S = 0.05, 0.3").replace(
         "sleep(2.5)", "sleep(0)"
     )
     command = [sys.executable, "-c", quick]
