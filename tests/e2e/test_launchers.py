@@ -112,5 +112,5 @@ def test_two_nodes_go_on_after_a_rank_of_one_is_killed(folder, launcher):
         os.kill(victim, signal.SIGKILL)
         codes = [first.code(), second.code()]
         assert codes == [0, 0], first.said + second.said
-    assert "start again, number 1" in first.said and "start again, number 1" in second.said
+    assert "restart 1 since" in first.said and "restart 1 since" in second.said
     assert losses(first.run) == undisturbed(folder, engine)

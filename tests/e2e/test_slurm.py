@@ -120,7 +120,7 @@ def test_a_job_that_is_warned_requeued_killed_and_given_fewer_nodes_is_the_undis
     code = job.ended(3)
     assert "rank 0 has lost another rank" in job.said and "Traceback" not in job.said
     assert code in (71, 137) and time.monotonic() - begun < 45
-    job.until(lambda: f"exit code {code}; start again, number 1 since checkpoint step-{step:08d} (RESTARTS=3)" in job.said)
+    job.until(lambda: f"exit code {code}; restart 1 since checkpoint step-{step:08d} (RESTARTS=3)" in job.said)
     here.until(lambda: here.state(job.number)["JobState"] == "PENDING")
 
     # somebody has only one node
@@ -159,7 +159,7 @@ def test_a_job_that_gets_no_further_is_given_up(here, folder):
         assert job.ended(start) in (71, 137)
         if start == 1:
             here.now(job.number)
-    job.until(lambda: "not started again: 1 restarts since checkpoint none" in job.said)
+    job.until(lambda: "not restarted: 1 restarts since checkpoint none" in job.said)
     here.until(lambda: here.state(job.number)["JobState"] == "FAILED")
     assert job.restarts() == 1 and not (job.run / "restarts").exists()
 
@@ -182,7 +182,7 @@ def test_a_job_that_others_preempt_writes_first_and_goes_on_after_them(here, fol
     job.steps(5)
     urgent = here.submit(folder, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     assert job.ended(1) == 76
-    job.until(lambda: "(SIGTERM to rank" in job.said and "exit code 75; start again" in job.said)
+    job.until(lambda: "(SIGTERM to rank" in job.said and "exit code 75; restart" in job.said)
     here.until(lambda: here.state(urgent)["JobState"] == "COMPLETED")
     here.now(job.number)
     job.steps(5)

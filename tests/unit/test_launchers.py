@@ -87,8 +87,8 @@ def test_a_newer_checkpoint_begins_the_count_anew(tmp_path):
     script = f"RESTARTS=1; for n in 1 2 3 3 3; do {point}; start_again {tmp_path} 1; done"
     done = bash(script)
     said = done.stdout.splitlines()
-    assert [line.split(";")[1].split()[0] for line in said] == ["start", "start", "start", "not"]
-    assert said[-1] == "exit code 1; not started again: 1 restarts since checkpoint step-3" and done.returncode == 1
+    assert [line.split(";")[1].split()[0] for line in said] == ["restart", "restart", "restart", "not"]
+    assert said[-1] == "exit code 1; not restarted: 1 restarts since checkpoint step-3" and done.returncode == 1
 
 
 @pytest.mark.parametrize("place", ["/nowhere/note", "{}/made/it's"])
@@ -122,7 +122,7 @@ def test_asked_to_end_while_it_waits_to_start_again_it_ends(tmp_path):
         f"source launchers/common.sh; RUN={tmp_path} RESTARTS=3 PAUSE=600; launch bash -c 'echo >>{tmp_path}/starts; exit 3'"
     )
     shell = subprocess.Popen(["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert "start again, number 1" in shell.stdout.readline()
+    assert "restart 1 since" in shell.stdout.readline()
     shell.send_signal(signal.SIGTERM)
     assert shell.wait(timeout=100) == 3 and (tmp_path / "starts").read_text() == "\n"  # not once more
     shell.stdout.close()
@@ -221,11 +221,11 @@ def test_a_job_whose_restarts_cannot_be_counted_is_not_queued_again_for_ever(tmp
         assert Batch(tmp_path, 71).requeued and (tmp_path / "run" / "restarts").read_text() == f"none {restarts}\n"
         (tmp_path / "calls").unlink()
     batch = Batch(tmp_path, 71)
-    assert not batch.requeued and "not started again: 3 restarts since checkpoint none" in batch.done.stdout
+    assert not batch.requeued and "not restarted: 3 restarts since checkpoint none" in batch.done.stdout
     batch.run.rmdir()
     batch.run.touch()  # no folder can be made, as on a disk that is full
     batch = Batch(tmp_path, 71)
-    assert not batch.requeued and f"not started again: {batch.run}/restarts cannot be written" in batch.done.stdout
+    assert not batch.requeued and f"not restarted: {batch.run}/restarts cannot be written" in batch.done.stdout
 
 
 def test_jobs_of_no_run_count_their_restarts_apart(tmp_path):
@@ -242,7 +242,7 @@ def test_jobs_of_no_run_count_their_restarts_apart(tmp_path):
 def test_a_job_that_is_submitted_from_elsewhere_says_so(tmp_path):
     batch = Batch(tmp_path, 0, SLURM_SUBMIT_DIR=str(tmp_path))
     assert batch.done.returncode == 64 and batch.calls == []
-    assert batch.done.stdout == f"{tmp_path} is no checkout: sbatch is called from one\n"
+    assert batch.done.stdout == f"{tmp_path} is not a checkout: run sbatch from one\n"
 
 
 @pytest.mark.parametrize(
@@ -252,10 +252,10 @@ def test_a_job_that_is_submitted_from_elsewhere_says_so(tmp_path):
         (
             "deepspeed.sh",
             {"HOSTFILE": "launchers/hostfile.example", "NODE_RANK": "0"},
-            "MASTER_ADDR is not set: with NODE_RANK, the address of the first machine",
+            "MASTER_ADDR is not set: NODE_RANK needs the address of the first machine",
         ),
-        ("torchrun.sh", {"NODES": "2"}, "MASTER_ADDR is not set: with NODES, the address of one that all reach"),
-        ("slurm.sbatch", {}, "SLURM_SUBMIT_DIR is not set: this is run by sbatch"),
+        ("torchrun.sh", {"NODES": "2"}, "MASTER_ADDR is not set: NODES above 1 needs the address of a node that all can reach"),
+        ("slurm.sbatch", {}, "SLURM_SUBMIT_DIR is not set: submit this script with sbatch"),
     ],
 )
 def test_machines_that_are_not_described_are_refused(launcher, given, said):
@@ -272,7 +272,7 @@ def test_what_is_no_number_is_refused_before_anything_starts(launcher, given):
     command = ["env", given, f"launchers/{launcher}.sh", "train"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (64, "")
-    assert done.stderr == f"xar-scale: {given} is no whole number from {least} on\n"
+    assert done.stderr == f"xar-scale: {given}: must be a whole number of at least {least}\n"
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -280,7 +280,7 @@ def test_more_processes_than_gpus_are_refused(launcher):
     given = {"CUDA_VISIBLE_DEVICES": "0,1", "PROCESSES": "3"}
     kept = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"} | given
     done = subprocess.run([f"launchers/{launcher}.sh"], env=kept, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (64, "xar-scale: PROCESSES=3, but there are GPUs 0,1\n")
+    assert (done.returncode, done.stderr) == (64, "xar-scale: PROCESSES=3, but the GPUs are only 0,1\n")
 
 
 def test_processes_on_a_cpu_are_as_many_as_wanted():
@@ -299,7 +299,7 @@ def test_an_environment_that_is_not_activated_is_said(launcher, tmp_path):
         (tmp_path / name).symlink_to(f"/usr/bin/{name}")
     kept = environment() | {"PATH": str(tmp_path)}
     done = subprocess.run([f"launchers/{launcher}.sh"], env=kept, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 64 and done.stderr.startswith("xar-scale: there is no python here")
+    assert done.returncode == 64 and done.stderr.startswith("xar-scale: python not found")
 
 
 def test_what_the_launchers_set_for_torch_is_known_to_it():
