@@ -41,17 +41,17 @@ from xar_scale.watchdog import Watchdog
 def train(config: Config, run: Path, resume: str = "auto", stops: StopRequests | None = None) -> None:
     """Train to ``train.steps``, keeping checkpoints, metrics and the config in ``run``.
 
-    ``resume``: "auto" goes on from the newest valid checkpoint of ``run`` if there is one; "none" demands that there is
-    none; else the path of a checkpoint to start from. Every rank calls this. Raises PreemptedError or StoppedError, after a
-    last checkpoint, where ``stops`` of any rank asks for it.
+    ``resume``: "auto" resumes from the newest valid checkpoint of ``run`` if there is one; "none" requires that there is
+    none; otherwise the path of a checkpoint to start from. Every rank calls this. Raises PreemptedError or StoppedError,
+    after a last checkpoint, if any rank has a stop request in ``stops``.
     """
     stops = stops or StopRequests(run)
     device = dist.local_device()
-    micro_batches(config.train, dist.world())  # refused before anything is joined, built or written
+    micro_batches(config.train, dist.world())  # refuse a bad batch before joining, building or writing anything
     if config.train.engine != "single":
         dist.init(device)
     with RunLock(run, stops) as lock:
-        dist.on_all_ranks(lambda: lock.take() if run.is_dir() else None)  # what it holds stays as it is looked at
+        dist.on_all_ranks(lambda: lock.take() if run.is_dir() else None)  # its contents must not change from here on
         _train(config, run, resume, stops, device, lock)
 
 
@@ -79,15 +79,15 @@ def _train(config: Config, run: Path, resume: str, stops: StopRequests, device: 
         count = load(checkpoint, engine, ema)
         guard = checkpoint.manifest.guard
         if not config.guard.enabled or checkpoint.manifest.config["train"]["precision"] != config.train.precision:
-            guard = replace(guard, lowered=False, held_until=None)  # of a precision that is no longer the run's
+            guard = replace(guard, lowered=False, held_until=None)  # the run's precision has changed since
         dataset.quarantine(dataset.places_of(checkpoint.manifest.quarantined))
         where = f"at step {start}, epoch {checkpoint.manifest.position.epoch}"
         if config.train.init_from:
-            dist.say(f"{config.train.init_from} is not begun with: the run is under way")
+            dist.say(f"train.init_from {config.train.init_from} is ignored: the run resumes from a checkpoint")
         dist.say(f"resumed from {checkpoint.path} {where}; rank 0 read {count:,} of {checkpoint.manifest.bytes:,} bytes")
     store = dist.on_all_ranks(lambda: Store(run, engine, ema, config.train, mirror))
     previews = Previews(config, run, engine, ema, dataset.shards.info)
-    # only now is the run's folder touched: nothing is left to refuse
+    # the run folder is first written to here: everything that can be refused has been checked
     metrics = dist.on_all_ranks(lambda: open_run(config, run, store, start, lock) if dist.rank() == 0 else None)
     dist.say(
         f"{run}: {sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
@@ -103,14 +103,14 @@ def _train(config: Config, run: Path, resume: str, stops: StopRequests, device: 
 
 
 class Probes(NamedTuple):
-    """At one attempt at a step."""
+    """Measurements of one attempt at a step."""
 
     computed: ForwardTime | PassTime
     activations: Activations | None = None
 
 
 class Training:
-    """A run under way. ``metrics``: on rank 0 only."""
+    """A run in progress. ``metrics``: on rank 0 only."""
 
     def __init__(
         self,
@@ -129,11 +129,11 @@ class Training:
         self.config, self.engine, self.ema, self.dataset, self.bad = config, engine, ema, dataset, bad
         self.recovery, self.store, self.stops, self.metrics = recovery, store, stops, metrics
         self.watchdog, self.previews, self.stragglers = watchdog, previews, Stragglers()
-        self.ending: XarScaleError | None = None  # before the last step
+        self.ending: XarScaleError | None = None  # why the run stops before its last step
         self.feed = Feed(dataset, config.train, engine.device)
 
     def run(self, start: int) -> None:
-        """Steps ``start`` to ``train.steps``. Raises PreemptedError or StoppedError where it ends before."""
+        """Train from step ``start`` to ``train.steps``. Raises PreemptedError or StoppedError if the run stops earlier."""
         self._seek(start)
         self.recovery.begin(start)
         step = start
@@ -147,7 +147,7 @@ class Training:
             raise self.ending
 
     def _advance(self, step: int) -> int:
-        """Take step ``step``, or find out why not. Returns the one that comes next."""
+        """Attempt step ``step`` and act on the verdict. Return the step to run next."""
         done = step + 1
         last = done == self.config.train.steps
         logged = last or done % self.config.train.log_every == 0
@@ -159,12 +159,12 @@ class Training:
         if verdict.faults:
             try:
                 _account_for(news, self.bad)
-            except (DataError, FileError):  # on every rank alike: what is being written is not lost
+            except (DataError, FileError):  # raised on every rank: finish the checkpoint being written first
                 self.watchdog.pause()
                 self.store.newest_on_disk()
                 raise
         if verdict.bad:
-            self.watchdog.pause()  # further attempts, and a report
+            self.watchdog.pause()  # retries and a report take longer than a step
         action, resolved = self.recovery.resolve(step, batches, verdict)
         if action is Action.QUARANTINE:
             self.dataset.quarantine(self.recovery.suspects)
@@ -194,25 +194,25 @@ class Training:
 
     def _preview(self, done: int) -> None:
         self.watchdog.pause()
-        self.store.newest_on_disk()  # whatever becomes of the pictures
+        self.store.newest_on_disk()  # before drawing, which may fail
         begun = time.perf_counter()
         preview = self.previews.take(done, done - self.recovery.state.skipped)
         if self.metrics is not None:
             self.metrics.show(done, preview.pictures, preview.numbers)
         seconds = time.perf_counter() - begun
         numbers = "".join(f", {name} {value:.4g}" for name, value in preview.numbers.items())
-        dist.say(f"step {done}: pictures of the averages{numbers} ({seconds:.0f} s)")
-        self.since += seconds  # no step's time
+        dist.say(f"step {done}: preview images of the EMA weights{numbers} ({seconds:.0f} s)")
+        self.since += seconds  # do not count it as step time
 
     def _due(self, done: int, *, stop: bool) -> list[tuple[str, ...]]:
-        """The kinds of vectors of each folder that is written after ``done`` steps. A snapshot comes before a checkpoint, so
-        that no run goes on from one and lacks the snapshot of the same step. Where it takes the place of a checkpoint that
-        could not be written, there is one with it."""
+        """Return the kinds of vectors of each folder to write after ``done`` steps. An EMA snapshot comes before a checkpoint,
+        so that no run resumes from a checkpoint without the snapshot of that step. If it displaces a checkpoint that could not
+        be written, a checkpoint is written with it."""
         checkpoints, snapshots = self.config.train.checkpoint_every, self.config.optim.ema_snapshots_every
         last = done == self.config.train.steps
         snapshot, checkpoint = (every is not None and (last or done % every == 0) for every in (snapshots, checkpoints))
         if snapshot or checkpoint or stop:
-            self.watchdog.pause()  # a disk takes the time it takes
+            self.watchdog.pause()  # no time limit on disk writes
         checkpoint |= stop or (snapshot and self.store.lacks_checkpoint())
         return [kinds for due, kinds in ((snapshot, tuple(POWER_KINDS)), (checkpoint, state_kinds(self.ema))) if due]
 
@@ -254,7 +254,7 @@ class Training:
 
     @contextmanager
     def _probes(self, logged: bool) -> Iterator[Probes | None]:
-        """What is looked at in an attempt at a step that will be logged; of a record only how long it takes."""
+        """Yield probes for a step that will be logged, else None. A CUDA graph replay is only timed: hooks do not run in it."""
         model, device = self.engine.model, self.engine.device
         if not logged:
             yield None
@@ -267,7 +267,7 @@ class Training:
                 yield Probes(forward, activations)
 
     def _log(self, done: int, verdict: Verdict, rate: float, probes: Probes | None) -> None:
-        """``probes``: at the attempt that was taken, where that was the first."""
+        """``probes``: None unless the step was taken at the first attempt."""
         settings, steps, state = self.config.train, done - self.logged, self.recovery.state
         seconds, waited = (time.perf_counter() - self.since) / steps, self.feed.waited / steps
         values = {
@@ -295,7 +295,7 @@ class Training:
 
 
 def _account_for(news: list[Fault], bad: BadSamples) -> None:
-    """Put this rank's new faults together with all others', and say them. Raises, on every rank alike, what ends the run."""
+    """Merge the new faults of all ranks and print them. Raises, on every rank alike, the error that ends the run, if any."""
     everywhere = [fault for of_rank in dist.gather_objects(news) for fault in of_rank]
     for what, count in Counter(str(fault.error) for fault in bad.add(everywhere)).items():
-        dist.say(f"bad samples skipped, {count}: {what} ({len(bad.known)} so far, of data.max_bad_samples {bad.allowed})")
+        dist.say(f"skipped {count} bad samples: {what} ({len(bad.known)} so far, data.max_bad_samples {bad.allowed})")

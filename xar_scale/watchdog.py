@@ -1,7 +1,8 @@
-"""Ends a job that hangs, and says whom it hung on: a step that takes many times its median, on any rank.
+"""Ends a job that hangs and names the rank that the others wait for. A hang is a step that takes many times the median.
 
-A thread of each rank looks on. What the ranks see they exchange through a store of their own, not through collectives, which
-are what hangs: stacks, and how many collectives of each group a rank has begun. Who has begun fewer is whom others wait for.
+A thread on each rank watches the step. Ranks exchange their states (where they are, and how many collectives of each group they
+have entered) through a TCPStore connection of their own, because collectives are what hangs. The others wait for the rank that
+has entered fewer collectives.
 """
 
 import contextlib
@@ -31,40 +32,40 @@ from xar_scale.files import write_atomically
 
 FOLDER, HEARTBEAT_FILE = "hangs", "heartbeat.json"
 POLL_S = 1.0
-REPLY_S = 10.0  # in which a rank that still runs answers an alarm
-ASLEEP_S = 5.0  # more than that between two looks is no work of others
-STEPS, KEPT = 5, 100  # that a median is made of: at least, and of the last
+REPLY_S = 10.0  # within which a running rank answers an alarm
+ASLEEP_S = 5.0  # a delay between two polls beyond this means that the whole process was suspended
+STEPS, KEPT = 5, 100  # step times behind a median: the minimum, and the most recent ones kept
 PACKAGE = str(Path(__file__).parent)
 
 
 @dataclass
 class RankState:
-    """What one rank is at."""
+    """What one rank is doing. The fields are the keys of the JSON in ``RUN/hangs``."""
 
     rank: int
     host: str
     pid: int
     step: int | None
-    where: str  # the innermost call, and the innermost of ours
-    groups: dict[str, int] = field(default_factory=dict)  # collectives begun, by process group
-    last: dict[str, str] = field(default_factory=dict)  # the last of each, in words
+    where: str  # the innermost call, and the innermost one in this package
+    groups: dict[str, int] = field(default_factory=dict)  # number of the last collective entered, by process group
+    last: dict[str, str] = field(default_factory=dict)  # that collective, described
 
 
 class Watchdog:
-    """A context manager. Steps are from ``begin`` to the next one or ``rest``.
+    """A context manager. A step lasts from ``begin`` to the next ``begin`` or to ``pause``.
 
-    A step that takes ``train.hang_after`` medians, and ``train.hang_seconds`` at the least, ends the process with HangError's
-    code. Rank 0 keeps ``RUN/heartbeat.json``: the step that is under way and when it was begun.
+    A step that takes more than ``train.hang_after`` medians and more than ``train.hang_seconds`` ends the process with
+    HangError's exit code. Rank 0 maintains ``RUN/heartbeat.json``: the current step and when it started.
     """
 
     def __init__(self, run: Path, settings: TrainConfig) -> None:
         self.run, self.settings = run, settings
         self.seconds = deque[float](maxlen=KEPT)
-        self._current: tuple[int, float] | None = None  # a step, and when it was begun
-        self._slept = 0.0  # seconds since then in which the whole process was stopped
+        self._current: tuple[int, float] | None = None  # a step and its start time
+        self._slept = 0.0  # seconds since then during which the whole process was suspended
         self._store = _store()
         self._alarmed, self._ended = threading.Event(), threading.Event()
-        # apart, because each may be kept waiting: by the step itself, by rank 0's process, by a disk
+        # separate threads, because each may block: on the step itself, on rank 0's process, on a disk
         threads = {"watchdog": self._watch, "alarm": self._listen, "heartbeat": self._write_heartbeats}
         self._threads = [threading.Thread(target=work, name=name, daemon=True) for name, work in threads.items()]
 
@@ -79,19 +80,19 @@ class Watchdog:
             thread.join(REPLY_S)
 
     def begin(self, step: int) -> None:
-        """Step ``step`` begins, and the one before it has ended."""
+        """Step ``step`` starts; the previous one has ended."""
         now = time.monotonic()
         if self._current is not None:
             self.seconds.append(max(now - self._current[1] - self._slept, 0.0))
         self._current, self._slept = (step, now), 0.0
 
     def pause(self) -> None:
-        """What comes now takes the time it takes: a disk, another state."""
+        """Stop timing until the next ``begin``: disk access and rollbacks have no time limit."""
         self._current = None
 
     @property
     def limit(self) -> float | None:
-        """Seconds; none before there is a median."""
+        """The time limit of a step in seconds; None before there is a median."""
         if len(self.seconds) < STEPS:
             return None
         return max(self.settings.hang_seconds, self.settings.hang_after * statistics.median(self.seconds))
@@ -101,15 +102,15 @@ class Watchdog:
         while not self._ended.wait(POLL_S):
             asleep, looked = time.monotonic() - looked - POLL_S, time.monotonic()
             current, limit = self._current, self.limit
-            if asleep > ASLEEP_S:  # the whole process was stopped: others tell, if they had to wait
+            if asleep > ASLEEP_S:  # the whole process was suspended: ranks that waited for it raise the alarm
                 self._slept += asleep
             overdue = current is not None and limit is not None and time.monotonic() - current[1] - self._slept > limit
             if (overdue or self._alarmed.is_set()) and not self._ended.is_set():
                 self._end(current)
 
     def _listen(self) -> None:
-        """For an alarm of another rank. A store that does not answer has gone with rank 0's process, which collectives tell."""
-        with contextlib.suppress(Exception):  # of several kinds, by version
+        """Wait for an alarm from another rank. If the store fails, rank 0's process is gone, and collectives report that."""
+        with contextlib.suppress(Exception):  # the type depends on the torch version
             while self._store is not None and not self._ended.wait(POLL_S):
                 if self._store.check(["alarm"]):
                     self._alarmed.set()
@@ -126,7 +127,7 @@ class Watchdog:
                 written = current
 
     def _end(self, current: tuple[int, float] | None) -> None:
-        last_resort = threading.Timer(3 * REPLY_S, os._exit, [HangError.exit_code])  # should a disk hang as well
+        last_resort = threading.Timer(3 * REPLY_S, os._exit, [HangError.exit_code])  # in case a disk hangs as well
         last_resort.daemon = True
         last_resort.start()
         mine = local_state(current and current[0])
@@ -138,7 +139,7 @@ class Watchdog:
         reports = mine.rank == min(seen)
         if reports:
             took = (
-                f"step {mine.step} takes {time.monotonic() - current[1]:.0f} s"
+                f"step {mine.step} has taken {time.monotonic() - current[1]:.0f} s"
                 if current
                 else "another rank's step takes too long"
             )
@@ -151,15 +152,16 @@ class Watchdog:
                 file.write(json.dumps(vars(mine), indent=1) + "\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-        if self._store is not None:  # which may be in this process, and others ask; and launchers end all when the first leaves
+        # the store may live in this process while others still read it, and launchers end all ranks when the first one exits
+        if self._store is not None:
             time.sleep(POLL_S if reports else 2 * POLL_S)
         dist.leave(HangError.exit_code)
 
     def _exchange(self, mine: RankState, seen: dict[int, RankState]) -> None:
-        """Put into ``seen`` what the ranks see that answer in time: all into that of the lowest; into the others'
-        whose that is. If each read all, a thousand ranks would take minutes."""
+        """Add to ``seen`` the states of ranks that answer in time: on the lowest such rank all of them, on the others only the
+        lowest one's. If every rank read all states, a thousand ranks would take minutes."""
         store, until = self._store, time.monotonic() + REPLY_S
-        with contextlib.suppress(Exception):  # a store that is gone
+        with contextlib.suppress(Exception):  # the store is unreachable
             if store is None:
                 return
             store.set(f"rank{mine.rank}", json.dumps(vars(mine)))
@@ -175,7 +177,7 @@ class Watchdog:
 
 
 def local_state(step: int | None) -> RankState:
-    """This rank, as it is now."""
+    """Return the current state of this rank."""
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
     own = [call for call in stack if call.filename.startswith(PACKAGE)]
     where = _named(stack[-1]) + (f", called by {_named(own[-1])}" if own and own[-1] is not stack[-1] else "")
@@ -184,32 +186,32 @@ def local_state(step: int | None) -> RankState:
 
 
 def diagnose(seen: dict[int, RankState], world: int) -> Iterator[str]:
-    """Whom the others wait for, a line a rank."""
+    """Yield which ranks the others wait for, then where the others are: one line per rank."""
     silent = [rank for rank in range(world) if rank not in seen]
-    if len(seen) == 1 < world and 0 in silent:  # in rank 0's process ranks find each other
-        yield "rank 0 does not answer: its process is stopped or its node gone; what other ranks see cannot be told"
+    if len(seen) == 1 < world and 0 in silent:  # rank 0's process hosts the store
+        yield "rank 0 does not answer: its process is stopped or its node is down; the other ranks' states are unknown"
         silent = [0]
     else:
         for rank in silent:
-            yield f"rank {rank} does not answer: its process is stopped or its node gone"
+            yield f"rank {rank} does not answer: its process is stopped or its node is down"
     most = {group: max(of.groups.get(group, 0) for of in seen.values()) for of in seen.values() for group in of.groups}
     late = [of for of in seen.values() if any(count < most[group] for group, count in of.groups.items())]
     for of in late:
         group = next(group for group, count in of.groups.items() if count < most[group])
         waiting = next(other for other in seen.values() if other.groups.get(group) == most[group])
         yield (
-            f"rank {of.rank} ({of.host}, process {of.pid}) has not begun {waiting.last[group]}, in which others wait: "
+            f"rank {of.rank} ({of.host}, process {of.pid}) has not entered {waiting.last[group]}, where other ranks wait: "
             f"it is in {of.where}"
         )
     if not late and not silent:
-        yield "all ranks have begun the same collectives: the network, or a device, does not get on"
+        yield "all ranks have entered the same collectives: the network or a device is stuck"
     for of in seen.values():
         if of not in late:
             yield f"rank {of.rank} ({of.host}, process {of.pid}) is in {of.where}; its last collective: {_newest(of)}"
 
 
 def _newest(of: RankState) -> str:
-    """Of the group that it has last called: dictionaries keep that order."""
+    """Return the rank's last collective in any group: the dictionary is in call order."""
     return [*of.last.values()][-1] if of.last else "none"
 
 
@@ -218,14 +220,14 @@ def _named(call: traceback.FrameSummary) -> str:
 
 
 def _collectives() -> tuple[dict[str, int], dict[str, str]]:
-    """From PyTorch's flight recorder, as torch 2.11 to 2.15 have it: by process group the last collective's number, and it."""
+    """Read PyTorch's flight recorder (torch 2.11 to 2.15): by process group, the last collective's number and description."""
     if not torch_dist.is_initialized():
         return {}, {}
     recorders: Any = torch._C._distributed_c10d
     dump = recorders._dump_nccl_trace_json if torch_dist.get_backend() == "nccl" else recorders._dump_fr_trace_json
     numbers: dict[str, int] = {}
     last: dict[str, str] = {}
-    with contextlib.suppress(Exception):  # a report without it is better than none
+    with contextlib.suppress(Exception):  # a report without it is better than no report
         entries: list[dict[str, Any]] = json.loads(dump())["entries"]
         for entry in entries:
             if not entry["is_p2p"]:
@@ -237,10 +239,10 @@ def _collectives() -> tuple[dict[str, int], dict[str, str]]:
 
 
 def _store() -> Any:
-    """A connection of its own to where the ranks met: the process group's may be waiting in a call."""
+    """Open a separate connection to the rendezvous store: the process group's may be blocked in a call."""
     if not torch_dist.is_initialized() or dist.world() == 1:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     client = torch_dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's own restarts have one store
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's own restarts share one store
     return torch_dist.PrefixStore(f"watchdog{start}", client)

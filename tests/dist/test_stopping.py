@@ -59,7 +59,7 @@ def test_whatever_asks_one_rank_all_leave_and_go_on_bitwise(folder):
         one = after_steps(run, count, lambda ranks, number=number: os.kill(ranks[1].pid, number))
         assert assert_stopped(train(folder, "run", meanwhile=one), run, f"{name} to rank 1", code) >= count
     file = after_steps(run, step_of(checkpoint_paths(run)[-1]) + 8, lambda ranks: (run / "STOP").touch())
-    assert_stopped(train(folder, "run", meanwhile=file), run, f"{run}/STOP is there")
+    assert_stopped(train(folder, "run", meanwhile=file), run, f"{run}/STOP exists")
     assert not (run / "STOP").exists()
     assert train(folder, "run").codes == [0, 0]
     assert train(folder, "undisturbed").codes == [0, 0]
@@ -70,5 +70,5 @@ def test_whatever_asks_one_rank_all_leave_and_go_on_bitwise(folder):
 
 
 def test_a_time_that_is_over_before_the_first_step_still_leaves_a_checkpoint_that_goes_on(folder):
-    step = assert_stopped(train(folder, "late", "--stop-after", "1s"), folder / "late", "--stop-after 1 s are over")
+    step = assert_stopped(train(folder, "late", "--stop-after", "1s"), folder / "late", "--stop-after 1 s has passed")
     assert step == 1

@@ -181,7 +181,7 @@ def test_hangs_name_whom_the_others_waited_for(run):
     (run / "hangs" / "step-00000070-rank-2.txt").write_text("")
     (hang,) = trouble.hangs(run)
     assert hang.step == 70 and hang.lines[0] == "step-00000070-rank-2.txt cannot be read"
-    assert "rank 1 (node-1, process 7) has not begun all_reduce number 40, in which others wait" in hang.lines[1]
+    assert "rank 1 (node-1, process 7) has not entered all_reduce number 40, where other ranks wait" in hang.lines[1]
     assert "rank 1 (node-1" in text_of(build_page(run))
 
 

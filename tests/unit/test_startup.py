@@ -1,4 +1,4 @@
-"""What a run begins with is refused or said: another job in its folder, weights that are not as they were written."""
+"""What is refused or reported when a run starts: another job in its folder, weights that are not as they were written."""
 
 import fcntl
 import os
@@ -53,10 +53,10 @@ def holder(tmp_path):
 
 def test_two_jobs_do_not_train_in_one_folder(tmp_path, holder, monkeypatch, capsys):
     monkeypatch.setattr(startup.time, "sleep", lambda seconds: None)
-    refused = pytest.raises(FileError, match="another process still trains here; end it, or use another")
+    refused = pytest.raises(FileError, match="another process is still training here; stop it, or use another")
     with RunLock(tmp_path, StopRequests(tmp_path)) as lock, refused:
         lock.take()
-    assert capsys.readouterr().out == f"{tmp_path}: another process trains here; waiting for it to end\n"
+    assert capsys.readouterr().out == f"{tmp_path}: another process is training here; waiting for it to exit\n"
 
 
 def test_one_that_is_ending_is_waited_for_and_the_lock_is_let_go_of(tmp_path, holder, monkeypatch):
@@ -112,7 +112,7 @@ def test_what_another_job_began_and_wrote_meanwhile_is_not_set_aside(train, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(RunLock, "take", taken)
         assert main(train) == 74
-    assert "another job began it meanwhile, and wrote step-00000002; --resume auto goes on" in capsys.readouterr().err
+    assert "another job started this run and wrote step-00000002; --resume auto resumes" in capsys.readouterr().err
     assert main([*train, "train.steps=3"]) == 0
     assert "resumed from" in capsys.readouterr().out
 
@@ -210,7 +210,7 @@ def test_a_new_run_goes_on_from_the_newest_valid_checkpoint_of_another(train, tm
 def test_whoever_waits_for_the_lock_and_is_asked_to_stop_does(tmp_path, holder, number, kind):
     (tmp_path / "lock").write_text("process 7 on node3")
     stops = StopRequests(tmp_path)
-    refused = pytest.raises(kind, match="stopped while process 7 on node3 trains in .*: nothing is begun")
+    refused = pytest.raises(kind, match="stopped while waiting for process 7 on node3 to release .*: nothing was started")
     with stops.listening(), RunLock(tmp_path, stops) as lock, refused:
         os.kill(os.getpid(), number)
         lock.take()
@@ -223,7 +223,9 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with RunLock(tmp_path, StopRequests(tmp_path)) as lock:
         lock.take()
-    assert "cannot be locked, so that another job in it would go unnoticed: Operation not supported" in capsys.readouterr().out
+    assert (
+        "cannot be locked, so another job training in it would go unnoticed: Operation not supported" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("target", ["pth", "safetensors", "universal"])

@@ -1,4 +1,4 @@
-"""Signals, the clock and a file become wishes to stop; srun's variables become torch's."""
+"""Signals, the clock and a file become stop requests; srun's variables become torch's."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def stops(tmp_path):
         (signal.SIGHUP, StoppedError),  # its terminal has gone
     ],
 )
-def test_a_signal_is_a_wish(stops, number, kind):
+def test_a_signal_is_a_stop_request(stops, number, kind):
     assert not stops.requested()
     with stops.listening():
         os.kill(os.getpid(), number)
@@ -39,17 +39,19 @@ def test_a_signal_is_a_wish(stops, number, kind):
     error = stops.error("stopped after step 3 of 9")
     assert type(error) is kind and error.exit_code == (75 if kind is PreemptedError else 76)
     name = signal.Signals(number).name
-    assert str(error) == f"stopped after step 3 of 9 ({name} to rank 0): a checkpoint is written, the same command goes on"
+    assert (
+        str(error) == f"stopped after step 3 of 9 ({name} to rank 0): a checkpoint is written, the same command resumes from it"
+    )
 
 
-def test_under_nohup_a_terminal_that_goes_is_no_wish(stops):
+def test_under_nohup_a_terminal_that_closes_is_no_stop_request(stops):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with stops.listening():
         os.kill(os.getpid(), signal.SIGHUP)
     assert not stops.requested() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_a_wish_to_be_queued_again_counts_before_others(stops):
+def test_preemption_takes_precedence_over_other_stop_requests(stops):
     with stops.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -65,7 +67,7 @@ def test_the_file_is_seen_and_taken_away_and_looked_for_once_a_second(stops, mon
     assert not stops.requested()
     now[0] += 0.2
     assert stops.requested()
-    assert "STOP is there" in str(stops.error(""))
+    assert "STOP exists" in str(stops.error(""))
     stops.remove_file()
     assert not stops.file.exists()
     assert stops.requested()  # what was asked remains so
@@ -113,7 +115,7 @@ def test_durations(said, seconds):
 
 @pytest.mark.parametrize("said", ["", "5", "h", "5 m", "-5m", "5m3"])
 def test_what_is_no_duration(said):
-    with pytest.raises(UsageError, match="is no time such as"):
+    with pytest.raises(UsageError, match="is not a duration such as"):
         cli._seconds(said)
 
 

@@ -30,7 +30,7 @@ def seen(rank: int, begun: dict[str, int], where: str = "wait (x.py:1)") -> Rank
 def test_who_has_begun_fewer_collectives_is_whom_the_others_wait_for():
     ranks = {0: seen(0, {"all": 9}), 1: seen(1, {"all": 8}, "sleep (loader.py:3)"), 2: seen(2, {"all": 9})}
     assert list(diagnose(ranks, 3)) == [
-        "rank 1 (host1, process 101) has not begun all_reduce number 9 of group all, in which others wait: it is in "
+        "rank 1 (host1, process 101) has not entered all_reduce number 9 of group all, where other ranks wait: it is in "
         "sleep (loader.py:3)",
         "rank 0 (host0, process 100) is in wait (x.py:1); its last collective: all_reduce number 9 of group all",
         "rank 2 (host2, process 102) is in wait (x.py:1); its last collective: all_reduce number 9 of group all",
@@ -40,15 +40,15 @@ def test_who_has_begun_fewer_collectives_is_whom_the_others_wait_for():
 def test_groups_of_which_a_rank_is_no_part_do_not_count():
     ranks = {0: seen(0, {"all": 9, "left": 5}), 1: seen(1, {"all": 9, "left": 4}), 2: seen(2, {"all": 9, "right": 2})}
     lines = list(diagnose(ranks, 3))
-    assert lines[0].startswith("rank 1 (host1, process 101) has not begun all_reduce number 5 of group left")
-    assert len([line for line in lines if "has not begun" in line]) == 1
+    assert lines[0].startswith("rank 1 (host1, process 101) has not entered all_reduce number 5 of group left")
+    assert len([line for line in lines if "has not entered" in line]) == 1
 
 
 def test_a_rank_that_does_not_answer_is_named_and_so_is_a_hang_of_all():
-    assert next(diagnose({0: seen(0, {"all": 9})}, 2)) == "rank 1 does not answer: its process is stopped or its node gone"
+    assert next(diagnose({0: seen(0, {"all": 9})}, 2)) == "rank 1 does not answer: its process is stopped or its node is down"
     assert next(diagnose({3: seen(3, {"all": 9})}, 6)).startswith("rank 0 does not answer: ")  # through whom the others would
     both = {rank: seen(rank, {"all": 9}) for rank in range(2)}
-    assert next(diagnose(both, 2)) == "all ranks have begun the same collectives: the network, or a device, does not get on"
+    assert next(diagnose(both, 2)) == "all ranks have entered the same collectives: the network or a device is stuck"
 
 
 def test_the_limit_is_many_medians_and_there_is_none_before_there_is_a_median(tmp_path, monkeypatch):
@@ -124,7 +124,7 @@ def test_a_process_that_hangs_ends_with_69_and_its_stacks_and_one_that_rests_doe
     )
     assert (done.returncode, done.stdout) == (69, "rested\n"), done.stderr
     assert note.read_text() == "69"
-    assert re.match(r"xar-scale: hang: step 8 takes [2-9] s, the median step 0.\d s\n", done.stderr)
+    assert re.match(r"xar-scale: hang: step 8 has taken [2-9] s, the median step 0.\d s\n", done.stderr)
     assert "is in stuck (<string>:17)" in done.stderr
     report = (tmp_path / "hangs" / "step-00000008-rank-0.txt").read_text()
     assert "in stuck" in report and "Thread 0x" in report
@@ -282,7 +282,7 @@ def test_a_rank_is_named_once_when_it_is_slow_several_times_in_a_row(monkeypatch
     compared = Stragglers()
     for _ in range(often + 2):
         assert compared.compare(1.0, 0.5, 2.0) == times
-    assert capsys.readouterr().out == "rank 3 (host3) is slow: its layers compute 2.0 times as long as the median rank's\n"
+    assert capsys.readouterr().out == "rank 3 (host3) is slow: its layers take 2.0 times as long as the median rank's\n"
     times[3] = 1.2
     compared.compare(1.0, 0.5, 2.0)
     times[3] = 2.0
@@ -314,4 +314,4 @@ def test_a_report_that_cannot_be_written_keeps_nobody_alive(tmp_path):
     )
     command = [sys.executable, "-c", quick]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 69 and "hang: step 8 takes" in done.stderr
+    assert done.returncode == 69 and "hang: step 8 has taken" in done.stderr
