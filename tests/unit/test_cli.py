@@ -60,9 +60,9 @@ def assert_ends(capsys, arguments: list, code: int, *parts: str) -> None:
         (["sample", "nowhere", "--out", "x.png"], 64, "no checkpoint at nowhere"),
         (["evaluate", "nowhere.npz", "--reference", "digits", "--out", "x"], 64, "no images at nowhere.npz"),
         (["evaluate", "nowhere", "--reference", "digits", "--out", "x"], 64, "no checkpoint at nowhere"),
-        (["evaluate", "nowhere", "--reference", "digits"], 64, "nowhere is no run: give --out, a folder for the numbers"),
+        (["evaluate", "nowhere", "--reference", "digits"], 64, "nowhere is not a run: give --out, a folder for the metrics"),
         (["evaluate", "nowhere", "--out", "x"], 64, "arguments are required: --reference"),
-        (["evaluate", "x", "--reference", "digits", "--out", "x", "--images", "1"], 64, "--images is at least 2"),
+        (["evaluate", "x", "--reference", "digits", "--out", "x", "--images", "1"], 64, "--images must be at least 2"),
         (["sample", "--out", "x.png", "sample.steps=3", "nowhere", "--seeds", "1"], 64, "no checkpoint at nowhere"),
         (["evaluate", "train.steps=1", "--out", "x"], 64, "arguments are required: what"),
     ],
@@ -129,7 +129,7 @@ def test_a_run_is_evaluated_in_its_own_folder_and_an_npz_elsewhere(capsys, run, 
     words = ["--reference", "digits"]
     for more in ("sample.steps=2", "--images=30", "--seed=0"):
         wrong = ["evaluate", tmp_path / "x.npz", *words, "--out", tmp_path / "w", more]
-        assert_ends(capsys, wrong, 64, f"{more.partition('=')[0]}", "holds images, and none are drawn")
+        assert_ends(capsys, wrong, 64, f"{more.partition('=')[0]}", "holds images, so none are generated")
     np.savez(tmp_path / "y.npz", arr_0=every.transpose(0, 2, 3, 1))
     assert_ends(capsys, ["evaluate", tmp_path / "y.npz", *words, "--out", tmp_path / "of_npz"], 64, "is of another set")
     assert json.loads((tmp_path / "of_npz" / "digits" / "evaluation.json").read_text()) == again

@@ -115,8 +115,8 @@ def test_config_files_that_cannot_be_read_are_refused_by_name(tmp_path):
         ("- 1\n- 2", " holds a list"),
         ("text", " holds a str"),
         ("train: 5", ": train is 5, not a section of keys"),
-        ("train: {steps: 1}\nmodel: {}\ntrain: {}", " is not YAML: train is there twice in line 3"),
-        ("train:\n  steps: 1\n  steps: 2", " is not YAML: steps is there twice in line 3"),
+        ("train: {steps: 1}\nmodel: {}\ntrain: {}", " is not YAML: train appears twice in line 3"),
+        ("train:\n  steps: 1\n  steps: 2", " is not YAML: steps appears twice in line 3"),
     ],
 )
 def test_a_config_file_that_is_not_sections_of_keys_is_refused_by_name(tmp_path, text, says):
@@ -127,9 +127,9 @@ def test_a_config_file_that_is_not_sections_of_keys_is_refused_by_name(tmp_path,
 
 
 def test_unknown_keys_are_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown key modle; known there: model, data, optim, train, sample"):
+    with pytest.raises(ConfigError, match="unknown key modle; known keys: model, data, optim, train, sample"):
         Config.from_dict(merge(recipe("digits"), {"modle": {"width": 64}}))
-    with pytest.raises(ConfigError, match="unknown key optim.learning_rate; known there: lr, final_lr"):
+    with pytest.raises(ConfigError, match="unknown key optim.learning_rate; known keys: lr, final_lr"):
         digits_config("optim.learning_rate=1")
 
 

@@ -45,8 +45,8 @@ def test_deepspeed_takes_all_but_fp16(rows):
 
 
 def test_an_old_gpu_is_refused_what_it_lacks():
-    assert refusal("bf16", OLD) == "compute capability 7.5 has no bfloat16, 8.0 has: use fp16"
-    assert refusal("tf32", OLD) == "compute capability 7.5 has no TF32, 8.0 has: it would be plain float32"
+    assert refusal("bf16", OLD) == "compute capability 7.5 lacks bfloat16, which needs 8.0: use fp16"
+    assert refusal("tf32", OLD) == "compute capability 7.5 lacks TF32, which needs 8.0: it would run as plain float32"
     assert refusal("fp16", OLD) == refusal("fp32", OLD) == ""
     assert not any(refusal(mode, machine) for mode in MODES for machine in (NEW, HERE))
 
@@ -135,7 +135,7 @@ def test_the_command_prints_both_tables_and_ends_well(capsys):
     lines = printed.out.splitlines()
     first = lines.index(next(line for line in lines if line.startswith("mode "))) + 1
     assert [line.split()[0] for line in lines[first : first + 4]] == list(MODES)
-    assert lines[first + 4] == "" and lines[first + 5].startswith("around it")
+    assert lines[first + 4] == "" and lines[first + 5].startswith("environment")
     assert lines[0].split() == ["what", "found"] and any(line.startswith("deepspeed") for line in lines)
     assert printed.err == ""
     assert main(["doctor", "train.steps=1"]) == 64

@@ -1,4 +1,4 @@
-"""What the doctor finds around a run: settings that hurt, old or unlike software, disks, clocks; and two ranks' network."""
+"""What the doctor finds around a run: harmful settings, old or differing software, disks, clocks; and two ranks' network."""
 
 import re
 
@@ -36,7 +36,7 @@ def test_settings_that_hurt_are_named_with_what_to_do(name):
 )
 def test_an_interface_that_is_not_there_is_named_with_those_that_are(monkeypatch, name, value, good):
     monkeypatch.setattr(environment.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
-    said = "no such interface here, there are lo, eth0: name one of them"
+    said = "no such interface; this node has lo, eth0: name one of them"
     assert named(settings(HERE | {name: value}, 1, 8)).get(name) == (None if good else said)
 
 
@@ -47,7 +47,7 @@ def test_a_rank_whose_device_is_slow_or_another_is_named(monkeypatch):
     found = environment.arithmetic([])
     assert [finding.what for finding in found if finding.what.startswith("bf16")] == ["bf16 of rank 2 (b)"] * 2
     assert found[0].found == "400 TFLOP/s, the median rank 600" and "throttled" in found[0].advice
-    assert found[1].found == "is NOT bf16: error 3e-04" and "take the node out" in found[1].advice
+    assert found[1].found == "is NOT bf16: error 3e-04" and "exclude the node" in found[1].advice
     assert {finding.what for finding in found[2:]} == {"tf32 of rank 1 (a)", "tf32 of rank 2 (b)"}
     told[1:] = [told[0]]
     rows.pop("tf32")
@@ -58,7 +58,7 @@ def test_more_threads_than_cores_are_named():
     assert "OMP_NUM_THREADS" not in named(settings({"OMP_NUM_THREADS": "2"}, 4, 8))
     assert "OMP_NUM_THREADS" in named(settings({"OMP_NUM_THREADS": ""}, 4, 8))  # as if it were not set
     found = named(settings({"OMP_NUM_THREADS": "3"}, 4, 8))
-    assert found["OMP_NUM_THREADS"] == "4 ranks with 3 threads share 8 cores: 2 at the most"
+    assert found["OMP_NUM_THREADS"] == "4 ranks x 3 threads share 8 cores: set at most 2"
     assert "not set: 8" in [finding.found for finding in settings({}, 4, 8)]
 
 
@@ -90,7 +90,7 @@ def test_disks_are_measured_and_left_as_they_were(tmp_path, monkeypatch):
     assert all(re.fullmatch(r"[1-9]\d* MB/s", finding.found) for finding in (written, read))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(environment, "FREE_GB", 1 << 40)
-    assert disk("run", tmp_path, written=True)[0].advice.startswith("make room")
+    assert disk("run", tmp_path, written=True)[0].advice.startswith("free some space")
     write_set(tmp_path)
     (tmp_path / "a.tar").write_bytes(bytes(1 << 20))
     free, read = disk("data", tmp_path, written=False)
@@ -106,7 +106,7 @@ def test_the_file_that_a_full_disk_does_not_take_is_named_and_removed(tmp_path, 
 
 def test_a_folder_that_is_no_data_set_is_named_with_what_to_do(tmp_path):
     _, found = disk("data", tmp_path, written=False)
-    assert found.what == "  data set" and found.advice.startswith("training there ends with 65: ")
+    assert found.what == "  data set" and found.advice.startswith("training on it would exit with 65: ")
     assert found.found == f"{tmp_path}/dataset.json is missing: not a data set, or one not written to its end"
     (tmp_path / "dataset.json").write_text('{"format": 1}')
     assert "is of format 1, this version reads 2" in disk("data", tmp_path, written=False)[1].found
@@ -132,9 +132,9 @@ def test_two_ranks_are_shown_with_their_network(tmp_path):
     assert ended.codes == [0, 0], ended.text
     said = ended.outputs[0]
     for what in ("all-reduce of 1 MB", "all-gather of 64 MB"):
-        assert re.search(rf"^{what} +\d+\.\d\d GB/s a rank, \d+\.\d\d ms$", said, re.MULTILINE), said
+        assert re.search(rf"^{what} +\d+\.\d\d GB/s per rank, \d+\.\d\d ms$", said, re.MULTILINE), said
     assert re.search(r"^clocks +within 0\.\d\d s$", said, re.MULTILINE)
-    assert re.search(r"^NCCL_P2P_DISABLE +1 +GPUs of a node exchange through the host's memory: unset it$", said, re.MULTILINE)
+    assert re.search(r"^NCCL_P2P_DISABLE +1 +GPUs of a node communicate through host memory: unset it$", said, re.MULTILINE)
     assert ended.outputs[1] == ""
 
 
