@@ -141,9 +141,8 @@ def clocks() -> list[Finding]:
     dist.gather_objects(None)  # so that all ranks read their clocks at about the same time
     gathered = dist.gather_objects((time.time(), socket.gethostname()))
     skew = max(gathered)[0] - min(gathered)[0]
-    advice = (
-        f"synchronize the clocks (chrony): logs of {min(gathered)[1]} and {max(gathered)[1]} cannot be merged" if skew > SKEW_S else ""
-    )
+    hosts = f"{min(gathered)[1]} and {max(gathered)[1]}"
+    advice = f"synchronize the clocks (chrony): logs of {hosts} cannot be merged" if skew > SKEW_S else ""
     return [Finding("clocks", f"within {skew:.2f} s", advice)]
 
 

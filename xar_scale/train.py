@@ -66,10 +66,8 @@ def _train(config: Config, run: Path, resume: str, stops: StopRequests, device: 
 
     model = meta_model(config.model)
     compute = MODES[config.train.precision].compute
-    # nodes may differ in what is installed
-    kernels = dist.on_all_ranks(
-        lambda: model.use_kernels(config.kernels, device, compute, training=True)
-    )  # as each node has them
+    # on all ranks, because nodes may differ in what is installed
+    kernels = dist.on_all_ranks(lambda: model.use_kernels(config.kernels, device, compute, training=True))
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     with first_weights(model, config, checkpoint) as weights:
         engine = create_engine(model, weights, config, device)
@@ -79,7 +77,7 @@ def _train(config: Config, run: Path, resume: str, stops: StopRequests, device: 
         count = load(checkpoint, engine, ema)
         guard = checkpoint.manifest.guard
         if not config.guard.enabled or checkpoint.manifest.config["train"]["precision"] != config.train.precision:
-            guard = replace(guard, lowered=False, held_until=None)  # the run's precision has changed since
+            guard = replace(guard, lowered=False, held_until=None)  # it fell back from another precision, or the guard is off
         dataset.quarantine(dataset.places_of(checkpoint.manifest.quarantined))
         where = f"at step {start}, epoch {checkpoint.manifest.position.epoch}"
         if config.train.init_from:
