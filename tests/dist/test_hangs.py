@@ -1,4 +1,4 @@
-"""Ranks that hang, stop or are slow, of several: named, with what they are at, and the job ends by itself."""
+"""One of several ranks hangs, is stopped or is slow: it is named with its stack, and a hanging job ends by itself."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def run(folder: Path, name: str, engine: str, fault: dict, *more: str, steps: in
 
 
 @pytest.mark.parametrize(("engine", "world"), [("fsdp2", 2), pytest.param("deepspeed", 3, marks=pytest.mark.long)])
-def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_stack(folder, engine, world):
+def test_a_rank_that_does_not_enter_a_collective_is_named_with_its_stack(folder, engine, world):
     ended = run(folder, engine, engine, {"kind": "sleep", "step": 12, "value": 1000.0}, world=world)
     assert ended.codes == [69] * world, ended.text
     lines = ended.outputs[0].splitlines()
@@ -59,7 +59,7 @@ def test_a_rank_that_is_stopped_is_named_and_the_others_end(folder, stopped):
         assert beat["step"] >= 5
 
 
-def test_a_rank_that_is_slow_is_named_and_the_run_goes_on(folder):
+def test_a_slow_rank_is_named_and_the_run_continues(folder):
     fault = {"kind": "slow", "step": 2, "until": 100, "value": 0.05}
     ended = run(folder, "slow", "fsdp2", fault, "train.hang_seconds=60", steps=10)
     assert ended.codes == [0, 0], ended.text

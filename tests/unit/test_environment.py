@@ -19,7 +19,7 @@ def named(findings) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", environment.SETTINGS)
-def test_settings_that_hurt_are_named_with_what_to_do(name):
+def test_harmful_settings_are_named_with_advice(name):
     hurts, why = environment.SETTINGS[name]
     value = next(value for value in ("0", "1", "INFO", "DETAIL") if hurts(value))
     assert named(settings(HERE | {name: value}, 1, 8))[name] == why
@@ -34,13 +34,13 @@ def test_settings_that_hurt_are_named_with_what_to_do(name):
         *(("NCCL_SOCKET_IFNAME", value, good) for value, good in (("=ib0,eth0", True), ("^lo", True), ("^lo,eth", False))),
     ],
 )
-def test_an_interface_that_is_not_there_is_named_with_those_that_are(monkeypatch, name, value, good):
+def test_a_missing_interface_is_named_with_the_existing_ones(monkeypatch, name, value, good):
     monkeypatch.setattr(environment.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
     said = "no such interface; this node has lo, eth0: name one of them"
     assert named(settings(HERE | {name: value}, 1, 8)).get(name) == (None if good else said)
 
 
-def test_a_rank_whose_device_is_slow_or_another_is_named(monkeypatch):
+def test_a_rank_with_a_slow_or_different_device_is_named(monkeypatch):
     rows = {"bf16": ("600", "is bf16 (error 3e-03)"), "tf32": ("-", "refused: compute capability 7.5 has no TF32")}
     told = [("a", rows), ("a", rows), ("b", rows | {"bf16": ("400", "is NOT bf16: error 3e-04")})]
     monkeypatch.setattr(dist, "gather_objects", lambda _: told)
@@ -73,7 +73,7 @@ def test_few_open_files_and_little_shared_memory(monkeypatch):
     assert named(settings(HERE, 1, 8)) == {}
 
 
-def test_software_that_is_old_wrong_or_not_the_same(monkeypatch):
+def test_outdated_wrong_or_differing_software(monkeypatch):
     good = {"deepspeed": "0.19.8", "apex": "not installed"}
     assert software(good) == [] and software({"deepspeed": "not installed"}) == []
     assert "0.19.8" in named(software({"deepspeed": "0.19.7"}))["deepspeed"]
@@ -97,14 +97,14 @@ def test_disks_are_measured_and_left_as_they_were(tmp_path, monkeypatch):
     assert read.what == "  read, a.tar" and free.advice == ""
 
 
-def test_the_file_that_a_full_disk_does_not_take_is_named_and_removed(tmp_path, largest_file):
+def test_a_test_file_that_does_not_fit_on_the_disk_is_named_and_removed(tmp_path, largest_file):
     largest_file(1 << 20)
     with pytest.raises(FileError, match=f"^{tmp_path}/.doctor-[0-9]+: File too large$"):
         disk("run", tmp_path, written=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_no_data_set_is_named_with_what_to_do(tmp_path):
+def test_a_folder_that_is_no_data_set_is_named_with_advice(tmp_path):
     _, found = disk("data", tmp_path, written=False)
     assert found.what == "  data set" and found.advice.startswith("training on it would exit with 65: ")
     assert found.found == f"{tmp_path}/dataset.json is missing: not a data set, or one not written to its end"

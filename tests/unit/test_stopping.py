@@ -28,7 +28,7 @@ def stops(tmp_path):
         (signal.SIGUSR2, PreemptedError),
         (signal.SIGTERM, StoppedError),
         (signal.SIGINT, StoppedError),
-        (signal.SIGHUP, StoppedError),  # its terminal has gone
+        (signal.SIGHUP, StoppedError),  # its terminal was closed
     ],
 )
 def test_a_signal_is_a_stop_request(stops, number, kind):
@@ -58,7 +58,7 @@ def test_preemption_takes_precedence_over_other_stop_requests(stops):
     assert type(stops.error("")) is PreemptedError
 
 
-def test_the_file_is_seen_and_taken_away_and_looked_for_once_a_second(stops, monkeypatch):
+def test_the_stop_file_is_checked_once_a_second_and_removed(stops, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     assert not stops.requested()
@@ -70,10 +70,10 @@ def test_the_file_is_seen_and_taken_away_and_looked_for_once_a_second(stops, mon
     assert "STOP exists" in str(stops.error(""))
     stops.remove_file()
     assert not stops.file.exists()
-    assert stops.requested()  # what was asked remains so
+    assert stops.requested()  # a request stays
 
 
-def test_the_clock_is_rank_0s(stops, monkeypatch, tmp_path):
+def test_only_rank_0_checks_the_time_limit(stops, monkeypatch, tmp_path):
     now = [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     late = StopRequests(tmp_path, after=5)
@@ -85,7 +85,7 @@ def test_the_clock_is_rank_0s(stops, monkeypatch, tmp_path):
     assert not late.requested()
 
 
-def test_a_second_ctrl_c_ends_it_at_once_but_not_the_same_one_passed_on(tmp_path):
+def test_a_second_ctrl_c_ends_it_at_once_but_not_the_first_one_forwarded(tmp_path):
     program = """
 import os, signal, sys, time
 from pathlib import Path
@@ -114,7 +114,7 @@ def test_durations(said, seconds):
 
 
 @pytest.mark.parametrize("said", ["", "5", "h", "5 m", "-5m", "5m3"])
-def test_what_is_no_duration(said):
+def test_invalid_durations(said):
     with pytest.raises(UsageError, match="is not a duration such as"):
         cli._seconds(said)
 
@@ -131,7 +131,7 @@ TASK = {
 }
 
 
-def test_a_task_of_sruns_is_a_rank():
+def test_a_task_of_srun_is_a_rank():
     assert slurm.rank_variables(TASK) == {
         "RANK": "5",
         "LOCAL_RANK": "1",
@@ -142,7 +142,7 @@ def test_a_task_of_sruns_is_a_rank():
     }
 
 
-def test_a_batch_script_and_a_shell_are_none():
+def test_a_batch_script_and_a_shell_are_no_ranks():
     assert slurm.rank_variables({name: TASK[name] for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID")}) == {}
     assert slurm.rank_variables({}) == {}
 
@@ -156,7 +156,7 @@ def test_more_ranks_than_gpus_on_a_node_are_refused_with_the_numbers(monkeypatch
     os.environ |= {"RANK": "13", "LOCAL_RANK": "4"}
     with pytest.raises(ConfigError, match="^node16 has 8 ranks and 4 GPUs: none for local rank 4$") as raised:
         dist.local_device()
-    assert raised.value.rank == 13  # which says it
+    assert raised.value.rank == 13  # the rank that reports it
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_more_ranks_than_gpus_on_a_node_are_refused_with_the_numbers(monkeypatch
         ("n[5,7-9].site.org", "n5.site.org"),
     ],
 )
-def test_the_first_of_many_nodes(nodes, first):
+def test_the_first_host_of_a_node_list(nodes, first):
     assert slurm.first_host(nodes) == first
 
 
@@ -178,7 +178,7 @@ def test_tasks_of_each_node():
     assert slurm.tasks_per_node("2(x3),1") == [2, 2, 2, 1] and slurm.tasks_per_node("4") == [4]
 
 
-def test_what_a_launcher_has_set_stays(monkeypatch):
+def test_variables_that_a_launcher_has_set_are_kept(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in TASK.items():
