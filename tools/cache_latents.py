@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xar_scale import dist
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.data.encode import EncodeSettings, Watcher, encode_set, finished_set
 from xar_scale.data.index import LABEL
 from xar_scale.data.shards import DatasetInfo
@@ -40,7 +40,7 @@ def main() -> int:
             error.rank = dist.rank()  # ranks share no process group here: each speaks for itself
             raise error from None
 
-    return ending("cache_latents", run)
+    return exit_code_of("cache_latents", run)
 
 
 def _parser() -> Parser:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.data.foreign import mar_samples
 from xar_scale.data.shards import DatasetInfo, ShardWriter
 from xar_scale.errors import UsageError
@@ -47,7 +47,7 @@ def main() -> int:
                 writer.add(*sample)
         print(f"{files:,} samples in {len(writer.shards):,} shards: {options.out}")
 
-    return ending("import_mar_cache", run)
+    return exit_code_of("import_mar_cache", run)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.data.foreign import index_set
 from xar_scale.data.index import FLIPPED, LABEL, LATENT, Members
 from xar_scale.errors import UsageError
@@ -53,7 +53,7 @@ def main() -> int:
         )
         print(f"{info.samples:,} samples in {len(info.shards):,} shards, {info.dtype}{info.shape}: {options.data}")
 
-    return ending("index_shards", run)
+    return exit_code_of("index_shards", run)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from xar_scale.checkpoint.averages import fit_to, open_snapshots, write_average
 from xar_scale.checkpoint.contents import changes, differences, not_finite
 from xar_scale.checkpoint.manifest import AVERAGES, FOLDER, MANIFEST, Manifest, checkpoint_paths, read_manifest, verify
 from xar_scale.checkpoint.vectors import sizes
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.dist import file_error
 from xar_scale.doctor import table
 from xar_scale.errors import DataError, UsageError
@@ -48,7 +48,7 @@ def main() -> int:
         options = parser.parse_args()
         options.run_command(options)
 
-    return ending("inspect_checkpoint", run)
+    return exit_code_of("inspect_checkpoint", run)
 
 
 def show_path(path: Path) -> None:

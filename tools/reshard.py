@@ -14,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from xar_scale.checkpoint.interop import Source, open_source
 from xar_scale.checkpoint.reshard import TARGETS, plan, verifiable, write
 from xar_scale.checkpoint.reshard.parts import Plan
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.errors import UsageError
 
 SHOWN = 16  # files that a dry run lists by name
@@ -38,7 +38,7 @@ def main() -> int:
     def run() -> None:
         reshard(parser.parse_args())
 
-    return ending("reshard", run)
+    return exit_code_of("reshard", run)
 
 
 def reshard(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.verify import stray_files, verify_set
 from xar_scale.errors import DataError, UsageError
@@ -27,7 +27,7 @@ def main() -> int:
             raise UsageError(f"--processes {options.processes} is not at least 1")
         verify(options.data, options.processes)
 
-    return ending("verify_shards", run)
+    return exit_code_of("verify_shards", run)
 
 
 def verify(data: Path, processes: int) -> None:

@@ -92,7 +92,7 @@ class Background:
         assert running is not None and self._thread is not None
         self._thread.join()  # all of it: a thread that is still there when the interpreter goes takes the process down with it
         try:
-            self._results = dist.gather_objects(dist.together(running.result))
+            self._results = dist.gather_objects(dist.on_all_ranks(running.result))
         except FileError as error:
             self.attempts, self.error = self.attempts + 1, str(error)
             self._polls = 2**self.attempts

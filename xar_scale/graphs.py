@@ -18,7 +18,7 @@ WARM_UP = 2  # times that work is done as it is first: what is compiled, chosen 
 def records(config: Config, mode: str) -> bool:
     """Whether a GPU's passes in ``mode`` are recorded: a loss scale changes, and recomputation sets the generator back."""
     plain = config.kernels.compile and config.train.recompute == "none" and not MODES[mode].scaled
-    return config.train.whole_weights and plain
+    return config.train.replicated_weights and plain
 
 
 class _Record(NamedTuple):

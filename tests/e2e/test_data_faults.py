@@ -92,7 +92,7 @@ def test_bad_samples_are_skipped_alike_on_any_number_of_ranks_and_counted_over_t
 
 def said(ended: Ended) -> list[tuple[int, str]]:
     """The numbers of samples that were skipped, and why, in the order of the lines."""
-    line = r"^bad samples skipped, (\d+): (.*) \(\d+ so far, of data.max_bad_samples 107\)$"
+    line = r"^skipped (\d+) bad samples: (.*) \(\d+ so far, data.max_bad_samples 107\)$"
     found = re.findall(line, ended.text, re.MULTILINE)
     return [(int(count), what) for count, what in found]
 

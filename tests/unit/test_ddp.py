@@ -211,6 +211,6 @@ def test_passes_that_are_played_train_as_others_do():
 
 
 def test_it_has_no_neighbours_that_share_a_copy():
-    with pytest.raises(ConfigError, match="train.shard_ranks: with train.engine=ddp each rank has all weights"):
+    with pytest.raises(ConfigError, match="train.shard_ranks: train.engine=ddp replicates all weights"):
         digits_config("train.engine=ddp", "train.shard_ranks=1")
     assert isinstance(digits_config("train.engine=ddp"), Config)

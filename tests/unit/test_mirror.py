@@ -15,11 +15,11 @@ import pytest
 from tests.unit.test_saving import poll_until
 from tests.unit.tiny_run import Run
 from xar_scale import background
-from xar_scale.beginning import mirror_of
 from xar_scale.checkpoint import mirror
 from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid, read_manifest
 from xar_scale.checkpoint.mirror import Mirror, newest_valid_of
 from xar_scale.errors import ConfigError, DataError, FileError
+from xar_scale.startup import mirror_of
 
 
 @pytest.fixture

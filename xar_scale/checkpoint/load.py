@@ -76,7 +76,7 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
                     tensor.copy_(host)
             return files.bytes_read
 
-    count = dist.together(read)
+    count = dist.on_all_ranks(read)
     engine.shards_written(checkpoint.manifest.updates)
     return count
 

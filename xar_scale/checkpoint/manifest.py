@@ -158,7 +158,7 @@ def newest_valid(run: Path) -> Checkpoint | None:
     paths = dist.on_rank_0(lambda: checkpoint_paths(run))
     for path in reversed(paths):
         try:
-            return dist.together(lambda at=path: verify(at))  # type: ignore[misc]
+            return dist.on_all_ranks(lambda at=path: verify(at))  # type: ignore[misc]
         except (DataError, UsageError, FileError) as error:  # a defect leaves at once, and is in no collective any more
             if not dist.on_rank_0(path.is_dir):
                 return newest_valid(run)
@@ -176,7 +176,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises UsageError when there is none, DataError when none is valid.
     """
     if not (path / FOLDER).is_dir():
-        return dist.together(lambda: verify(path))
+        return dist.on_all_ranks(lambda: verify(path))
     newest = newest_valid(path)
     if newest is None:
         raise UsageError(f"no checkpoint in {path}")

@@ -212,7 +212,7 @@ def _fetch(mirror: Mirror, step: int, run: Path, check: Check) -> Checkpoint:
 
     names = dist.on_rank_0(begin)
     dist.say(f"fetching {final.name} from {mirror.url}")
-    dist.together(lambda: _asked(lambda: mirror.download(step, dist.mine(names), temporary)))
-    checkpoint = dist.together(lambda: verify(temporary))
+    dist.on_all_ranks(lambda: _asked(lambda: mirror.download(step, dist.mine(names), temporary)))
+    checkpoint = dist.on_all_ranks(lambda: verify(temporary))
     dist.on_rank_0(publish)
     return replace(checkpoint, path=final)

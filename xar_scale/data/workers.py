@@ -100,6 +100,6 @@ def _die_with(parent: int, worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    dist.follow_parent(signal.SIGKILL)
+    dist.die_with_parent(signal.SIGKILL)
     if os.getppid() != parent:  # it was killed before that
         os._exit(1)
