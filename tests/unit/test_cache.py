@@ -23,7 +23,7 @@ from xar_scale.data.cache import NodeCache
 from xar_scale.data.loader import LatentDataset, RankNumbers, batches
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.remote import RemoteFolder
-from xar_scale.data.sources import most_lanes, open_shards
+from xar_scale.data.sources import max_lanes_read, open_shards
 from xar_scale.errors import ConfigError, DataError, FileError
 from xar_scale.model.entities import create_layout
 
@@ -239,7 +239,7 @@ def test_lanes_of_a_node_are_those_that_its_ranks_read(lanes, world, local, most
     of_rank = [{number // world for number in range(rank * lanes, (rank + 1) * lanes)} for rank in range(world)]
     nodes = [set().union(*of_rank[first : first + local]) for first in range(0, world, local)]
     assert batch == lanes * world and max(map(len, nodes)) == most
-    assert most_lanes(lanes, world, local) == most
+    assert max_lanes_read(lanes, world, local) == most
 
 
 def test_a_cache_too_small_for_what_is_read_at_a_time_is_refused_with_the_numbers(url, tmp_path, monkeypatch):

@@ -301,7 +301,7 @@ def test_one_too_many_ends_it_and_a_larger_allowance_goes_on(source, tmp_path):
 
 def test_a_smaller_allowance_than_what_was_skipped_is_refused_at_the_start(source, tmp_path, monkeypatch):
     copy, out = damage(source, tmp_path / "copy", *BAD), tmp_path / "set"
-    monkeypatch.setattr(encode_module, "end_set", stop)
+    monkeypatch.setattr(encode_module, "write_dataset_file", stop)
     with pytest.raises(StopError):
         encode(out, copy, max_bad=3)
     with pytest.raises(DataError, match="3 bad images, --max-bad allows 2: "):

@@ -44,7 +44,7 @@ def rewrite(folder: Path, change) -> None:
     reader = open_set(folder).shards
     samples = [reader.read(1, position) for position in range(PER_SHARD)]
     info = reader.info
-    shard = shards_module.Shard(info)
+    shard = shards_module.ShardBuilder(info)
     for sample in change(samples):
         shard.add(*sample)
     describe(folder, shard.write(folder, BAD))
@@ -90,7 +90,7 @@ def older_index(folder: Path) -> None:
     """The shard was written again, with its samples in another order and all sizes the same; its index was not."""
     old = (folder / f"{BAD}.index.json").read_bytes()
     reader = open_set(folder).shards
-    shard = shards_module.Shard(reader.info)
+    shard = shards_module.ShardBuilder(reader.info)
     for position in reversed(range(PER_SHARD)):
         shard.add(*reader.read(1, position))
     shard.write(folder, BAD)

@@ -63,7 +63,7 @@ def test_the_most_shards_that_samples_in_a_row_lie_in(counts, samples):
     row = range(min(samples, info.samples))
     orders = ([shard for shard in order for _ in range(counts[shard])] for order in permutations(range(len(counts))))
     met = [len(set(order[first : first + len(row)])) for order in orders for first in range(info.samples - len(row) + 1)]
-    assert info.most_shards(samples) == max(met)
+    assert info.max_shards_spanned(samples) == max(met)
 
 
 def test_samples_are_read_in_any_order(tmp_path):

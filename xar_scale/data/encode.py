@@ -23,8 +23,17 @@ from xar_scale.data.decode import Batches, decoded
 from xar_scale.data.images import CROP, SourceImage, list_images
 from xar_scale.data.plan import EncodeSettings, Plan
 from xar_scale.data.reader import LatentShards
-from xar_scale.data.shards import DATASET_FILE, INDEX, DatasetInfo, Shard, ShardInfo, begin_set, end_set, shard_name
-from xar_scale.data.storage import Folder
+from xar_scale.data.shards import (
+    DATASET_FILE,
+    INDEX,
+    DatasetInfo,
+    ShardBuilder,
+    ShardInfo,
+    create_set_folder,
+    shard_name,
+    write_dataset_file,
+)
+from xar_scale.data.storage import LocalFolder
 from xar_scale.errors import ConfigError, DataError, UsageError, XarScaleError
 from xar_scale.files import locked, sync_folder, write_atomically
 from xar_scale.tokenizers import Tokenizer, check_origin
@@ -118,7 +127,7 @@ def finished_set(out: Path, settings: EncodeSettings) -> DatasetInfo | None:
     info = LatentShards(out).info
     same = (info.tokenizer, info.dtype, info.flipped) == (settings.tokenizer, settings.dtype, settings.flipped)
     if not same or settings.classes not in (None, info.classes) or not _prepared(settings).items() <= info.images.items():
-        begin_set(out)  # refuses
+        create_set_folder(out)  # refuses
     _clear(out)
     return info
 
@@ -159,7 +168,7 @@ def _plan(out: Path, settings: EncodeSettings, notes: "_Notes", watcher: Watcher
 
 
 def _make_plan(out: Path, settings: EncodeSettings, watcher: Watcher) -> None:
-    begin_set(out)
+    create_set_folder(out)
     watcher.say(f"listing the images of {settings.source}")
     images, classes = list_images(Path(settings.source), settings.image, settings.classes)
     order = rng.generator(0, "encode").permutation(len(images))  # as they lie, a shard would be of one class
@@ -174,7 +183,7 @@ class _Work:
     def __init__(self, out: Path, plan: Plan, info: DatasetInfo, tokenizer: Tokenizer, max_bad: int, watcher: Watcher) -> None:
         self.out, self.plan, self.info, self.tokenizer = out, plan, info, tokenizer
         self.max_bad, self.watcher = max_bad, watcher
-        self.shard, self.bad = Shard(info), list[_Bad]()  # the one in the making, and what it lacks
+        self.shard, self.bad = ShardBuilder(info), list[_Bad]()  # the one in the making, and what it lacks
         self.done = dict[int, str]()  # the records of all processes
         self.recorded = dict[str, list[_Bad]]()  # the bad images in them
         self._look()
@@ -219,7 +228,7 @@ class _Work:
         if not shards:
             raise DataError(f"all {len(bad)} images are bad, the first {self._named(bad[0])}")
         info = replace(self.info, images={**_prepared(self.plan.settings), "skipped": [image.name for image in bad]})
-        end_set(self.out, info, shards)
+        write_dataset_file(self.out, info, shards)
         _clear(self.out)
         return replace(info, shards=tuple(shards))
 
@@ -252,7 +261,7 @@ class _Work:
         record = f"{name}{BAD_RECORD if self.bad else RECORD}"
         write_atomically(self.out / WORK / record, json.dumps({"shard": shard, "bad": self.bad}).encode())
         self.done[number] = record
-        lacks, self.shard, self.bad = self.bad, Shard(self.info), []
+        lacks, self.shard, self.bad = self.bad, ShardBuilder(self.info), []
         if lacks:
             self._look()
             self._allow_bad()  # again: another process may have written its record in the same moment
@@ -280,7 +289,7 @@ class _Work:
 
         Of a tar this is its size: all of them are read by ``verify_shards``.
         """
-        damaged, folder = list[str](), Folder(self.out)
+        damaged, folder = list[str](), LocalFolder(self.out)
         for number in shards:
             if number in self.done and (shard := self._record(self.done[number]).shard) is not None:
                 try:

@@ -15,7 +15,16 @@ import numpy as np
 from xar_scale import rng
 from xar_scale.data.index import Index, Members, crc32_of, index_tar
 from xar_scale.data.processes import in_processes
-from xar_scale.data.shards import DATASET_FILE, INDEX, DatasetInfo, Sample, ShardInfo, begin_set, end_set, npy_header
+from xar_scale.data.shards import (
+    DATASET_FILE,
+    INDEX,
+    DatasetInfo,
+    Sample,
+    ShardInfo,
+    create_set_folder,
+    npy_header,
+    write_dataset_file,
+)
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import write_atomically
 from xar_scale.tokenizers import check_origin
@@ -41,7 +50,7 @@ def index_set(
     """
     if not folder.is_dir():
         raise UsageError(f"no folder at {folder}")
-    begin_set(folder, f"to index its tars again, remove {DATASET_FILE} and *{INDEX}")  # the tars are the user's
+    create_set_folder(folder, f"to index its tars again, remove {DATASET_FILE} and *{INDEX}")  # the tars are the user's
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise DataError(f"no .tar in {folder}")
@@ -49,7 +58,7 @@ def index_set(
     check_origin(tokenizer, stored, shape[0])
     info = DatasetInfo(tokenizer, latent_scale, stored, shape, dtype, classes, flipped, members)
     shards = tuple(in_processes(partial(_index_shard, info), tars, processes))
-    end_set(folder, info, shards)
+    write_dataset_file(folder, info, shards)
     return replace(info, shards=shards)
 
 

@@ -19,7 +19,7 @@ from xar_scale.data.faults import Fault
 from xar_scale.data.order import SampleOrder, Window
 from xar_scale.data.reader import ShardError
 from xar_scale.data.shards import DatasetInfo
-from xar_scale.data.sources import Shards, most_lanes
+from xar_scale.data.sources import Shards, max_lanes_read
 from xar_scale.data.workers import DeadWorkerError, from_workers
 from xar_scale.errors import ConfigError, DataError, FileError, ProcessError, XarScaleError
 from xar_scale.flow import sample_time
@@ -105,7 +105,7 @@ class LatentDataset(Dataset[Batch]):
             lanes=config.data.lanes,
         )
         # a rank goes around the windows of its lanes, and a shard opens slowly
-        at_once = most_lanes(config.data.lanes, dist.world(), 1) * shards.info.most_shards(config.data.window)
+        at_once = max_lanes_read(config.data.lanes, dist.world(), 1) * shards.info.max_shards_spanned(config.data.window)
         self._announced = set[Window]()
         self.quarantined = set[Place]()  # others stand for these
         self._bad = set[tuple[int, int, bool]]()  # arrays that were no substitute: they need not be tried again

@@ -13,7 +13,7 @@ from xar_scale.config import validated
 from xar_scale.data.faults import Fault
 from xar_scale.data.index import Index, Spans
 from xar_scale.data.shards import DATASET_FILE, FORMAT, INDEX, DatasetInfo, Sample, ShardInfo, npy_header
-from xar_scale.data.storage import Described, Folder, MissingFileError, Storage
+from xar_scale.data.storage import FileSpec, LocalFolder, MissingFileError, Storage
 from xar_scale.errors import DataError
 
 
@@ -28,10 +28,10 @@ class LatentShards:
 
     def __init__(self, where: str | Path | Storage) -> None:
         """Raises DataError, naming the file, when there is no whole set."""
-        self.storage = Folder(Path(where)) if isinstance(where, str | Path) else where
-        if isinstance(self.storage, Folder) and not self.storage.folder.is_dir():
+        self.storage = LocalFolder(Path(where)) if isinstance(where, str | Path) else where
+        if isinstance(self.storage, LocalFolder) and not self.storage.folder.is_dir():
             raise DataError(f"no data folder at {self.storage.folder}")
-        self.remote = not isinstance(self.storage, Folder)
+        self.remote = not isinstance(self.storage, LocalFolder)
         path = self.storage.path(DATASET_FILE)
         try:
             values = _json(self.storage.read(DATASET_FILE), path)
@@ -58,7 +58,7 @@ class LatentShards:
 
         Those of a remote set are looked at when they arrive.
         """
-        if isinstance(self.storage, Folder):
+        if isinstance(self.storage, LocalFolder):
             for shard in self.info.shards:
                 try:
                     self.storage.check_size(f"{shard.name}.tar", shard.bytes)
@@ -75,7 +75,7 @@ class LatentShards:
 
     def fetch_ahead(self, shards: Sequence[int]) -> None:
         """These shards will be read soon."""
-        files = list[Described]()
+        files = list[FileSpec]()
         for info in (self.info.shards[shard] for shard in shards):
             files += (f"{info.name}.tar", info.bytes, info.crc32), (f"{info.name}{INDEX}", None, info.index_crc32)
         self.storage.fetch_ahead(files)
@@ -140,7 +140,7 @@ class _OpenShard:
 
 def _read_index(storage: Storage, shard: ShardInfo) -> Index:
     name = f"{shard.name}{INDEX}"
-    content = storage.read_described(name, shard.index_crc32)
+    content = storage.read_immutable(name, shard.index_crc32)
     if zlib.crc32(content) != shard.index_crc32:
         raise DataError(f"{storage.path(name)} is torn or changed: its checksum is not the one in {DATASET_FILE}")
     index = Index.from_json(content)

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 
 from xar_scale.data.cache import ContentError, Download, NodeCache
-from xar_scale.data.storage import Described, MissingFileError
+from xar_scale.data.storage import FileSpec, MissingFileError
 from xar_scale.errors import ConfigError, DataError, FileError
 
 BLOCK = 16 << 20  # bytes a request: what object stores advise, and what a cut connection costs
@@ -46,7 +46,7 @@ class RemoteFolder:
     def read(self, name: str) -> bytes:
         return _get(self.path(name), attempts=FIRST_ATTEMPTS)
 
-    def read_described(self, name: str, crc32: int) -> bytes:
+    def read_immutable(self, name: str, crc32: int) -> bytes:
         content = self._content(name, crc32)
         if zlib.crc32(content) != crc32 and self.forget(name, crc32):
             content = self._content(name, crc32)
@@ -63,11 +63,11 @@ class RemoteFolder:
     def forget(self, name: str, crc32: int) -> bool:
         return self.cache.forget(self.key(name, crc32))
 
-    def fetch_ahead(self, files: Sequence[Described]) -> None:
+    def fetch_ahead(self, files: Sequence[FileSpec]) -> None:
         # before a download begins: what is here already must not make room for it
         missing = [file for file in files if not self.cache.renew(self.key(file[0], file[2]))]
         if not hasattr(self, "_ahead"):  # threads belong to the process that uses them
-            self._ahead: queue.SimpleQueue[Described] = queue.SimpleQueue()
+            self._ahead: queue.SimpleQueue[FileSpec] = queue.SimpleQueue()
             for _ in range(DOWNLOADS):  # daemons: what is under way does not hold up the end of a process
                 threading.Thread(target=self._work, name="fetch ahead", daemon=True).start()
         for file in missing:

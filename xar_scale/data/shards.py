@@ -60,7 +60,7 @@ class DatasetInfo:
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
-    def most_shards(self, samples: int) -> int:
+    def max_shards_spanned(self, samples: int) -> int:
         """The most shards that so many samples in a row lie in, whatever the shards' order."""
         together = np.cumsum(np.sort([shard.samples for shard in self.shards]))
         within = int(np.searchsorted(together, samples - 2, side="right"))  # the first and the last lie in others
@@ -100,7 +100,7 @@ class Sample(NamedTuple):
     flipped: np.ndarray | None
 
 
-class Shard:
+class ShardBuilder:
     """A shard in the making; the same samples give the same bytes."""
 
     def __init__(self, info: DatasetInfo) -> None:
@@ -148,14 +148,14 @@ class Shard:
         return ShardInfo(name, len(self), whole.nbytes, zlib.crc32(whole), zlib.crc32(index))
 
 
-def begin_set(folder: Path, remedy: str = "remove it or write elsewhere") -> None:
+def create_set_folder(folder: Path, remedy: str = "remove it or write elsewhere") -> None:
     """Raises UsageError, with the ``remedy``, when the folder already holds a set, OSError where nothing can be written."""
     if (folder / DATASET_FILE).exists():
         raise UsageError(f"{folder} already holds a data set; {remedy}")
     make_folder(folder)
 
 
-def end_set(folder: Path, info: DatasetInfo, shards: Sequence[ShardInfo]) -> None:
+def write_dataset_file(folder: Path, info: DatasetInfo, shards: Sequence[ShardInfo]) -> None:
     """Write the description, last of all: a set that has one is whole."""
     description = {"format": FORMAT, **asdict(info), "shards": [asdict(shard) for shard in shards]}
     write_atomically(folder / DATASET_FILE, json.dumps(description, indent=1).encode())
@@ -174,9 +174,9 @@ class ShardWriter:
         if samples_per_shard < 1:
             raise UsageError(f"a shard has at least 1 sample, not {samples_per_shard}")
         check_origin(info.tokenizer, info.stored, info.shape[0])
-        begin_set(self.folder)
+        create_set_folder(self.folder)
         self.shards: list[ShardInfo] = []
-        self._shard = Shard(info)
+        self._shard = ShardBuilder(info)
 
     def add(self, key: str, label: int, latent: np.ndarray, flipped: np.ndarray | None = None) -> None:
         self._shard.add(key, label, latent, flipped)
@@ -186,7 +186,7 @@ class ShardWriter:
     def _flush(self) -> None:
         if len(self._shard):
             self.shards.append(self._shard.write(self.folder, shard_name(self.prefix, len(self.shards))))
-            self._shard = Shard(self.info)
+            self._shard = ShardBuilder(self.info)
 
     def __enter__(self) -> Self:
         return self
@@ -194,7 +194,7 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self._flush()
-            end_set(self.folder, self.info, self.shards)
+            write_dataset_file(self.folder, self.info, self.shards)
 
 
 def shard_name(prefix: str, number: int) -> str:

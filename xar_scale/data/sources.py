@@ -64,8 +64,8 @@ def cache_folder(config: Config) -> Path:
 def _check_room(info: DatasetInfo, config: Config) -> None:
     """Raises ConfigError where the node's cache cannot hold what its ranks read from at a time, and what comes next."""
     data = config.data
-    lanes = most_lanes(data.lanes, dist.world(), dist.local_world())
-    shards = min(2 * lanes * info.most_shards(data.window), len(info.shards))
+    lanes = max_lanes_read(data.lanes, dist.world(), dist.local_world())
+    shards = min(2 * lanes * info.max_shards_spanned(data.window), len(info.shards))
     largest = max(shard.bytes for shard in info.shards)
     if (needed := shards * largest / 1e9) > data.cache_gb:  # both are shown unrounded: what is shown will do
         raise ConfigError(
@@ -74,7 +74,7 @@ def _check_room(info: DatasetInfo, config: Config) -> None:
         )
 
 
-def most_lanes(lanes: int, world: int, together: int) -> int:
+def max_lanes_read(lanes: int, world: int, together: int) -> int:
     """The most lanes that a node's ranks read from, ``together`` of ``world``: each takes an even slice of all lanes."""
     groups = [(first, min(first + together, world)) for first in range(0, world, together)]
     return max(-(-end * lanes // world) - first * lanes // world for first, end in groups)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from xar_scale.errors import DataError, FileError
 
-Described = tuple[str, int | None, int]  # a file: its name, its size where that is known, its CRC-32
+FileSpec = tuple[str, int | None, int]  # a file: its name, its size where that is known, its CRC-32
 
 
 class MissingFileError(DataError):
@@ -36,7 +36,7 @@ class Storage(Protocol):
     def read(self, name: str) -> bytes:
         """A small file, whole, as it is now."""
 
-    def read_described(self, name: str, crc32: int) -> bytes:
+    def read_immutable(self, name: str, crc32: int) -> bytes:
         """A small file, whole, whose content is known not to change. The reader checks it all the same."""
 
     def open(self, name: str, size: int, crc32: int) -> File: ...
@@ -44,11 +44,11 @@ class Storage(Protocol):
     def forget(self, name: str, crc32: int) -> bool:
         """Whether what was read was a copy that may have rotted, and has been thrown away: reading again may bring better."""
 
-    def fetch_ahead(self, files: Sequence[Described]) -> None:
+    def fetch_ahead(self, files: Sequence[FileSpec]) -> None:
         """These files will be needed; returns at once."""
 
 
-class Folder:
+class LocalFolder:
     """A folder: its files are read where they lie."""
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class Folder:
         except OSError as error:
             raise FileError(f"cannot read {self.folder / name}: {error.strerror}") from None
 
-    def read_described(self, name: str, crc32: int) -> bytes:
+    def read_immutable(self, name: str, crc32: int) -> bytes:
         return self.read(name)
 
     def open(self, name: str, size: int, crc32: int) -> "OpenFile":
@@ -90,7 +90,7 @@ class Folder:
     def forget(self, name: str, crc32: int) -> bool:
         return False
 
-    def fetch_ahead(self, files: Sequence[Described]) -> None:
+    def fetch_ahead(self, files: Sequence[FileSpec]) -> None:
         pass
 
 
