@@ -20,7 +20,7 @@ from tests.unit.remote_sets import PER_SHARD, ROOM, SETTINGS, assert_same_batche
 from tests.unit.test_loader import CPU
 from xar_scale.data import cache as cache_module
 from xar_scale.data.cache import NodeCache
-from xar_scale.data.loader import LatentDataset, RankNumbers, batches
+from xar_scale.data.loader import LatentDataset, RankBatchSampler, batches
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.remote import RemoteFolder
 from xar_scale.data.sources import max_lanes_read, open_shards
@@ -62,7 +62,7 @@ def test_the_cache_stays_within_its_bound_at_every_moment(store, stored, url, tm
     watcher.start()
     config = digits_config(f"data.path={url}", f"data.cache={tmp_path / 'cache'}", "data.workers=2", *SETTINGS)
     dataset = LatentDataset(LatentShards(RemoteFolder(url, cache)), config, create_layout(config.model))
-    numbers = RankNumbers(start=0, steps=10, global_batch=8, micro_batch=8, rank=0, world=1)
+    numbers = RankBatchSampler(start=0, steps=10, global_batch=8, micro_batch=8, rank=0, world=1)
     try:
         ours = list(batches(dataset, numbers, CPU))
     finally:
@@ -115,7 +115,7 @@ def test_what_is_announced_does_not_make_room_for_what_else_is(store, stored, ur
     for shard in (0, 1, 2):
         shards.read(shard, 0)
         time.sleep(0.01)
-    shards.fetch_ahead([3, 0])  # the last makes the second go, not the first, which is wanted
+    shards.prefetch([3, 0])  # the last makes the second go, not the first, which is wanted
     begun = time.monotonic()
     while store.gets[f"/{url[5:]}/latents-000003.tar"] == 0 or list(cache.folder.glob("*.part")):
         assert time.monotonic() - begun < 200

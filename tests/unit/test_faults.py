@@ -18,7 +18,7 @@ from tests.unit.conftest import write_set
 from tests.unit.test_loader import CPU, assert_equal, open_set
 from xar_scale.data import shards as shards_module
 from xar_scale.data.faults import BadSamples, Fault
-from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches
+from xar_scale.data.loader import Batch, LatentDataset, RankBatchSampler, batches
 from xar_scale.data.shards import DATASET_FILE
 from xar_scale.errors import ConfigError, DataError, FileError
 
@@ -133,9 +133,9 @@ def read(folder: Path, allowed: int, *, workers=0, world=1, epochs=2) -> list[Ba
     more = (f"data.max_bad_samples={allowed}", f"data.workers={workers}", "train.global_batch=6", "data.lanes=2")
     streams = []
     for rank in range(world):
-        numbers = RankNumbers(start=0, steps=2 * epochs, global_batch=6, micro_batch=6 // world, rank=rank, world=world)
+        numbers = RankBatchSampler(start=0, steps=2 * epochs, global_batch=6, micro_batch=6 // world, rank=rank, world=world)
         streams.append(batches(open_set(folder, *more), numbers, CPU))
-    return [Batch.together(parts) for parts in zip(*streams, strict=True)]
+    return [Batch.concatenate(parts) for parts in zip(*streams, strict=True)]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -322,7 +322,7 @@ def fault(position: int, shard: str = "a", **more) -> Fault:
 def test_a_bad_sample_counts_once():
     bad = BadSamples(2, known=[("a", 7)])
     assert [f.position for f in bad.add([fault(1), fault(1), fault(7)])] == [1]
-    assert bad.add([fault(1), fault(7)]) == bad.news([fault(1), fault(7)]) == []
+    assert bad.add([fault(1), fault(7)]) == bad.new_faults([fault(1), fault(7)]) == []
     assert bad.known == {("a", 1), ("a", 7)}
     with pytest.raises(DataError, match=r"sample 3 \(bad samples: 3, data.max_bad_samples is 2\)"):
         bad.add([fault(1), fault(3)])
@@ -337,7 +337,7 @@ def test_ranks_that_are_told_in_another_order_say_the_same():
 def test_what_is_fatal_ends_the_run_known_or_not():
     bad = BadSamples(9, known=[("a", 1)])
     lost = Fault("a", 1, FileError("gone"), fatal=True)
-    assert bad.news([lost]) == [lost]
+    assert bad.new_faults([lost]) == [lost]
     with pytest.raises(FileError, match="gone"):
         bad.add([lost])
 
@@ -345,7 +345,7 @@ def test_what_is_fatal_ends_the_run_known_or_not():
 def test_what_is_fatal_is_not_hidden_by_another_fault_of_the_sample():
     lost = Fault("a", 1, FileError("gone"), fatal=True)
     for faults in ([fault(1), lost], [lost, fault(1)]):
-        assert BadSamples(9).news(faults) == [lost]
+        assert BadSamples(9).new_faults(faults) == [lost]
 
 
 def test_a_budget_below_what_the_run_has_met_is_refused():

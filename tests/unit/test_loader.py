@@ -18,11 +18,11 @@ from tests.conftest import digits_config
 from tests.processes import wait_until_gone
 from tests.unit.conftest import write_set
 from xar_scale.data import loader, reader
-from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches, check_fits
+from xar_scale.data.loader import Batch, LatentDataset, RankBatchSampler, batches, check_fits
 from xar_scale.data.order import SampleOrder
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import Sample
-from xar_scale.data.workers import is_death
+from xar_scale.data.workers import is_worker_death
 from xar_scale.errors import ConfigError, ProcessError
 from xar_scale.flow import sample_time
 from xar_scale.model.entities import create_layout
@@ -41,14 +41,14 @@ def read(*of, **more) -> list[Batch]:
 
 def stream(folder, workers=0, *, start=0, steps=3, batch=6, micro=None, rank=0, world=1) -> Iterator[Batch]:
     micro = micro or batch // world
-    numbers = RankNumbers(start=start, steps=steps, global_batch=batch, micro_batch=micro, rank=rank, world=world)
+    numbers = RankBatchSampler(start=start, steps=steps, global_batch=batch, micro_batch=micro, rank=rank, world=world)
     more = (f"data.workers={workers}", f"train.global_batch={batch}", "data.lanes=3")
     dataset = open_set(folder, *more, "data.flip=true", "train.label_drop=0.3")
     return batches(dataset, numbers, CPU)
 
 
 def joined(parts: list[Batch]) -> Batch:
-    return Batch.together(parts)
+    return Batch.concatenate(parts)
 
 
 def assert_equal(one: Batch, two: Batch):
@@ -365,7 +365,7 @@ def test_a_thread_that_pins_meets_deaths_too(where, dead):
             wrapped = torch._utils.ExceptionWrapper(where=where)
         with pytest.raises(kind) as caught:
             wrapped.reraise()
-        assert is_death(caught.value) is dead
+        assert is_worker_death(caught.value) is dead
 
 
 def test_as_many_shards_stay_open_as_the_lanes_go_around(tmp_path, monkeypatch):

@@ -125,7 +125,7 @@ def test_shards_of_coming_windows_are_fetched_before_they_are_asked_for(store, u
     dataset = LatentDataset(open_shards(config), config, create_layout(config.model))
     windows = dataset.order.windows([0, 4])
     coming = {
-        shard for window in windows for w in (window, dataset.order.after(window)) for shard in dataset.order.shards_in(w)
+        shard for window in windows for w in (window, dataset.order.next_window(window)) for shard in dataset.order.shards_in(w)
     }
     dataset.__getitems__([0, 4])
     names = [dataset.shards.info.shards[n].name for n in coming]
@@ -156,7 +156,7 @@ def test_what_fails_ahead_of_need_does_not_end_the_fetching(store, url, cache):
     for name in ("latents-000001.tar", "latents-000002.tar", "latents-000003.tar", "latents-000004.tar", "latents-000005.tar"):
         store.delete(url, name)
     shards = LatentShards(RemoteFolder(url, cache))
-    shards.fetch_ahead(range(1, 10))
+    shards.prefetch(range(1, 10))
     begun = time.monotonic()
     while not all(store.gets[f"/{url[5:]}/latents-00000{n}.tar"] for n in (6, 7, 8, 9)):
         assert time.monotonic() - begun < 200
@@ -166,7 +166,7 @@ def test_what_fails_ahead_of_need_does_not_end_the_fetching(store, url, cache):
 def test_windows_are_announced_once(store, url, tmp_path, monkeypatch):
     config = digits_config(f"data.path={url}", f"data.cache={tmp_path / 'cache'}", *SETTINGS)
     dataset, announced = LatentDataset(open_shards(config), config, create_layout(config.model)), []
-    monkeypatch.setattr(dataset.shards, "fetch_ahead", announced.extend)
+    monkeypatch.setattr(dataset.shards, "prefetch", announced.extend)
     dataset.__getitems__([0, 4])
     count = len(announced)
     dataset.__getitems__([1, 5])
@@ -185,7 +185,7 @@ def test_waits_between_attempts_grow(monkeypatch):
 def test_who_waited_for_another_s_attempts_does_not_begin_them_anew(cache, monkeypatch):
     """Else one of many workers would take so long that it counts as a hang."""
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.3)
+    monkeypatch.setattr(remote, "MAX_WAIT_S", 0.3)
     folder, said = RemoteFolder("http://127.0.0.1:9/set", cache), []
 
     def ask() -> None:

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import digits_config
 from tests.unit.conftest import write_set
 from tests.unit.test_loader import CPU, assert_equal
-from xar_scale.data.loader import LatentDataset, RankNumbers, batches
+from xar_scale.data.loader import LatentDataset, RankBatchSampler, batches
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.sources import open_shards
 from xar_scale.data.synthetic import SyntheticShards
@@ -40,7 +40,7 @@ def test_they_are_the_same_in_every_process_and_run():
     alone = LatentDataset(SyntheticShards(CONFIG.model, 2500), CONFIG, create_layout(CONFIG.model))
     copy = pickle.loads(pickle.dumps(alone))
     assert_equal(alone.__getitems__(range(50)), copy.__getitems__(range(50)))
-    numbers = RankNumbers(start=0, steps=2, global_batch=128, micro_batch=64, rank=0, world=1)
+    numbers = RankBatchSampler(start=0, steps=2, global_batch=128, micro_batch=64, rank=0, world=1)
     streams = [
         list(batches(LatentDataset(open_shards(config), config, create_layout(config.model)), numbers, CPU))
         for config in (CONFIG, digits_config(*_words(CONFIG), "data.workers=0"))

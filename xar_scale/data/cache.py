@@ -82,7 +82,7 @@ class NodeCache:
             os.utime(descriptor)
         return descriptor
 
-    def renew(self, key: str) -> bool:
+    def touch(self, key: str) -> bool:
         """Note that the file is used, if it is there."""
         try:
             os.utime(f"{self._folder}/{key}")
@@ -92,7 +92,7 @@ class NodeCache:
             pass
         return True
 
-    def busy(self, key: str) -> bool:
+    def is_downloading(self, key: str) -> bool:
         """Whether the file is being downloaded."""
         with self._errors():
             if not (self.folder / f"{key}{PART}").exists():  # the lock may be held for another file
@@ -100,7 +100,7 @@ class NodeCache:
             with self._locked(key, wait=False) as mine:
                 return not mine
 
-    def forget(self, key: str) -> bool:
+    def discard(self, key: str) -> bool:
         """Remove the file, unless it is known to be no better in the place that it came from."""
         if (self.folder / f"{key}{DAMAGED}").exists():
             return False

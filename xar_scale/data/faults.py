@@ -28,7 +28,7 @@ class BadSamples:
         if len(self.known) > allowed:
             raise ConfigError(f"data.max_bad_samples is {allowed}, but the run has met {len(self.known)} already")
 
-    def news(self, faults: Iterable[Fault]) -> list[Fault]:
+    def new_faults(self, faults: Iterable[Fault]) -> list[Fault]:
         """Those of ``faults`` that the run does not know of, one for each sample, in order."""
         fresh = dict[tuple[str, int], Fault]()
         for fault in sorted(faults, key=lambda fault: (*fault[:2], not fault.fatal)):  # of a sample's, what is fatal first
@@ -38,7 +38,7 @@ class BadSamples:
 
     def add(self, faults: Iterable[Fault]) -> list[Fault]:
         """Count all ranks' news. Raises the error of one that is fatal, and DataError where there are more than ``allowed``."""
-        fresh = self.news(faults)
+        fresh = self.new_faults(faults)
         for fault in fresh:
             if fault.fatal:
                 raise fault.error

@@ -7,7 +7,7 @@ import torch
 
 from xar_scale import dist
 from xar_scale.config import TrainConfig, micro_batches
-from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches
+from xar_scale.data.loader import Batch, LatentDataset, RankBatchSampler, batches
 
 
 class Feed:
@@ -23,7 +23,7 @@ class Feed:
         """Go on from ``step``; what was read ahead is dropped, and the data set is read as it is from now on."""
         if self._stream is not None:
             self._stream.close()  # type: ignore[attr-defined]  # a generator; it ends its workers
-        numbers = RankNumbers(
+        numbers = RankBatchSampler(
             start=step,
             steps=self.config.steps,
             global_batch=self.config.global_batch,

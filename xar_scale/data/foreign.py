@@ -14,7 +14,7 @@ import numpy as np
 
 from xar_scale import rng
 from xar_scale.data.index import Index, Members, crc32_of, index_tar
-from xar_scale.data.processes import in_processes
+from xar_scale.data.processes import map_in_processes
 from xar_scale.data.shards import (
     DATASET_FILE,
     INDEX,
@@ -57,7 +57,7 @@ def index_set(
     shape, dtype = _first_array(tars[0], members, flipped)
     check_origin(tokenizer, stored, shape[0])
     info = DatasetInfo(tokenizer, latent_scale, stored, shape, dtype, classes, flipped, members)
-    shards = tuple(in_processes(partial(_index_shard, info), tars, processes))
+    shards = tuple(map_in_processes(partial(_index_shard, info), tars, processes))
     write_dataset_file(folder, info, shards)
     return replace(info, shards=shards)
 

@@ -45,7 +45,7 @@ class Batch:
     faults: tuple[Fault, ...] = ()  # the samples that could not: all ranks together say what becomes of the step
 
     @classmethod
-    def together(cls, parts: Sequence[Self]) -> Self:
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
         """One batch of several."""
         latents, labels, t, noise, places = (
             torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "labels", "t", "noise", "places")
@@ -106,10 +106,10 @@ class LatentDataset(Dataset[Batch]):
         )
         # a rank goes around the windows of its lanes, and a shard opens slowly
         at_once = max_lanes_read(config.data.lanes, dist.world(), 1) * shards.info.max_shards_spanned(config.data.window)
-        self._announced = set[Window]()
+        self._prefetched = set[Window]()
         self.quarantined = set[Place]()  # others stand for these
-        self._bad = set[tuple[int, int, bool]]()  # arrays that were no substitute: they need not be tried again
-        self._lost: FileError | None = None  # what the samples lie on does not give them
+        self._unreadable = set[tuple[int, int, bool]]()  # arrays that were no substitute: they need not be tried again
+        self._store_error: FileError | None = None  # what the samples lie on does not give them
         shards.open_shards = min(max(shards.open_shards, at_once), MAX_OPEN_SHARDS)
 
     def quarantine(self, places: Iterable[Place]) -> None:
@@ -128,17 +128,17 @@ class LatentDataset(Dataset[Batch]):
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
         """The batch of these sample numbers. A sample that cannot be read is another, and named among the batch's faults."""
         if self.shards.remote:
-            self._fetch_ahead(numbers)
+            self._prefetch(numbers)
         parts = [self._part(numbers[begin : begin + self.CHUNK]) for begin in range(0, len(numbers), self.CHUNK)]
-        return parts[0] if len(parts) == 1 else Batch.together(parts)
+        return parts[0] if len(parts) == 1 else Batch.concatenate(parts)
 
-    def _fetch_ahead(self, numbers: Sequence[int]) -> None:
+    def _prefetch(self, numbers: Sequence[int]) -> None:
         """Announce the shards of windows that have begun, and then of those after them."""
         windows = self.order.windows(numbers)
-        begun = sorted(windows - self._announced)
-        coming = (*begun, *(self.order.after(window) for window in begun))
-        self.shards.fetch_ahead([shard for window in coming for shard in self.order.shards_in(window)])
-        self._announced = windows
+        begun = sorted(windows - self._prefetched)
+        coming = (*begun, *(self.order.next_window(window) for window in begun))
+        self.shards.prefetch([shard for window in coming for shard in self.order.shards_in(window)])
+        self._prefetched = windows
 
     def _part(self, numbers: Sequence[int]) -> Batch:
         model, draws = self.config.model, self.draw(numbers)
@@ -187,19 +187,19 @@ class LatentDataset(Dataset[Batch]):
 
     def _read(self, place: Place, *, flipped: bool) -> tuple[str, int, np.ndarray]:
         """Key, label and array. A store that is gone is asked once: each attempt may take minutes, and the run ends."""
-        if self._lost is not None:
-            raise self._lost
+        if self._store_error is not None:
+            raise self._store_error
         try:
             return self.shards.read_array(*place, flipped=flipped)
         except FileError as error:
-            self._lost = error
+            self._store_error = error
             raise
 
     def _substitute(self, place: Place, *, flipped: bool) -> tuple[Place, str, int, np.ndarray]:
         """The next sample in the order of storage that can be read. Raises DataError where there is none."""
         for shard, positions in self._after(place):
             for position in positions:
-                if (shard, position) in self.quarantined or (shard, position, flipped) in self._bad:
+                if (shard, position) in self.quarantined or (shard, position, flipped) in self._unreadable:
                     continue
                 try:
                     key, label, array = self._read((shard, position), flipped=flipped)
@@ -209,7 +209,7 @@ class LatentDataset(Dataset[Batch]):
                     break
                 except DataError:
                     pass
-                self._bad.add((shard, position, flipped))
+                self._unreadable.add((shard, position, flipped))
         raise DataError(f"no sample of {self.config.data.path} can be read")
 
     def _after(self, place: Place) -> Iterator[tuple[int, range]]:
@@ -280,7 +280,7 @@ def check_fits(info: DatasetInfo, config: Config) -> None:
         raise ConfigError(f"data.flip is on, but {config.data.path} holds no mirrored latents")
 
 
-class RankNumbers(Sequence[list[int]]):
+class RankBatchSampler(Sequence[list[int]]):
     """The sample numbers of one rank's passes, from step ``start`` on: a contiguous slice of every global batch."""
 
     def __init__(self, *, start: int, steps: int, global_batch: int, micro_batch: int, rank: int, world: int) -> None:
@@ -299,7 +299,7 @@ class RankNumbers(Sequence[list[int]]):
         return list(range(first, first + self.micro_batch))
 
 
-def batches(dataset: LatentDataset, numbers: RankNumbers, device: torch.device) -> Iterator[Batch]:
+def batches(dataset: LatentDataset, numbers: RankBatchSampler, device: torch.device) -> Iterator[Batch]:
     """The rank's batches in order, read ahead by worker processes; their number does not change a bit of what comes.
 
     Where a worker dies (killed, say, for memory), all are started again and go on where they were: what a batch holds follows

@@ -80,7 +80,7 @@ class SampleOrder:
         first, last = np.searchsorted(before, [begin, begin + self._size(window) - 1], side="right") - 1
         return order[first : last + 1].tolist()
 
-    def after(self, window: Window) -> Window:
+    def next_window(self, window: Window) -> Window:
         """The one that the lane reads next."""
         epoch, lane, number = window
         if (number + 1) * self.window < self._lengths(epoch)[lane]:

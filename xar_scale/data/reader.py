@@ -73,12 +73,12 @@ class LatentShards:
         self._open(shard)
         return _read_index(self.storage, self.info.shards[shard])
 
-    def fetch_ahead(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         """These shards will be read soon."""
         files = list[FileSpec]()
         for info in (self.info.shards[shard] for shard in shards):
             files += (f"{info.name}.tar", info.bytes, info.crc32), (f"{info.name}{INDEX}", None, info.index_crc32)
-        self.storage.fetch_ahead(files)
+        self.storage.prefetch(files)
 
     def _open(self, shard: int) -> "_OpenShard":
         if not hasattr(self, "_opened"):  # made on first use: it cannot be sent to another process
@@ -108,7 +108,7 @@ class LatentShards:
         begin, data, size, crc32 = (opened.flipped if flipped else opened.latent)[position].tolist()
         content = opened.file.pread(data + size - begin, begin)
         found = zlib.crc32(content)
-        if found != crc32 and opened.forget():
+        if found != crc32 and opened.discard():
             content = opened.file.pread(data + size - begin, begin)
             found = zlib.crc32(content)
         if found != crc32:
@@ -133,9 +133,9 @@ class _OpenShard:
         self.latent, self.flipped = _rows(index.latent), _rows(index.flipped)
         self.file = storage.open(f"{shard.name}.tar", shard.bytes, shard.crc32)
 
-    def forget(self) -> bool:
+    def discard(self) -> bool:
         """Whether the file was a copy that has been thrown away."""
-        return self.storage.forget(f"{self.shard.name}.tar", self.shard.crc32)
+        return self.storage.discard(f"{self.shard.name}.tar", self.shard.crc32)
 
 
 def _read_index(storage: Storage, shard: ShardInfo) -> Index:

@@ -20,10 +20,10 @@ from xar_scale.data.storage import FileSpec, MissingFileError
 from xar_scale.errors import ConfigError, DataError, FileError
 
 BLOCK = 16 << 20  # bytes a request: what object stores advise, and what a cut connection costs
-ATTEMPTS, FIRST_WAIT_S, LONGEST_WAIT_S = 10, 0.5, 60.0  # waits double: three minutes, and what the store's library waits
-FIRST_ATTEMPTS = 4  # at the start, some seconds: what is wrong then (credentials, say) is not mended by waiting
-ARRIVALS = 3  # of a whole file that is not as described, before the store's own is taken for damaged
-DOWNLOADS = 4  # ahead of need at a time, a process
+ATTEMPTS, FIRST_WAIT_S, MAX_WAIT_S = 10, 0.5, 60.0  # waits double: three minutes, and what the store's library waits
+START_ATTEMPTS = 4  # at the start, some seconds: what is wrong then (credentials, say) is not mended by waiting
+CHECKSUM_TRIES = 3  # of a whole file that is not as described, before the store's own is taken for damaged
+PREFETCH_THREADS = 4  # ahead of need at a time, a process
 
 
 class RemoteFolder:
@@ -44,11 +44,11 @@ class RemoteFolder:
         return f"{self.url}/{name}"
 
     def read(self, name: str) -> bytes:
-        return _get(self.path(name), attempts=FIRST_ATTEMPTS)
+        return _get(self.path(name), attempts=START_ATTEMPTS)
 
     def read_immutable(self, name: str, crc32: int) -> bytes:
         content = self._content(name, crc32)
-        if zlib.crc32(content) != crc32 and self.forget(name, crc32):
+        if zlib.crc32(content) != crc32 and self.discard(name, crc32):
             content = self._content(name, crc32)
         return content
 
@@ -60,15 +60,15 @@ class RemoteFolder:
         os.close(self.descriptor(name, size, crc32))
         return CachedFile(self, name, size, crc32)
 
-    def forget(self, name: str, crc32: int) -> bool:
-        return self.cache.forget(self.key(name, crc32))
+    def discard(self, name: str, crc32: int) -> bool:
+        return self.cache.discard(self.key(name, crc32))
 
-    def fetch_ahead(self, files: Sequence[FileSpec]) -> None:
+    def prefetch(self, files: Sequence[FileSpec]) -> None:
         # before a download begins: what is here already must not make room for it
-        missing = [file for file in files if not self.cache.renew(self.key(file[0], file[2]))]
+        missing = [file for file in files if not self.cache.touch(self.key(file[0], file[2]))]
         if not hasattr(self, "_ahead"):  # threads belong to the process that uses them
             self._ahead: queue.SimpleQueue[FileSpec] = queue.SimpleQueue()
-            for _ in range(DOWNLOADS):  # daemons: what is under way does not hold up the end of a process
+            for _ in range(PREFETCH_THREADS):  # daemons: what is under way does not hold up the end of a process
                 threading.Thread(target=self._work, name="fetch ahead", daemon=True).start()
         for file in missing:
             self._ahead.put(file)
@@ -78,7 +78,7 @@ class RemoteFolder:
             name, size, crc32 = self._ahead.get()
             # whoever needs the file meets the error again, and says so
             with contextlib.suppress(DataError, FileError):
-                if not self.cache.busy(self.key(name, crc32)):
+                if not self.cache.is_downloading(self.key(name, crc32)):
                     os.close(self.descriptor(name, size, crc32))
 
     def key(self, name: str, crc32: int) -> str:
@@ -92,12 +92,12 @@ class RemoteFolder:
         of their own. Raises DataError where it has another size, or there is no size to go by.
         """
         url, key = self.path(name), self.key(name, crc32)
-        for arrival in range(1, ARRIVALS + 1):
-            damaged = size is not None and arrival == ARRIVALS
+        for arrival in range(1, CHECKSUM_TRIES + 1):
+            damaged = size is not None and arrival == CHECKSUM_TRIES
             try:
                 return self.cache.open(key, crc32, partial(_download, url, size, time.monotonic()), damaged=damaged)
             except ContentError as error:
-                _say(f"{url}: {error}, arrival {arrival} of {ARRIVALS}")
+                _say(f"{url}: {error}, arrival {arrival} of {CHECKSUM_TRIES}")
                 last = error
         raise DataError(f"{'shard ' if size else ''}{url}: {last}")
 
@@ -125,7 +125,7 @@ class CachedFile:
 def _download(url: str, size: int | None, asked: float) -> Download:
     """A file on its way, ``asked`` for when another may have been at it; where nobody knows its size, it is fetched first."""
     # after that long another's attempts were in vain: were each to begin them anew, the last would wait for those of all
-    attempts = ATTEMPTS if time.monotonic() - asked < LONGEST_WAIT_S else FIRST_ATTEMPTS
+    attempts = ATTEMPTS if time.monotonic() - asked < MAX_WAIT_S else START_ATTEMPTS
     if size is None:
         whole = _get(url, attempts=attempts)
         return Download(len(whole), iter([whole]))
@@ -167,7 +167,7 @@ def _get(url: str, begin: int | None = None, end: int | None = None, attempts: i
             if attempt > 2:
                 _say(f"{url}: {said}; attempt {attempt + 1} of {attempts} in {wait:.0f} s")
         time.sleep(wait * random.uniform(0.5, 1.5))  # a node's ranks do not come back all at once
-        wait = min(2 * wait, LONGEST_WAIT_S)
+        wait = min(2 * wait, MAX_WAIT_S)
     raise AssertionError
 
 

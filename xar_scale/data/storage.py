@@ -41,10 +41,10 @@ class Storage(Protocol):
 
     def open(self, name: str, size: int, crc32: int) -> File: ...
 
-    def forget(self, name: str, crc32: int) -> bool:
+    def discard(self, name: str, crc32: int) -> bool:
         """Whether what was read was a copy that may have rotted, and has been thrown away: reading again may bring better."""
 
-    def fetch_ahead(self, files: Sequence[FileSpec]) -> None:
+    def prefetch(self, files: Sequence[FileSpec]) -> None:
         """These files will be needed; returns at once."""
 
 
@@ -87,10 +87,10 @@ class LocalFolder:
             what = "truncated" if found < size else "changed"
             raise DataError(f"shard {path} is {what}: {found} bytes, the index says {size}")
 
-    def forget(self, name: str, crc32: int) -> bool:
+    def discard(self, name: str, crc32: int) -> bool:
         return False
 
-    def fetch_ahead(self, files: Sequence[FileSpec]) -> None:
+    def prefetch(self, files: Sequence[FileSpec]) -> None:
         pass
 
 

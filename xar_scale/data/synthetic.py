@@ -37,7 +37,7 @@ class SyntheticShards:
     def faults(self) -> Iterator[Fault]:
         return iter(())
 
-    def fetch_ahead(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         pass
 
     def read_array(self, shard: int, position: int, *, flipped: bool) -> tuple[str, int, np.ndarray]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from xar_scale.data.index import crc32_of, index_tar
-from xar_scale.data.processes import in_processes
+from xar_scale.data.processes import map_in_processes
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import INDEX, DatasetInfo
 from xar_scale.errors import DataError, FileError
@@ -16,7 +16,7 @@ from xar_scale.errors import DataError, FileError
 def verify_set(shards: LatentShards, processes: int) -> Iterator[tuple[str, list[str]]]:
     """(shard, its faults) of every shard, in their order."""
     names = (shard.name for shard in shards.info.shards)
-    found = in_processes(_faults_of, range(len(shards.info.shards)), processes, initializer=_open, initargs=(shards,))
+    found = map_in_processes(_faults_of, range(len(shards.info.shards)), processes, initializer=_open, initargs=(shards,))
     yield from zip(names, found, strict=True)
 
 

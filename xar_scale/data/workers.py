@@ -45,11 +45,11 @@ def from_workers(dataset: Dataset[Any], workers: int, **settings: Any) -> Iterat
         dataset,
         num_workers=workers,
         multiprocessing_context=_context() if workers else None,
-        worker_init_fn=partial(_die_with, os.getpid()),
+        worker_init_fn=partial(_init_worker, os.getpid()),
         generator=torch.Generator(),  # or it would draw from the one that dropout draws from
         **settings,
     )
-    with _no_signal_of_death():
+    with _without_sigchld_handler():
         stream = iter(loader)
     for worker in getattr(stream, "_workers", ()):  # which take no notice of SIGTERM; torch 2.11 to 2.15
         worker._popen.terminate = worker._popen.kill
@@ -59,14 +59,14 @@ def from_workers(dataset: Dataset[Any], workers: int, **settings: Any) -> Iterat
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
-            if not (workers and is_death(error)):
+            if not (workers and is_worker_death(error)):
                 raise
             said = str(error).splitlines()[0] if str(error) else "it was handing over a batch"
             raise DeadWorkerError(f"a data worker died: {said.strip()}") from None
         yield item
 
 
-def is_death(error: Exception) -> bool:
+def is_worker_death(error: Exception) -> bool:
     """Whether a worker is gone: PyTorch says so, or what it left in the queue cannot be fetched from it any more.
 
     What a living worker raises comes as "Caught ... in DataLoader worker process".
@@ -78,7 +78,7 @@ def is_death(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def _no_signal_of_death() -> Iterator[None]:
+def _without_sigchld_handler() -> Iterator[None]:
     """PyTorch reports a worker's death by raising from a signal handler, in the middle of whatever the process does then.
 
     Without that handler it is found by whoever waits for the next batch.
@@ -93,7 +93,7 @@ def _no_signal_of_death() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, handler)
 
 
-def _die_with(parent: int, worker: int) -> None:
+def _init_worker(parent: int, worker: int) -> None:
     """A process that is killed must not leave workers behind: they would wait for it with their memory.
 
     Until then signals are its affair: SLURM and terminals send them to all processes alike, and its last steps need data.
