@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from xar_scale import dist
 from xar_scale.cli import Parser, ending
-from xar_scale.data.encode import EncodeSettings, Watcher, encode_set, finished_set
+from xar_scale.data.encode import EncodeSettings, Reporter, encode_set, finished_set
 from xar_scale.data.index import LABEL
 from xar_scale.data.shards import DatasetInfo
 from xar_scale.errors import DataError, UsageError, XarScaleError
@@ -102,7 +102,7 @@ def _images(options: argparse.Namespace) -> None:
         dist.say(f"already there: {_summary(info)}: {options.out}")
         return
     with _Display() as display:
-        info = encode_set(options.out, settings, tokenizer, workers=options.workers, max_bad=options.max_bad, watcher=display)
+        info = encode_set(options.out, settings, tokenizer, workers=options.workers, max_bad=options.max_bad, reporter=display)
     if info is not None:
         dist.say(f"{_summary(info)}: {options.out}")
 
@@ -142,7 +142,7 @@ def _tokenizer(options: argparse.Namespace) -> Tokenizer:
     return create_tokenizer(description, options.weights, device, batch=options.batch, compute=MODES[options.precision].compute)
 
 
-class _Display(Watcher):
+class _Display(Reporter):
     """Lines on standard error, and on rank 0 how far all are: a bar in a terminal, else a line now and then."""
 
     def __init__(self) -> None:
@@ -167,7 +167,7 @@ class _Display(Watcher):
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     def progress(self, done: int, total: int, bad: int) -> None:

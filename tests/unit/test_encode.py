@@ -145,7 +145,7 @@ def test_kl16_stores_its_moments_and_what_a_dtype_cannot_hold_is_that_images_fau
 
     monkeypatch.setattr(kl16, "moments", overflowing)
     told = Told()
-    info = encode(tmp_path / "lossy", few, kl16, max_bad=1, watcher=told, **changes)
+    info = encode(tmp_path / "lossy", few, kl16, max_bad=1, reporter=told, **changes)
     [name] = info.images["skipped"]
     assert info.samples == 2 and name.removesuffix(".jpg").replace("/", "-") not in {
         s.key for s in read_set(tmp_path / "lossy")
@@ -216,7 +216,7 @@ def test_rank_0_waits_for_the_others_and_they_for_its_plan(source, tmp_path, who
     monkeypatch.setattr(encode_module.dist, "rank", lambda: int(threading.current_thread().name))
     monkeypatch.setattr(encode_module, "POLL_S", 0.05)
     ranks = {
-        rank: threading.Thread(target=encode, args=(out, source), kwargs={"watcher": told[rank]}, name=str(rank))
+        rank: threading.Thread(target=encode, args=(out, source), kwargs={"reporter": told[rank]}, name=str(rank))
         for rank in (1, 0)
     }
     ranks[1].start()
@@ -235,7 +235,7 @@ def test_rank_0_says_what_it_waits_for(source, tmp_path, whole, monkeypatch):
     as_rank(monkeypatch, 0, 2)
     monkeypatch.setattr(encode_module.time, "sleep", stop)
     with pytest.raises(StopError):
-        encode(out, source, watcher=told)
+        encode(out, source, reporter=told)
     assert told.lines[-1] == "waiting for 2 shards of other ranks, the first latents-000001"
     assert not (out / DATASET_FILE).exists()
 

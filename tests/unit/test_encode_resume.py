@@ -104,7 +104,7 @@ def test_a_recorded_shard_whose_files_are_not_as_written_is_made_again(source, t
         encode(out, source, Stopping(20))
     damaged(out / name)
     done = (out / "latents-000000.tar").stat().st_mtime_ns
-    encode(out, source, watcher=told)
+    encode(out, source, reporter=told)
     assert len([line for line in told.lines if f"{out / name} {says}" in line and "made again" in line]) == 1
     assert files(out) == whole and (out / "latents-000000.tar").stat().st_mtime_ns == done
 
@@ -225,7 +225,7 @@ def test_a_second_process_of_a_rank_is_refused_and_harms_nothing(source, tmp_pat
     with pytest.raises(StopError):
         encode(out, source, Stopping(0))  # who makes the plan
     as_rank(monkeypatch, rank, rank + 1)
-    encode(out, source, watcher=Meanwhile())
+    encode(out, source, reporter=Meanwhile())
     assert set(refused) == {f"another process is writing {out} as rank {rank}"}
     as_rank(monkeypatch, 0, 1)
     encode(out, source)
@@ -239,7 +239,7 @@ def test_where_nothing_can_be_locked_it_goes_on(source, tmp_path, whole, monkeyp
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    encode(out, source, watcher=told)
+    encode(out, source, reporter=told)
     assert f"{out} cannot be locked, so that another process as rank 0 would go unnoticed: No locks available" in told.lines
     assert files(out) == whole
 
@@ -274,7 +274,7 @@ BAD = ("n0/i06.jpg", "n1/i13.jpg", "n2/i02.jpg")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_images_within_the_allowance_are_named_and_left_out(source, tmp_path, workers):
     copy, told = damage(source, tmp_path / "copy", *BAD), Told()
-    info = encode(tmp_path / "set", copy, max_bad=3, workers=workers, watcher=told)
+    info = encode(tmp_path / "set", copy, max_bad=3, workers=workers, reporter=told)
     assert info.samples == 18 and sorted(info.images["skipped"]) == sorted(BAD)
     for name in BAD:
         assert any(line.startswith(f"skipped {copy / name}: ") for line in told.lines)
@@ -423,7 +423,7 @@ def test_who_waits_for_the_plan_hears_that_the_listing_failed(source, tmp_path, 
 
 def test_what_another_process_has_recorded_counts_before_a_shard_is_done(source, tmp_path, monkeypatch):
     copy, out = damage(source, tmp_path / "copy", BAD[0]), tmp_path / "set"
-    monkeypatch.setattr(encode_module, "LOOK_S", 1000)
+    monkeypatch.setattr(encode_module, "SCAN_S", 1000)
 
     class Meanwhile(Told):
         def progress(self, *numbers):
@@ -431,7 +431,7 @@ def test_what_another_process_has_recorded_counts_before_a_shard_is_done(source,
             (out / WORK / "latents-000001.bad.json").write_text(json.dumps(fake))
 
     with pytest.raises(DataError, match=f"2 bad images, --max-bad allows 1: {copy / BAD[0]}"):
-        encode(out, copy, max_bad=1, samples_per_shard=21, watcher=Meanwhile())
+        encode(out, copy, max_bad=1, samples_per_shard=21, reporter=Meanwhile())
     assert not (out / "latents-000000.tar").exists()
 
 
@@ -483,7 +483,7 @@ def test_looks_at_what_others_have_done_take_little_of_the_time(source, tmp_path
     monkeypatch.setattr(os, "listdir", slow)
     monkeypatch.setattr(encode_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     with pytest.raises(StopError):
-        encode(out, source, watcher=Working())
+        encode(out, source, reporter=Working())
     assert looks == [0, 51, 114, 183]  # at the start, and while it waits; none between, at a shard's end either
     assert pauses == [60] * 3
 

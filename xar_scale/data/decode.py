@@ -1,4 +1,4 @@
-"""Batches of decoded images, read ahead by worker processes."""
+"""DecodeDataset of decoded images, read ahead by worker processes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ class DecodedBatch(NamedTuple):
     bad: list[tuple[SourceImage, str]]  # and why
 
 
-class Batches(Dataset[DecodedBatch]):
+class DecodeDataset(Dataset[DecodedBatch]):
     """Number -> batch; none holds images of two shards, so a shard's arrays do not depend on who makes the one before it."""
 
     def __init__(self, plan: Plan, shards: Sequence[int], channels: int) -> None:
@@ -54,7 +54,7 @@ class Batches(Dataset[DecodedBatch]):
         return DecodedBatch(shard, last, good, torch.from_numpy(images[: len(good)]), bad)
 
 
-def decoded(batches: Batches, workers: int) -> Iterator[DecodedBatch]:
+def decode_batches(batches: DecodeDataset, workers: int) -> Iterator[DecodedBatch]:
     """The batches in order, read ahead by worker processes. Raises ProcessError where one dies."""
     try:
         yield from from_workers(batches, workers, batch_size=None, collate_fn=_as_it_is)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from xar_scale import dist, rng
-from xar_scale.data.decode import Batches, decoded
+from xar_scale.data.decode import DecodeDataset, decode_batches
 from xar_scale.data.images import CROP, SourceImage, list_images
 from xar_scale.data.plan import EncodeSettings, Plan
 from xar_scale.data.reader import LatentShards
@@ -41,21 +41,21 @@ from xar_scale.tokenizers import Tokenizer, check_origin
 PREFIX = "latents"
 WORK, PLAN, NOTE = ".encoding", "plan.json", "ended-rank-"
 RECORD, BAD_RECORD = ".json", ".bad.json"  # behind the name of a shard: of a whole one, of one that lacks bad images
-POLL_S, LOOK_S = 0.5, 5.0  # between looks at what other processes have done: while waiting, while working
-REST = 20  # times what a look took are between it and the next: it lists the folder, which may hold 100,000 records
+POLL_S, SCAN_S = 0.5, 5.0  # between looks at what other processes have done: while waiting, while working
+SCAN_REST = 20  # times what a look took are between it and the next: it lists the folder, which may hold 100,000 records
 
 
-class Watcher:
+class Reporter:
     """Who is told how the work goes. This one keeps it to itself."""
 
-    def say(self, line: str) -> None: ...
+    def log(self, line: str) -> None: ...
 
     def progress(self, done: int, total: int, bad: int) -> None:
         """``done`` of ``total`` images are worked on, by all processes, ``bad`` of them in vain."""
 
 
 def encode_set(
-    out: Path, settings: EncodeSettings, tokenizer: Tokenizer, *, workers: int, max_bad: int, watcher: Watcher
+    out: Path, settings: EncodeSettings, tokenizer: Tokenizer, *, workers: int, max_bad: int, reporter: Reporter
 ) -> DatasetInfo | None:
     """Do this process's share, from where it was left, and as rank 0 the rest that makes shards a set.
 
@@ -78,29 +78,29 @@ def encode_set(
         raise UsageError(f"no folder at {settings.source}")
     if out.resolve().is_relative_to(Path(settings.source).resolve()):  # its folder would count as a class
         raise UsageError(f"{out} is the source {settings.source}, or lies in it: write elsewhere")
-    notes = _Notes(out, rank, world)
-    with notes.left_behind(), ExitStack() as stack:
+    notes = _ErrorNotes(out, rank, world)
+    with notes.write_on_error(), ExitStack() as stack:
         if rank == 0:
             (out / WORK).mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_alone(out, rank, watcher))
-        plan = _plan(out, settings, notes, watcher)
+            stack.enter_context(_rank_lock(out, rank, reporter))
+        plan = _plan(out, settings, notes, reporter)
         if plan is None:
             return finished_set(out, settings)
         if rank != 0:  # which writes nothing before rank 0 has
-            stack.enter_context(_alone(out, rank, watcher))
-        work = _Work(out, plan, _description(plan, tokenizer, (channels, rows, columns)), tokenizer, max_bad, watcher)
-        work.encode(range(rank, plan.shards, world), workers)
-        return work.finish(notes) if rank == 0 else None
+            stack.enter_context(_rank_lock(out, rank, reporter))
+        encoder = _Encoder(out, plan, _description(plan, tokenizer, (channels, rows, columns)), tokenizer, max_bad, reporter)
+        encoder.encode(range(rank, plan.shards, world), workers)
+        return encoder.finish(notes) if rank == 0 else None
 
 
 @contextmanager
-def _alone(out: Path, rank: int, watcher: Watcher) -> Iterator[None]:
+def _rank_lock(out: Path, rank: int, reporter: Reporter) -> Iterator[None]:
     """Raises UsageError where another process is at work as this rank: both would write the same files."""
     with ExitStack() as stack:
         try:
             mine = stack.enter_context(locked(out / WORK / f"rank-{rank}.lock"))
         except OSError as error:
-            watcher.say(f"{out} cannot be locked, so that another process as rank {rank} would go unnoticed: {error.strerror}")
+            reporter.log(f"{out} cannot be locked, so that another process as rank {rank} would go unnoticed: {error.strerror}")
             mine = True
         if not mine:
             raise UsageError(f"another process is writing {out} as rank {rank}")
@@ -138,15 +138,15 @@ def _prepared(settings: EncodeSettings) -> dict[str, Any]:
     return {"crop": CROP, **{name: getattr(settings, name) for name in names}}
 
 
-def _plan(out: Path, settings: EncodeSettings, notes: "_Notes", watcher: Watcher) -> Plan | None:
+def _plan(out: Path, settings: EncodeSettings, notes: "_ErrorNotes", reporter: Reporter) -> Plan | None:
     """The plan, which rank 0 makes where there is none and others wait for. None where the set is whole by now."""
     path = out / WORK / PLAN
     if notes.rank == 0 and not path.exists():
-        _make_plan(out, settings, watcher)
+        _make_plan(out, settings, reporter)
     told = False
     while True:
         try:
-            with _told_if_torn(path, f"without {path.parent}, all is made anew"):
+            with _data_error_if_torn(path, f"without {path.parent}, all is made anew"):
                 values = json.loads(path.read_bytes())
                 begun, images = dict(values["settings"]), [SourceImage(*row) for row in values["images"]]
                 plan = Plan(settings, int(values["classes"]), images)
@@ -155,7 +155,7 @@ def _plan(out: Path, settings: EncodeSettings, notes: "_Notes", watcher: Watcher
             if finished_set(out, settings) is not None:
                 return None
         if not told:
-            watcher.say(f"waiting for rank 0 to list the images of {settings.source} in {path}")
+            reporter.log(f"waiting for rank 0 to list the images of {settings.source} in {path}")
             told = True
         time.sleep(POLL_S)
         notes.check()
@@ -167,59 +167,61 @@ def _plan(out: Path, settings: EncodeSettings, notes: "_Notes", watcher: Watcher
     return plan
 
 
-def _make_plan(out: Path, settings: EncodeSettings, watcher: Watcher) -> None:
+def _make_plan(out: Path, settings: EncodeSettings, reporter: Reporter) -> None:
     create_set_folder(out)
-    watcher.say(f"listing the images of {settings.source}")
+    reporter.log(f"listing the images of {settings.source}")
     images, classes = list_images(Path(settings.source), settings.image, settings.classes)
     order = rng.generator(0, "encode").permutation(len(images))  # as they lie, a shard would be of one class
     plan = {"settings": asdict(settings), "classes": classes, "images": [images[at] for at in order]}
     write_atomically(out / WORK / PLAN, json.dumps(plan).encode())
-    watcher.say(f"{len(images):,} images of {len({image.label for image in images}):,} classes")
+    reporter.log(f"{len(images):,} images of {len({image.label for image in images}):,} classes")
 
 
-class _Work:
+class _Encoder:
     """What is done and what is left of one set, seen from one process."""
 
-    def __init__(self, out: Path, plan: Plan, info: DatasetInfo, tokenizer: Tokenizer, max_bad: int, watcher: Watcher) -> None:
+    def __init__(
+        self, out: Path, plan: Plan, info: DatasetInfo, tokenizer: Tokenizer, max_bad: int, reporter: Reporter
+    ) -> None:
         self.out, self.plan, self.info, self.tokenizer = out, plan, info, tokenizer
-        self.max_bad, self.watcher = max_bad, watcher
+        self.max_bad, self.reporter = max_bad, reporter
         self.shard, self.bad = ShardBuilder(info), list[_Bad]()  # the one in the making, and what it lacks
         self.done = dict[int, str]()  # the records of all processes
         self.recorded = dict[str, list[_Bad]]()  # the bad images in them
-        self._look()
+        self._scan_records()
 
     def encode(self, shards: Sequence[int], workers: int) -> None:
         """Make those of the shards that are not done, or whose files are not as they were written."""
         for damage in self._drop_damaged(shards):
-            self.watcher.say(f"{damage}; the shard is made again")
+            self.reporter.log(f"{damage}; the shard is made again")
         self._allow_bad()
-        self._tell()
-        batches = Batches(self.plan, [shard for shard in shards if shard not in self.done], self.tokenizer.image_channels)
-        for batch in decoded(batches, workers):
+        self._report_progress()
+        batches = DecodeDataset(self.plan, [shard for shard in shards if shard not in self.done], self.tokenizer.image_channels)
+        for batch in decode_batches(batches, workers):
             for source, why in batch.bad:
                 self._skip(source, why)
             if batch.sources:
                 self._add(batch.sources, batch.images.numpy())
             if batch.last:
                 self._end_shard(batch.shard)
-            if time.monotonic() - self.looked > max(LOOK_S, self.rest):
-                self._look()
-            self._tell()
+            if time.monotonic() - self.scanned_at > max(SCAN_S, self.min_interval):
+                self._scan_records()
+            self._report_progress()
 
-    def finish(self, notes: "_Notes") -> DatasetInfo:
+    def finish(self, notes: "_ErrorNotes") -> DatasetInfo:
         """Wait for the shards of all processes; then the set is whole."""
         told = False
-        self._look()
+        self._scan_records()
         while missing := [shard for shard in range(self.plan.shards) if shard not in self.done]:
             if not told:
                 first = shard_name(PREFIX, missing[0])
-                self.watcher.say(f"waiting for {len(missing)} shards of other ranks, the first {first}")
+                self.reporter.log(f"waiting for {len(missing)} shards of other ranks, the first {first}")
                 told = True
-            time.sleep(max(POLL_S, self.rest))
+            time.sleep(max(POLL_S, self.min_interval))
             notes.check()
-            self._look()
+            self._scan_records()
             self._allow_bad()
-            self._tell()
+            self._report_progress()
         if damaged := self._drop_damaged(range(self.plan.shards)):
             raise DataError(f"{damaged[0]} ({len(damaged)} such shards); the same command makes what is missing")
         records = [self._record(self.done[shard]) for shard in range(self.plan.shards)]
@@ -249,9 +251,9 @@ class _Work:
 
     def _skip(self, source: SourceImage, why: str) -> None:
         self.bad.append(_Bad(source.name, why))
-        self._look()
+        self._scan_records()
         self._allow_bad()
-        self.watcher.say(f"skipped {self._named(self.bad[-1])}")
+        self.reporter.log(f"skipped {self._named(self.bad[-1])}")
 
     def _end_shard(self, number: int) -> None:
         """The tar, its index, and then the record: a shard that has one is whole and is not made again."""
@@ -263,10 +265,10 @@ class _Work:
         self.done[number] = record
         lacks, self.shard, self.bad = self.bad, ShardBuilder(self.info), []
         if lacks:
-            self._look()
+            self._scan_records()
             self._allow_bad()  # again: another process may have written its record in the same moment
 
-    def _look(self) -> None:
+    def _scan_records(self) -> None:
         """See what all processes have recorded."""
         begun = time.monotonic()
         with suppress(FileNotFoundError):  # the set was finished in this moment
@@ -274,12 +276,12 @@ class _Work:
             self.done = {_number(name): name for name in names if name.startswith(PREFIX) and name.endswith(RECORD)}
             with_bad = [name for name in self.done.values() if name.endswith(BAD_RECORD)]
             self.recorded = {name: self.recorded.get(name) or self._record(name).bad for name in with_bad}
-        self.looked = time.monotonic()
-        self.rest = REST * (self.looked - begun)
+        self.scanned_at = time.monotonic()
+        self.min_interval = SCAN_REST * (self.scanned_at - begun)
 
     def _record(self, name: str) -> "_Record":
         path = self.out / WORK / name
-        with _told_if_torn(path, "without the file, its shard is made again"):
+        with _data_error_if_torn(path, "without the file, its shard is made again"):
             record = json.loads(path.read_bytes())
             shard = None if record["shard"] is None else ShardInfo(**record["shard"])
             return _Record(shard, [_Bad(*image) for image in record["bad"]])
@@ -313,12 +315,12 @@ class _Work:
     def _named(self, image: "_Bad") -> str:
         return f"{Path(self.plan.settings.source) / image.name}: {image.why}"
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         done = self.plan.samples_in(self.done) + len(self.shard) + len(self.bad)
-        self.watcher.progress(done, len(self.plan.images), len(self._all_bad()))
+        self.reporter.progress(done, len(self.plan.images), len(self._all_bad()))
 
 
-class _Notes:
+class _ErrorNotes:
     """A process that ends with an error leaves a note, so that those who wait for it need not wait for ever.
 
     Notes that lie there at the start are of a start before this one: whoever left them may have been started again too.
@@ -342,14 +344,14 @@ class _Notes:
         """Raises the error of a rank waited for that has ended since this one began, under its exit code."""
         for path in sorted(path for path, when in self._found().items() if self.old.get(path) != when):
             rank = path.name.removeprefix(NOTE)
-            with _told_if_torn(path, f"rank {rank} has ended, and why is not known"):
+            with _data_error_if_torn(path, f"rank {rank} has ended, and why is not known"):
                 ended, code = json.loads(path.read_bytes())
             error = XarScaleError(f"rank {rank} ended: {ended}")
             error.exit_code = code
             raise error
 
     @contextmanager
-    def left_behind(self) -> Iterator[None]:
+    def write_on_error(self) -> Iterator[None]:
         try:
             yield
         except UsageError:
@@ -377,7 +379,7 @@ class _Record(NamedTuple):
 
 
 @contextmanager
-def _told_if_torn(path: Path, remedy: str) -> Iterator[None]:
+def _data_error_if_torn(path: Path, remedy: str) -> Iterator[None]:
     """Around what is made of a file of JSON: raises DataError, with the ``remedy``, where it is not what was written."""
     try:
         yield

@@ -69,7 +69,7 @@ class RemoteFolder:
         if not hasattr(self, "_ahead"):  # threads belong to the process that uses them
             self._ahead: queue.SimpleQueue[FileSpec] = queue.SimpleQueue()
             for _ in range(PREFETCH_THREADS):  # daemons: what is under way does not hold up the end of a process
-                threading.Thread(target=self._work, name="fetch ahead", daemon=True).start()
+                threading.Thread(target=self._work, name="prefetch", daemon=True).start()
         for file in missing:
             self._ahead.put(file)
 
