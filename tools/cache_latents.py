@@ -84,7 +84,7 @@ def _digits(options: argparse.Namespace) -> None:
 def _images(options: argparse.Namespace) -> None:
     for name, least in (("size", 1), ("batch", 1), ("samples-per-shard", 1), ("classes", 1), ("workers", 0), ("max-bad", 0)):
         if (number := getattr(options, name.replace("-", "_"))) is not None and number < least:
-            raise UsageError(f"--{name} is at least {least}, not {number}")
+            raise UsageError(f"--{name} must be at least {least}, not {number}")
     tokenizer = _tokenizer(options)
     settings = EncodeSettings(
         source=str(options.source.resolve()),
@@ -99,7 +99,7 @@ def _images(options: argparse.Namespace) -> None:
         image=options.image,
     )
     if (info := finished_set(options.out, settings)) is not None:
-        dist.say(f"already there: {_summary(info)}: {options.out}")
+        dist.say(f"already complete: {_summary(info)}: {options.out}")
         return
     with _Display() as display:
         info = encode_set(options.out, settings, tokenizer, workers=options.workers, max_bad=options.max_bad, reporter=display)
@@ -121,9 +121,9 @@ def _tokenizer(options: argparse.Namespace) -> Tokenizer:
         except ValueError:
             raise UsageError(f"--tokenizer {options.tokenizer!r} is not JSON") from None
         if not isinstance(description.get("name"), str):
-            raise UsageError(f"--tokenizer {options.tokenizer!r} is no object with a name")
+            raise UsageError(f"--tokenizer {options.tokenizer!r} is not a JSON object with a name")
     if (description["name"] == "kl16") != (options.weights is not None):
-        what = "tokenizer kl16 needs --weights" if options.weights is None else "--weights are of tokenizer kl16"
+        what = "tokenizer kl16 needs --weights" if options.weights is None else "--weights is only for tokenizer kl16"
         raise UsageError(f"{what}, the path of kl16.ckpt; --tokenizer is {description['name']}")
     apply_matmul_mode(options.precision)
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # the same bits at each start
@@ -134,7 +134,7 @@ def _tokenizer(options: argparse.Namespace) -> Tokenizer:
         except DataError as error:  # there is no data in it, only words
             raise UsageError(f"--tokenizer: {error}") from None
         if tokenizer.image_channels not in (1, 3):
-            raise UsageError(f"--tokenizer: images have 1 channel or 3, not image_channels {tokenizer.image_channels}")
+            raise UsageError(f"--tokenizer: image_channels {tokenizer.image_channels} is not 1 or 3")
         return tokenizer
     if not options.weights.is_file():
         raise UsageError(f"no weights at {options.weights}")

@@ -32,7 +32,7 @@ def main() -> int:
     def run() -> None:
         options = parser.parse_args()
         if min(options.processes, options.classes) < 1:
-            raise UsageError("--processes and --classes are at least 1")
+            raise UsageError("--processes and --classes must be at least 1")
         if not 0 < options.latent_scale < math.inf:
             raise UsageError(f"--latent-scale {options.latent_scale} is not a positive number")
         try:
@@ -40,7 +40,7 @@ def main() -> int:
         except ValueError:
             raise UsageError(f"--tokenizer {options.tokenizer!r} is not JSON") from None
         if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("name"), str):
-            raise UsageError(f"--tokenizer {options.tokenizer!r} is no object with a name")
+            raise UsageError(f"--tokenizer {options.tokenizer!r} is not a JSON object with a name")
         info = index_set(
             options.data,
             Members(options.latent, options.flipped or FLIPPED, options.label),

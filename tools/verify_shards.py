@@ -24,7 +24,7 @@ def main() -> int:
     def run() -> None:
         options = parser.parse_args()
         if options.processes < 1:
-            raise UsageError(f"--processes {options.processes} is not at least 1")
+            raise UsageError(f"--processes must be at least 1, not {options.processes}")
         verify(options.data, options.processes)
 
     return ending("verify_shards", run)

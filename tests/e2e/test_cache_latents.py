@@ -71,7 +71,7 @@ def test_the_set_is_whole_and_the_same_command_again_says_so(source, whole, tmp_
     assert files(out).keys() == whole.keys()
     again = images(source, out)
     assert again.returncode == 0 and again.stderr == ""
-    assert again.stdout == f"already there: 180 samples in 23 shards, 0 bad images skipped: {out}\n"
+    assert again.stdout == f"already complete: 180 samples in 23 shards, 0 bad images skipped: {out}\n"
     for other in (images(tmp_path / "copy", out), images(source, out, "--batch", "8"), images(source, out, "--no-flip")):
         assert other.returncode == 64 and other.stderr == (
             f"cache_latents: {out} already holds a data set; remove it or write elsewhere\n"
@@ -132,7 +132,7 @@ def test_a_killed_decoder_ends_it_with_its_own_code_and_one_line(source, whole, 
     assert ended.codes == [71], ended.text
     assert "Traceback" not in ended.text
     assert ended.text.splitlines()[-1].startswith("cache_latents: a data worker died: ")
-    assert ended.text.splitlines()[-1].endswith("the same command goes on from here")
+    assert ended.text.splitlines()[-1].endswith("run the same command again to resume")
     assert launch(1, arguments(source, out), tmp_path / "more").codes == [0] and files(out) == whole
 
 
@@ -157,7 +157,7 @@ def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16, kl16_weights):
     tars(tmp_path / "tars", [4, 0, 4])
     words = ["images", str(tmp_path / "tars"), "--out", str(tmp_path / "set"), "--weights", str(kl16_weights), "--size", "16"]
     bare = command(sys.executable, TOOL, *words)
-    assert bare.returncode == 64 and "which do not say how many classes there are: --classes does" in bare.stderr
+    assert bare.returncode == 64 and "which do not give the number of classes: set --classes" in bare.stderr
     done = command(sys.executable, TOOL, *words, "--classes", "5", "--precision", "bf16", "--batch", "2", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     info = LatentShards(tmp_path / "set").info
@@ -176,17 +176,17 @@ def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16, kl16_weights):
         (["nowhere", "--tokenizer", "pixel"], 64, "no folder at "),
         (["."], 64, "tokenizer kl16 needs --weights, the path of kl16.ckpt; --tokenizer is kl16"),
         ([".", "--weights", "nowhere.ckpt"], 64, "no weights at nowhere.ckpt"),
-        ([".", "--weights", "x", "--tokenizer", "pixel"], 64, "--weights are of tokenizer kl16"),
+        ([".", "--weights", "x", "--tokenizer", "pixel"], 64, "--weights is only for tokenizer kl16"),
         ([".", "--tokenizer", "vq"], 64, "--tokenizer: no tokenizer 'vq' with settings {}; there are: pixel, kl16"),
         ([".", "--tokenizer", "{torn"], 64, "--tokenizer '{torn' is not JSON"),
-        ([".", "--tokenizer", '{"patch": 2}'], 64, "is no object with a name"),
+        ([".", "--tokenizer", '{"patch": 2}'], 64, "is not a JSON object with a name"),
         ([".", "--tokenizer", '{"name": "pixel", "patch": 0}'], 64, "--tokenizer: tokenizer pixel: patch 0"),
         ([".", "--tokenizer", '{"name": "pixel", "image_channels": 2}'], 64, "image_channels 2"),
         ([".", "--tokenizer", "pixel", "--size", "15"], 78, "15x15 pixels do not fit"),
-        ([".", "--tokenizer", "pixel", "--size", "0"], 64, "--size is at least 1, not 0"),
-        ([".", "--tokenizer", "pixel", "--max-bad", "-1"], 64, "--max-bad is at least 0, not -1"),
-        ([".", "--tokenizer", "pixel", "--workers", "-1"], 64, "--workers is at least 0, not -1"),
-        ([".", "--tokenizer", "pixel", "--samples-per-shard", "0"], 64, "--samples-per-shard is at least 1, not 0"),
+        ([".", "--tokenizer", "pixel", "--size", "0"], 64, "--size must be at least 1, not 0"),
+        ([".", "--tokenizer", "pixel", "--max-bad", "-1"], 64, "--max-bad must be at least 0, not -1"),
+        ([".", "--tokenizer", "pixel", "--workers", "-1"], 64, "--workers must be at least 0, not -1"),
+        ([".", "--tokenizer", "pixel", "--samples-per-shard", "0"], 64, "--samples-per-shard must be at least 1, not 0"),
         ([".", "--tokenizer", "pixel", "--precision", "fp8"], 64, "invalid choice: 'fp8'"),
         ([".", "--tokenizer", "pixel", "--precision", "fp16"], 64, "invalid choice: 'fp16'"),
         ([".", "--tokenizer", "pixel", "--nosuch"], 64, "unrecognized arguments: --nosuch"),

@@ -136,7 +136,7 @@ def test_a_worker_killed_in_training_is_not_noticed_in_the_losses(folder, undist
     ended = finish(ranks, logs, kill_workers)
     assert ended.codes == [0], ended.text
     assert log(folder / "worker", "loss", "grad_norm") == undisturbed
-    assert "rank 0: " in ended.text and "; starting its data workers again" in ended.text
+    assert "rank 0: " in ended.text and "; restarting its data workers" in ended.text
 
 
 @pytest.mark.long
@@ -160,4 +160,4 @@ def test_synthetic_latents_need_no_disk(folder):
     assert ended.codes == [0], ended.text
     assert "1,000 samples" in ended.text
     wrong = train(folder, "none", "synthetic:many", *SINGLE)
-    assert_one_line(wrong, 78, "data.path synthetic:many: after the colon comes the number of samples")
+    assert_one_line(wrong, 78, "data.path synthetic:many: the number of samples must follow the colon")

@@ -276,7 +276,7 @@ def test_a_short_last_shard_is_not_taken_for_all_of_them(tmp_path):
 
 
 def test_a_file_larger_than_the_cache_is_named(url, tmp_path):
-    says = rf"the data cache {tmp_path}/xar_scale-cache holds 100 bytes, a file has [\d,]+: data.cache_gb"
+    says = rf"the data cache {tmp_path}/xar_scale-cache is limited to 100 bytes, a file has [\d,]+: data.cache_gb"
     with pytest.raises(FileError, match=says):
         LatentShards(RemoteFolder(url, NodeCache(tmp_path, 100))).read(0, 0)
 

@@ -180,7 +180,7 @@ def test_a_size_that_does_not_fit_the_tokenizer_is_refused_before_anything_is_wr
 def test_a_set_is_not_made_in_its_source(source, tmp_path, where):
     copy, before = shutil.copytree(source, tmp_path / "copy"), files(source)
     (tmp_path / "link").symlink_to(copy)
-    with pytest.raises(UsageError, match=f"^{copy / where} is the source {copy}, or lies in it: write elsewhere$"):
+    with pytest.raises(UsageError, match=f"^{copy / where} is the source {copy}, or inside it: write elsewhere$"):
         encode(copy / where, copy)
     assert files(copy) == before and encode(tmp_path / "copy-set", copy).samples == CLASSES * PER_CLASS
 
@@ -243,7 +243,7 @@ def test_rank_0_says_what_it_waits_for(source, tmp_path, whole, monkeypatch):
 @pytest.mark.parametrize(("rank", "world"), [(4, 4), (-1, 2)])
 def test_ranks_that_are_counted_from_1_are_refused(source, tmp_path, monkeypatch, rank, world):
     as_rank(monkeypatch, rank, world)
-    with pytest.raises(UsageError, match=f"RANK {rank} is not one of WORLD_SIZE {world}, which count from 0"):
+    with pytest.raises(UsageError, match=f"RANK {rank} is not from 0 to WORLD_SIZE - 1, WORLD_SIZE is {world}"):
         encode(tmp_path / "set", source)
 
 
@@ -255,7 +255,7 @@ def test_a_decoder_that_dies_ends_it_in_one_line(source, tmp_path, whole, monkey
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(decode, "load_image", die)
-    with pytest.raises(ProcessError, match=r"a data worker died: .*the same command goes on from here") as caught:
+    with pytest.raises(ProcessError, match=r"a data worker died: .*run the same command again to resume") as caught:
         encode(tmp_path / "set", source, workers=1)
     assert len(str(caught.value).splitlines()) == 1
     monkeypatch.undo()
@@ -276,7 +276,7 @@ def test_a_decoder_without_memory_is_no_bad_image(source, tmp_path, monkeypatch,
 def test_a_device_without_memory_and_other_failures_are_what_they_are(source, tmp_path):
     tokenizer = Stopping(2)
     tokenizer.error = torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(ConfigError, match="batch 2: the device has no memory for that many images a pass"):
+    with pytest.raises(ConfigError, match="batch 2: not enough device memory for that many images per forward pass"):
         encode(tmp_path / "set", source, tokenizer)
     tokenizer = Stopping(2)
     tokenizer.error = RuntimeError("a defect")

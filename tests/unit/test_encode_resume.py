@@ -105,7 +105,7 @@ def test_a_recorded_shard_whose_files_are_not_as_written_is_made_again(source, t
     damaged(out / name)
     done = (out / "latents-000000.tar").stat().st_mtime_ns
     encode(out, source, reporter=told)
-    assert len([line for line in told.lines if f"{out / name} {says}" in line and "made again" in line]) == 1
+    assert len([line for line in told.lines if f"{out / name} {says}" in line and "encoding the shard again" in line]) == 1
     assert files(out) == whole and (out / "latents-000000.tar").stat().st_mtime_ns == done
 
 
@@ -117,7 +117,7 @@ def test_a_set_is_not_whole_before_the_files_of_all_ranks_are_as_written(source,
     encode(out, source)
     (out / "latents-000003.tar").unlink()
     as_rank(monkeypatch, 0, 2)
-    with pytest.raises(DataError, match=f"{out}/latents-000003.tar is missing .1 such shards.; the same command makes"):
+    with pytest.raises(DataError, match=f"{out}/latents-000003.tar is missing .1 such shards.; run the same command again"):
         encode(out, source)
     assert not (out / DATASET_FILE).exists()
     as_rank(monkeypatch, 1, 2)
@@ -145,7 +145,7 @@ def test_a_torn_record_is_named_and_without_it_the_shard_is_made_again(source, t
         encode(out, copy, Stopping(25), max_bad=bad)
     record = next((out / WORK).glob("latents-*.bad.json" if bad else "latents-*.json"))
     record.write_text(content)
-    with pytest.raises(DataError, match=f"{record} is torn; without the file, its shard is made again"):
+    with pytest.raises(DataError, match=f"{record} is torn; remove it to encode its shard again"):
         encode(out, copy, max_bad=bad)
     record.unlink()
     assert encode(out, copy, max_bad=bad).samples == 21 - bad
@@ -157,7 +157,7 @@ def test_a_torn_plan_is_named_and_without_the_folder_all_is_made_anew(source, tm
     with pytest.raises(StopError):
         encode(out, source, Stopping(7))
     (out / WORK / PLAN).write_text(content)
-    with pytest.raises(DataError, match=f"{out / WORK / PLAN} is torn; without {out / WORK}, all is made anew"):
+    with pytest.raises(DataError, match=f"{out / WORK / PLAN} is torn; remove {out / WORK} to start over"):
         encode(out, source)
     shutil.rmtree(out / WORK)
     encode(out, source)
@@ -168,7 +168,7 @@ def test_a_torn_note_of_a_rank_that_ended_is_named(source, tmp_path, monkeypatch
     out, note = tmp_path / "set", tmp_path / "set" / WORK / "ended-rank-1"
     as_rank(monkeypatch, 0, 2)
     monkeypatch.setattr(encode_module.time, "sleep", lambda seconds: note.write_text(""))
-    with pytest.raises(DataError, match=f"{note} is torn; rank 1 has ended"):
+    with pytest.raises(DataError, match=f"{note} is torn; rank 1 failed"):
         encode(out, source)
 
 
@@ -187,22 +187,25 @@ def test_a_record_is_written_behind_what_it_speaks_of(source, tmp_path, whole, m
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"size": 16}, "size 8, this is size 16"),
-        ({"dtype": "float32"}, "dtype 'float16', this is dtype 'float32'"),
-        ({"flipped": False}, "flipped True, this is flipped False"),
-        ({"precision": "bf16"}, "precision 'fp32', this is precision 'bf16'"),
-        ({"batch": 4}, "batch 2, this is batch 4"),
-        ({"samples_per_shard": 6}, "samples_per_shard 5, this is samples_per_shard 6"),
-        ({"classes": 4}, "classes None, this is classes 4"),
-        ({"image": "png"}, "image 'jpg', this is image 'png'"),
-        ({"tokenizer": {"name": "pixel", "patch": 4}, "size": 16}, "tokenizer {'name': 'pixel', 'patch': 2, .* this is"),
+        ({"size": 16}, "size 8, this command has size 16"),
+        ({"dtype": "float32"}, "dtype 'float16', this command has dtype 'float32'"),
+        ({"flipped": False}, "flipped True, this command has flipped False"),
+        ({"precision": "bf16"}, "precision 'fp32', this command has precision 'bf16'"),
+        ({"batch": 4}, "batch 2, this command has batch 4"),
+        ({"samples_per_shard": 6}, "samples_per_shard 5, this command has samples_per_shard 6"),
+        ({"classes": 4}, "classes None, this command has classes 4"),
+        ({"image": "png"}, "image 'jpg', this command has image 'png'"),
+        (
+            {"tokenizer": {"name": "pixel", "patch": 4}, "size": 16},
+            "tokenizer {'name': 'pixel', 'patch': 2, .* this command has",
+        ),
     ],
 )
 def test_other_settings_are_refused_with_both_values(source, tmp_path, changes, says):
     out = tmp_path / "set"
     with pytest.raises(StopError):
         encode(out, source, Stopping(7))
-    with pytest.raises(UsageError, match=f"{out} was begun with {says}"):
+    with pytest.raises(UsageError, match=f"{out} was started with {says}"):
         encode(out, source, **changes)
     encode(out, source)
     before = files(out)
@@ -240,7 +243,7 @@ def test_where_nothing_can_be_locked_it_goes_on(source, tmp_path, whole, monkeyp
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     encode(out, source, reporter=told)
-    assert f"{out} cannot be locked, so that another process as rank 0 would go unnoticed: No locks available" in told.lines
+    assert f"{out} cannot be locked, so a second process with rank 0 would go unnoticed: No locks available" in told.lines
     assert files(out) == whole
 
 
@@ -372,7 +375,7 @@ def test_who_waits_for_a_rank_that_ends_with_an_error_ends_too(source, tmp_path,
     with pytest.raises(XarScaleError if code else StopError) as caught:
         encode(out, source)
     if code:
-        assert str(caught.value) == f"rank 1 ended: {says}" and caught.value.exit_code == code
+        assert str(caught.value) == f"rank 1 failed: {says}" and caught.value.exit_code == code
     sleeps[:] = [0]
     with pytest.raises(StopError):  # started again, it waits for the other to be started again too
         encode(out, source)
@@ -400,7 +403,7 @@ def test_a_rank_that_ends_a_second_time_is_noticed_again(source, tmp_path, monke
     os.utime(note, (0, 0))
     waits = iter([lambda: None, lambda: fail("is torn again"), stop])  # at first the note is of the start before
     monkeypatch.setattr(encode_module.time, "sleep", lambda seconds: next(waits)())
-    with pytest.raises(XarScaleError, match="^rank 1 ended: is torn again$"):
+    with pytest.raises(XarScaleError, match="^rank 1 failed: is torn again$"):
         encode(out, source)
 
 
@@ -416,7 +419,7 @@ def test_who_waits_for_the_plan_hears_that_the_listing_failed(source, tmp_path, 
 
     as_rank(monkeypatch, 1, 2)
     monkeypatch.setattr(encode_module.time, "sleep", meanwhile)
-    with pytest.raises(XarScaleError, match="rank 0 ended: .*empty holds neither tars nor a folder a class") as caught:
+    with pytest.raises(XarScaleError, match="rank 0 failed: .*empty contains neither tars nor class folders") as caught:
         encode(out, tmp_path / "empty")
     assert caught.value.exit_code == 65
 
@@ -500,7 +503,7 @@ def test_a_shard_without_a_good_image_is_left_out_and_all_bad_is_no_set(source, 
         assert sorted(info.images["skipped"]) == names[1:]
         assert read_set(out)[0].key == names[0].removesuffix(".jpg").replace("/", "-")
     (copy / names[0]).write_bytes(b"")
-    with pytest.raises(DataError, match=f"all 21 images are bad, the first {copy}/n./i..[.]jpg: is none of JPEG"):
+    with pytest.raises(DataError, match=f"all 21 images are bad, the first {copy}/n./i..[.]jpg: is not one of JPEG"):
         encode(tmp_path / "none", copy, max_bad=21)
     assert not (tmp_path / "none" / DATASET_FILE).exists()
 
@@ -511,7 +514,7 @@ def test_a_bad_image_in_a_tar_is_named_by_tar_and_sample(tmp_path):
     content = path.read_bytes()
     at = content.index(b"\x89PNG", content.index(b"s01.jpg"))
     path.write_bytes(content[:at] + b"\0\0\0\0" + content[at + 4 :])
-    with pytest.raises(DataError, match=f"1 bad images, --max-bad allows 0: {path}, sample s01: is none of"):
+    with pytest.raises(DataError, match=f"1 bad images, --max-bad allows 0: {path}, sample s01: is not one of"):
         encode(tmp_path / "set", tmp_path / "tars", classes=2)
     info = encode(tmp_path / "set", tmp_path / "tars", classes=2, max_bad=1)
     assert info.images["skipped"] == ["part-00.tar, sample s01"]

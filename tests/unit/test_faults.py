@@ -350,7 +350,7 @@ def test_what_is_fatal_is_not_hidden_by_another_fault_of_the_sample():
 
 def test_a_budget_below_what_the_run_has_met_is_refused():
     BadSamples(1, known=[("a", 1)])
-    with pytest.raises(ConfigError, match="data.max_bad_samples is 0, but the run has met 1 already"):
+    with pytest.raises(ConfigError, match="data.max_bad_samples is 0, but the run has already met 1"):
         BadSamples(0, known=[("a", 1)])
 
 

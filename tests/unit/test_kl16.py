@@ -48,7 +48,7 @@ def test_a_set_made_with_other_weights_is_refused_with_both_hashes_and_the_path(
 @pytest.mark.parametrize("settings", [{}, {"sha256": None}, {"sha256": ""}])
 def test_a_set_that_does_not_say_which_weights_made_it_is_refused(settings, tmp_path):
     path = write(tmp_path / "kl16.ckpt", {"model": small_state()})
-    with pytest.raises(DataError, match="does not say which kl16 weights made it: its tokenizer has no sha256"):
+    with pytest.raises(DataError, match="does not record which kl16 weights made it: its tokenizer has no sha256"):
         create_tokenizer({"name": "kl16", **settings}, path)
 
 
@@ -65,7 +65,7 @@ def test_torn_files_are_refused_by_path(tmp_path, keep, zipped):
     torch.save({"model": small_state()}, path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
     path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
-    with pytest.raises(DataError, match=f"{path} is not plain weights: torn, or with objects in it"):
+    with pytest.raises(DataError, match=f"{path} is not a plain weights file: torn, or it contains objects"):
         KL16Tokenizer(path)
 
 
@@ -82,7 +82,7 @@ def test_objects_in_a_file_are_not_unpickled(tmp_path, zipped):
     path = tmp_path / "kl16.ckpt"
     values = {"model": small_state(), "extra": MakesAFolder(tmp_path / "made")}
     torch.save(values, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(DataError, match=f"{path} is not plain weights: .* objects in it, which are not unpickled"):
+    with pytest.raises(DataError, match=f"{path} is not a plain weights file: .* contains objects, which are not unpickled"):
         KL16Tokenizer(path)
     assert not (tmp_path / "made").exists()
 

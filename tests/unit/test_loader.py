@@ -243,9 +243,9 @@ def test_a_set_that_does_not_fit_the_model_is_refused_with_both_numbers(tmp_path
     write_set(tmp_path)
     info = LatentShards(tmp_path).info
     path = f"data.path={tmp_path}"
-    with pytest.raises(ConfigError, match=rf"latents in {tmp_path} are \(4, 4, 4\) .*, the model takes \(16, 4, 4\)"):
+    with pytest.raises(ConfigError, match=rf"latents in {tmp_path} are \(4, 4, 4\) .*, the model expects \(16, 4, 4\)"):
         check_fits(info, digits_config(path, "model.channels=16"))
-    with pytest.raises(ConfigError, match=r"are \(4, 4, 4\) .*, the model takes \(4, 8, 4\)"):
+    with pytest.raises(ConfigError, match=r"are \(4, 4, 4\) .*, the model expects \(4, 8, 4\)"):
         check_fits(info, digits_config(path, "model.grid=[8, 4]"))
     with pytest.raises(ConfigError, match=r"10 classes, model.classes is 9"):
         check_fits(info, digits_config(path, "model.classes=9"))
@@ -275,7 +275,7 @@ def test_a_killed_worker_loses_nothing_and_repeats_nothing(folder, capfd):
     assert len(seen) == 40
     for one, two in zip(seen, undisturbed, strict=True):
         assert_equal(one, two)
-    assert 1 <= capfd.readouterr().err.count("; starting its data workers again") <= 3  # two that die together are one death
+    assert 1 <= capfd.readouterr().err.count("; restarting its data workers") <= 3  # two that die together are one death
 
 
 def test_workers_that_die_now_and_then_do_not_end_it(folder, monkeypatch):
@@ -339,7 +339,7 @@ def test_workers_that_die_again_and_again_end_the_run(folder, monkeypatch, capfd
     with pytest.raises(ProcessError, match=r"rank 2: a data worker died: DataLoader worker .*, 2 times in a row") as caught:
         read(folder, workers=1, rank=2, world=3)
     assert caught.value.rank == 2  # who alone has met it says so
-    assert capfd.readouterr().err.count("starting its data workers again") == 1
+    assert capfd.readouterr().err.count("restarting its data workers") == 1
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, OSError, EOFError])

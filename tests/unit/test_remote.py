@@ -112,7 +112,7 @@ def test_what_is_not_there_is_named(store, url, cache):
 def test_a_store_that_is_gone_is_an_error_of_files_not_of_data(cache, monkeypatch, capfd):
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
     where = "http://127.0.0.1:9/set"
-    with pytest.raises(FileError, match=f"{where}/dataset.json cannot be read, after 4 attempts: ClientConnectorError"):
+    with pytest.raises(FileError, match=f"{where}/dataset.json cannot be read after 4 attempts: ClientConnectorError"):
         LatentShards(RemoteFolder(where, cache))
     assert capfd.readouterr().err.count("attempt 4 of 4 in 0 s") == 1
 
@@ -143,7 +143,7 @@ def test_no_name_leads_out_of_the_folder(store, stored, cache, name):
     values["shards"][0]["name"] = name
     (stored / "dataset.json").write_text(json.dumps(values))
     for where in (stored, RemoteFolder(store.put(stored, f"names{time.monotonic_ns()}"), cache)):
-        with pytest.raises(DataError, match="is in another folder, or no name of a file"):
+        with pytest.raises(DataError, match="is in another folder, or not a file name"):
             LatentShards(where)
 
 

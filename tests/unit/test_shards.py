@@ -162,7 +162,7 @@ def test_a_set_not_written_to_its_end_is_no_set(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         breaks()
     assert (tmp_path / "latents-000000.tar").exists() and not (tmp_path / DATASET_FILE).exists()
-    with pytest.raises(DataError, match=f"{tmp_path}/dataset.json is missing: not a data set, or one not written to its end"):
+    with pytest.raises(DataError, match=f"{tmp_path}/dataset.json is missing: not a data set, or an incomplete one"):
         LatentShards(tmp_path)
     written = write_set(tmp_path, 5)  # and can be written again
     assert_same(read_set(tmp_path), written)
@@ -191,7 +191,7 @@ def test_the_longest_key_is_written_and_read(tmp_path):
 def test_a_key_that_comes_twice_is_refused(tmp_path):
     writer, array = ShardWriter(tmp_path, small_info()), np.zeros((4, 4, 4), np.float16)
     writer.add("a", 0, array)
-    with pytest.raises(DataError, match="sample key 'a' comes twice"):
+    with pytest.raises(DataError, match="sample key 'a' appears twice"):
         writer.add("a", 1, array)
 
 
@@ -259,7 +259,7 @@ def test_a_torn_description_is_named(tmp_path, text):
 def test_a_description_of_another_format_is_refused_with_both(tmp_path):
     write_set(tmp_path)
     edit_json(tmp_path / DATASET_FILE, lambda values: values.update(format=99))
-    with pytest.raises(DataError, match=r"dataset.json is of format 99, this version reads 2"):
+    with pytest.raises(DataError, match=r"dataset.json has format 99, this version reads 2"):
         LatentShards(tmp_path)
 
 
@@ -311,7 +311,9 @@ def test_a_shard_that_cannot_be_opened_is_not_tried_again_for_each_sample(tmp_pa
     assert tried == [INDEX]
 
 
-@pytest.mark.parametrize(("name", "says"), [("latents-000001", "comes twice"), ("../latents-000000", "is in another folder")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("latents-000001", "is listed twice"), ("../latents-000000", "is in another folder")]
+)
 def test_shards_are_listed_once_and_in_the_folder(tmp_path, name, says):
     write_set(tmp_path)
     edit_json(tmp_path / DATASET_FILE, lambda values: values["shards"][0].update(name=name))

@@ -107,9 +107,9 @@ def test_the_file_that_a_full_disk_does_not_take_is_named_and_removed(tmp_path, 
 def test_a_folder_that_is_no_data_set_is_named_with_what_to_do(tmp_path):
     _, found = disk("data", tmp_path, written=False)
     assert found.what == "  data set" and found.advice.startswith("training there ends with 65: ")
-    assert found.found == f"{tmp_path}/dataset.json is missing: not a data set, or one not written to its end"
+    assert found.found == f"{tmp_path}/dataset.json is missing: not a data set, or an incomplete one"
     (tmp_path / "dataset.json").write_text('{"format": 1}')
-    assert "is of format 1, this version reads 2" in disk("data", tmp_path, written=False)[1].found
+    assert "has format 1, this version reads 2" in disk("data", tmp_path, written=False)[1].found
 
 
 def test_clocks_that_are_apart(monkeypatch):

@@ -60,7 +60,7 @@ def test_the_path_says_how_many():
     assert opened("synthetic").info.samples == 1_281_167
     assert opened("synthetic:1").info.samples == 1
     for wrong in ("synthetic:0", "synthetic:-1", "synthetic:1e3"):
-        with pytest.raises(ConfigError, match=f"data.path {wrong}: after the colon comes the number of samples"):
+        with pytest.raises(ConfigError, match=f"data.path {wrong}: the number of samples must follow the colon"):
             opened(wrong)
 
 
@@ -68,5 +68,5 @@ def test_a_folder_is_a_folder_and_no_path_is_named(tmp_path):
     write_set(tmp_path / "synthetic")
     shards = open_shards(digits_config(f"data.path={tmp_path / 'synthetic'}"))
     assert isinstance(shards, LatentShards) and not shards.remote
-    with pytest.raises(ConfigError, match="data.path is not set: the folder of latents"):
+    with pytest.raises(ConfigError, match="data.path is not set: name the folder of latents"):
         open_shards(digits_config("data.path=''"))

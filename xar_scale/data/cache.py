@@ -60,7 +60,7 @@ class NodeCache:
                 with self._room(key, source.size) as temporary:
                     right = _write(temporary, source.blocks) == crc32
                     if not (right or damaged):
-                        raise ContentError(f"its checksum is not {crc32:08x}, the set's")
+                        raise ContentError(f"its checksum is not {crc32:08x}, as in the set")
                     mark = self.folder / f"{key}{DAMAGED}"
                     mark.unlink(missing_ok=True) if right else mark.touch()
                     # opened before it can be removed again. And who counts what is here may overlook a file that gets another
@@ -112,7 +112,9 @@ class NodeCache:
     def _room(self, key: str, size: int) -> Iterator[Path]:
         """An empty file of ``size`` bytes, for the one who has the key's lock; waits until there is room for it."""
         if size > self.limit:
-            raise FileError(f"the data cache {self.folder} holds {self.limit:,} bytes, a file has {size:,}: data.cache_gb")
+            raise FileError(
+                f"the data cache {self.folder} is limited to {self.limit:,} bytes, a file has {size:,}: data.cache_gb"
+            )
         temporary = self.folder / f"{key}{PART}"
         temporary.unlink(missing_ok=True)  # who began it was killed
         try:

@@ -61,7 +61,7 @@ def decode_batches(batches: DecodeDataset, workers: int) -> Iterator[DecodedBatc
     except MemoryError:
         raise ProcessError("out of memory while decoding") from None
     except DeadWorkerError as death:
-        raise ProcessError(f"{death}; the same command goes on from here") from None
+        raise ProcessError(f"{death}; run the same command again to resume") from None
 
 
 def _as_it_is(batch: Any) -> Any:

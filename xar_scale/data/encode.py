@@ -67,7 +67,7 @@ def encode_set(
     """
     rank, world = dist.rank(), dist.world()
     if not 0 <= rank < world:
-        raise UsageError(f"RANK {rank} is not one of WORLD_SIZE {world}, which count from 0")
+        raise UsageError(f"RANK {rank} is not from 0 to WORLD_SIZE - 1, WORLD_SIZE is {world}")
     if (info := finished_set(out, settings)) is not None:
         return info
     blank = np.zeros((1, tokenizer.image_channels, settings.size, settings.size), np.uint8)
@@ -77,7 +77,7 @@ def encode_set(
     if not Path(settings.source).is_dir():
         raise UsageError(f"no folder at {settings.source}")
     if out.resolve().is_relative_to(Path(settings.source).resolve()):  # its folder would count as a class
-        raise UsageError(f"{out} is the source {settings.source}, or lies in it: write elsewhere")
+        raise UsageError(f"{out} is the source {settings.source}, or inside it: write elsewhere")
     notes = _ErrorNotes(out, rank, world)
     with notes.write_on_error(), ExitStack() as stack:
         if rank == 0:
@@ -100,7 +100,7 @@ def _rank_lock(out: Path, rank: int, reporter: Reporter) -> Iterator[None]:
         try:
             mine = stack.enter_context(locked(out / WORK / f"rank-{rank}.lock"))
         except OSError as error:
-            reporter.log(f"{out} cannot be locked, so that another process as rank {rank} would go unnoticed: {error.strerror}")
+            reporter.log(f"{out} cannot be locked, so a second process with rank {rank} would go unnoticed: {error.strerror}")
             mine = True
         if not mine:
             raise UsageError(f"another process is writing {out} as rank {rank}")
@@ -146,7 +146,7 @@ def _plan(out: Path, settings: EncodeSettings, notes: "_ErrorNotes", reporter: R
     told = False
     while True:
         try:
-            with _data_error_if_torn(path, f"without {path.parent}, all is made anew"):
+            with _data_error_if_torn(path, f"remove {path.parent} to start over"):
                 values = json.loads(path.read_bytes())
                 begun, images = dict(values["settings"]), [SourceImage(*row) for row in values["images"]]
                 plan = Plan(settings, int(values["classes"]), images)
@@ -162,7 +162,7 @@ def _plan(out: Path, settings: EncodeSettings, notes: "_ErrorNotes", reporter: R
     for name, value in asdict(settings).items():
         if (was := begun.get(name)) != value:
             raise UsageError(
-                f"{out} was begun with {name} {was!r}, this is {name} {value!r}; go on with that, or write elsewhere"
+                f"{out} was started with {name} {was!r}, this command has {name} {value!r}; restore it or write elsewhere"
             )
     return plan
 
@@ -193,7 +193,7 @@ class _Encoder:
     def encode(self, shards: Sequence[int], workers: int) -> None:
         """Make those of the shards that are not done, or whose files are not as they were written."""
         for damage in self._drop_damaged(shards):
-            self.reporter.log(f"{damage}; the shard is made again")
+            self.reporter.log(f"{damage}; encoding the shard again")
         self._allow_bad()
         self._report_progress()
         batches = DecodeDataset(self.plan, [shard for shard in shards if shard not in self.done], self.tokenizer.image_channels)
@@ -223,7 +223,7 @@ class _Encoder:
             self._allow_bad()
             self._report_progress()
         if damaged := self._drop_damaged(range(self.plan.shards)):
-            raise DataError(f"{damaged[0]} ({len(damaged)} such shards); the same command makes what is missing")
+            raise DataError(f"{damaged[0]} ({len(damaged)} such shards); run the same command again to encode them")
         records = [self._record(self.done[shard]) for shard in range(self.plan.shards)]
         bad = [image for record in records for image in record.bad]
         shards = [record.shard for record in records if record.shard is not None]
@@ -241,7 +241,7 @@ class _Encoder:
             arrays = [self.tokenizer.encode(view, self.info.dtype, strict=False) for view in views]
         except torch.OutOfMemoryError:
             batch = self.plan.settings.batch
-            raise ConfigError(f"batch {batch}: the device has no memory for that many images a pass") from None
+            raise ConfigError(f"batch {batch}: not enough device memory for that many images per forward pass") from None
         finite = np.logical_and.reduce([np.isfinite(array).all(axis=(1, 2, 3)) for array in arrays])
         for source, storable, *rows in zip(sources, finite, *arrays, strict=True):
             if storable:
@@ -281,7 +281,7 @@ class _Encoder:
 
     def _record(self, name: str) -> "_Record":
         path = self.out / WORK / name
-        with _data_error_if_torn(path, "without the file, its shard is made again"):
+        with _data_error_if_torn(path, "remove it to encode its shard again"):
             record = json.loads(path.read_bytes())
             shard = None if record["shard"] is None else ShardInfo(**record["shard"])
             return _Record(shard, [_Bad(*image) for image in record["bad"]])
@@ -344,9 +344,9 @@ class _ErrorNotes:
         """Raises the error of a rank waited for that has ended since this one began, under its exit code."""
         for path in sorted(path for path, when in self._found().items() if self.old.get(path) != when):
             rank = path.name.removeprefix(NOTE)
-            with _data_error_if_torn(path, f"rank {rank} has ended, and why is not known"):
-                ended, code = json.loads(path.read_bytes())
-            error = XarScaleError(f"rank {rank} ended: {ended}")
+            with _data_error_if_torn(path, f"rank {rank} failed, reason unknown"):
+                reason, code = json.loads(path.read_bytes())
+            error = XarScaleError(f"rank {rank} failed: {reason}")
             error.exit_code = code
             raise error
 

@@ -26,7 +26,7 @@ class BadSamples:
         self.allowed = allowed
         self.known = {(shard, position) for shard, position in known}
         if len(self.known) > allowed:
-            raise ConfigError(f"data.max_bad_samples is {allowed}, but the run has met {len(self.known)} already")
+            raise ConfigError(f"data.max_bad_samples is {allowed}, but the run has already met {len(self.known)}")
 
     def new_faults(self, faults: Iterable[Fault]) -> list[Fault]:
         """Those of ``faults`` that the run does not know of, one for each sample, in order."""

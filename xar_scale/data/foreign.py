@@ -74,7 +74,7 @@ def _first_array(path: Path, members: Members, flipped: bool) -> tuple[tuple[int
             raise ValueError("its version is not 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(content)
     except ValueError as error:
-        raise DataError(f"shard {path}, sample {index.keys[0]}: {members.latent} is no .npy array: {error}") from None
+        raise DataError(f"shard {path}, sample {index.keys[0]}: {members.latent} is not a .npy array: {error}") from None
     if fortran or len(shape) != 3 or 0 in shape or dtype not in (np.float16, np.float32) or not dtype.isnative:
         raise DataError(f"shard {path}, sample {index.keys[0]}: {members.latent} is {dtype}{shape}, not 3-D float16 or float32")
     return shape, "float16" if dtype == np.float16 else "float32"
@@ -103,7 +103,7 @@ def _check_arrays(file: BinaryIO, index: Index, info: DatasetInfo, path: Path) -
             file.seek(data)
             content = file.read(size)
             if content[: len(header)] != header or size != whole:
-                raise DataError(f"shard {path}, sample {key}: an array is not {info.dtype}{info.shape}, as the first is")
+                raise DataError(f"shard {path}, sample {key}: an array is not {info.dtype}{info.shape} like the first")
             if not np.isfinite(np.frombuffer(content, info.dtype, offset=len(header))).all():
                 raise DataError(f"shard {path}, sample {key}: an array is not finite")
 
@@ -116,21 +116,21 @@ def mar_samples(root: Path, dtype: Literal["float16", "float32"]) -> Iterator[Sa
     classes = sorted(path for path in root.iterdir() if path.is_dir())
     files = [(path, label) for label, folder in enumerate(classes) for path in sorted(folder.glob("*.npz"))]
     if not files:
-        raise DataError(f"{root} holds no folders of .npz files")
+        raise DataError(f"{root} contains no folders of .npz files")
     if empty := [folder for folder in classes if not any(folder.glob("*.npz"))]:
-        raise DataError(f"{empty[0]} is no class, for it holds no .npz: the labels after it would shift")
+        raise DataError(f"{empty[0]} contains no .npz, so it is not a class: the labels after it would shift")
     if nested := [folder for folder in root.glob("*/*") if folder.is_dir()]:
-        raise DataError(f"{nested[0]} lies deeper than MAR's cache does")
+        raise DataError(f"{nested[0]} is nested deeper than MAR's cache")
     for at in rng.generator(0, "import").permutation(len(files)):
         path, label = files[at]
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 latent, flipped = (arrays[name] for name in (MAR_LATENT, MAR_FLIPPED))
         except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, BadZipFile) as error:
-            raise DataError(f"{path} is no sample of MAR's cache: {error}") from None
+            raise DataError(f"{path} is not a sample of MAR's cache: {error}") from None
         with np.errstate(over="ignore"):  # seen next
             latent, flipped = latent.astype(dtype), flipped.astype(dtype)
         if latent.ndim != 3 or not (np.isfinite(latent).all() and np.isfinite(flipped).all()):
-            raise DataError(f"{path}: its moments are {latent.shape} and not finite in {dtype}, or not 3-D")
+            raise DataError(f"{path}: its moments {latent.shape} are not 3-D, or not finite in {dtype}")
         key = path.name.removesuffix(".npz").removesuffix(".JPEG").replace(".", "_")
         yield Sample(f"{path.parent.name}-{key}", label, latent, flipped)

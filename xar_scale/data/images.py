@@ -47,10 +47,10 @@ def list_images(source: Path, member: str, classes: int | None) -> tuple[list[So
     tars = sorted(path.name for path in source.glob("*.tar"))
     folders = sorted(path.name for path in source.iterdir() if path.is_dir())
     if tars and folders:
-        raise UsageError(f"{source} holds both tars ({tars[0]}) and folders ({folders[0]}): which are the images is not clear")
+        raise UsageError(f"{source} contains both tars ({tars[0]}) and folders ({folders[0]}): keep one kind of source")
     if tars:
         if classes is None:
-            raise UsageError(f"{source} holds tars, which do not say how many classes there are: --classes does")
+            raise UsageError(f"{source} contains tars, which do not give the number of classes: set --classes")
         images = list(_in_tars(source, tars, member))
     else:
         classes = max(len(folders), 1) if classes is None else classes
@@ -62,9 +62,9 @@ def list_images(source: Path, member: str, classes: int | None) -> tuple[list[So
 
 def _in_tree(source: Path, folders: Sequence[str]) -> Iterator[SourceImage]:
     if stray := sorted(path.name for path in source.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()):
-        raise DataError(f"{source / stray[0]} lies in no class's folder")
+        raise DataError(f"{source / stray[0]} is not in a class folder")
     if not folders:
-        raise DataError(f"{source} holds neither tars nor a folder a class")
+        raise DataError(f"{source} contains neither tars nor class folders")
     for label, folder in enumerate(folders):
         found = sorted(
             os.path.relpath(os.path.join(at, name), source)
@@ -74,7 +74,8 @@ def _in_tree(source: Path, folders: Sequence[str]) -> Iterator[SourceImage]:
         )
         if not found:
             raise DataError(
-                f"{source / folder} is no class, for it holds no image ({' '.join(SUFFIXES)}): the labels after it would shift"
+                f"{source / folder} contains no image ({' '.join(SUFFIXES)}), so it is not a class: "
+                "the labels after it would shift"
             )
         yield from (SourceImage(path, label, os.path.splitext(path)[0]) for path in found)
 
@@ -126,7 +127,7 @@ def load_image(source: Path, image: SourceImage, size: int, channels: int) -> np
     except (BadImageError, MemoryError):  # of which the second is the machine's fault
         raise
     except UnidentifiedImageError:
-        raise BadImageError(f"is none of {', '.join(FORMATS)}") from None
+        raise BadImageError(f"is not one of {', '.join(FORMATS)}") from None
     except Exception as error:  # torn bytes end in any of a dozen kinds
         raise BadImageError((str(error) or type(error).__name__).splitlines()[0]) from None
     return np.ascontiguousarray(cropped.reshape(size, size, channels).transpose(2, 0, 1))
@@ -142,7 +143,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MOST_PIXELS:
-        raise BadImageError(f"{image.width}x{image.height} pixels would be {width}x{height} with a shorter side of {size}")
+        raise BadImageError(f"{image.width}x{image.height} pixels would become {width}x{height} at a shorter side of {size}")
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 

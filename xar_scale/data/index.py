@@ -78,7 +78,7 @@ def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool, *, che
         if not found:
             return
         if key in seen:
-            raise DataError(f"shard {path}, sample {key}: comes twice")
+            raise DataError(f"shard {path}, sample {key}: appears twice")
         seen.add(key)
         if missing := sorted(wanted - found.keys()):
             raise DataError(f"shard {path}, sample {key} (number {len(index.keys)}): {missing[0]} is missing")
@@ -101,23 +101,23 @@ def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool, *, che
                     finish()
                     key, found = this, {}
                 if name in found:
-                    raise DataError(f"shard {path}, sample {key}: {name} comes twice")
+                    raise DataError(f"shard {path}, sample {key}: {name} appears twice")
                 found[name] = _span(file, member, checksums) if name != members.label else _content(file, member)
     except tarfile.TarError as error:
-        raise DataError(f"shard {path} is no whole tar: {error}") from None
+        raise DataError(f"shard {path} is not a complete tar: {error}") from None
     # Python's tarfile takes a garbled or zeroed header for the end of the archive, in silence
     file.seek(end)
     while block := file.read(1 << 20):
         if block.strip(b"\0"):
-            raise DataError(f"shard {path}: after sample {key}, at byte {end}, lies neither a header nor the tar's end")
+            raise DataError(f"shard {path}: after sample {key}, at byte {end}: neither a header nor the end of the tar")
     zeros = file.tell() - end
     if zeros < 2 * tarfile.BLOCKSIZE:
-        raise DataError(f"shard {path} is cut: it has no end after sample {key}")
+        raise DataError(f"shard {path} is truncated: the tar does not end after sample {key}")
     # an end fills a record, whose size the tar does not say; a crash may leave zeros from somewhere on
     least = end + 2 * tarfile.BLOCKSIZE
     fills = any(file.tell() == -(-least // record) * record for record in LARGE_RECORDS)
     if zeros > 2 * tarfile.RECORDSIZE and not fills:
-        raise DataError(f"shard {path}: after sample {key}, at byte {end}, lie {zeros} zeros, more than a tar's end has")
+        raise DataError(f"shard {path}: after sample {key}, at byte {end}: {zeros} zeros, more than the end of a tar has")
     finish()
     return index
 
@@ -142,7 +142,7 @@ def _bytes(file: BinaryIO, begin: int, end: int) -> bytes:
 
 def _label(content: bytes, path: str, key: str) -> int:
     if not content.strip().isdigit():
-        raise DataError(f"shard {path}, sample {key}: its label {content[:20]!r} is no number")
+        raise DataError(f"shard {path}, sample {key}: its label {content[:20]!r} is not a number")
     return int(content)
 
 

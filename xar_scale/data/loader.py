@@ -272,7 +272,7 @@ def check_fits(info: DatasetInfo, config: Config) -> None:
     if info.latent_shape != (model.channels, *model.grid):
         raise ConfigError(
             f"latents in {config.data.path} are {info.latent_shape} (channels, rows, columns), "
-            f"the model takes {(model.channels, *model.grid)}"
+            f"the model expects {(model.channels, *model.grid)}"
         )
     if info.classes > model.classes:
         raise ConfigError(f"the data set has {info.classes} classes, model.classes is {model.classes}")
@@ -327,7 +327,7 @@ def batches(dataset: LatentDataset, numbers: RankBatchSampler, device: torch.dev
                 error = ProcessError(f"rank {numbers.rank}: {death}, {deaths} times in a row")
                 error.rank = numbers.rank
                 raise error from None
-            print(f"rank {numbers.rank}: {death}; starting its data workers again", file=sys.stderr, flush=True)
+            print(f"rank {numbers.rank}: {death}; restarting its data workers", file=sys.stderr, flush=True)
 
 
 def _packed(batch: Any) -> tuple[Batch, Tensor]:

@@ -23,4 +23,4 @@ def map_in_processes(
         with ProcessPoolExecutor(processes, initializer=initializer, initargs=initargs) as pool:
             yield from pool.map(work, items)
     except BrokenProcessPool:
-        raise ProcessError(f"one of {processes} helper processes died: killed, or out of memory (--processes)") from None
+        raise ProcessError(f"one of {processes} helper processes died: killed, or out of memory (see --processes)") from None

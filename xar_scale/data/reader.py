@@ -36,19 +36,19 @@ class LatentShards:
         try:
             values = _json(self.storage.read(DATASET_FILE), path)
         except MissingFileError as error:
-            raise DataError(f"{error}: not a data set, or one not written to its end") from None
+            raise DataError(f"{error}: not a data set, or an incomplete one") from None
         if (version := values.pop("format", None)) != FORMAT:
-            again = "; its tars can be indexed again (tools/index_shards.py)" if version == 1 else ""
-            raise DataError(f"{path} is of format {version}, this version reads {FORMAT}{again}")
+            again = "; index its tars again with tools/index_shards.py" if version == 1 else ""
+            raise DataError(f"{path} has format {version}, this version reads {FORMAT}{again}")
         self.info = validated(DatasetInfo, values, DataError, where=f"{path}: ")
         if not self.info.samples:
             raise DataError(f"{path} lists no samples")
         seen = set[str]()
         for shard in self.info.shards:
             if "/" in shard.name or not shard.name.isprintable():
-                raise DataError(f"{path}: shard {shard.name!r} is in another folder, or no name of a file")
+                raise DataError(f"{path}: shard {shard.name!r} is in another folder, or not a file name")
             if shard.name in seen:
-                raise DataError(f"{path}: shard {shard.name!r} comes twice")
+                raise DataError(f"{path}: shard {shard.name!r} is listed twice")
             seen.add(shard.name)
         self._array_bytes = int(np.prod(self.info.shape)) * np.dtype(self.info.dtype).itemsize
         self._npy_header = npy_header(self.info)
@@ -142,7 +142,7 @@ def _read_index(storage: Storage, shard: ShardInfo) -> Index:
     name = f"{shard.name}{INDEX}"
     content = storage.read_immutable(name, shard.index_crc32)
     if zlib.crc32(content) != shard.index_crc32:
-        raise DataError(f"{storage.path(name)} is torn or changed: its checksum is not the one in {DATASET_FILE}")
+        raise DataError(f"{storage.path(name)} is torn or changed: its checksum does not match {DATASET_FILE}")
     index = Index.from_json(content)
     if len(index.keys) != shard.samples:
         raise DataError(f"{storage.path(name)} holds {len(index.keys)} samples, {DATASET_FILE} says {shard.samples}")

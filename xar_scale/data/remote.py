@@ -92,12 +92,12 @@ class RemoteFolder:
         of their own. Raises DataError where it has another size, or there is no size to go by.
         """
         url, key = self.path(name), self.key(name, crc32)
-        for arrival in range(1, CHECKSUM_TRIES + 1):
-            damaged = size is not None and arrival == CHECKSUM_TRIES
+        for attempt in range(1, CHECKSUM_TRIES + 1):
+            damaged = size is not None and attempt == CHECKSUM_TRIES
             try:
                 return self.cache.open(key, crc32, partial(_download, url, size, time.monotonic()), damaged=damaged)
             except ContentError as error:
-                _say(f"{url}: {error}, arrival {arrival} of {CHECKSUM_TRIES}")
+                _say(f"{url}: {error}; download {attempt} of {CHECKSUM_TRIES}")
                 last = error
         raise DataError(f"{'shard ' if size else ''}{url}: {last}")
 
@@ -161,9 +161,9 @@ def _get(url: str, begin: int | None = None, end: int | None = None, attempts: i
         except Exception as error:  # each store and library has its own kinds
             if end is not None and (size := _size(url)) is not None and size < end:
                 raise ContentError(f"it has {size:,} bytes, the index says more") from None
-            said = f"{type(error).__name__}: {str(error) or 'no more was said'}".splitlines()[0]
+            said = f"{type(error).__name__}: {str(error) or 'no details'}".splitlines()[0]
             if attempt == attempts:
-                raise FileError(f"{url} cannot be read, after {attempts} attempts: {said}") from None
+                raise FileError(f"{url} cannot be read after {attempts} attempts: {said}") from None
             if attempt > 2:
                 _say(f"{url}: {said}; attempt {attempt + 1} of {attempts} in {wait:.0f} s")
         time.sleep(wait * random.uniform(0.5, 1.5))  # a node's ranks do not come back all at once

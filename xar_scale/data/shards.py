@@ -114,10 +114,10 @@ class ShardBuilder:
         """Raises DataError, naming the sample, when it is not of the set's kind."""
         if not key or len(key) > MAX_KEY or "." in key or "/" in key:
             raise DataError(
-                f"sample key {key!r}: 1 to {MAX_KEY} characters without dots, where WebDataset ends a key, and slashes"
+                f"sample key {key!r} is not 1 to {MAX_KEY} characters without dots (WebDataset ends a key at one) and slashes"
             )
         if key in self._samples:
-            raise DataError(f"sample key {key!r} comes twice in one shard: WebDataset would merge the two")
+            raise DataError(f"sample key {key!r} appears twice in one shard: WebDataset would merge the two")
         if not 0 <= label < self.info.classes:
             raise DataError(f"sample {key}: label {label} is outside 0..{self.info.classes - 1}")
         if (flipped is not None) != self.info.flipped:
@@ -172,7 +172,7 @@ class ShardWriter:
     ) -> None:
         self.folder, self.info, self.prefix, self.samples_per_shard = Path(folder), info, prefix, samples_per_shard
         if samples_per_shard < 1:
-            raise UsageError(f"a shard has at least 1 sample, not {samples_per_shard}")
+            raise UsageError(f"a shard needs at least 1 sample, not {samples_per_shard}")
         check_origin(info.tokenizer, info.stored, info.shape[0])
         create_set_folder(self.folder)
         self.shards: list[ShardInfo] = []

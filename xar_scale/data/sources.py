@@ -41,14 +41,14 @@ def open_shards(config: Config) -> Shards:
     """Raises ConfigError where ``data.path`` names nothing that can be opened, DataError where it is no whole set."""
     path = config.data.path
     if not path:
-        raise ConfigError("data.path is not set: the folder of latents")
+        raise ConfigError("data.path is not set: name the folder of latents")
     name, _, count = path.partition(":")
     if name == SYNTHETIC:
         if count and not (count.isascii() and count.isdecimal() and int(count)):
-            raise ConfigError(f"data.path {path}: after the colon comes the number of samples")
+            raise ConfigError(f"data.path {path}: the number of samples must follow the colon")
         return SyntheticShards(config.model, int(count) if count else SAMPLES)
     if name == "pipe":
-        raise ConfigError(f"data.path {path}: a pipe runs a program, which a data set has no business to")
+        raise ConfigError(f"data.path {path}: refused, because a pipe runs a program")
     if "://" not in path:
         return LatentShards(path)
     cache = NodeCache(cache_folder(config), int(config.data.cache_gb * 1e9))
@@ -70,7 +70,7 @@ def _check_room(info: DatasetInfo, config: Config) -> None:
     if (needed := shards * largest / 1e9) > data.cache_gb:  # both are shown unrounded: what is shown will do
         raise ConfigError(
             f"data.cache_gb is {data.cache_gb}, but two windows of {data.window} samples in each of a node's {lanes} lanes "
-            f"lie in up to {shards} shards of {largest / 1e6} MB: {needed} GB"
+            f"span up to {shards} shards of {largest / 1e6} MB: {needed} GB"
         )
 
 

@@ -61,7 +61,7 @@ def _faults(shards: LatentShards, number: int) -> list[str]:
             return [*faults, str(error)]
     for position, (was, is_) in enumerate(zip_longest(stored.rows(), again.rows())):
         if was != is_ and (position >= len(found) or found[position] is None):
-            faults.append(f"shard {path}, sample {(was or is_)[0]} (number {position}): is not what the index says")
+            faults.append(f"shard {path}, sample {(was or is_)[0]} (number {position}): differs from the index")
     return faults or [f"shard {path} has changed, in bytes that belong to no sample"]
 
 

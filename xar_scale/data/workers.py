@@ -61,7 +61,7 @@ def from_workers(dataset: Dataset[Any], workers: int, **settings: Any) -> Iterat
         except (RuntimeError, OSError, EOFError) as error:
             if not (workers and is_worker_death(error)):
                 raise
-            said = str(error).splitlines()[0] if str(error) else "it was handing over a batch"
+            said = str(error).splitlines()[0] if str(error) else "while it handed over a batch"
             raise DeadWorkerError(f"a data worker died: {said.strip()}") from None
         yield item
 

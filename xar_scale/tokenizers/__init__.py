@@ -59,7 +59,7 @@ def create_tokenizer(
 
     makers: dict[Any, Callable[..., Tokenizer]] = {"pixel": PixelTokenizer, "kl16": kl16}
     if name == "synthetic":
-        raise ConfigError("latents of data.path=synthetic are noise, and no pictures: there is nothing to draw")
+        raise ConfigError("latents of data.path=synthetic are noise: there are no images to decode")
     try:
         inspect.signature(makers[name]).bind(**settings)
     except (KeyError, TypeError):
@@ -68,9 +68,9 @@ def create_tokenizer(
         if weights:
             raise ConfigError(f"sample.tokenizer_weights is {weights}, but tokenizer {name} has no weights")
     elif not weights:
-        raise ConfigError("tokenizer kl16 needs its weights: sample.tokenizer_weights is the path of kl16.ckpt")
+        raise ConfigError("tokenizer kl16 needs its weights: set sample.tokenizer_weights to the path of kl16.ckpt")
     elif not settings.get("sha256"):
-        raise DataError("the data set does not say which kl16 weights made it: its tokenizer has no sha256")
+        raise DataError("the data set does not record which kl16 weights made it: its tokenizer has no sha256")
     return makers[name](**settings)
 
 

@@ -104,7 +104,7 @@ def _read(content: bytes, path: Path) -> dict[Any, Any]:
     try:
         values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception:  # torn bytes end in any of a dozen kinds, and torch's words invite to unpickle objects after all
-        raise DataError(f"{path} is not plain weights: torn, or with objects in it, which are not unpickled") from None
+        raise DataError(f"{path} is not a plain weights file: torn, or it contains objects, which are not unpickled") from None
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise DataError(f"{path} holds no state dict under 'model'")
     return values["model"]
@@ -144,7 +144,7 @@ class KL16Tokenizer:
         self.batch, self.compute = batch, compute
         if sha256 not in (None, self.sha256):
             raise DataError(
-                f"{path} (sha256 {self.sha256:.12}...) is not the kl16 weights that the latents were made with "
+                f"{path} (sha256 {self.sha256:.12}...) does not hold the kl16 weights that made the latents "
                 f"(sha256 {sha256!s:.12}...)"
             )
         self.network: Any = _build(_read(content, path)).to(device)

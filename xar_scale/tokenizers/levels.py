@@ -19,5 +19,5 @@ def to_levels(values_BIHW: Tensor) -> np.ndarray:
     """
     lost = (~values_BIHW.isfinite()).flatten(1).any(1)
     if count := int(lost.sum()):
-        raise NonFiniteError(f"{count} of {len(lost)} images are NaN or infinite: what they are decoded from is broken")
+        raise NonFiniteError(f"{count} of {len(lost)} images are NaN or infinite: the latents or the weights are broken")
     return ((values_BIHW.float() + 1) * 127.5).round().clamp(0, 255).byte().cpu().numpy()

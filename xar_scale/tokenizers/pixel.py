@@ -23,7 +23,7 @@ class PixelTokenizer:
 
     def __init__(self, patch: int = 2, image_channels: int = 1) -> None:
         if not all(type(number) is int and number > 0 for number in (patch, image_channels)):
-            raise DataError(f"tokenizer pixel: patch {patch!r} and image_channels {image_channels!r} are numbers from 1 on")
+            raise DataError(f"tokenizer pixel: patch {patch!r} and image_channels {image_channels!r} must be positive integers")
         self.patch, self.image_channels = patch, image_channels
 
     @property
