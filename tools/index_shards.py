@@ -1,4 +1,4 @@
-"""Give a folder of WebDataset tars of latents, written by anyone, an index: a data set to train on. The tars stay as they are.
+"""Index a folder of WebDataset tars of latents, made by any tool, so that it becomes a data set. The tars are not changed.
 
 python tools/index_shards.py /data/tars --latent latent.npy --label cls --stored moments --latent-scale 0.2325 --classes 1000 \\
     --tokenizer '{"name": "kl16", "sha256": "..."}'
@@ -20,13 +20,13 @@ from xar_scale.errors import UsageError
 def main() -> int:
     parser = Parser(prog="index_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder of tars; the index is written there")
-    parser.add_argument("--latent", default=LATENT, help="what follows a sample's key in the name of its array, a .npy")
-    parser.add_argument("--flipped", help="the same of the mirrored image's array, where there is one")
-    parser.add_argument("--label", default=LABEL, help="the same of its label, a decimal number")
+    parser.add_argument("--latent", default=LATENT, help="extension of a sample's array, a .npy: what follows its key")
+    parser.add_argument("--flipped", help="extension of the mirrored image's array, if there is one")
+    parser.add_argument("--label", default=LABEL, help="extension of the label, a decimal number")
     parser.add_argument("--stored", choices=["latents", "moments"], required=True)
-    parser.add_argument("--latent-scale", type=float, required=True, help="what brings stored latents to unit size")
+    parser.add_argument("--latent-scale", type=float, required=True, help="factor that scales stored latents to unit size")
     parser.add_argument("--classes", type=int, required=True)
-    parser.add_argument("--tokenizer", required=True, help="its name and settings, as JSON")
+    parser.add_argument("--tokenizer", required=True, help="name and settings, as JSON")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Read every byte of a data set and name what is wrong, by shard and sample.
+"""Read every byte of a data set and report faults by shard and sample.
 
 python tools/verify_shards.py runs/demo/data
 """

@@ -1,4 +1,4 @@
-"""DecodeDataset of decoded images, read ahead by worker processes."""
+"""Batches of decoded images, prefetched by worker processes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,14 +19,14 @@ class DecodedBatch(NamedTuple):
     """Decoded images of one shard."""
 
     shard: int
-    last: bool  # of its shard
+    last: bool  # whether it is the last batch of its shard
     sources: list[SourceImage]
-    images: Tensor  # uint8 (B, I, size, size), those of the sources
-    bad: list[tuple[SourceImage, str]]  # and why
+    images: Tensor  # uint8 (B, I, size, size), one for each source
+    bad: list[tuple[SourceImage, str]]  # bad images, each with the reason
 
 
 class DecodeDataset(Dataset[DecodedBatch]):
-    """Number -> batch; none holds images of two shards, so a shard's arrays do not depend on who makes the one before it."""
+    """Number -> batch. No batch spans two shards, so a shard's arrays do not depend on which process makes the one before."""
 
     def __init__(self, plan: Plan, shards: Sequence[int], channels: int) -> None:
         self.settings, self.channels = plan.settings, channels
@@ -55,7 +55,7 @@ class DecodeDataset(Dataset[DecodedBatch]):
 
 
 def decode_batches(batches: DecodeDataset, workers: int) -> Iterator[DecodedBatch]:
-    """The batches in order, read ahead by worker processes. Raises ProcessError where one dies."""
+    """Yield the batches in order, prefetched by worker processes. Raises ProcessError if one dies."""
     try:
         yield from from_workers(batches, workers, batch_size=None, collate_fn=_as_it_is)
     except MemoryError:

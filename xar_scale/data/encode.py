@@ -1,7 +1,7 @@
-"""Images through a tokenizer into a set of latents: by any number of processes, each stopped and started again at will.
+"""Encode images into a set of latents, with any number of processes; each can be stopped and restarted at any time.
 
-The set's folder holds, until the set is whole, a folder ``.encoding``: the plan, which says what every shard will hold, and a
-record of each shard that is done. Processes share nothing else: no process group, so none waits for one that has died.
+Until the set is complete, its folder holds a folder ``.encoding``: the plan (the content of every shard), and a record of each
+finished shard. Processes share nothing else: there is no process group, so none waits for one that has died.
 """
 
 import json
@@ -40,30 +40,30 @@ from xar_scale.tokenizers import Tokenizer, check_origin
 
 PREFIX = "latents"
 WORK, PLAN, NOTE = ".encoding", "plan.json", "ended-rank-"
-RECORD, BAD_RECORD = ".json", ".bad.json"  # behind the name of a shard: of a whole one, of one that lacks bad images
-POLL_S, SCAN_S = 0.5, 5.0  # between looks at what other processes have done: while waiting, while working
-SCAN_REST = 20  # times what a look took are between it and the next: it lists the folder, which may hold 100,000 records
+RECORD, BAD_RECORD = ".json", ".bad.json"  # suffixes of a shard's name: the latter if bad images were left out
+POLL_S, SCAN_S = 0.5, 5.0  # between scans for the records of other processes: while waiting, while working
+SCAN_REST = 20  # at least this many times the duration of a scan pass between two: the folder may hold 100,000 records
 
 
 class Reporter:
-    """Who is told how the work goes. This one keeps it to itself."""
+    """Receives messages and progress. This one ignores them."""
 
     def log(self, line: str) -> None: ...
 
     def progress(self, done: int, total: int, bad: int) -> None:
-        """``done`` of ``total`` images are worked on, by all processes, ``bad`` of them in vain."""
+        """``done`` of ``total`` images are processed, by all processes; ``bad`` of them are left out."""
 
 
 def encode_set(
     out: Path, settings: EncodeSettings, tokenizer: Tokenizer, *, workers: int, max_bad: int, reporter: Reporter
 ) -> DatasetInfo | None:
-    """Do this process's share, from where it was left, and as rank 0 the rest that makes shards a set.
+    """Encode this process's shards, resuming where it stopped. Rank 0 also lists the images and completes the set.
 
-    Returns the description of a whole set: to rank 0, and to any rank that finds it there; to others None. ``workers`` are
-    processes that decode, ``max_bad`` the images that may be left out.
-    Raises UsageError where ``out`` holds a set, or part of one, that was made with other settings, or lies in the source, and
-    where another process writes it as this rank; DataError for a source that is no set of images, and when more than
-    ``max_bad`` are bad; ProcessError when a decoding process dies.
+    Return the description of the complete set: on rank 0, and on any rank that finds it complete; None on the others.
+    ``workers`` is the number of decoding processes, ``max_bad`` the number of images that may be left out.
+    Raises UsageError if ``out`` holds a set, or part of one, made with other settings, if it is inside the source, and if
+    another process writes it as this rank; DataError if the source is not a set of images, and if more than ``max_bad`` are
+    bad; ProcessError if a decoding process dies.
     """
     rank, world = dist.rank(), dist.world()
     if not 0 <= rank < world:
@@ -71,12 +71,12 @@ def encode_set(
     if (info := finished_set(out, settings)) is not None:
         return info
     blank = np.zeros((1, tokenizer.image_channels, settings.size, settings.size), np.uint8)
-    # refuses a size that does not fit, before all else
+    # raises for a size that does not fit, before any work
     _, channels, rows, columns = tokenizer.encode(blank, settings.dtype, strict=False).shape
     check_origin(settings.tokenizer, tokenizer.stored, channels)
     if not Path(settings.source).is_dir():
         raise UsageError(f"no folder at {settings.source}")
-    if out.resolve().is_relative_to(Path(settings.source).resolve()):  # its folder would count as a class
+    if out.resolve().is_relative_to(Path(settings.source).resolve()):  # the output folder would count as a class
         raise UsageError(f"{out} is the source {settings.source}, or inside it: write elsewhere")
     notes = _ErrorNotes(out, rank, world)
     with notes.write_on_error(), ExitStack() as stack:
@@ -86,7 +86,7 @@ def encode_set(
         plan = _plan(out, settings, notes, reporter)
         if plan is None:
             return finished_set(out, settings)
-        if rank != 0:  # which writes nothing before rank 0 has
+        if rank != 0:  # writes nothing before rank 0 has
             stack.enter_context(_rank_lock(out, rank, reporter))
         encoder = _Encoder(out, plan, _description(plan, tokenizer, (channels, rows, columns)), tokenizer, max_bad, reporter)
         encoder.encode(range(rank, plan.shards, world), workers)
@@ -95,7 +95,7 @@ def encode_set(
 
 @contextmanager
 def _rank_lock(out: Path, rank: int, reporter: Reporter) -> Iterator[None]:
-    """Raises UsageError where another process is at work as this rank: both would write the same files."""
+    """Hold the lock of this rank. Raises UsageError if another process holds it: both would write the same files."""
     with ExitStack() as stack:
         try:
             mine = stack.enter_context(locked(out / WORK / f"rank-{rank}.lock"))
@@ -121,25 +121,25 @@ def _description(plan: Plan, tokenizer: Tokenizer, shape: tuple[int, int, int]) 
 
 
 def finished_set(out: Path, settings: EncodeSettings) -> DatasetInfo | None:
-    """The set in ``out``, if it is whole. Raises UsageError where it was not made with these settings."""
+    """Return the set in ``out``, if it is complete. Raises UsageError if it was made with other settings."""
     if not (out / DATASET_FILE).exists():
         return None
     info = LatentShards(out).info
     same = (info.tokenizer, info.dtype, info.flipped) == (settings.tokenizer, settings.dtype, settings.flipped)
     if not same or settings.classes not in (None, info.classes) or not _prepared(settings).items() <= info.images.items():
-        create_set_folder(out)  # refuses
+        create_set_folder(out)  # raises
     _clear(out)
     return info
 
 
 def _prepared(settings: EncodeSettings) -> dict[str, Any]:
-    """What a set says of its images, but for those that it lacks."""
+    """Return what a set records about its images, except those left out."""
     names = ("source", "size", "precision", "batch", "samples_per_shard", "image")
     return {"crop": CROP, **{name: getattr(settings, name) for name in names}}
 
 
 def _plan(out: Path, settings: EncodeSettings, notes: "_ErrorNotes", reporter: Reporter) -> Plan | None:
-    """The plan, which rank 0 makes where there is none and others wait for. None where the set is whole by now."""
+    """Return the plan. Rank 0 makes it if there is none, and the others wait for it. None if the set is complete by now."""
     path = out / WORK / PLAN
     if notes.rank == 0 and not path.exists():
         _make_plan(out, settings, reporter)
@@ -171,27 +171,27 @@ def _make_plan(out: Path, settings: EncodeSettings, reporter: Reporter) -> None:
     create_set_folder(out)
     reporter.log(f"listing the images of {settings.source}")
     images, classes = list_images(Path(settings.source), settings.image, settings.classes)
-    order = rng.generator(0, "encode").permutation(len(images))  # as they lie, a shard would be of one class
+    order = rng.generator(0, "encode").permutation(len(images))  # in storage order, a shard would hold one class
     plan = {"settings": asdict(settings), "classes": classes, "images": [images[at] for at in order]}
     write_atomically(out / WORK / PLAN, json.dumps(plan).encode())
     reporter.log(f"{len(images):,} images of {len({image.label for image in images}):,} classes")
 
 
 class _Encoder:
-    """What is done and what is left of one set, seen from one process."""
+    """One process's work on a set: what is done, and what is left."""
 
     def __init__(
         self, out: Path, plan: Plan, info: DatasetInfo, tokenizer: Tokenizer, max_bad: int, reporter: Reporter
     ) -> None:
         self.out, self.plan, self.info, self.tokenizer = out, plan, info, tokenizer
         self.max_bad, self.reporter = max_bad, reporter
-        self.shard, self.bad = ShardBuilder(info), list[_Bad]()  # the one in the making, and what it lacks
-        self.done = dict[int, str]()  # the records of all processes
-        self.recorded = dict[str, list[_Bad]]()  # the bad images in them
+        self.shard, self.bad = ShardBuilder(info), list[_Bad]()  # the shard being built, and its bad images
+        self.done = dict[int, str]()  # the records of all processes: shard number -> file name
+        self.recorded = dict[str, list[_Bad]]()  # their bad images
         self._scan_records()
 
     def encode(self, shards: Sequence[int], workers: int) -> None:
-        """Make those of the shards that are not done, or whose files are not as they were written."""
+        """Encode those of the shards that are not done, or whose files are not as they were written."""
         for damage in self._drop_damaged(shards):
             self.reporter.log(f"{damage}; encoding the shard again")
         self._allow_bad()
@@ -209,7 +209,7 @@ class _Encoder:
             self._report_progress()
 
     def finish(self, notes: "_ErrorNotes") -> DatasetInfo:
-        """Wait for the shards of all processes; then the set is whole."""
+        """Wait for the shards of all processes, then complete the set and return its description."""
         told = False
         self._scan_records()
         while missing := [shard for shard in range(self.plan.shards) if shard not in self.done]:
@@ -235,7 +235,7 @@ class _Encoder:
         return replace(info, shards=tuple(shards))
 
     def _add(self, sources: list[SourceImage], images: np.ndarray) -> None:
-        """Encode images into the shard in the making."""
+        """Encode images into the shard being built."""
         views = (images, images[..., ::-1]) if self.info.flipped else (images,)
         try:
             arrays = [self.tokenizer.encode(view, self.info.dtype, strict=False) for view in views]
@@ -256,22 +256,22 @@ class _Encoder:
         self.reporter.log(f"skipped {self._named(self.bad[-1])}")
 
     def _end_shard(self, number: int) -> None:
-        """The tar, its index, and then the record: a shard that has one is whole and is not made again."""
+        """Write the tar, its index, then the record: a shard with a record is complete and is not encoded again."""
         name = shard_name(PREFIX, number)
         shard = asdict(self.shard.write(self.out, name)) if len(self.shard) else None
-        sync_folder(self.out)  # or a crash of the machine could leave the record and take the tar
+        sync_folder(self.out)  # else a crash of the machine could keep the record and lose the tar
         record = f"{name}{BAD_RECORD if self.bad else RECORD}"
         write_atomically(self.out / WORK / record, json.dumps({"shard": shard, "bad": self.bad}).encode())
         self.done[number] = record
         lacks, self.shard, self.bad = self.bad, ShardBuilder(self.info), []
         if lacks:
             self._scan_records()
-            self._allow_bad()  # again: another process may have written its record in the same moment
+            self._allow_bad()  # again: another process may have written its record at the same moment
 
     def _scan_records(self) -> None:
-        """See what all processes have recorded."""
+        """Read the records of all processes."""
         begun = time.monotonic()
-        with suppress(FileNotFoundError):  # the set was finished in this moment
+        with suppress(FileNotFoundError):  # the set was completed at this moment
             names = os.listdir(self.out / WORK)
             self.done = {_number(name): name for name in names if name.startswith(PREFIX) and name.endswith(RECORD)}
             with_bad = [name for name in self.done.values() if name.endswith(BAD_RECORD)]
@@ -287,9 +287,9 @@ class _Encoder:
             return _Record(shard, [_Bad(*image) for image in record["bad"]])
 
     def _drop_damaged(self, shards: Sequence[int]) -> list[str]:
-        """Let go of the records of shards whose files are not as recorded. Returns what is wrong with each.
+        """Remove the records of shards whose files are not as recorded. Return what is wrong with each.
 
-        Of a tar this is its size: all of them are read by ``verify_shards``.
+        Only the size of a tar is checked: ``verify_shards`` reads them.
         """
         damaged, folder = list[str](), LocalFolder(self.out)
         for number in shards:
@@ -321,19 +321,19 @@ class _Encoder:
 
 
 class _ErrorNotes:
-    """A process that ends with an error leaves a note, so that those who wait for it need not wait for ever.
+    """A process that fails leaves a note, so that processes that wait for it do not wait forever.
 
-    Notes that lie there at the start are of a start before this one: whoever left them may have been started again too.
+    Notes found at startup are from an earlier start: the processes that left them may have been restarted too.
     """
 
     def __init__(self, out: Path, rank: int, world: int) -> None:
         self.folder, self.rank = out / WORK, rank
-        awaited = range(1, world) if rank == 0 else [0]  # with their shards, or the plan
+        awaited = range(1, world) if rank == 0 else [0]  # for their shards; for the plan
         self.awaited = [self.folder / f"{NOTE}{other}" for other in awaited]
         self.old = self._found()
 
     def _found(self) -> dict[Path, int]:
-        """Those of the ranks that this one waits for, with their times."""
+        """Return the notes of the ranks that this one waits for, with their modification times."""
         found = dict[Path, int]()
         for path in self.awaited:
             with suppress(FileNotFoundError):
@@ -341,7 +341,7 @@ class _ErrorNotes:
         return found
 
     def check(self) -> None:
-        """Raises the error of a rank waited for that has ended since this one began, under its exit code."""
+        """Raise the error of an awaited rank that has failed since this one started, with its exit code."""
         for path in sorted(path for path, when in self._found().items() if self.old.get(path) != when):
             rank = path.name.removeprefix(NOTE)
             with _data_error_if_torn(path, f"rank {rank} failed, reason unknown"):
@@ -355,32 +355,32 @@ class _ErrorNotes:
         try:
             yield
         except UsageError:
-            raise  # of this command line, which need not be that of the others
+            raise  # it concerns this command line, and those of the others may differ
         except Exception as caught:
             error = dist.file_error(caught) if isinstance(caught, OSError) else caught
             note = [str(error) or type(error).__name__, getattr(error, "exit_code", XarScaleError.exit_code)]
-            with suppress(OSError):  # there is no folder yet, or what went wrong goes on
+            with suppress(OSError):  # there is no folder yet, or the error persists
                 write_atomically(self.folder / f"{NOTE}{self.rank}", json.dumps(note).encode())
             raise
 
 
 class _Bad(NamedTuple):
-    """An image that is left out."""
+    """A bad image, which is left out."""
 
     name: str
     why: str
 
 
 class _Record(NamedTuple):
-    """Of a shard that is done."""
+    """The record of a finished shard."""
 
-    shard: ShardInfo | None  # None where all its images are bad
+    shard: ShardInfo | None  # None if all its images are bad
     bad: list[_Bad]
 
 
 @contextmanager
 def _data_error_if_torn(path: Path, remedy: str) -> Iterator[None]:
-    """Around what is made of a file of JSON: raises DataError, with the ``remedy``, where it is not what was written."""
+    """Wrap the parsing of a JSON file: raise DataError, with the ``remedy``, if the content is not what was written."""
     try:
         yield
     except (ValueError, KeyError, TypeError):
@@ -392,4 +392,4 @@ def _number(record: str) -> int:
 
 
 def _clear(out: Path) -> None:
-    shutil.rmtree(out / WORK, ignore_errors=True)  # another rank may be looking in: what stays does no harm
+    shutil.rmtree(out / WORK, ignore_errors=True)  # another rank may be reading it: leftovers do no harm

@@ -1,4 +1,4 @@
-"""Latents that others stored: WebDataset tars that get an index beside them, and MAR's folder of .npz files."""
+"""Latents made by other tools: indexing their WebDataset tars, and reading MAR's folder of .npz files."""
 
 import io
 import os
@@ -29,7 +29,7 @@ from xar_scale.errors import DataError, UsageError
 from xar_scale.files import write_atomically
 from xar_scale.tokenizers import check_origin
 
-MAR_LATENT, MAR_FLIPPED = "moments", "moments_flip"  # arrays of a file of MAR's cache
+MAR_LATENT, MAR_FLIPPED = "moments", "moments_flip"  # arrays in a file of MAR's cache
 
 
 def index_set(
@@ -43,10 +43,10 @@ def index_set(
     classes: int,
     processes: int,
 ) -> DatasetInfo:
-    """Write an index for every tar in ``folder``, and the set's description. The tars stay as they are.
+    """Write an index for every tar in ``folder``, and the set's description. The tars are not changed.
 
-    Every array must be a .npy of the shape and type that the first one has. Raises DataError naming the shard and sample
-    that is not, and what ``check_origin`` does; UsageError where the folder holds a set already.
+    Every array must be a .npy with the shape and type of the first one. Raises DataError naming the shard and sample if one
+    is not; what ``check_origin`` raises; UsageError if the folder already holds a set.
     """
     if not folder.is_dir():
         raise UsageError(f"no folder at {folder}")
@@ -109,9 +109,9 @@ def _check_arrays(file: BinaryIO, index: Index, info: DatasetInfo, path: Path) -
 
 
 def mar_samples(root: Path, dtype: Literal["float16", "float32"]) -> Iterator[Sample]:
-    """The samples of MAR's cache: a folder a class, in alphabetical order, with a .npz a sample.
+    """Yield the samples of MAR's cache: one folder per class, in alphabetical order, with one .npz per sample.
 
-    In a fixed random order: as they lie, a shard would be of one class. Raises DataError for what is no such cache.
+    The order is random but fixed: in storage order, a shard would hold one class. Raises DataError if it is not such a cache.
     """
     classes = sorted(path for path in root.iterdir() if path.is_dir())
     files = [(path, label) for label, folder in enumerate(classes) for path in sorted(folder.glob("*.npz"))]
@@ -128,7 +128,7 @@ def mar_samples(root: Path, dtype: Literal["float16", "float32"]) -> Iterator[Sa
                 latent, flipped = (arrays[name] for name in (MAR_LATENT, MAR_FLIPPED))
         except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, BadZipFile) as error:
             raise DataError(f"{path} is not a sample of MAR's cache: {error}") from None
-        with np.errstate(over="ignore"):  # seen next
+        with np.errstate(over="ignore"):  # checked next
             latent, flipped = latent.astype(dtype), flipped.astype(dtype)
         if latent.ndim != 3 or not (np.isfinite(latent).all() and np.isfinite(flipped).all()):
             raise DataError(f"{path}: its moments {latent.shape} are not 3-D, or not finite in {dtype}")

@@ -1,4 +1,4 @@
-"""Work on many files by helper processes."""
+"""Process many files in helper processes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +18,7 @@ def map_in_processes(
     initializer: Callable[..., None] | None = None,
     initargs: tuple[Any, ...] = (),
 ) -> Iterator[Result]:
-    """What ``work`` returns for each item, in their order. Raises what it raises, and ProcessError where a process dies."""
+    """Yield ``work(item)`` for each item, in order. Raises what it raises, and ProcessError if a process dies."""
     try:
         with ProcessPoolExecutor(processes, initializer=initializer, initargs=initargs) as pool:
             yield from pool.map(work, items)
