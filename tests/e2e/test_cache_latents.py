@@ -1,4 +1,4 @@
-"""Images into latents by the command as typed: alone, under torchrun, killed, and with what it refuses."""
+"""Images into latents by the real command: in one process, under torchrun, killed, and with input that it refuses."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ def arguments(source: Path, out: Path, *more: str) -> list[str]:
 
 
 def wait_for_records(out: Path, count: int) -> None:
-    """Or until the set is there: a machine may be too busy to look in between."""
+    """Or until the set is complete: a busy machine may not check in between."""
     for _ in range(6000):
         if len(list(out.glob(".encoding/latents-*.json"))) >= count or (out / "dataset.json").exists():
             return
@@ -105,7 +105,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(source, whole, tmp_pa
             time.sleep(generator.uniform(0, 0.03))
         finally:
             kill(ranks)
-        if (out / "dataset.json").exists():  # on a machine that is faster than this moment
+        if (out / "dataset.json").exists():  # the machine was faster than this moment
             assert time_ > 0
             break
     made = {path: path.stat().st_mtime_ns for path in out.glob(".encoding/latents-*.json")}
@@ -117,7 +117,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(source, whole, tmp_pa
 
 
 def test_a_killed_decoder_ends_it_with_its_own_code_and_one_line(source, whole, tmp_path):
-    for attempt in range(5):  # on a busy machine it may be done before it is met
+    for attempt in range(5):  # on a busy machine it may be done before it is found
         out = tmp_path / f"set{attempt}"
         ranks = start(1, arguments(source, out), tmp_path / "logs")
 
@@ -142,7 +142,7 @@ def test_bad_images_end_it_or_are_counted(source, tmp_path):
         (tmp_path / "copy" / name).write_bytes(b"no image")
     out = tmp_path / "set"
     ended = launch(2, arguments(tmp_path / "copy", out, "--max-bad", "1"), tmp_path / "logs")
-    assert 65 in ended.codes and set(ended.codes) <= {0, 65}, ended.text  # one may be done with its share by then
+    assert 65 in ended.codes and set(ended.codes) <= {0, 65}, ended.text  # one may have finished its shards by then
     assert "Traceback" not in ended.text and "2 bad images, --max-bad allows 1: " in ended.text
     for code, output in zip(ended.codes, ended.outputs, strict=True):
         assert (output.splitlines() or [""])[-1].startswith("cache_latents: ") == (code == 65)

@@ -1,4 +1,4 @@
-"""What the tests of encoding share: images, a tokenizer that can be stopped, ranks."""
+"""Shared by the encoding tests: images, a tokenizer that can be stopped, ranks."""
 
 import io
 import shutil
@@ -79,7 +79,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def damage(source: Path, to: Path, *names: str) -> Path:
-    """A copy of the source whose named images are cut."""
+    """Copy the source, with the named images truncated."""
     shutil.copytree(source, to)
     for name in names:
         content = (to / name).read_bytes()
@@ -88,7 +88,7 @@ def damage(source: Path, to: Path, *names: str) -> Path:
 
 
 class StopError(Exception):
-    """Where a test stops the work."""
+    """Raised where a test stops the work."""
 
 
 def stop(*_):
@@ -117,7 +117,7 @@ def cropped(source, key: str) -> np.ndarray:
 
 
 def make_tree(root: Path) -> None:
-    """Smooth pictures of many sizes, in a folder a class."""
+    """Write smooth images of many sizes, one folder per class."""
     for number in range(CLASSES * PER_CLASS):
         folder = root / f"n{number % CLASSES}"
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Reading a set that lies in an object store (fixtures ``store`` and ``url``) through the cache of a node."""
+"""Reading a set in an object store (fixtures ``store`` and ``url``) through the node cache."""
 
 from pathlib import Path
 

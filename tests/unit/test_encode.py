@@ -1,4 +1,4 @@
-"""Images into a set of latents: what is stored, by how many processes, and what dies on the way."""
+"""Encode images into a set of latents: what is stored, any number of processes, and processes that die."""
 
 import os
 import shutil
@@ -139,7 +139,7 @@ def test_kl16_stores_its_moments_and_what_a_dtype_cannot_hold_is_that_images_fau
     def overflowing(images):
         found = moments(images)
         seen.append(len(images))
-        if sum(seen[1:]) <= 2 and len(seen) > 1:  # the first batch behind the blank image
+        if sum(seen[1:]) <= 2 and len(seen) > 1:  # the first batch after the blank image
             found[1, 3] = 1e5
         return found
 
@@ -199,7 +199,7 @@ def test_a_description_that_kl16_cannot_bear_is_refused(source, tmp_path):
 def test_the_number_of_processes_changes_no_byte(source, tmp_path, whole, monkeypatch, world, workers):
     out = tmp_path / "set"
     as_rank(monkeypatch, 0, 1)
-    with pytest.raises(StopError):  # who makes the plan
+    with pytest.raises(StopError):  # makes the plan
         encode(out, source, Stopping(0))
     for rank in reversed(range(world)):
         as_rank(monkeypatch, rank, world)
@@ -286,6 +286,8 @@ def test_a_device_without_memory_and_other_failures_are_what_they_are(source, tm
 
 def test_how_images_were_made_is_no_part_of_which_samples_a_set_has():
     info = small_info()
-    assert info.fingerprint == "0faa5968a5a9b0de57c018dfcf3b190a9790a421918582a731d7dcc6e76506eb"  # of before it was recorded
+    assert (
+        info.fingerprint == "0faa5968a5a9b0de57c018dfcf3b190a9790a421918582a731d7dcc6e76506eb"
+    )  # from before images were recorded
     assert replace(info, images={"size": 256}).fingerprint == info.fingerprint
     assert replace(info, classes=11).fingerprint != info.fingerprint

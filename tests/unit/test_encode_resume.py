@@ -1,4 +1,4 @@
-"""Encoding that is stopped or meets bad images: what goes on, to the same bytes, and what does not."""
+"""Encoding that is stopped or meets bad images: it resumes to the same bytes, or is refused."""
 
 import errno
 import fcntl
@@ -41,7 +41,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(source, tmp_path, whole, 
     with pytest.raises(StopError):
         encode(out, source, Stopping(passes))
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert len(done) == passes // 6  # passes a shard: three batches and their mirror images
+    assert len(done) == passes // 6  # forward passes per shard: three batches and their mirror images
     encode(out, source)
     assert files(out) == whole
     assert {name: (out / name).stat().st_mtime_ns for name in done} == done
@@ -112,7 +112,7 @@ def test_a_recorded_shard_whose_files_are_not_as_written_is_made_again(source, t
 def test_a_set_is_not_whole_before_the_files_of_all_ranks_are_as_written(source, tmp_path, whole, monkeypatch):
     out = tmp_path / "set"
     with pytest.raises(StopError):
-        encode(out, source, Stopping(0))  # who makes the plan
+        encode(out, source, Stopping(0))  # makes the plan
     as_rank(monkeypatch, 1, 2)
     encode(out, source)
     (out / "latents-000003.tar").unlink()
@@ -174,7 +174,7 @@ def test_a_torn_note_of_a_rank_that_ended_is_named(source, tmp_path, monkeypatch
 
 def test_a_record_is_written_behind_what_it_speaks_of(source, tmp_path, whole, monkeypatch):
     out = tmp_path / "set"
-    monkeypatch.setattr(encode_module, "sync_folder", stop)  # between the two
+    monkeypatch.setattr(encode_module, "sync_folder", stop)  # between the shard and its record
     with pytest.raises(StopError):
         encode(out, source)
     work = {f"{WORK}/{name}" for name in (PLAN, "ended-rank-0", "rank-0.lock")}
@@ -226,7 +226,7 @@ def test_a_second_process_of_a_rank_is_refused_and_harms_nothing(source, tmp_pat
 
     as_rank(monkeypatch, 0, 2)
     with pytest.raises(StopError):
-        encode(out, source, Stopping(0))  # who makes the plan
+        encode(out, source, Stopping(0))  # makes the plan
     as_rank(monkeypatch, rank, rank + 1)
     encode(out, source, reporter=Meanwhile())
     assert set(refused) == {f"another process is writing {out} as rank {rank}"}
@@ -330,7 +330,7 @@ def test_bad_images_are_counted_over_all_processes(source, tmp_path, monkeypatch
         bad_in.setdefault(number // 5, []).extend([row[0]] if row[0] in BAD else [])
     holders = [shard for shard, names in bad_in.items() if names]
     assert len(holders) > 1
-    as_rank(monkeypatch, holders[0], 5)  # a shard a rank
+    as_rank(monkeypatch, holders[0], 5)  # one shard per rank
     if holders[0] == 0:
         monkeypatch.setattr(encode_module.time, "sleep", stop)
         with pytest.raises(StopError):
@@ -351,7 +351,7 @@ def test_bad_images_are_counted_over_all_processes(source, tmp_path, monkeypatch
         (DataError("is torn"), 65, "is torn"),
         (OSError(28, "No space left on device", "a.tar"), 74, "a.tar: No space left on device"),
         (RuntimeError(), 1, "RuntimeError"),
-        (UsageError("is odd"), None, ""),  # of a command line, which need not be the others'
+        (UsageError("is odd"), None, ""),  # about a command line, and those of the others may differ
     ],
 )
 def test_who_waits_for_a_rank_that_ends_with_an_error_ends_too(source, tmp_path, whole, monkeypatch, error, code, says):
@@ -359,7 +359,7 @@ def test_who_waits_for_a_rank_that_ends_with_an_error_ends_too(source, tmp_path,
     as_rank(monkeypatch, 0, 2)
     sleeps = []
 
-    def meanwhile(seconds):  # once the other rank fails, and from then on nothing
+    def meanwhile(seconds):  # at first the other rank fails, then nothing more happens
         sleeps.append(seconds)
         if len(sleeps) > 3:
             raise StopError
@@ -377,7 +377,7 @@ def test_who_waits_for_a_rank_that_ends_with_an_error_ends_too(source, tmp_path,
     if code:
         assert str(caught.value) == f"rank 1 failed: {says}" and caught.value.exit_code == code
     sleeps[:] = [0]
-    with pytest.raises(StopError):  # started again, it waits for the other to be started again too
+    with pytest.raises(StopError):  # restarted, it waits for the other to be restarted too
         encode(out, source)
     monkeypatch.setattr(encode_module.time, "sleep", lambda seconds: None)
     as_rank(monkeypatch, 0, 1)
@@ -398,10 +398,10 @@ def test_a_rank_that_ends_a_second_time_is_noticed_again(source, tmp_path, monke
 
     as_rank(monkeypatch, 0, 2)
     with pytest.raises(StopError):
-        encode(out, source, Stopping(0))  # who makes the plan
+        encode(out, source, Stopping(0))  # makes the plan
     fail("was torn")
     os.utime(note, (0, 0))
-    waits = iter([lambda: None, lambda: fail("is torn again"), stop])  # at first the note is of the start before
+    waits = iter([lambda: None, lambda: fail("is torn again"), stop])  # at first the note is from the earlier start
     monkeypatch.setattr(encode_module.time, "sleep", lambda seconds: next(waits)())
     with pytest.raises(XarScaleError, match="^rank 1 failed: is torn again$"):
         encode(out, source)
@@ -441,7 +441,7 @@ def test_what_another_process_has_recorded_counts_before_a_shard_is_done(source,
 def test_two_processes_that_record_in_the_same_moment_see_each_other(source, tmp_path, monkeypatch):
     copy, out = damage(source, tmp_path / "copy", BAD[0]), tmp_path / "set"
 
-    def meanwhile(folder):  # this process has found its bad image, and has not written its record
+    def meanwhile(folder):  # this process has found its bad image, but has not written its record
         (out / WORK / "latents-000001.bad.json").write_text(json.dumps({"shard": None, "bad": [["n0/x.jpg", "is torn"]]}))
 
     monkeypatch.setattr(encode_module, "sync_folder", meanwhile)
@@ -453,7 +453,7 @@ def test_rank_0_sees_while_it_waits_that_the_others_found_too_many(source, tmp_p
     out = tmp_path / "set"
     as_rank(monkeypatch, 0, 2)
 
-    def meanwhile(seconds):  # another rank, which was allowed more
+    def meanwhile(seconds):  # another rank, with a larger budget
         (out / WORK / "latents-000001.bad.json").write_text(json.dumps({"shard": None, "bad": [["n0/x.jpg", "is torn"]]}))
 
     monkeypatch.setattr(encode_module.time, "sleep", meanwhile)
@@ -487,7 +487,7 @@ def test_looks_at_what_others_have_done_take_little_of_the_time(source, tmp_path
     monkeypatch.setattr(encode_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     with pytest.raises(StopError):
         encode(out, source, reporter=Working())
-    assert looks == [0, 51, 114, 183]  # at the start, and while it waits; none between, at a shard's end either
+    assert looks == [0, 51, 114, 183]  # at the start, and while it waits; none in between, not even at the end of a shard
     assert pauses == [60] * 3
 
 

@@ -1,4 +1,4 @@
-"""Sets that others wrote: stock webdataset's tars, and MAR's cache."""
+"""Sets made by other tools: stock webdataset's tars, and MAR's cache."""
 
 import json
 
@@ -26,7 +26,7 @@ THEIRS = Members(latent="z.npy", flipped="zf.npy", label="y")
 
 
 def stock_set(folder, samples, **arrays):
-    """As webdataset's own ShardWriter writes them, four a shard, with a member that is no business of ours."""
+    """As webdataset's own ShardWriter writes them, four per shard, with a member that is to be ignored."""
     with wds.ShardWriter(f"{folder}/theirs-%02d.tar", maxcount=4, verbose=0) as writer:
         for sample in samples:
             own = {"z.npy": sample.latent, "zf.npy": sample.flipped, "y": str(sample.label), "info.json": {"from": sample.key}}

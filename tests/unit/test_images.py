@@ -1,4 +1,4 @@
-"""Which images a source holds, under which labels and keys; ADM's crop; what is told of a bad image."""
+"""The images of a source, with labels and keys; ADM's crop; messages about bad images."""
 
 import os
 import warnings
@@ -15,7 +15,7 @@ from xar_scale.errors import DataError, UsageError
 
 
 def tree(root, *names: str):
-    """A PNG at each of the paths, each of its own colours."""
+    """Write a PNG at each of the paths, each with its own colours."""
     for seed, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         smooth(8, 8, seed).save(root / name, "PNG")
@@ -130,7 +130,7 @@ def test_a_bad_image_is_told_in_one_line(tmp_path, monkeypatch):
         assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(BadImageError, match="No such file"):
         load_image(tmp_path, SourceImage("absent.jpg", 0, "key"), 16, 3)
-    smooth(64, 64).save(tmp_path / "a.jpg", "TIFF")  # known to PIL, and not one of ours
+    smooth(64, 64).save(tmp_path / "a.jpg", "TIFF")  # known to PIL, but not in FORMATS
     with pytest.raises(BadImageError, match="is not one of"):
         load_image(tmp_path, SourceImage("a.jpg", 0, "key"), 16, 3)
     sliver = save(tmp_path / "sliver.png", smooth(3000, 1))

@@ -1,4 +1,4 @@
-"""The KL-16 autoencoder as a tokenizer: what files it takes, what it stores, what it draws."""
+"""The KL-16 autoencoder as a tokenizer: the files it accepts, what it stores, what it decodes."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ def latents(count: int) -> torch.Tensor:
 
 
 def small_state() -> dict[str, torch.Tensor]:
-    """A state dict of the published names and shapes that takes no room: every entry is one zero, repeated."""
+    """A state dict with the published names and shapes that takes no memory: every entry is one zero, repeated."""
     return {name: torch.zeros(1).expand(shape) for name, shape in kl16_shapes().items()}
 
 
@@ -134,7 +134,7 @@ def test_stored_are_mean_and_log_variance_of_levels_as_minus_1_to_1(kl16):
 
 
 def encode_to(kl16, monkeypatch, channel: int, value: float) -> np.ndarray:
-    """What is stored of two images where the network gives moments of 1 and, for the second, ``value`` in one channel."""
+    """What is stored for two images if the network returns moments of 1 and, for the second, ``value`` in one channel."""
     moments = torch.ones(2, 32, 4, 4)
     moments[1, channel] = value
     monkeypatch.setattr(kl16, "moments", lambda images: moments)

@@ -1,4 +1,4 @@
-"""The global order, and the slice of it that each rank reads."""
+"""The global order, and each rank's slice of it."""
 
 import pickle
 from itertools import chain, combinations
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from xar_scale.data.loader import RankBatchSampler
 from xar_scale.data.order import Position, SampleOrder, Window
 
-COUNTS = [5, 1, 8, 3]  # samples a shard
+COUNTS = [5, 1, 8, 3]  # samples per shard
 
 
 @st.composite
@@ -42,7 +42,7 @@ def lane_streams(order: SampleOrder, steps: int) -> list[list[tuple[int, int]]]:
 
 
 def epochs(order: SampleOrder, count: int) -> list[list[list[tuple[int, int]]]]:
-    """What each lane reads in each of the first epochs, by the promise about their lengths."""
+    """What each lane reads in each of the first epochs, from the documented lane lengths."""
     steps = (count + 1) * order.samples // order.global_batch + 2
     streams, found = lane_streams(order, steps), []
     for epoch in range(count):
@@ -63,7 +63,7 @@ def test_every_sample_comes_exactly_once_an_epoch_whatever_divides_what(order):
 @settings(deadline=None, max_examples=50)
 @given(orders(), st.integers(1, 40))
 def test_no_sample_is_ever_more_than_two_ahead_of_another(order, steps):
-    """At every step of the run, not at the end of epochs alone."""
+    """At every step of the run, not only at the end of epochs."""
     read = places(order, range(steps * order.global_batch))
     times = [read.count((shard, place)) for shard, count in enumerate(order.counts.tolist()) for place in range(count)]
     assert max(times) - min(times) <= 2  # lanes differ by one sample, so a few may be in the next epoch already
@@ -109,7 +109,7 @@ def test_shards_lanes_and_windows_are_each_shuffled_by_epoch_and_seed():
 @settings(deadline=None, max_examples=100)
 @given(orders())
 def test_windows_and_their_shards_are_those_that_samples_are_found_in(order):
-    """Followed from the first window of each lane, ``after`` leads through everything that the lane reads."""
+    """From the first window of each lane, ``next_window`` visits everything that the lane reads."""
     steps = 3 * order.samples // order.global_batch + 2
     for lane, read in enumerate(lane_streams(order, steps)):
         share = order.global_batch // order.lanes

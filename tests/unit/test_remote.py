@@ -1,4 +1,4 @@
-"""Sets behind URLs: exactly what is stored, through faults of a real store."""
+"""Sets behind URLs: exactly what is stored, in spite of faults of a real store."""
 
 import functools
 import http.server
@@ -30,7 +30,7 @@ def test_a_remote_set_is_read_as_a_local_one_each_file_once(store, stored, url, 
     assert [times for path, times in store.gets.items() if path.endswith(".index.json")] == [1] * 10
     before = sum(store.gets.values())
     stream(url, tmp_path / "cache", workers=workers)  # another job on the node
-    assert sum(store.gets.values()) == before + 1  # the description alone
+    assert sum(store.gets.values()) == before + 1  # only the description
 
 
 def test_nothing_is_lost_or_doubled_when_the_store_fails_stalls_and_cuts(store, stored, url, tmp_path):
@@ -69,13 +69,13 @@ def test_of_a_damaged_object_only_the_damaged_sample_is_lost(store, stored, url,
                 shards.read(1, 0)
         for position in (1, 2, 3):
             assert shards.read(1, position).key == f"s{4 + position:04d}"
-    assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 3  # it came so three times, and is not asked for again
+    assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 3  # downloaded three times, and not again
     assert capfd.readouterr().err.count("its checksum is not") == 2
 
 
 @pytest.mark.parametrize("size", [0, 4096, 5000, 8192])
 def test_a_truncated_object_is_no_store_that_fails(store, stored, url, cache, size, monkeypatch):
-    """Also where it ends before a later block begins, so that a range of nothing is asked for."""
+    """Also if it ends before a later block starts, so that the requested range is empty."""
     monkeypatch.setattr(remote, "BLOCK", 4096)
     tar = stored / "latents-000001.tar"
     tar.write_bytes(tar.read_bytes()[:size])
@@ -106,7 +106,7 @@ def test_what_is_not_there_is_named(store, url, cache):
         shards.read(1, 0)
     with pytest.raises(DataError, match="s3://no-such-bucket/set/dataset.json is missing: not a data set"):
         LatentShards(RemoteFolder("s3://no-such-bucket/set", cache))
-    assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 1  # no use in asking again
+    assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 1  # retrying is useless
 
 
 def test_a_store_that_is_gone_is_an_error_of_files_not_of_data(cache, monkeypatch, capfd):
@@ -183,7 +183,7 @@ def test_waits_between_attempts_grow(monkeypatch):
 
 
 def test_who_waited_for_another_s_attempts_does_not_begin_them_anew(cache, monkeypatch):
-    """Else one of many workers would take so long that it counts as a hang."""
+    """Otherwise one of many workers would take so long that it counts as a hang."""
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(remote, "MAX_WAIT_S", 0.3)
     folder, said = RemoteFolder("http://127.0.0.1:9/set", cache), []
@@ -214,7 +214,7 @@ def test_denied_access_is_said_at_once(monkeypatch):
 
 
 def test_a_plain_web_server_without_ranges_will_do(stored, cache, monkeypatch):
-    monkeypatch.setattr(remote, "BLOCK", 1000)  # several requests a file, were they honoured
+    monkeypatch.setattr(remote, "BLOCK", 1000)  # several requests per file, if ranges were honoured
     handler = functools.partial(_Quiet, directory=str(stored))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""Shards: what is written is read, by us and by stock webdataset; every fault is found and named."""
+"""Shards: what is written is read back, also by stock webdataset; every fault is found and named."""
 
 import errno
 import gc
@@ -94,7 +94,7 @@ def test_the_same_samples_give_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         write_set(tmp_path / name, flipped=True)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    with tarfile.open(tmp_path / "one" / TAR) as tar:  # nothing of when and by whom
+    with tarfile.open(tmp_path / "one" / TAR) as tar:  # no time, no owner
         assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
 
 
@@ -418,7 +418,7 @@ def test_the_index_of_another_shard_is_refused(tmp_path):
 
 
 class Marker:
-    """Unpickling one is seen."""
+    """Unpickling one is detected."""
 
     def __reduce__(self):
         return _unpickled.append, (1,)

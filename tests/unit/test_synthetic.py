@@ -1,4 +1,4 @@
-"""Latents without a disk: of the right kind, always the same, read as stored ones are."""
+"""Synthetic latents: of the right kind, deterministic, read like stored ones."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""The pixel tokenizer is exact; tokenizers are made again from what a data set's index says."""
+"""The pixel tokenizer is exact; tokenizers are recreated from a data set's description."""
 
 import numpy as np
 import pytest

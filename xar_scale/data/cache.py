@@ -166,7 +166,7 @@ class NodeCache:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Raise a FileError for an error of the system (a full disk, for example): it is not a data fault."""
+        """Convert an OSError (a full disk, for example) to a FileError: it is not a data fault."""
         try:
             yield
         except OSError as error:

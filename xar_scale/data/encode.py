@@ -143,24 +143,24 @@ def _plan(out: Path, settings: EncodeSettings, notes: "_ErrorNotes", reporter: R
     path = out / WORK / PLAN
     if notes.rank == 0 and not path.exists():
         _make_plan(out, settings, reporter)
-    told = False
+    waiting = False
     while True:
         try:
             with _data_error_if_torn(path, f"remove {path.parent} to start over"):
                 values = json.loads(path.read_bytes())
-                begun, images = dict(values["settings"]), [SourceImage(*row) for row in values["images"]]
+                original, images = dict(values["settings"]), [SourceImage(*row) for row in values["images"]]
                 plan = Plan(settings, int(values["classes"]), images)
             break
         except FileNotFoundError:
             if finished_set(out, settings) is not None:
                 return None
-        if not told:
+        if not waiting:
             reporter.log(f"waiting for rank 0 to list the images of {settings.source} in {path}")
-            told = True
+            waiting = True
         time.sleep(POLL_S)
         notes.check()
     for name, value in asdict(settings).items():
-        if (was := begun.get(name)) != value:
+        if (was := original.get(name)) != value:
             raise UsageError(
                 f"{out} was started with {name} {was!r}, this command has {name} {value!r}; restore it or write elsewhere"
             )
@@ -210,13 +210,13 @@ class _Encoder:
 
     def finish(self, notes: "_ErrorNotes") -> DatasetInfo:
         """Wait for the shards of all processes, then complete the set and return its description."""
-        told = False
+        waiting = False
         self._scan_records()
         while missing := [shard for shard in range(self.plan.shards) if shard not in self.done]:
-            if not told:
+            if not waiting:
                 first = shard_name(PREFIX, missing[0])
                 self.reporter.log(f"waiting for {len(missing)} shards of other ranks, the first {first}")
-                told = True
+                waiting = True
             time.sleep(max(POLL_S, self.min_interval))
             notes.check()
             self._scan_records()
@@ -270,14 +270,14 @@ class _Encoder:
 
     def _scan_records(self) -> None:
         """Read the records of all processes."""
-        begun = time.monotonic()
+        start = time.monotonic()
         with suppress(FileNotFoundError):  # the set was completed at this moment
             names = os.listdir(self.out / WORK)
             self.done = {_number(name): name for name in names if name.startswith(PREFIX) and name.endswith(RECORD)}
             with_bad = [name for name in self.done.values() if name.endswith(BAD_RECORD)]
             self.recorded = {name: self.recorded.get(name) or self._record(name).bad for name in with_bad}
         self.scanned_at = time.monotonic()
-        self.min_interval = SCAN_REST * (self.scanned_at - begun)
+        self.min_interval = SCAN_REST * (self.scanned_at - start)
 
     def _record(self, name: str) -> "_Record":
         path = self.out / WORK / name

@@ -32,7 +32,7 @@ class Index:
     keys: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     latent: Spans = field(default_factory=Spans)
-    flipped: Spans = field(default_factory=Spans)  # empty where the set has no mirrored arrays
+    flipped: Spans = field(default_factory=Spans)  # empty if the set has no mirrored arrays
 
     def rows(self) -> list[tuple[Any, ...]]:
         """Return (key, label, begin, data, size, crc32 of the array, the same of the mirrored array) for each sample."""

@@ -126,7 +126,8 @@ class LatentDataset(Dataset[Batch]):
         return [(numbers[name], position) for name, position in names]
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
-        """Return the batch of these sample numbers. A sample that cannot be read is replaced and listed in ``faults``."""
+        """Return the batch of these sample numbers. Samples that cannot be read are in ``faults``, and replaced if a budget
+        allows bad samples."""
         if self.shards.remote:
             self._prefetch(numbers)
         parts = [self._part(numbers[begin : begin + self.CHUNK]) for begin in range(0, len(numbers), self.CHUNK)]

@@ -23,7 +23,7 @@ class EncodeSettings:
     batch: PositiveInt  # images per forward pass: kernels differ with it, in the last bits
     samples_per_shard: PositiveInt
     classes: PositiveInt | None  # None: the number of folders in the source
-    image: str  # name of the image of a sample in a tar
+    image: str  # extension of a sample's image in a tar
 
 
 class Plan(NamedTuple):

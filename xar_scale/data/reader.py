@@ -83,7 +83,7 @@ class LatentShards:
     def _open(self, shard: int) -> "_OpenShard":
         if not hasattr(self, "_opened"):  # created on first use: it cannot be pickled
             self._opened = lru_cache(maxsize=self.open_shards)(partial(_OpenShard, self.storage))
-            self._broken = dict[int, str]()  # not tried again for each of their samples
+            self._broken = dict[int, str]()  # shards that cannot be opened: not tried again for each of their samples
         if shard in self._broken:
             raise ShardError(self._broken[shard])
         try:

@@ -92,7 +92,7 @@ def npy_header(info: DatasetInfo) -> bytes:
 
 
 class Sample(NamedTuple):
-    """One stored sample; ``flipped`` is None where the set has no mirrored arrays."""
+    """One stored sample; ``flipped`` is None if the set has no mirrored arrays."""
 
     key: str
     label: int
