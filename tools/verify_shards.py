@@ -1,4 +1,4 @@
-"""Read every byte of a data set and name what is wrong, by shard and sample.
+"""Read every byte of a data set and report faults by shard and sample.
 
 python tools/verify_shards.py runs/demo/data
 """
@@ -24,7 +24,7 @@ def main() -> int:
     def run() -> None:
         options = parser.parse_args()
         if options.processes < 1:
-            raise UsageError(f"--processes {options.processes} is not at least 1")
+            raise UsageError(f"--processes must be at least 1, not {options.processes}")
         verify(options.data, options.processes)
 
     return exit_code_of("verify_shards", run)

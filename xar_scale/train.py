@@ -150,7 +150,7 @@ class Training:
         last = done == self.config.train.steps
         logged = last or done % self.config.train.log_every == 0
         batches = self.feed.take()
-        news = self.bad.news(fault for batch in batches for fault in batch.faults)
+        news = self.bad.new_faults(fault for batch in batches for fault in batch.faults)
         with self._probes(logged) as probes:
             verdict = self.recovery.attempt(step, batches, len(news), self.stops.requested())
         self.store.poll()

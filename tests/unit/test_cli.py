@@ -266,7 +266,7 @@ def test_wrong_tokenizer_weights(capsys, run, tmp_path):
     of_kl16 = Run(tmp_path / "of_kl16", info=made)
     of_kl16.save()
     arguments = ["sample", tmp_path / "of_kl16", "--out", out]
-    assert_ends(capsys, arguments, 78, "kl16 needs its weights: sample.tokenizer_weights is the path of kl16.ckpt")
+    assert_ends(capsys, arguments, 78, "kl16 needs its weights: set sample.tokenizer_weights to the path of kl16.ckpt")
     assert_ends(capsys, [*arguments, "sample.tokenizer_weights=nowhere.ckpt"], 64, "no weights at nowhere.ckpt")
     digest = hashlib.sha256(b"other weights").hexdigest()
     assert_ends(capsys, [*arguments, given], 65, str(weights), digest[:12], "0123456789ab")

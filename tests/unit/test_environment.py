@@ -107,9 +107,9 @@ def test_a_test_file_that_does_not_fit_on_the_disk_is_named_and_removed(tmp_path
 def test_a_folder_that_is_no_data_set_is_named_with_advice(tmp_path):
     _, found = disk("data", tmp_path, written=False)
     assert found.what == "  data set" and found.advice.startswith("training on it would exit with 65: ")
-    assert found.found == f"{tmp_path}/dataset.json is missing: not a data set, or one not written to its end"
+    assert found.found == f"{tmp_path}/dataset.json is missing: not a data set, or an incomplete one"
     (tmp_path / "dataset.json").write_text('{"format": 1}')
-    assert "is of format 1, this version reads 2" in disk("data", tmp_path, written=False)[1].found
+    assert "has format 1, this version reads 2" in disk("data", tmp_path, written=False)[1].found
 
 
 def test_clocks_that_are_apart(monkeypatch):
