@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from xar_scale.checkpoint.averages import fit_to, open_snapshots, write_average
 from xar_scale.checkpoint.contents import changes, differences, not_finite
-from xar_scale.checkpoint.manifest import AVERAGES, FOLDER, MANIFEST, Manifest, checkpoint_paths, read_manifest, verify
+from xar_scale.checkpoint.manifest import EMA_SNAPSHOTS, FOLDER, MANIFEST, Manifest, checkpoint_paths, read_manifest, verify
+from xar_scale.checkpoint.posthoc_ema import fit_to, open_snapshots, write_ema
 from xar_scale.checkpoint.vectors import sizes
 from xar_scale.cli import Parser, ending
 from xar_scale.dist import file_error
@@ -42,7 +42,7 @@ def main() -> int:
     ema.add_argument("--std", type=float, required=True, help="its width: standard deviation relative to the run's length")
     ema.add_argument("--step", type=int, help="of the snapshot that it ends at (default: the newest)")
     ema.add_argument("--out", type=Path, required=True, help="the folder that is made: a checkpoint, for `xar-scale sample`")
-    ema.set_defaults(run_command=lambda options: make_average(options.run, options.std, options.step, options.out))
+    ema.set_defaults(run_command=lambda options: make_ema(options.run, options.std, options.step, options.out))
 
     def run() -> None:
         options = parser.parse_args()
@@ -53,7 +53,7 @@ def main() -> int:
 
 def show_path(path: Path) -> None:
     """Raises DataError, after all is shown, where something is damaged or not finite."""
-    paths = [found for folder in (FOLDER, AVERAGES) for found in checkpoint_paths(path, folder)]
+    paths = [found for folder in (FOLDER, EMA_SNAPSHOTS) for found in checkpoint_paths(path, folder)]
     if not paths and not (path / MANIFEST).is_file():
         raise UsageError(f"no checkpoint of ours in {path}")
     findings = show_run(path, paths) if paths else [show_checkpoint(path)]
@@ -200,10 +200,10 @@ def show_differences(one: Path, other: Path) -> None:
             print(line)
 
 
-def make_average(run: Path, sigma_rel: float, step: int | None, out: Path) -> None:
+def make_ema(run: Path, sigma_rel: float, step: int | None, out: Path) -> None:
     snapshots = open_snapshots(run, step)
     fit = fit_to(snapshots, sigma_rel)
-    made = write_average(snapshots, fit.factors.tolist(), sigma_rel, out)
+    made = write_ema(snapshots, fit.factors.tolist(), sigma_rel, out)
     print(
         f"{out}: average of sigma_rel {sigma_rel:g} at step {made.manifest.step}, of {len(snapshots)} snapshots; "
         f"its profile is off by {fit.residual:.2%}"

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-WIDEST = 12**-0.5  # the width at exponent 0, all weights alike
+MAX_WIDTH = 12**-0.5  # the width at exponent 0, all weights alike
 CUTOFF = 1e-12  # of squared norms and singular values, relative to the largest: what lies below is rounding
 
 
 class Profile(NamedTuple):
-    """``updates``: the time t at which the average was kept. ``width``: sigma_rel, 0 < width < ``WIDEST``."""
+    """``updates``: the time t at which the average was kept. ``width``: sigma_rel, 0 < width < ``MAX_WIDTH``."""
 
     updates: int
     width: float
@@ -41,7 +41,7 @@ def exponent(width: float) -> float:
     return float(np.roots([1, 1, -inverse, inverse]).real.max()) - 2
 
 
-def share_of_new(update: int, exponent: float) -> float:
+def lerp_weight(update: int, exponent: float) -> float:
     """1 - beta of update number ``update``, from 1: what the average takes over of the new weights (section 3.1).
 
     beta = (1 - 1/t)^(gamma + 1). The weights of update u come to weigh (u^(gamma + 1) - (u - 1)^(gamma + 1)) / t^(gamma + 1)

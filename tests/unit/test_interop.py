@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.unit.foreign_checkpoints import SHAPES, assert_bitwise, published, random_state, values, write_zero3
 from tests.unit.tiny_run import CONFIG, Run
+from xar_scale.checkpoint.chunks import Chunk, ChunkReader
 from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.load import load_weights
 from xar_scale.checkpoint.manifest import KINDS, read_manifest
-from xar_scale.checkpoint.pieces import Piece, Pieces
 from xar_scale.errors import DataError, UsageError
 
 STATE = random_state("model", "exp_avg", "exp_avg_sq")
@@ -309,17 +309,17 @@ def test_safetensors_that_are_cut_short_or_lack_what_their_index_lists(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("pieces", "line"),
+    ("chunks", "line"),
     [
-        ([(0, 2), (3, 4)], "a goes on at element 3, the pieces before end at 2"),
-        ([(0, 3), (2, 4)], "a goes on at element 2, the pieces before end at 3"),
+        ([(0, 2), (3, 4)], "a goes on at element 3, the chunks before end at 2"),
+        ([(0, 3), (2, 4)], "a goes on at element 2, the chunks before end at 3"),
         ([(0, 3)], "a ends at element 4, what its files hold of it at 3"),
     ],
 )
-def test_pieces_that_leave_a_gap_overlap_or_end_early(tmp_path, pieces, line):
+def test_chunks_that_leave_a_gap_overlap_or_end_early(tmp_path, chunks, line):
     (tmp_path / "file").write_bytes(bytes(16))
     with pytest.raises(DataError, match=line):
-        Pieces({"a": [Piece(*ends, tmp_path / "file", 0) for ends in pieces]}, {"a": (0, 4)})
+        ChunkReader({"a": [Chunk(*ends, tmp_path / "file", 0) for ends in chunks]}, {"a": (0, 4)})
 
 
 def test_shapes_are_known_without_reading_values(tmp_path):

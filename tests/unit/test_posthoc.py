@@ -11,12 +11,12 @@ from tests.conftest import digits_config
 from tests.processes import ROOT
 from tests.unit.test_store import flip_byte
 from tests.unit.tiny_run import Run
-from xar_scale.checkpoint.averages import LARGEST_RESIDUAL, WIDTHS_TRIED, fit_to, open_snapshots, write_average
 from xar_scale.checkpoint.load import load_weights
 from xar_scale.checkpoint.manifest import verify
+from xar_scale.checkpoint.posthoc_ema import MAX_RESIDUAL, WIDTHS_TRIED, fit_to, open_snapshots, write_ema
 from xar_scale.ema import POWER_KINDS, WIDTHS
 from xar_scale.errors import DataError, UsageError
-from xar_scale.posthoc import WIDEST, Profile, exponent, fit, inner_products, share_of_new, width
+from xar_scale.posthoc import MAX_WIDTH, Profile, exponent, fit, inner_products, lerp_weight, width
 
 TINY = ("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8", "optim.ema_snapshots_every=25")
 
@@ -39,7 +39,7 @@ def test_width_and_exponent_are_each_other_s_inverse(gamma):
 
 def test_the_exponents_are_the_published_ones():
     assert [round(exponent(sigma_rel), 2) for sigma_rel in (0.05, 0.10)] == [16.97, 6.94]
-    assert width(0) == pytest.approx(WIDEST)
+    assert width(0) == pytest.approx(MAX_WIDTH)
 
 
 @pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.10, 0.25])
@@ -66,10 +66,10 @@ def test_inner_products_are_the_integrals():
 
 
 def test_updates_give_the_profile():
-    """What each update is left with of an average that is kept by ``share_of_new``."""
+    """What each update is left with of an average that is kept by ``lerp_weight``."""
     left = torch.zeros(50, dtype=torch.float64)
     for update in range(1, 51):
-        share = share_of_new(update, exponent(0.1))
+        share = lerp_weight(update, exponent(0.1))
         left *= 1 - share
         left[update - 1] = share
     torch.testing.assert_close(left, shares(0.1, 50), rtol=1e-12, atol=1e-15)
@@ -81,7 +81,7 @@ def test_a_stored_average_is_found_again_and_factors_sum_to_one():
         found = fit(stored, profile)
         assert found.factors == pytest.approx(np.eye(6)[number], abs=1e-6) and found.residual < 1e-6
     other = fit(stored, Profile(300, 0.08))
-    assert other.factors.sum() == pytest.approx(1, abs=1e-12) and 0 < other.residual < LARGEST_RESIDUAL
+    assert other.factors.sum() == pytest.approx(1, abs=1e-12) and 0 < other.residual < MAX_RESIDUAL
     twice = fit([*stored, stored[-1]], Profile(300, 0.08))  # the same one two times over is no trouble
     assert twice.residual == pytest.approx(other.residual, rel=1e-6)
 
@@ -89,7 +89,7 @@ def test_a_stored_average_is_found_again_and_factors_sum_to_one():
 @pytest.mark.parametrize("count", [2, 8, 32, pytest.param(128, marks=pytest.mark.long)])
 def test_the_widths_in_the_docs_are_those_that_fit(count):
     stored = [Profile(1000 * number, sigma_rel) for number in range(1, count + 1) for sigma_rel in WIDTHS]
-    fits = [width for width in WIDTHS_TRIED if fit(stored, Profile(1000 * count, width)).residual <= LARGEST_RESIDUAL]
+    fits = [width for width in WIDTHS_TRIED if fit(stored, Profile(1000 * count, width)).residual <= MAX_RESIDUAL]
     row = f"| {count} | {min(fits):.3f} to {max(fits):.3f} |\n"
     assert row in (ROOT / "docs" / "checkpoints.md").read_text(), row
 
@@ -135,7 +135,7 @@ def test_an_average_made_of_snapshots_is_near_the_one_of_all_weights(trained, tm
     """``off``: relative to how far the last weights are from their average. Of 8 snapshots, or 6."""
     snapshots = open_snapshots(trained.folder, step)
     found = fit_to(snapshots, sigma_rel)
-    made = trained.made(write_average(snapshots, found.factors.tolist(), sigma_rel, tmp_path / "made"))
+    made = trained.made(write_ema(snapshots, found.factors.tolist(), sigma_rel, tmp_path / "made"))
     true = trained.true(sigma_rel, step)
     assert (made - true).norm() < off * (trained.weights[step - 1] - true).norm()
     manifest = verify(tmp_path / "made").manifest
@@ -145,7 +145,7 @@ def test_an_average_made_of_snapshots_is_near_the_one_of_all_weights(trained, tm
 
 def test_a_width_that_is_stored_is_that_average(trained, tmp_path):
     snapshots = open_snapshots(trained.folder, None)
-    made = write_average(snapshots, fit_to(snapshots, 0.10).factors.tolist(), 0.10, tmp_path / "made")
+    made = write_ema(snapshots, fit_to(snapshots, 0.10).factors.tolist(), 0.10, tmp_path / "made")
     kept = torch.cat([average.flatten() for average in trained.run.ema.averages["ema-0.10"]])
     torch.testing.assert_close(trained.made(made), kept.double(), rtol=1e-5, atol=1e-6)
 
@@ -181,9 +181,9 @@ def test_snapshots_that_do_not_fit_or_are_damaged_are_refused(tmp_path):
     snapshots = open_snapshots(tmp_path, None)
     flip_byte(next(snapshots[0].path.glob("*.safetensors")))
     with pytest.raises(DataError, match="step-00000002: shard-.* is not as it was written"):
-        write_average(snapshots, [1.0, 0.0], 0.05, tmp_path / "made")
+        write_ema(snapshots, [1.0, 0.0], 0.05, tmp_path / "made")
     with pytest.raises(UsageError, match="mine is there already"):
-        write_average(snapshots, [1.0, 0.0], 0.05, tmp_path / "ema" / "mine")
+        write_ema(snapshots, [1.0, 0.0], 0.05, tmp_path / "ema" / "mine")
     assert not (tmp_path / "made").exists()
 
 
@@ -192,7 +192,7 @@ def test_more_files_than_a_process_usually_may_open(trained, tmp_path):
     usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 6, most))  # and there are 8
     try:
-        write_average(snapshots, fit_to(snapshots, 0.07).factors.tolist(), 0.07, tmp_path / "made")
+        write_ema(snapshots, fit_to(snapshots, 0.07).factors.tolist(), 0.07, tmp_path / "made")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
 
@@ -200,9 +200,9 @@ def test_more_files_than_a_process_usually_may_open(trained, tmp_path):
 def test_an_average_cut_short_leaves_nothing_and_is_in_nobody_s_way(trained, tmp_path, monkeypatch):
     snapshots = open_snapshots(trained.folder, 25)
     with monkeypatch.context() as broken:
-        broken.setattr("xar_scale.checkpoint.averages.write_atomically", None)
+        broken.setattr("xar_scale.checkpoint.posthoc_ema.write_atomically", None)
         with pytest.raises(TypeError):
-            write_average(snapshots, [1.0, 0.0], 0.05, tmp_path / "made")
+            write_ema(snapshots, [1.0, 0.0], 0.05, tmp_path / "made")
     assert not (tmp_path / "made").exists()
-    verify(write_average(snapshots, [1.0, 0.0], 0.05, tmp_path / "made").path)
+    verify(write_ema(snapshots, [1.0, 0.0], 0.05, tmp_path / "made").path)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]

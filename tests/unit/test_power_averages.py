@@ -97,7 +97,7 @@ def test_a_snapshot_and_a_checkpoint_of_one_step_are_both_written_the_snapshot_f
     snapshot = verify(tmp_path / "ema" / "step-00000003")
     assert snapshot.manifest.kinds == ("ema-0.05", "ema-0.10")
     with open_vectors(snapshot) as files:
-        assert {key.split("/")[0] for key in files.pieces} == {"ema-0.05", "ema-0.10"}
+        assert {key.split("/")[0] for key in files.chunks} == {"ema-0.05", "ema-0.10"}
     for kind, averages in run.ema.averages.items():
         if kind != "ema":
             loaded = load_weights(snapshot, kind)

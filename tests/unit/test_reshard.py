@@ -34,13 +34,13 @@ from tests.unit.test_store import flip_byte
 from tests.unit.tiny_run import CONFIG, Run
 from xar_scale.bench import reshard as bench
 from xar_scale.checkpoint import vectors
+from xar_scale.checkpoint.chunks import read_header
 from xar_scale.checkpoint.files import fingerprint
 from xar_scale.checkpoint.interop import Source, official_names, open_source
 from xar_scale.checkpoint.interop import source as sources
 from xar_scale.checkpoint.interop.source import InMemory
 from xar_scale.checkpoint.load import load
 from xar_scale.checkpoint.manifest import KINDS, read_manifest, verify
-from xar_scale.checkpoint.pieces import read_header
 from xar_scale.checkpoint.reshard import plan, writer
 from xar_scale.errors import DataError
 

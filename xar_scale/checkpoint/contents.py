@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from xar_scale.checkpoint.chunks import ChunkReader
 from xar_scale.checkpoint.manifest import Checkpoint
-from xar_scale.checkpoint.pieces import Pieces
 from xar_scale.checkpoint.vectors import open_vectors, sizes
 
 
@@ -42,7 +42,7 @@ def differences(one: Checkpoint, other: Checkpoint) -> Iterator[Difference]:
                 yield _difference(key, elements, files, other_files)
 
 
-def _difference(key: str, elements: int, files: Pieces, other_files: Pieces) -> Difference:
+def _difference(key: str, elements: int, files: ChunkReader, other_files: ChunkReader) -> Difference:
     differing, largest, square, norm = 0, 0.0, 0.0, 0.0
     for a, b in zip(files.blocks(key, elements), other_files.blocks(key, elements), strict=True):
         norm += _square(a)

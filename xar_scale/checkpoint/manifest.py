@@ -16,7 +16,7 @@ from xar_scale.guard import GuardState
 
 FORMAT = 4
 FOLDER, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
-AVERAGES = "ema"  # the folder of snapshots of the averages, which are no checkpoints: no run goes on from them
+EMA_SNAPSHOTS = "ema"  # the folder of snapshots of the averages, which are no checkpoints: no run goes on from them
 KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")  # of the vectors that training goes on from
 
 POSITIONS = ("encoder_pos", "decoder_pos")  # (T, D) each; published, and once ours, as (1, T, D)

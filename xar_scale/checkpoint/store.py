@@ -17,7 +17,7 @@ from xar_scale.background import Background, Stage
 from xar_scale.checkpoint.files import Fingerprint, Range, file_name, write_file
 from xar_scale.checkpoint.load import state_vectors
 from xar_scale.checkpoint.manifest import (
-    AVERAGES,
+    EMA_SNAPSHOTS,
     FOLDER,
     LATEST,
     MANIFEST,
@@ -68,18 +68,18 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._copied.add(start)
         if len(self.ema.averages) > 1:  # snapshots are due, and come before the checkpoints of their steps
-            make_folder(self.run / AVERAGES)
+            make_folder(self.run / EMA_SNAPSHOTS)
         self._set_in_order(start)
         with contextlib.suppress(OSError):
             self._drop_older()  # the run goes on from the newest, which is valid; the next save may need the room
-        for folder in (FOLDER, AVERAGES):
+        for folder in (FOLDER, EMA_SNAPSHOTS):
             for leftover in (self.run / folder).glob(".step-*"):
                 remove(leftover)
 
     def set_aside_after(self, step: int) -> None:
         """Rename what is of later steps, so that it neither counts nor blocks: checkpoints, damaged ones that resuming passed
         over, and snapshots, which will be taken again."""
-        for folder, prefix in ((FOLDER, "damaged"), (AVERAGES, "superseded")):
+        for folder, prefix in ((FOLDER, "damaged"), (EMA_SNAPSHOTS, "superseded")):
             for path in checkpoint_paths(self.run, folder):
                 if step_of(path) > step:
                     aside = free_name(path.with_name(f"{prefix}-{path.name}"))
@@ -272,7 +272,7 @@ class Store:
         return final.with_name(f".{final.name}.tmp")
 
     def _final(self, manifest: Manifest) -> Path:
-        return self.run / (FOLDER if _kind(manifest) == "checkpoint" else AVERAGES) / checkpoint_name(manifest.step)
+        return self.run / (FOLDER if _kind(manifest) == "checkpoint" else EMA_SNAPSHOTS) / checkpoint_name(manifest.step)
 
 
 def _kind(manifest: Manifest) -> str:

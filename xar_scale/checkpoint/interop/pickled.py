@@ -14,7 +14,7 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 import torch
 from torch import Tensor
 
-from xar_scale.checkpoint.pieces import Piece
+from xar_scale.checkpoint.chunks import Chunk
 from xar_scale.errors import DataError, UsageError
 
 ZIP = b"PK\x03\x04"
@@ -52,7 +52,7 @@ class Pickled:
     whole: bool
     places: dict[int, int] = field(default_factory=dict)  # where values lie in it, and how many bytes
 
-    def piece(self, tensor: Tensor, start: int = 0, first: int = 0, count: int | None = None) -> Piece:
+    def chunk(self, tensor: Tensor, start: int = 0, first: int = 0, count: int | None = None) -> Chunk:
         """Elements [first, first + count) of a tensor, which are those from ``start`` on of a vector."""
         if not tensor.is_contiguous():
             raise DataError(f"{self.path}: a tensor of shape {tuple(tensor.shape)} is not contiguous")
@@ -64,7 +64,7 @@ class Pickled:
         if count and self.places.get(offset) != storage.nbytes():
             raise DataError(_packed_anew(self.path))
         offset += tensor.dtype.itemsize * (int(tensor.storage_offset()) + first)
-        return Piece(start, start + count, self.path, offset, tensor.dtype)
+        return Chunk(start, start + count, self.path, offset, tensor.dtype)
 
     def number(self, value: Any) -> float:
         """A number, whether or not it is in a tensor."""
@@ -73,7 +73,7 @@ class Pickled:
         if self.whole:
             return float(value)
         with self.path.open("rb") as file:
-            file.seek(self.piece(value).offset)
+            file.seek(self.chunk(value).offset)
             return float(torch.frombuffer(bytearray(file.read(value.dtype.itemsize)), dtype=value.dtype))
 
 

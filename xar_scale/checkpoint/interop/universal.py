@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 
+from xar_scale.checkpoint.chunks import ChunkReader, full_spans
 from xar_scale.checkpoint.interop.pickled import Pickled, read_pickled
 from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.interop.zero import read_common, settings, steps_taken
-from xar_scale.checkpoint.pieces import Pieces, whole
 from xar_scale.errors import DataError
 
 # kind -> folder of folders, file. DeepSpeed has no averages: those lie apart from what it looks at
@@ -28,7 +28,7 @@ def open_universal(folder: Path, trust_pickle: bool) -> Source:
     """Raises DataError naming the file that is missing or not as DeepSpeed 0.19.8 writes it."""
     common, optimizer = read_common(folder, trust_pickle), read_pickled(folder / OPTIMIZER, trust_pickle)
     known = {name: torch.Size(shape) for group in common.get("param_shapes") or () for name, shape in group.items()}
-    pieces, shapes = {}, {}
+    chunks, shapes = {}, {}
     for kind, (place, name) in PLACES.items():
         for path in sorted((folder / place).glob(f"*/{name}")):
             file = read_pickled(path, trust_pickle)
@@ -36,12 +36,12 @@ def open_universal(folder: Path, trust_pickle: bool) -> Source:
             if not isinstance(tensor, torch.Tensor):
                 raise DataError(f"{path} holds a {type(tensor).__name__}, not a tensor")
             key = f"{kind}/{path.parent.name}"
-            pieces[key], shapes[key] = [file.piece(tensor)], known.get(path.parent.name, tensor.shape)
+            chunks[key], shapes[key] = [file.chunk(tensor)], known.get(path.parent.name, tensor.shape)
     kinds = {"model", *(key.partition("/")[0] for key in shapes)}
     lacking = {f"{kind}/{name}" for kind in kinds for name in known} - set(shapes)
     if lacking or not shapes:
         raise DataError(f"{folder} lacks {len(lacking)} tensors, first {min(lacking, default='of all')}")
-    reader = Pieces(pieces, whole(shapes))
+    reader = ChunkReader(chunks, full_spans(shapes))
     try:
         return Source(
             folder,

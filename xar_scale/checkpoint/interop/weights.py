@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xar_scale.checkpoint.chunks import DTYPES, Chunk, ChunkReader, full_spans, read_header
 from xar_scale.checkpoint.files import SUFFIX
 from xar_scale.checkpoint.interop.official import our_names
 from xar_scale.checkpoint.interop.pickled import is_pickled, read_pickled
 from xar_scale.checkpoint.interop.source import InMemory, Source
-from xar_scale.checkpoint.pieces import DTYPES, Piece, Pieces, read_header, whole
 from xar_scale.errors import DataError
 
 INDEX, PTH = f"model{SUFFIX}.index.json", "model.pth"
@@ -34,17 +34,17 @@ def open_weights(path: Path, trust_pickle: bool) -> Source:
     files = weight_files(path)
     if is_pickled(files[0]):
         return _open_pth(path, files[0], trust_pickle)
-    pieces: dict[str, Piece] = {}
+    chunks: dict[str, Chunk] = {}
     shapes: dict[str, torch.Size] = {}
     for file in files:
-        for name, (piece, shape) in _safetensors(file).items():
-            if name in pieces:
-                raise DataError(f"{file} has {name}, and so has {pieces[name].path}")
-            pieces[name], shapes[name] = piece, shape
+        for name, (chunk, shape) in _safetensors(file).items():
+            if name in chunks:
+                raise DataError(f"{file} has {name}, and so has {chunks[name].path}")
+            chunks[name], shapes[name] = chunk, shape
     _check_index(path, set(shapes))
     ours = our_names(shapes)
     shapes = {f"model/{ours[name]}": shape for name, shape in shapes.items() if name in ours}
-    reader = Pieces({f"model/{ours[name]}": [piece] for name, piece in pieces.items() if name in ours}, whole(shapes))
+    reader = ChunkReader({f"model/{ours[name]}": [chunk] for name, chunk in chunks.items() if name in ours}, full_spans(shapes))
     return Source(path, f"safetensors, {len(files)} files", shapes, reader, reader.files)
 
 
@@ -54,7 +54,7 @@ def _open_pth(path: Path, file: Path, trust_pickle: bool) -> Source:
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     if read.whole:
         return Source(path, ".pth of torch.save's old format, which is read whole", shapes, InMemory(tensors), [file])
-    reader = Pieces({key: [read.piece(tensor)] for key, tensor in tensors.items()}, whole(shapes))
+    reader = ChunkReader({key: [read.chunk(tensor)] for key, tensor in tensors.items()}, full_spans(shapes))
     return Source(path, ".pth", shapes, reader, [file])
 
 
@@ -79,7 +79,7 @@ def named_states(path: Path, value: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def _safetensors(path: Path) -> dict[str, tuple[Piece, torch.Size]]:
+def _safetensors(path: Path) -> dict[str, tuple[Chunk, torch.Size]]:
     """Where each tensor of numbers that are not whole lies."""
     if not path.is_file():
         raise DataError(f"{path} is missing")
@@ -92,7 +92,7 @@ def _safetensors(path: Path) -> dict[str, tuple[Piece, torch.Size]]:
             if dtype := DTYPES.get(entry["dtype"]):
                 if end - begin != shape.numel() * dtype.itemsize:
                     raise ValueError
-                found[name] = Piece(0, shape.numel(), path, offset + begin, dtype), shape
+                found[name] = Chunk(0, shape.numel(), path, offset + begin, dtype), shape
             elif entry["dtype"].startswith("F"):
                 raise DataError(f"{path}: {name} is {entry['dtype']}; {', '.join(DTYPES)} are read")
         return found

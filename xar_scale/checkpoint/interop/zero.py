@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from xar_scale.checkpoint.chunks import Chunk, ChunkReader, full_spans
 from xar_scale.checkpoint.interop.pickled import Pickled, read_pickled
 from xar_scale.checkpoint.interop.source import Source
-from xar_scale.checkpoint.pieces import Piece, Pieces, whole
 from xar_scale.errors import DataError
 
 OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -72,7 +72,7 @@ def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
             raise DataError(f"{folder}: {key} are not read; xAR has none")
     fragments = _stage3(ranks, common["param_shapes"]) if stage == 3 else _stage12(ranks)
     parameters = {name: torch.Size(shape) for group in common["param_shapes"] for name, shape in group.items()}
-    pieces: dict[str, list[Piece]] = defaultdict(list)
+    chunks: dict[str, list[Chunk]] = defaultdict(list)
     for rank, group, name, start, first, length in fragments:
         state = rank.value["optimizer_state_dict"]
         flat = state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"][group]
@@ -80,11 +80,11 @@ def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
         moments = state[inner]["state"].get(group, {})  # none before the first step
         tensors |= {kind: moments[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in moments}
         for kind, tensor in tensors.items():
-            pieces[f"{kind}/{name}"].append(rank.piece(tensor, start, first, length))
-    shapes = {f"{kind}/{name}": shape for kind in _kinds(pieces) for name, shape in parameters.items()}
-    if lacking := set(shapes) - set(pieces):
+            chunks[f"{kind}/{name}"].append(rank.chunk(tensor, start, first, length))
+    shapes = {f"{kind}/{name}": shape for kind in _kinds(chunks) for name, shape in parameters.items()}
+    if lacking := set(shapes) - set(chunks):
         raise DataError(f"{folder} lacks {len(lacking)} tensors, first {min(lacking)}")
-    reader = Pieces(pieces, whole(shapes))
+    reader = ChunkReader(chunks, full_spans(shapes))
     return Source(
         folder,
         f"DeepSpeed ZeRO-{stage}, {len(ranks)} ranks",
@@ -108,8 +108,8 @@ def settings(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
 
-def _kinds(pieces: dict[str, list[Piece]]) -> list[str]:
-    return list(dict.fromkeys(key.partition("/")[0] for key in pieces))
+def _kinds(chunks: dict[str, list[Chunk]]) -> list[str]:
+    return list(dict.fromkeys(key.partition("/")[0] for key in chunks))
 
 
 class _Fragment(NamedTuple):

@@ -1,4 +1,4 @@
-"""Vectors that lie in files, in pieces of any length and of any type that float32 holds: read a range at a time."""
+"""Vectors that lie in files, in chunks of any length and of any type that float32 holds: read a range at a time."""
 
 import json
 import os
@@ -21,7 +21,7 @@ MAX_HEADER = 1 << 28  # bytes; beyond it the length is no length
 OPEN_FILES = 512  # at once; a process may usually have 1024
 
 
-class Piece(NamedTuple):
+class Chunk(NamedTuple):
     """Elements [start, stop) of a vector, as they lie in a file."""
 
     start: int
@@ -31,54 +31,54 @@ class Piece(NamedTuple):
     dtype: torch.dtype = torch.float32
 
 
-class Pieces:
-    """Reads vectors that lie in pieces; a context manager, which may have files open. ``bytes_read`` counts what was read.
+class ChunkReader:
+    """Reads vectors that lie in chunks; a context manager, which may have files open. ``bytes_read`` counts what was read.
 
-    ``spans``: the elements [start, stop) of each that there are. Raises DataError where the pieces are not these, or a file is
+    ``spans``: the elements [start, stop) of each that there are. Raises DataError where the chunks are not these, or a file is
     too short for them.
     """
 
-    def __init__(self, pieces: Mapping[str, Sequence[Piece]], spans: Mapping[str, tuple[int, int]]) -> None:
-        self.pieces = {key: sorted(piece for piece in given if piece.stop > piece.start) for key, given in pieces.items()}
+    def __init__(self, chunks: Mapping[str, Sequence[Chunk]], spans: Mapping[str, tuple[int, int]]) -> None:
+        self.chunks = {key: sorted(chunk for chunk in given if chunk.stop > chunk.start) for key, given in chunks.items()}
         self.bytes_read = 0
         self._open: dict[Path, int] = {}
-        self.files = sorted({piece.path for given in self.pieces.values() for piece in given})
+        self.files = sorted({chunk.path for given in self.chunks.values() for chunk in given})
         sizes = {path: path.stat().st_size for path in self.files}
-        for key, given in self.pieces.items():
+        for key, given in self.chunks.items():
             at, last = spans[key]
-            for piece in given:
-                if piece.start != at:
-                    raise DataError(f"{piece.path}: {key} goes on at element {piece.start}, the pieces before end at {at}")
-                if piece.dtype not in DTYPES.values():
-                    raise DataError(f"{piece.path}: {key} is {piece.dtype}; float32, bfloat16 and float16 are read")
-                end = piece.offset + piece.dtype.itemsize * (piece.stop - piece.start)
-                if end > sizes[piece.path]:
-                    raise DataError(f"{piece.path} has {sizes[piece.path]} bytes, {key} ends at {end}: it is torn")
-                at = piece.stop
+            for chunk in given:
+                if chunk.start != at:
+                    raise DataError(f"{chunk.path}: {key} goes on at element {chunk.start}, the chunks before end at {at}")
+                if chunk.dtype not in DTYPES.values():
+                    raise DataError(f"{chunk.path}: {key} is {chunk.dtype}; float32, bfloat16 and float16 are read")
+                end = chunk.offset + chunk.dtype.itemsize * (chunk.stop - chunk.start)
+                if end > sizes[chunk.path]:
+                    raise DataError(f"{chunk.path} has {sizes[chunk.path]} bytes, {key} ends at {end}: it is torn")
+                at = chunk.stop
             if at != last:
                 raise DataError(f"{key} ends at element {last}, what its files hold of it at {at}")
 
     def read(self, key: str, start: int, out: Tensor) -> None:
         """Fill ``out`` (1-D, float32, contiguous, on the CPU) with the elements from ``start`` on, reading no others."""
-        pieces, stop = self.pieces.get(key, ()), start + out.numel()
-        if not pieces or pieces[-1].stop < stop:
-            raise DataError(f"{key} has no element {stop - 1} in these files: it ends at {pieces[-1].stop if pieces else 0}")
-        if start < pieces[0].start:
-            raise DataError(f"{key} has no element {start} in these files: it begins at {pieces[0].start}")
-        for piece in pieces[max(bisect_right(pieces, start, key=lambda piece: piece.start) - 1, 0) :]:
+        chunks, stop = self.chunks.get(key, ()), start + out.numel()
+        if not chunks or chunks[-1].stop < stop:
+            raise DataError(f"{key} has no element {stop - 1} in these files: it ends at {chunks[-1].stop if chunks else 0}")
+        if start < chunks[0].start:
+            raise DataError(f"{key} has no element {start} in these files: it begins at {chunks[0].start}")
+        for chunk in chunks[max(bisect_right(chunks, start, key=lambda chunk: chunk.start) - 1, 0) :]:
             if start >= stop:
                 return
-            end = min(stop, piece.stop)
-            self._fill(piece, start, out[: end - start])
+            end = min(stop, chunk.stop)
+            self._fill(chunk, start, out[: end - start])
             out, start = out[end - start :], end
 
-    def _fill(self, piece: Piece, start: int, out: Tensor) -> None:
-        """Part of a piece, through a block of its own type where that is not float32."""
-        size = piece.dtype.itemsize
+    def _fill(self, chunk: Chunk, start: int, out: Tensor) -> None:
+        """Part of a chunk, through a block of its own type where that is not float32."""
+        size = chunk.dtype.itemsize
         for begin in range(0, out.numel(), BLOCK // size):
             target = out[begin : begin + BLOCK // size]
-            block = target if piece.dtype is torch.float32 else torch.empty(target.shape, dtype=piece.dtype)
-            self._pread(piece.path, piece.offset + size * (start + begin - piece.start), block)
+            block = target if chunk.dtype is torch.float32 else torch.empty(target.shape, dtype=chunk.dtype)
+            self._pread(chunk.path, chunk.offset + size * (start + begin - chunk.start), block)
             if block is not target:
                 target.copy_(block)
 
@@ -125,7 +125,7 @@ class Pieces:
         return tensor
 
 
-def whole(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, int]]:
+def full_spans(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, int]]:
     """All elements of each vector."""
     return {key: (0, shape.numel()) for key, shape in shapes.items()}
 

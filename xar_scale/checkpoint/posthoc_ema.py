@@ -12,24 +12,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xar_scale.checkpoint.chunks import ChunkReader
 from xar_scale.checkpoint.files import BLOCK, FLOAT32, file_name, write_blocks
-from xar_scale.checkpoint.manifest import AVERAGES, MANIFEST, Checkpoint, checkpoint_paths, read_manifest, step_of, verify
-from xar_scale.checkpoint.pieces import Pieces
+from xar_scale.checkpoint.manifest import EMA_SNAPSHOTS, MANIFEST, Checkpoint, checkpoint_paths, read_manifest, step_of, verify
 from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.ema import POWER_KINDS
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import sync_folder, write_atomically
-from xar_scale.posthoc import WIDEST, Fit, Profile, fit
+from xar_scale.posthoc import MAX_WIDTH, Fit, Profile, fit
 
-LARGEST_RESIDUAL = 0.05  # of a fit that is used
-WIDTHS_TRIED = np.arange(0.005, WIDEST, 0.001)  # in search of those that snapshots do have
+MAX_RESIDUAL = 0.05  # of a fit that is used
+WIDTHS_TRIED = np.arange(0.005, MAX_WIDTH, 0.001)  # in search of those that snapshots do have
 
 
 def open_snapshots(run: Path, step: int | None) -> list[Checkpoint]:
     """Those up to ``step``, which is one of theirs (none: the newest's), oldest first; their files are not looked at."""
-    paths = checkpoint_paths(run, AVERAGES)
+    paths = checkpoint_paths(run, EMA_SNAPSHOTS)
     if not paths:
-        raise UsageError(f"no snapshots of averages in {run / AVERAGES}: optim.ema_snapshots_every has training take them")
+        raise UsageError(f"no snapshots of averages in {run / EMA_SNAPSHOTS}: optim.ema_snapshots_every has training take them")
     steps = [step_of(path) for path in paths]
     if step is not None and step not in steps:
         raise UsageError(f"--step {step} is no snapshot's; there are: {', '.join(map(str, steps))}")
@@ -44,25 +44,25 @@ def open_snapshots(run: Path, step: int | None) -> list[Checkpoint]:
 def fit_to(snapshots: Sequence[Checkpoint], sigma_rel: float) -> Fit:
     """The factors of each snapshot's averages, kind by kind, that make one of ``sigma_rel`` at the time of the last.
 
-    Raises UsageError, with the nearest width that can be made, where the fit is off by more than ``LARGEST_RESIDUAL``.
+    Raises UsageError, with the nearest width that can be made, where the fit is off by more than ``MAX_RESIDUAL``.
     """
-    if not 0 < sigma_rel < WIDEST:
-        raise UsageError(f"--std {sigma_rel:g} is no width: they lie between 0 and {WIDEST:.4f}, all weights alike")
+    if not 0 < sigma_rel < MAX_WIDTH:
+        raise UsageError(f"--std {sigma_rel:g} is no width: they lie between 0 and {MAX_WIDTH:.4f}, all weights alike")
     updates = snapshots[-1].manifest.updates
     stored = [Profile(snapshot.manifest.updates, width) for snapshot in snapshots for width in POWER_KINDS.values()]
     found = fit(stored, Profile(updates, sigma_rel))
-    if found.residual > LARGEST_RESIDUAL:
-        able = [width for width in WIDTHS_TRIED if fit(stored, Profile(updates, float(width))).residual <= LARGEST_RESIDUAL]
+    if found.residual > MAX_RESIDUAL:
+        able = [width for width in WIDTHS_TRIED if fit(stored, Profile(updates, float(width))).residual <= MAX_RESIDUAL]
         nearest = min(able, key=lambda width: abs(width - sigma_rel))
         raise UsageError(
             f"--std {sigma_rel:g} cannot be made of {len(snapshots)} snapshots, of updates {snapshots[0].manifest.updates} to "
-            f"{updates}: the nearest profile is off by {found.residual:.2%}, {LARGEST_RESIDUAL:.0%} is allowed; the nearest "
+            f"{updates}: the nearest profile is off by {found.residual:.2%}, {MAX_RESIDUAL:.0%} is allowed; the nearest "
             f"--std that can be is {nearest:.3f}, others need more snapshots"
         )
     return found
 
 
-def write_average(snapshots: Sequence[Checkpoint], factors: Sequence[float], sigma_rel: float, out: Path) -> Checkpoint:
+def write_ema(snapshots: Sequence[Checkpoint], factors: Sequence[float], sigma_rel: float, out: Path) -> Checkpoint:
     """The snapshots' averages, each by its factor, summed: a checkpoint of kind ``ema`` alone, there whole or not at all.
 
     Raises UsageError where something is there already, DataError where a snapshot's file is not as it was written.
@@ -92,7 +92,7 @@ def write_average(snapshots: Sequence[Checkpoint], factors: Sequence[float], sig
     return Checkpoint(out, manifest)
 
 
-def _sums(parts: Sequence[tuple[Pieces, str]], factors: Sequence[float], name: str, elements: int) -> Iterator[Tensor]:
+def _sums(parts: Sequence[tuple[ChunkReader, str]], factors: Sequence[float], name: str, elements: int) -> Iterator[Tensor]:
     """One vector of the average, a block at a time, summed in float64."""
     for start in range(0, elements, BLOCK // FLOAT32):
         block = torch.empty(min(elements - start, BLOCK // FLOAT32))
