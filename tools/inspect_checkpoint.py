@@ -62,7 +62,7 @@ def show_path(path: Path) -> None:
 
 
 def show_checkpoint(path: Path) -> tuple[str, str]:
-    finding = look(path)
+    finding = inspect(path)
     facts: list[tuple[str, str]] = []
     with suppress(DataError):  # which the finding tells
         facts = describe(read_manifest(path).manifest)
@@ -76,7 +76,7 @@ def show_run(run: Path, paths: Sequence[Path]) -> list[tuple[str, str]]:
         name = str(path.relative_to(run))
         finding, summary = GOOD, ("-",) * (len(TITLES) - 3)
         try:
-            finding = look(path)
+            finding = inspect(path)
             with suppress(DataError):
                 summary = summarize(read_manifest(path).manifest)
         except (UsageError, FileNotFoundError):
@@ -91,7 +91,7 @@ def show_run(run: Path, paths: Sequence[Path]) -> list[tuple[str, str]]:
     return findings
 
 
-def look(path: Path) -> tuple[str, str]:
+def inspect(path: Path) -> tuple[str, str]:
     """What is to be said of its files and of its values; ``GOOD`` where nothing is wrong. Reads everything."""
     files, values = GOOD
     try:

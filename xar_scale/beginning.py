@@ -132,7 +132,7 @@ def first_weights(model: XAR, config: Config, checkpoint: Checkpoint | None) -> 
 def mirror_of(run: Path, url: str) -> Mirror:
     """Raises ConfigError where it is none, or would write over the run itself."""
     mirror = Mirror(url)
-    if mirror.is_of(run):
+    if mirror.is_run_folder(run):
         raise ConfigError(f"train.upload {url} is the run's own folder: its checkpoints would be removed for their copies")
     return mirror
 
@@ -152,5 +152,5 @@ def find_checkpoint(run: Path, resume: str, mirror: Mirror | None, check: Check)
     if checkpoint is not None:
         dist.together(lambda: check(checkpoint))
     if mirror is not None and (checkpoint is None or resume != "auto"):  # one that is under way does without a silent store
-        dist.on_rank_0(mirror.try_out)
+        dist.on_rank_0(mirror.check_writable)
     return checkpoint

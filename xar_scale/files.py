@@ -22,7 +22,7 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def path_in_errors(path: Path) -> Iterator[None]:
     """Around reading or writing ``path``: of a disk that is full or broken the system's error names no file."""
     try:
         yield
@@ -75,7 +75,7 @@ def sync_folder(path: Path) -> None:
     """Make renames and new entries of a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with naming(path):
+        with path_in_errors(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -21,7 +21,7 @@ from xar_scale import dist
 from xar_scale.data.reader import LatentShards
 from xar_scale.doctor import REFUSED, Mode
 from xar_scale.errors import DataError
-from xar_scale.files import naming
+from xar_scale.files import path_in_errors
 from xar_scale.stragglers import SLOW
 
 DEEPSPEED = "0.19.8"  # before it ZeRO-3 lets a NaN of one rank into every rank's weights
@@ -116,7 +116,7 @@ def _write(path: Path) -> float:
     """Bytes a second."""
     block = os.urandom(1 << 22)
     begun = time.perf_counter()
-    with naming(path), path.open("wb", buffering=0) as file:
+    with path_in_errors(path), path.open("wb", buffering=0) as file:
         for _ in range(DISK_BYTES // len(block)):
             file.write(block)
         os.fsync(file.fileno())

@@ -19,7 +19,7 @@ from tests.unit.tiny_run import CONFIG, Run
 from xar_scale import background, beginning
 from xar_scale.beginning import RunLock, first_weights
 from xar_scale.checkpoint import store
-from xar_scale.checkpoint.load import check_continues
+from xar_scale.checkpoint.load import check_resumable
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, read_manifest
 from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.cli import main
@@ -248,4 +248,4 @@ def test_a_checkpoint_of_another_format_is_begun_from_and_not_resumed(tmp_path):
     assert reshard(tmp_path / "run", tmp_path / "universal", "--to", "universal") == 0
     assert reshard(tmp_path / "universal", tmp_path / "made", "--to", "xar-scale") == 0
     with pytest.raises(ConfigError, match="made of another format and knows no run: begin one, with --init-from"):
-        check_continues(read_manifest(tmp_path / "made"), run.config, run.info)
+        check_resumable(read_manifest(tmp_path / "made"), run.config, run.info)

@@ -52,7 +52,7 @@ class Evil:
 def test_ours_by_checkpoint_or_by_run(own):
     with open_source(own) as source, open_source(own.parent.parent) as of_run:
         assert source.path == of_run.path == own
-        assert (source.step, source.taken, source.kinds) == (2, 2, KINDS)
+        assert (source.step, source.updates, source.kinds) == (2, 2, KINDS)
         assert [group["weight_decay"] for group in source.groups] == [CONFIG.optim.weight_decay, 0.0]
         expected = load_weights(read_manifest(own), "exp_avg_sq")
         assert_bitwise({name: source.whole(f"exp_avg_sq/{name}") for name in expected}, expected)
@@ -69,7 +69,7 @@ def test_of_a_run_the_newest_checkpoint_is_meant_whatever_its_pointer_says(own, 
 
 def test_any_range_of_a_vector_that_lies_on_three_ranks(zero):
     with open_source(zero) as source:
-        assert (source.format, source.step, source.taken) == ("DeepSpeed ZeRO-3, 3 ranks", 5, 4)
+        assert (source.format, source.step, source.updates) == ("DeepSpeed ZeRO-3, 3 ranks", 5, 4)
         assert source.groups == [{"lr": 0.1}]
         for key, expected in STATE.items():
             flat = expected.flatten()
@@ -208,7 +208,7 @@ def test_zero_before_its_first_step_has_weights_alone(tmp_path, zero):
         content["optimizer_state_dict"]["optimizer_state_dict"]["state"] = {}
         torch.save(content, path)
     with open_source(zero) as source:
-        assert (source.kinds, source.taken) == (("model",), 0)
+        assert (source.kinds, source.updates) == (("model",), 0)
 
 
 def test_a_layout_that_is_not_deepspeeds_is_refused(zero):

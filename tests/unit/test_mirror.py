@@ -129,7 +129,7 @@ def test_a_store_that_does_not_answer_is_an_error_unless_the_run_has_its_own(buc
     def silent(*_arguments, **_options):
         raise TimeoutError
 
-    monkeypatch.setattr(mirror, "WAITS_S", (0, 0))
+    monkeypatch.setattr(mirror, "RETRY_DELAYS_S", (0, 0))
     monkeypatch.setattr(fsspec.url_to_fs(bucket)[0], "ls", silent)
     assert gone_on_from(tmp_path, bucket).path == run.store.newest
     said = capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_what_the_store_fails_to_give_once_is_asked_for_again(bucket, tmp_path, 
         return exact(*arguments, **options)
 
     monkeypatch.setattr(system, work, failing)
-    monkeypatch.setattr(mirror, "WAITS_S", (0,))
+    monkeypatch.setattr(mirror, "RETRY_DELAYS_S", (0,))
     assert gone_on_from(tmp_path / "new", bucket).path.name == newest.name
     left[0] = 99
     with pytest.raises(FileError, match="TimeoutError"):
@@ -164,7 +164,7 @@ def test_copies_of_later_steps_stay_unless_the_run_has_gone_back_from_them(store
     """Its store was silent when it began again: they are of the same course."""
     trained(tmp_path / "lost", bucket, 4, keep_last=9)
     again = trained(tmp_path / "again", bucket, 3, keep_last=9)
-    again.store.go_back(1)
+    again.store.roll_back(1)
     again.step = 1
     again.train()
     again.save()
@@ -347,7 +347,7 @@ def test_what_is_gone_back_from_is_not_copied_after_all(store, bucket, tmp_path,
         run.train()
         run.store.save(run.manifest())
         poll_until(run, lambda step=step: run.store.newest and run.store.newest.name.endswith(str(step)))
-    run.store.go_back(1)
+    run.store.roll_back(1)
     gate.set()
     run.store.finish()
     assert objects(store, bucket) == copied([1])
@@ -379,21 +379,21 @@ def test_any_url_that_fsspec_opens_will_do_and_no_other(tmp_path):
 
 
 def test_a_place_is_tried_out_and_nothing_is_left_there(store, bucket, tmp_path, monkeypatch):
-    Mirror(bucket).try_out()
-    Mirror(f"file://{tmp_path}/copy").try_out()
+    Mirror(bucket).check_writable()
+    Mirror(f"file://{tmp_path}/copy").check_writable()
     assert objects(store, bucket) == [] and not [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
     (tmp_path / "file").touch()
     missing = f"{bucket.rsplit('/', 2)[0]}-that-is-not-there/run"
     for url, said in ((f"file://{tmp_path}/file/x", "NotADirectory"), ("file:///proc/nope", "FileNotFound"), (missing, "File")):
         with pytest.raises(FileError, match=f"{url}/checkpoints cannot be written: {said}"):
-            Mirror(url).try_out()
+            Mirror(url).check_writable()
 
     def forbidden(*_arguments, **_options):
         raise PermissionError("Access Denied")
 
     monkeypatch.setattr(fsspec.url_to_fs(bucket)[0], "pipe_file", forbidden)
     with pytest.raises(FileError, match=f"{bucket}/checkpoints cannot be written: PermissionError: Access Denied"):
-        Mirror(bucket).try_out()
+        Mirror(bucket).check_writable()
 
 
 def test_what_the_run_cannot_go_on_from_is_not_fetched(bucket, tmp_path, capsys):
@@ -410,7 +410,7 @@ def test_what_the_run_cannot_go_on_from_is_not_fetched(bucket, tmp_path, capsys)
 def test_a_run_that_has_gone_back_keeps_its_new_copies_and_drops_those_of_the_course_it_left(store, bucket, tmp_path):
     run = trained(tmp_path, bucket, 4, keep_last=2)
     assert Mirror(bucket).steps() == [3, 4]
-    run.store.go_back(1)
+    run.store.roll_back(1)
     run.step = 2
     run.save()
     assert objects(store, bucket) == copied([2])

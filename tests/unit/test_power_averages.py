@@ -12,7 +12,7 @@ from tests.unit.guarded_run import Guarded
 from tests.unit.test_store import same
 from tests.unit.tiny_run import Run
 from xar_scale.checkpoint import store
-from xar_scale.checkpoint.load import check_continues, load, load_weights
+from xar_scale.checkpoint.load import check_resumable, load, load_weights
 from xar_scale.checkpoint.manifest import KINDS, checkpoint_paths, newest_valid, read_manifest, verify
 from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.cli import main
@@ -68,14 +68,14 @@ def test_without_the_option_nothing_is_more_than_before(tmp_path):
     checkpoint = verify(run.save())
     assert checkpoint.manifest.kinds == KINDS and list(run.ema.averages) == ["ema"]
     with pytest.raises(ConfigError, match="ema_snapshots_every is 2, checkpoint .* holds no ema-0.05: such averages begin"):
-        check_continues(checkpoint, CONFIG, run.info)
+        check_resumable(checkpoint, CONFIG, run.info)
 
 
 def test_with_the_option_turned_off_a_run_goes_on(tmp_path):
     run = Run(tmp_path, config=CONFIG)
     run.train(2)
     checkpoint, off = verify(run.save()), Run(tmp_path)
-    check_continues(checkpoint, off.config, off.info)
+    check_resumable(checkpoint, off.config, off.info)
     load(checkpoint, off.engine, off.ema)
     assert same(off.ema.tensors, run.ema.averages["ema"])
 
@@ -135,10 +135,10 @@ def test_only_a_checkpoint_that_could_not_be_written_is_lacking(tmp_path, monkey
     for manifests, lacking in (([snapshot], False), ([run.manifest().kinds], True), ([snapshot, run.manifest().kinds], True)):
         run.train()
         run.store.save(*(run.manifest(kinds=kinds) for kinds in manifests))
-        assert run.store.lacks_checkpoint() is lacking
+        assert run.store.checkpoint_failed() is lacking
     failing[0] = False
     run.store.finish()
-    assert not run.store.lacks_checkpoint()
+    assert not run.store.checkpoint_failed()
 
 
 def test_snapshots_of_steps_that_are_gone_behind_are_set_aside_and_leftovers_cleared(tmp_path):

@@ -176,7 +176,7 @@ def test_steps_that_were_gone_without_stay_known(tmp_path, zero):
     assert (manifest.step, manifest.guard.skipped) == (5, 1)
     assert reshard(tmp_path / "own", tmp_path / "universal", "--to", "universal") == 0
     with open_source(tmp_path / "universal") as source:
-        assert (source.step, source.taken) == (5, 4)
+        assert (source.step, source.updates) == (5, 4)
     assert_bitwise(values(tmp_path / "universal"), random_state("model", "exp_avg", "exp_avg_sq"))
 
 

@@ -90,10 +90,10 @@ def test_a_save_waits_for_the_one_before_it_so_that_one_is_under_way_at_a_time(t
     run = Run(tmp_path)
     begin(run)
     run.train()
-    waited = run.store.stalled
+    waited = run.store.stall_s
     threading.Timer(0.3, gate.set).start()
     run.store.save(run.manifest())
-    assert run.store.stalled - waited > 0.2
+    assert run.store.stall_s - waited > 0.2
     assert names(run) == ["step-00000001"]
     run.store.finish()
     assert names(run) == ["step-00000001", "step-00000002"]
@@ -102,11 +102,11 @@ def test_a_save_waits_for_the_one_before_it_so_that_one_is_under_way_at_a_time(t
 def test_what_training_waits_for_is_counted_and_is_not_the_writing(tmp_path, gate):
     run = Run(tmp_path)
     begin(run)
-    waited = run.store.stalled
+    waited = run.store.stall_s
     run.store.poll()
     gate.set()
     run.store.finish()
-    assert 0 < waited == run.store.stalled
+    assert 0 < waited == run.store.stall_s
 
 
 def test_nothing_older_goes_before_the_newer_one_is_there(tmp_path, gate):
@@ -301,7 +301,7 @@ def test_what_a_run_goes_back_from_is_not_written_after_all(tmp_path, monkeypatc
     begin(run)
     poll_until(run, lambda: "attempt 1 failed" in capsys.readouterr().out)
     run.store.newest_on_disk()
-    run.store.go_back(1)
+    run.store.roll_back(1)
     left[0] = 0
     for _ in range(20):
         run.store.poll()
@@ -318,7 +318,7 @@ def test_going_back_takes_the_pointer_along(tmp_path):
     for _ in range(2):
         run.train()
         run.save()
-    run.store.go_back(1)
+    run.store.roll_back(1)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000001\n"
-    run.store.go_back(0)
+    run.store.roll_back(0)
     assert not (tmp_path / "checkpoints" / "latest").exists()

@@ -14,7 +14,7 @@ from tests.conftest import digits_config
 from tests.unit.tiny_run import CONFIG, INFO, Run
 from xar_scale.checkpoint import files, manifest, store
 from xar_scale.checkpoint.interop import open_source
-from xar_scale.checkpoint.load import check_continues, load, load_weights, state_vectors
+from xar_scale.checkpoint.load import check_resumable, load, load_weights, state_vectors
 from xar_scale.checkpoint.manifest import FORMAT, checkpoint_paths, newest_valid, read_manifest, verify
 from xar_scale.checkpoint.store import Store
 from xar_scale.checkpoint.vectors import open_vectors
@@ -250,10 +250,10 @@ def test_no_checkpoint_is_not_an_error_but_a_wrong_path_is(tmp_path):
 def test_a_config_that_would_not_continue_is_refused(tmp_path, section, change, complaint):
     run = Run(tmp_path)
     checkpoint = verify(run.save())
-    check_continues(checkpoint, CONFIG, INFO)
+    check_resumable(checkpoint, CONFIG, INFO)
     changed = dataclasses.replace(CONFIG, **{section: dataclasses.replace(getattr(CONFIG, section), **change)})
     with pytest.raises(ConfigError, match=complaint):
-        check_continues(checkpoint, changed, INFO)
+        check_resumable(checkpoint, changed, INFO)
 
 
 @pytest.mark.parametrize("samples", [(101,), (60, 40)])
@@ -261,7 +261,7 @@ def test_other_data_or_the_same_cut_otherwise_is_refused(tmp_path, samples):
     checkpoint = verify(Run(tmp_path).save())
     shards = tuple(ShardInfo(name, count, 1, 0, 0) for name, count in zip("ab", samples, strict=False))
     with pytest.raises(ConfigError, match="is not the data set that checkpoint .* was made with"):
-        check_continues(checkpoint, CONFIG, dataclasses.replace(INFO, shards=shards))
+        check_resumable(checkpoint, CONFIG, dataclasses.replace(INFO, shards=shards))
 
 
 def test_fewer_steps_than_taken_are_refused(tmp_path):
@@ -272,7 +272,7 @@ def test_fewer_steps_than_taken_are_refused(tmp_path):
         CONFIG, train=dataclasses.replace(CONFIG.train, steps=2), optim=dataclasses.replace(CONFIG.optim, warmup_steps=0)
     )
     with pytest.raises(ConfigError, match="train.steps is 2, .* has taken 3"):
-        check_continues(checkpoint, shorter, INFO)
+        check_resumable(checkpoint, shorter, INFO)
 
 
 def test_folders_that_are_no_checkpoints_are_neither_used_nor_removed(tmp_path):
@@ -318,7 +318,7 @@ def test_a_longer_run_or_another_rate_continues(tmp_path):
     longer = digits_config(
         "train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8", "train.steps=5000", "optim.lr=1e-5"
     )
-    check_continues(checkpoint, longer, INFO)
+    check_resumable(checkpoint, longer, INFO)
 
 
 def test_the_format_is_read_back_by_safetensors_alone(tmp_path):

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from xar_scale.checkpoint.files import BLOCK, FLOAT32
 from xar_scale.errors import DataError
-from xar_scale.files import naming
+from xar_scale.files import path_in_errors
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # which float32 holds exactly
 MAX_HEADER = 1 << 28  # bytes; beyond it the length is no length
@@ -85,7 +85,7 @@ class ChunkReader:
     def _pread(self, path: Path, offset: int, block: Tensor) -> None:
         view = memoryview(block.view(torch.uint8).numpy())  # type: ignore[arg-type]
         self.bytes_read += len(view)
-        with naming(path):
+        with path_in_errors(path):
             while view:
                 got = os.preadv(self._descriptor(path), [view], offset)
                 if got == 0:

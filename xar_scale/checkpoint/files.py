@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from xar_scale.files import naming
+from xar_scale.files import path_in_errors
 
 SUFFIX = ".safetensors"
 BLOCK = 1 << 23  # bytes hashed or written at once
@@ -71,7 +71,7 @@ def write_file(path: Path, ranges: Sequence[Range]) -> Fingerprint:
 def write_blocks(path: Path, cuts: Mapping[str, tuple[int, int]], values: Iterable[Tensor]) -> Fingerprint:
     """The same of ``values`` that come one after another, in blocks of any size, as ``header_of`` has it."""
     digest = hashlib.sha256()
-    with naming(path), path.open("wb", buffering=0) as file:
+    with path_in_errors(path), path.open("wb", buffering=0) as file:
         for view in chain([memoryview(header_of(cuts))], map(_bytes_of, values)):
             for begin in range(0, len(view), BLOCK):
                 block = view[begin : begin + BLOCK]

@@ -15,7 +15,7 @@ from xar_scale.config import ModelConfig, validated
 from xar_scale.errors import DataError
 from xar_scale.model.entities import EntityLayout, create_layout
 
-LEAST = 0.1  # of the model's elements: with fewer it was another that was meant
+MIN_FRACTION = 0.1  # of the model's elements: with fewer it was another that was meant
 
 
 class Initialisation:
@@ -25,16 +25,16 @@ class Initialisation:
         """Raises DataError where next to nothing fits."""
         self.source, self.shapes = source, shapes
         self.kind = "ema" if "ema" in source.kinds else "model"
-        self.there = source.names(self.kind)
+        self.source_shapes = source.names(self.kind)
         self.layout = create_layout(config)
-        self.taken = {name for name, shape in shapes.items() if self.there.get(name) == shape}
+        self.matching = {name for name, shape in shapes.items() if self.source_shapes.get(name) == shape}
         self.resized: dict[str, EntityLayout] = {}  # by name, what they are laid out as there
         for name in POSITIONS:
-            before = self._layout_there(name, config)
+            before = self._source_layout(name, config)
             if before is not None and not _same(before, self.layout):
                 self.resized[name] = before
-        self.taken -= set(self.resized)
-        if self._elements(self.fits) < LEAST * self._elements(shapes):
+        self.matching -= set(self.resized)
+        if self._elements(self.fits) < MIN_FRACTION * self._elements(shapes):
             raise DataError(
                 f"{source.path} holds {self._elements(self.fits):,} of this model's {self._elements(shapes):,} elements: it is "
                 f"of another ({self._missing(next(name for name in shapes if name not in self.fits))})"
@@ -42,18 +42,19 @@ class Initialisation:
 
     @property
     def fits(self) -> set[str]:
-        return self.taken | set(self.resized)
+        return self.matching | set(self.resized)
 
     def _elements(self, names: Iterable[str]) -> int:
         return sum(self.shapes[name].numel() for name in names)
 
     def _missing(self, name: str) -> str:
-        shape = tuple(self.shapes[name])
-        return f"{name}: {tuple(self.there[name])} there, {shape} here" if name in self.there else f"{name}: not there"
+        if name not in self.source_shapes:
+            return f"{name}: not there"
+        return f"{name}: {tuple(self.source_shapes[name])} there, {tuple(self.shapes[name])} here"
 
-    def _layout_there(self, name: str, config: ModelConfig) -> EntityLayout | None:
+    def _source_layout(self, name: str, config: ModelConfig) -> EntityLayout | None:
         """Weights that come without a config are taken for cells of a square grid, as the published ones are."""
-        shape = self.there.get(name)
+        shape = self.source_shapes.get(name)
         if shape is None or len(shape) != 2 or shape[1] != self.shapes[name][1]:
             return None
         if self.source.manifest is not None and (model := self.source.manifest.config.get("model")):
@@ -67,7 +68,7 @@ class Initialisation:
         """Of one parameter, whole, in float32 on the CPU; none where there is no such thing."""
         if name in self.resized:
             return resize_positions(self.source.whole(f"{self.kind}/{name}"), self.resized[name], self.layout)
-        return self.source.whole(f"{self.kind}/{name}") if name in self.taken else None
+        return self.source.whole(f"{self.kind}/{name}") if name in self.matching else None
 
     def report(self) -> Iterator[str]:
         """What was taken and what was not, a line each."""
@@ -83,7 +84,7 @@ class Initialisation:
         for name in self.shapes:
             if name not in fits:
                 yield f"  begins anew: {self._missing(name)}"
-        if unused := sorted(set(self.there) - set(self.shapes)):
+        if unused := sorted(set(self.source_shapes) - set(self.shapes)):
             yield f"  not used: {len(unused)}, first {unused[0]}"
 
 

@@ -15,7 +15,7 @@ from xar_scale.engines import Engine
 from xar_scale.errors import ConfigError, DataError
 
 
-def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -> None:
+def check_resumable(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -> None:
     """Raises ConfigError when ``config`` cannot continue the checkpoint exactly, with both values."""
     manifest = checkpoint.manifest
     if not manifest.config:
@@ -23,7 +23,7 @@ def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -
             f"checkpoint {checkpoint.path} was made of another format and knows no run: begin one, with --init-from"
         )
     others = ("train.seed", "train.global_batch", "train.label_drop", "data.lanes", "data.window", "data.flip")
-    if differs := difference(checkpoint, config, others):
+    if differs := config_difference(checkpoint, config, others):
         raise ConfigError(f"{differs}: it would not continue")
     if manifest.dataset["fingerprint"] != info.fingerprint:
         raise ConfigError(
@@ -39,7 +39,7 @@ def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -
         )
 
 
-def difference(checkpoint: Checkpoint, config: Config, others: Sequence[str] = ()) -> str | None:
+def config_difference(checkpoint: Checkpoint, config: Config, others: Sequence[str] = ()) -> str | None:
     """The first setting of the model, or of ``others``, that the checkpoint was made with another value of, and both values."""
     old, new = checkpoint.manifest.config, config.to_dict()
     for key in (*(f"model.{name}" for name in new["model"]), *others):

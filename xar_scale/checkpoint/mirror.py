@@ -27,8 +27,8 @@ from xar_scale.files import free_name, remove, sync_folder
 
 T = TypeVar("T")
 Check = Callable[[Checkpoint], None]  # raises ConfigError where a run cannot go on from it
-TRIED = "tried"  # a file, for a moment
-WAITS_S = 2, 4, 8  # between attempts at the start
+PROBE = "tried"  # a file, for a moment
+RETRY_DELAYS_S = 2, 4, 8  # between attempts at the start
 
 
 class Mirror:
@@ -46,7 +46,7 @@ class Mirror:
         except (ImportError, ValueError) as error:
             raise ConfigError(f"train.upload {url} cannot be opened: {error}") from None
 
-    def is_of(self, run: Path) -> bool:
+    def is_run_folder(self, run: Path) -> bool:
         """Whether it is the run's own folder, under another name."""
         kind = fsspec.get_filesystem_class(fsspec.utils.get_protocol(self.url))  # a store may be silent, and is not asked
         if not issubclass(kind, LocalFileSystem):
@@ -67,15 +67,15 @@ class Mirror:
         """Of the checkpoints that are complete, oldest first."""
         return [step for step, complete in self.listing().items() if complete]
 
-    def try_out(self) -> None:
+    def check_writable(self) -> None:
         """Write a file and remove it: before the work whose copies are to be there."""
 
-        def try_out(system: fsspec.AbstractFileSystem, root: str) -> None:
+        def check_writable(system: fsspec.AbstractFileSystem, root: str) -> None:
             _make_folder(system, root)
-            system.pipe_file(f"{root}/{TRIED}", b"tried")
-            system.rm_file(f"{root}/{TRIED}")
+            system.pipe_file(f"{root}/{PROBE}", b"tried")
+            system.rm_file(f"{root}/{PROBE}")
 
-        self._do("written", "", try_out)
+        self._do("written", "", check_writable)
 
     def upload(self, folder: Path, names: Iterable[str]) -> None:
         """Files of the checkpoint ``folder``."""
@@ -159,7 +159,7 @@ def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | Non
     except DataError as error:
         damaged = error
     try:
-        for step in reversed(dist.on_rank_0(lambda: _asked(mirror.steps))):
+        for step in reversed(dist.on_rank_0(lambda: _with_retries(mirror.steps))):
             if local is not None and step <= local.manifest.step:
                 break
             try:
@@ -177,9 +177,9 @@ def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | Non
     return local
 
 
-def _asked(work: Callable[[], T]) -> T:
+def _with_retries(work: Callable[[], T]) -> T:
     """What ``work`` of a mirror returns. Without an answer it is tried again."""
-    for seconds in WAITS_S:
+    for seconds in RETRY_DELAYS_S:
         try:
             return work()
         except FileError as error:
@@ -194,7 +194,7 @@ def _fetch(mirror: Mirror, step: int, run: Path, check: Check) -> Checkpoint:
     temporary = final.with_name(f".{final.name}.tmp")
 
     def begin() -> list[str]:
-        manifest = _asked(lambda: mirror.manifest(step))
+        manifest = _with_retries(lambda: mirror.manifest(step))
         try:
             check(Checkpoint(Path(final.name), manifest))
         except ConfigError as error:
@@ -212,7 +212,7 @@ def _fetch(mirror: Mirror, step: int, run: Path, check: Check) -> Checkpoint:
 
     names = dist.on_rank_0(begin)
     dist.say(f"fetching {final.name} from {mirror.url}")
-    dist.together(lambda: _asked(lambda: mirror.download(step, dist.mine(names), temporary)))
+    dist.together(lambda: _with_retries(lambda: mirror.download(step, dist.mine(names), temporary)))
     checkpoint = dist.together(lambda: verify(temporary))
     dist.on_rank_0(publish)
     return replace(checkpoint, path=final)

@@ -34,7 +34,7 @@ from xar_scale.errors import FileError
 from xar_scale.files import free_name, make_folder, remove, sync_folder, write_atomically
 from xar_scale.staging import Staging
 
-ATTEMPTS_AT_THE_END = 6  # of writing the last checkpoint, 1, 2, 4, ... seconds apart
+FINAL_ATTEMPTS = 6  # of writing the last checkpoint, 1, 2, 4, ... seconds apart
 
 
 class Store:
@@ -54,12 +54,12 @@ class Store:
         self.run, self.folder = run, run / FOLDER
         self.engine, self.ema, self.settings, self.mirror = engine, ema, settings, mirror
         self.newest: Path | None = None  # written by this run
-        self.stalled = 0.0  # seconds that training has waited, since whoever counts them set this to 0
-        self._staging = Staging([tensor for _, _, tensor in _own_vectors(engine, ema)])
+        self.stall_s = 0.0  # seconds that training has waited, since whoever counts them set this to 0
+        self._staging = Staging([tensor for _, _, tensor in _vectors_to_write(engine, ema)])
         self._writing: Background | None = None
-        self._begun: Path | None = None  # what that is about
+        self._writing_path: Path | None = None  # what that is about
         self._uploading: Background | None = None
-        self._uploaded: Path | None = None  # what that is about
+        self._uploading_path: Path | None = None  # what that is about
         self._to_upload: Path | None = None  # after that: the newest one that is written
         self._copied = set[int]()  # steps, of this run's start and since
 
@@ -69,7 +69,7 @@ class Store:
         self._copied.add(start)
         if len(self.ema.averages) > 1:  # snapshots are due, and come before the checkpoints of their steps
             make_folder(self.run / EMA_SNAPSHOTS)
-        self._set_in_order(start)
+        self._tidy(start)
         with contextlib.suppress(OSError):
             self._drop_older()  # the run goes on from the newest, which is valid; the next save may need the room
         for folder in (FOLDER, EMA_SNAPSHOTS):
@@ -89,40 +89,40 @@ class Store:
     def save(self, *manifests: Manifest) -> None:
         """Begin to write the state as it is now, of which each manifest describes some kinds of vectors, but for its files:
         a snapshot of averages, a checkpoint, or one after the other."""
-        self.lacks_checkpoint()
+        self.checkpoint_failed()
         if self._writing is not None:
             dist.say(f"{self._writing.name}: given up for the next one")
         begun = time.perf_counter()
-        vectors = _own_vectors(self.engine, self.ema)
+        vectors = _vectors_to_write(self.engine, self.ema)
         self._staging.take([tensor for _, _, tensor in vectors])
         parts = [Range(key, start, copy) for (key, start, _), copy in zip(vectors, self._staging.copies, strict=True)]
         stages = [stage for manifest in manifests for stage in self._stages(manifest, parts)]
-        self._begun = self._final(manifests[-1])
+        self._writing_path = self._final(manifests[-1])
         name = " and ".join(f"{_kind(manifest)} {self._final(manifest)}" for manifest in manifests)
         self._writing = Background(name, stages, self.engine.device)
-        self.stalled += time.perf_counter() - begun
+        self.stall_s += time.perf_counter() - begun
 
     def _stages(self, manifest: Manifest, parts: Sequence[Range]) -> list[Stage]:
         parts = [part for part in parts if part.key.split("/")[0] in manifest.kinds]
         return [lambda _: self._write(manifest, parts), lambda files: self._publish(manifest, files)]
 
-    def lacks_checkpoint(self) -> bool:
+    def checkpoint_failed(self) -> bool:
         """Whether there is one that could not be written, after waiting for what is being."""
         begun = time.perf_counter()
-        written = self._writing is None or self._written(attempts=1)
-        self.stalled += time.perf_counter() - begun
-        return not written and self._begun is not None and self._begun.parent == self.folder
+        written = self._writing is None or self._wait_for_write(attempts=1)
+        self.stall_s += time.perf_counter() - begun
+        return not written and self._writing_path is not None and self._writing_path.parent == self.folder
 
     def poll(self) -> None:
         """Between steps: let what is under way go on. Costs nothing when nothing is."""
         if self._writing is not None:
             self._writing.poll()
             if self._writing.done:
-                self._written()
+                self._wait_for_write()
         if self._uploading is not None:
             self._uploading.poll()
             if self._uploading.done:
-                self._uploaded = None
+                self._uploading_path = None
         self._upload_next()
 
     def finish(self, *, stopped: bool = False) -> None:
@@ -131,13 +131,13 @@ class Store:
         A copy that cannot be made is only said where the run is ``stopped`` before its end: it goes on from its own checkpoint.
         """
         failed: list[Background] = []
-        if (work := self._writing) is not None and not self._written(ATTEMPTS_AT_THE_END):
+        if (work := self._writing) is not None and not self._wait_for_write(FINAL_ATTEMPTS):
             failed.append(work)
         while True:  # what is under way, and the newest one
             self._upload_next()
             last = self._to_upload is None  # else what is under way gives way to it
-            if (work := self._uploading) is None or work.settle(ATTEMPTS_AT_THE_END if last else 1):
-                self._uploading = self._uploaded = None
+            if (work := self._uploading) is None or work.settle(FINAL_ATTEMPTS if last else 1):
+                self._uploading = self._uploading_path = None
             elif last:
                 failed.append(work)
             if last:
@@ -148,15 +148,15 @@ class Store:
                 raise FileError(given_up)
             dist.say(given_up)
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """The run goes on from ``step``: what is of later steps is not written or copied any more, and does not count."""
-        if self._begun is not None and step_of(self._begun) > step:
+        if self._writing_path is not None and step_of(self._writing_path) > step:
             self._writing = None  # it was waited for, and failed
         if self._to_upload is not None and step_of(self._to_upload) > step:
             self._to_upload = None
-        dist.on_rank_0(lambda: self._set_in_order(step))
+        dist.on_rank_0(lambda: self._tidy(step))
 
-    def _set_in_order(self, step: int) -> None:
+    def _tidy(self, step: int) -> None:
         self.set_aside_after(step)
         paths = checkpoint_paths(self.run)
         with contextlib.suppress(OSError):  # a pointer for people and tools: a full disk is no reason to stop
@@ -168,19 +168,19 @@ class Store:
     def newest_on_disk(self) -> Path | None:
         """Of this run or one before it, as rank 0 sees it, after waiting for what is being written."""
         if self._writing is not None:
-            self._written(attempts=1)
+            self._wait_for_write(attempts=1)
         paths = dist.on_rank_0(lambda: checkpoint_paths(self.run))
         return paths[-1] if paths else None
 
-    def _written(self, attempts: int = 1) -> bool:
+    def _wait_for_write(self, attempts: int = 1) -> bool:
         """Wait for what is being written; whether it is."""
         assert self._writing is not None
         if not self._writing.settle(attempts):
             return False
         self._writing = None
-        if self._begun is not None and self._begun.parent == self.folder:
-            self.newest = self._begun
-            self._to_upload = self._begun if self.mirror is not None else None
+        if self._writing_path is not None and self._writing_path.parent == self.folder:
+            self.newest = self._writing_path
+            self._to_upload = self._writing_path if self.mirror is not None else None
         return True
 
     def _upload_next(self) -> None:
@@ -192,7 +192,7 @@ class Store:
                 return
             dist.say(f"{self._uploading.name}: given up for the next one")
         mirror, path = self.mirror, self._to_upload
-        self._uploaded, self._to_upload = path, None  # in this order: what either names is not dropped
+        self._uploading_path, self._to_upload = path, None  # in this order: what either names is not dropped
         stages: list[Stage] = [
             lambda _: mirror.remove(step_of(path)) if dist.rank() == 0 else None,  # what an earlier attempt left
             lambda _: mirror.upload(path, [file_name(dist.rank())]),
@@ -242,7 +242,7 @@ class Store:
         """Hidden first: one that is half deleted is not a checkpoint."""
         for step in self._too_old([step_of(path) for path in checkpoint_paths(self.run)]):
             path = self.folder / checkpoint_name(step)
-            if path not in (self._to_upload, self._uploaded):
+            if path not in (self._to_upload, self._uploading_path):
                 path.rename(path.with_name(f".{path.name}.old"))
         for hidden in self.folder.glob(".step-*.old"):
             with contextlib.suppress(OSError):
@@ -279,7 +279,7 @@ def _kind(manifest: Manifest) -> str:
     return "checkpoint" if "model" in manifest.kinds else "snapshot"
 
 
-def _own_vectors(engine: Engine, ema: EMA) -> list[tuple[str, int, torch.Tensor]]:
+def _vectors_to_write(engine: Engine, ema: EMA) -> list[tuple[str, int, torch.Tensor]]:
     """What this rank writes of what it owns. Where several ranks own the same, each writes an equal part of it."""
     copies = engine.copies
     copy = dist.rank() // (dist.world() // copies)

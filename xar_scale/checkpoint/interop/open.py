@@ -71,7 +71,7 @@ def _open_own(path: Path) -> Source:
         [path / name for name in manifest.files],
         checksums={path / name: entry.sha256 for name, entry in manifest.files.items()},
         step=manifest.step,
-        taken=manifest.updates,
+        updates=manifest.updates,
         groups=_groups(manifest.config.get("optim")),
         manifest=manifest,
     )

@@ -19,7 +19,7 @@ from xar_scale.errors import DataError, UsageError
 
 ZIP = b"PK\x03\x04"
 LOCAL = struct.Struct("<26x2H")  # of an archive's entry: the lengths of its name, and of what comes between that and the values
-TORN = (  # what torch.load raises of files that are not whole
+LOAD_ERRORS = (  # what torch.load raises of files that are not whole
     *(UnpicklingError, BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError, ImportError),
     *(ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError),
 )
@@ -34,7 +34,7 @@ class PlainInt(int):
 
 
 # What files of others hold beside plain values: arguments of the published code, and DeepSpeed's (0.19.8), of which none runs
-HARMLESS: list[Any] = [
+SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     (PlainObject, "deepspeed.utils.tensor_fragment.fragment_address"),
     (PlainObject, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
@@ -50,7 +50,7 @@ class Pickled:
     path: Path
     value: Any
     whole: bool
-    places: dict[int, int] = field(default_factory=dict)  # where values lie in it, and how many bytes
+    storages: dict[int, int] = field(default_factory=dict)  # where values lie in it, and how many bytes
 
     def chunk(self, tensor: Tensor, start: int = 0, first: int = 0, count: int | None = None) -> Chunk:
         """Elements [first, first + count) of a tensor, which are those from ``start`` on of a vector."""
@@ -61,8 +61,8 @@ class Pickled:
             raise DataError(f"{self.path}: elements {first} to {first + count} of a tensor that has {tensor.numel()}")
         storage: Any = tensor.untyped_storage()
         offset = 0 if count == 0 else storage._checkpoint_offset  # torch 2.11 to 2.15
-        if count and self.places.get(offset) != storage.nbytes():
-            raise DataError(_packed_anew(self.path))
+        if count and self.storages.get(offset) != storage.nbytes():
+            raise DataError(_repacked(self.path))
         offset += tensor.dtype.itemsize * (int(tensor.storage_offset()) + first)
         return Chunk(start, start + count, self.path, offset, tensor.dtype)
 
@@ -88,16 +88,16 @@ def read_pickled(path: Path, trust_pickle: bool = False) -> Pickled:
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP)) == ZIP
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             if not is_zip:
                 return Pickled(path, torch.load(path, map_location="cpu", weights_only=not trust_pickle), whole=True)
             from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
 
-            places = _places(path)
+            storages = _places(path)
             with FakeTensorMode():
                 value = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-            return Pickled(path, value, whole=False, places=places)
-    except TORN as error:
+            return Pickled(path, value, whole=False, storages=storages)
+    except LOAD_ERRORS as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a seek to before a torn archive's beginning
             raise
         if match := re.search(r"GLOBAL (\S+)", str(error)):
@@ -115,7 +115,7 @@ def _places(path: Path) -> dict[int, int]:
     Without values torch.load reckons places from the order in which torch.save numbers and writes them. Another program that
     packs the same files need not keep it, and may compress them: DataError.
     """
-    places: dict[int, int] = {}
+    storages: dict[int, int] = {}
     numbers: list[int] = []
     with ZipFile(path) as archive, path.open("rb") as file:
         for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
@@ -125,20 +125,20 @@ def _places(path: Path) -> dict[int, int]:
             if not folder.endswith("/data") or entry.is_dir():
                 continue
             if entry.compress_type or not number.isdecimal():
-                raise DataError(_packed_anew(path))
-            places[values_of(file, entry)] = entry.file_size
+                raise DataError(_repacked(path))
+            storages[content_offset(file, entry)] = entry.file_size
             numbers.append(int(number))
         ordered = any(entry.filename.endswith("/.format_version") for entry in archive.infolist())
     if ordered and numbers != sorted(numbers):
-        raise DataError(_packed_anew(path))
-    return places
+        raise DataError(_repacked(path))
+    return storages
 
 
-def values_of(file: BinaryIO, entry: ZipInfo) -> int:
+def content_offset(file: BinaryIO, entry: ZipInfo) -> int:
     """Where in an archive an entry's content begins."""
     file.seek(entry.header_offset)
     return entry.header_offset + LOCAL.size + sum(LOCAL.unpack(file.read(LOCAL.size)))
 
 
-def _packed_anew(path: Path) -> str:
+def _repacked(path: Path) -> str:
     return f"{path} was packed anew: its values are not where torch.save has them; load it, and save it again"

@@ -35,7 +35,7 @@ class Source:
     files: list[Path]  # that values are read from
     checksums: dict[Path, str] = field(default_factory=dict)  # SHA-256, of files of which it is known
     step: int | None = None  # steps of training
-    taken: int | None = None  # of them, those that the moments have seen
+    updates: int | None = None  # of them, those that the moments have seen
     groups: list[dict[str, Any]] = field(default_factory=list)  # settings of the optimizer's parameter groups
     manifest: Manifest | None = None  # of a checkpoint of ours
 

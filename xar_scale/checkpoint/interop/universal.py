@@ -7,11 +7,11 @@ import torch
 from xar_scale.checkpoint.chunks import ChunkReader, full_spans
 from xar_scale.checkpoint.interop.pickled import Pickled, read_pickled
 from xar_scale.checkpoint.interop.source import Source
-from xar_scale.checkpoint.interop.zero import read_common, settings, steps_taken
+from xar_scale.checkpoint.interop.zero import optimizer_steps, read_common, settings
 from xar_scale.errors import DataError
 
 # kind -> folder of folders, file. DeepSpeed has no averages: those lie apart from what it looks at
-PLACES = {
+LAYOUT = {
     "model": ("zero", "fp32.pt"),
     "ema": ("ema", "fp32.pt"),
     "exp_avg": ("zero", "exp_avg.pt"),
@@ -29,7 +29,7 @@ def open_universal(folder: Path, trust_pickle: bool) -> Source:
     common, optimizer = read_common(folder, trust_pickle), read_pickled(folder / OPTIMIZER, trust_pickle)
     known = {name: torch.Size(shape) for group in common.get("param_shapes") or () for name, shape in group.items()}
     chunks, shapes = {}, {}
-    for kind, (place, name) in PLACES.items():
+    for kind, (place, name) in LAYOUT.items():
         for path in sorted((folder / place).glob(f"*/{name}")):
             file = read_pickled(path, trust_pickle)
             tensor = file.value.get("param") if isinstance(file.value, dict) else file.value  # ZeRO-3's are bare, and flat
@@ -50,7 +50,7 @@ def open_universal(folder: Path, trust_pickle: bool) -> Source:
             reader,
             reader.files,
             step=int(common["global_steps"]),
-            taken=_steps(folder, optimizer, trust_pickle),
+            updates=_steps(folder, optimizer, trust_pickle),
             groups=settings(optimizer.value["param_groups"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -62,4 +62,4 @@ def _steps(folder: Path, optimizer: Pickled, trust_pickle: bool) -> int:
     for path in sorted((folder / "zero").glob("*/step.pt")):
         file = read_pickled(path, trust_pickle)
         return int(file.number(file.value))
-    return steps_taken(optimizer, optimizer.value.get("optimizer_state_dict", {}))
+    return optimizer_steps(optimizer, optimizer.value.get("optimizer_state_dict", {}))

@@ -60,13 +60,15 @@ def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
     states = [rank.value["optimizer_state_dict"] for rank in ranks]
     stage = int(states[0].get("zero_stage", 1))  # the optimizer of bf16 does not say it, and is of stage 1
     inner = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
-    taken = steps_taken(ranks[0], states[0][inner])
+    updates = optimizer_steps(ranks[0], states[0][inner])
     for rank, state in zip(ranks, states, strict=True):
         count = state["partition_count"]
         if (world := max(count) if isinstance(count, list) else count) != len(ranks):
             raise DataError(f"{rank.path} was written by one of {world} ranks, beside it are files of {len(ranks)}")
-        if (steps := steps_taken(rank, state[inner])) != taken:
-            raise DataError(f"{rank.path} is of {steps} steps, {ranks[0].path.name} of {taken}: they are not of one checkpoint")
+        if (steps := optimizer_steps(rank, state[inner])) != updates:
+            raise DataError(
+                f"{rank.path} is of {steps} steps, {ranks[0].path.name} of {updates}: they are not of one checkpoint"
+            )
     for key in ("frozen_param_shapes", "shared_params"):
         if common.get(key):
             raise DataError(f"{folder}: {key} are not read; xAR has none")
@@ -92,12 +94,12 @@ def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
         reader,
         reader.files,
         step=int(common["global_steps"]),
-        taken=taken,
+        updates=updates,
         groups=settings(states[0][inner]["param_groups"]),
     )
 
 
-def steps_taken(file: Pickled, optimizer: dict[str, Any]) -> int:
+def optimizer_steps(file: Pickled, optimizer: dict[str, Any]) -> int:
     """Those that an optimizer's moments have seen: it counts them a tensor, or a group."""
     entries = [*optimizer.get("state", {}).values(), *optimizer.get("param_groups", [])]
     return int(max((file.number(entry["step"]) for entry in entries if "step" in entry), default=0))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from xar_scale.checkpoint.files import FLOAT32, Fingerprint
 
 
-class Cut(NamedTuple):
+class Slice(NamedTuple):
     """Elements [start, stop) of a vector, in float32."""
 
     key: str
@@ -30,14 +30,14 @@ class Fixed(NamedTuple):
         return len(self.content)
 
 
-class Late(NamedTuple):
+class Deferred(NamedTuple):
     """Bytes that follow from the CRC-32 of each cut before them in the file."""
 
     size: int
     make: Callable[[Sequence[int]], bytes]
 
 
-Part = Cut | Fixed | Late
+Part = Slice | Fixed | Deferred
 
 
 class Output(NamedTuple):
@@ -54,7 +54,7 @@ class Output(NamedTuple):
         """The same of two outputs that are to be the same."""
         digest = hashlib.sha256(self.name.encode())
         for part in self.parts:
-            known = part.size if isinstance(part, Late) else part
+            known = part.size if isinstance(part, Deferred) else part
             digest.update(repr(known).encode())
         return digest.hexdigest()
 

@@ -10,36 +10,36 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from xar_scale.checkpoint.interop.pickled import values_of
-from xar_scale.checkpoint.reshard.parts import Cut, Fixed, Late, Output, Part
+from xar_scale.checkpoint.interop.pickled import content_offset
+from xar_scale.checkpoint.reshard.parts import Deferred, Fixed, Output, Part, Slice
 from xar_scale.errors import FileError
 
 RECORD = struct.Struct("<4s12xI8x3H12x")  # of an entry, in the directory at a zip archive's end
 DESCRIPTOR_CRC, RECORD_CRC = 4, 16  # where in what follows an entry's data, and in its record, its CRC-32 is
 
 
-class Whole(NamedTuple):
+class Placeholder(NamedTuple):
     """Stands for a float32 tensor in what is saved."""
 
     key: str
     shape: torch.Size
 
 
-def saved_small(name: str, value: Any) -> Output:
+def small_torch_file(name: str, value: Any) -> Output:
     """A file that holds no parameter."""
     buffer = BytesIO()
     torch.save(value, buffer)
     return Output(name, [Fixed(buffer.getvalue())])
 
 
-def saved(name: str, value: Any) -> Output:
-    """What ``torch.save`` makes of nested dicts in which every ``Whole`` is a tensor. Other tensors would be lost."""
+def torch_file(name: str, value: Any) -> Output:
+    """What ``torch.save`` makes of nested dicts in which every ``Placeholder`` is a tensor. Other tensors would be lost."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
 
-    found: list[Whole] = []
+    found: list[Placeholder] = []
 
     def hollow(value: Any) -> Any:
-        if isinstance(value, Whole):
+        if isinstance(value, Placeholder):
             found.append(value)
             return torch.empty(value.shape)
         return {key: hollow(entry) for key, entry in value.items()} if isinstance(value, dict) else value
@@ -58,7 +58,7 @@ def saved(name: str, value: Any) -> Output:
             return Output(name, _parts(file, found))
 
 
-def _parts(file: BinaryIO, tensors: Sequence[Whole]) -> list[Part]:
+def _parts(file: BinaryIO, tensors: Sequence[Placeholder]) -> list[Part]:
     """Storages are numbered, and lie in the file, in the order in which tensors were met."""
     archive = zipfile.ZipFile(file)
     entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
@@ -66,9 +66,9 @@ def _parts(file: BinaryIO, tensors: Sequence[Whole]) -> list[Part]:
     end = 0  # of the last tensor's values
     for number, tensor in enumerate(tensors):
         entry = entries[f"data/{number}"]
-        begin = values_of(file, entry)
+        begin = content_offset(file, entry)
         assert entry.file_size == 4 * tensor.shape.numel() and not entry.compress_type, f"{tensor.key}: {entry}"
-        parts += [_between(file, end, begin, number), Cut(tensor.key, 0, tensor.shape.numel())]
+        parts += [_between(file, end, begin, number), Slice(tensor.key, 0, tensor.shape.numel())]
         end = begin + entry.file_size
     size = file.seek(0, 2)
     file.seek(archive.start_dir)
@@ -83,10 +83,10 @@ def _between(file: BinaryIO, begin: int, end: int, before: int) -> Part:
     content = file.read(end - begin)
     if not before or not content.startswith(b"PK\x07\x08"):  # nothing follows where there are no values
         return Fixed(content)
-    return Late(len(content), lambda sums: _with(content, DESCRIPTOR_CRC, sums[before - 1]))
+    return Deferred(len(content), lambda sums: _with(content, DESCRIPTOR_CRC, sums[before - 1]))
 
 
-def _directory(content: bytes, tensors: int) -> Late:
+def _directory(content: bytes, tensors: int) -> Deferred:
     """Records of all entries, those of tensors in their order, and what ends the archive."""
 
     def make(sums: Sequence[int]) -> bytes:
@@ -99,7 +99,7 @@ def _directory(content: bytes, tensors: int) -> Late:
             at += RECORD.size + name + extra + comment
         return patched
 
-    return Late(len(content), make)
+    return Deferred(len(content), make)
 
 
 def _with(content: bytes, at: int, crc: int) -> bytes:

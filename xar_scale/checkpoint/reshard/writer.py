@@ -16,9 +16,9 @@ import torch
 from xar_scale.checkpoint.files import BLOCK, FLOAT32, Fingerprint, fingerprint
 from xar_scale.checkpoint.interop.pickled import is_pickled
 from xar_scale.checkpoint.interop.source import Source
-from xar_scale.checkpoint.reshard.parts import Cut, Fixed, Output, Plan
+from xar_scale.checkpoint.reshard.parts import Fixed, Output, Plan, Slice
 from xar_scale.errors import DataError, FileError, UsageError
-from xar_scale.files import naming, sync_folder, write_atomically
+from xar_scale.files import path_in_errors, sync_folder, write_atomically
 
 SYNC = 1 << 28  # bytes between two moments to which an interrupted run comes back
 JOURNAL = "journal"
@@ -106,7 +106,7 @@ class _Work:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with naming(self.folder / JOURNAL):  # what could not be written is attempted again
+        with path_in_errors(self.folder / JOURNAL):  # what could not be written is attempted again
             self._journal.close()
 
     def _recall(self, digest: str) -> bool:
@@ -142,7 +142,7 @@ class _Work:
         return found >= size if at_least else found == size
 
     def record(self, *entries: dict[str, object]) -> None:
-        with naming(self.folder / JOURNAL):
+        with path_in_errors(self.folder / JOURNAL):
             self._journal.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
             self._journal.flush()
             os.fsync(self._journal.fileno())
@@ -153,11 +153,11 @@ class _Work:
         path.parent.mkdir(parents=True, exist_ok=True)
         done = self.begun[1] if self.begun[0] == output.name else 0
         digest, sums, at = hashlib.sha256(), list[int](), 0
-        with naming(path), path.open("r+b" if done else "wb", buffering=0) as file:
+        with path_in_errors(path), path.open("r+b" if done else "wb", buffering=0) as file:
             for part in output.parts:
-                if isinstance(part, Cut):
+                if isinstance(part, Slice):
                     sums.append(0)
-                content = None if isinstance(part, Cut) else part.content if isinstance(part, Fixed) else part.make(sums)
+                content = None if isinstance(part, Slice) else part.content if isinstance(part, Fixed) else part.make(sums)
                 for begin in range(0, part.size, BLOCK):
                     view = self._view[: min(BLOCK, part.size - begin)]
                     if at + len(view) <= done:
@@ -188,7 +188,7 @@ class _Work:
     def _sync(self) -> None:
         for output in self._unsynced:
             path = self.files / output.name
-            with naming(path), path.open("rb") as file:
+            with path_in_errors(path), path.open("rb") as file:
                 os.fsync(file.fileno())
         self.record(*({"file": output.name, **vars(self.finished[output.name])} for output in self._unsynced))
         self._unsynced, self._bytes_unsynced = [], 0
