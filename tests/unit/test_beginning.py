@@ -177,7 +177,7 @@ def test_another_run_s_copies_leave_nothing_in_a_run_s_folder(train, tmp_path, c
     shutil.rmtree(tmp_path / "run")
     capsys.readouterr()
     assert main([*train, other, "model.width=32"]) == 78
-    said = f"{other.replace('=', ' ')}: model.width is 32, checkpoint step-00000002 was made with 16: it would not continue"
+    said = f"{other.replace('=', ' ')}: model.width is 32, checkpoint step-00000002 was made with 16: not an exact continuation"
     assert capsys.readouterr().err == f"xar-scale: {said}\n" and not (tmp_path / "run").exists()
     assert main([*train, own, "model.width=32"]) == 0
 
@@ -237,7 +237,7 @@ def test_weights_that_are_not_as_they_were_written_are_not_begun_with(tmp_path, 
     content = bytearray(spoilt.read_bytes())
     content[len(content) // 2] ^= 1
     spoilt.write_bytes(content)
-    refused = pytest.raises(DataError, match=f"{spoilt.name} is not as it was written")
+    refused = pytest.raises(DataError, match=f"{spoilt.name} is corrupt")
     with refused, first_weights(meta_model(config.model), config, None):
         pass
 
@@ -247,5 +247,5 @@ def test_a_checkpoint_of_another_format_is_begun_from_and_not_resumed(tmp_path):
     run.save()
     assert reshard(tmp_path / "run", tmp_path / "universal", "--to", "universal") == 0
     assert reshard(tmp_path / "universal", tmp_path / "made", "--to", "xar-scale") == 0
-    with pytest.raises(ConfigError, match="made of another format and knows no run: begin one, with --init-from"):
+    with pytest.raises(ConfigError, match="converted from another format and has no run to resume: use --init-from"):
         check_resumable(read_manifest(tmp_path / "made"), run.config, run.info)

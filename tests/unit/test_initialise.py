@@ -70,7 +70,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def test_the_averages_of_another_run(saved):
     weights, report = initialised(saved, small())
     assert_same(weights, load_weights(read_manifest(saved), "ema"))
-    assert len(report) == 1 and report[0].startswith(f"initialised from the averages of {saved} (")
+    assert len(report) == 1 and report[0].startswith(f"initialised from the EMA weights of {saved} (")
     assert report[0].endswith(f"{len(weights)} of {len(weights)} parameters, 24,884 of 24,884 elements")
 
 
@@ -96,13 +96,13 @@ def test_what_does_not_fit_begins_anew_and_is_named(saved):
     for name in ("class_embed.weight", "encoder.2.attn.qkv.weight"):
         assert torch.equal(weights[name], drawn[name])
     assert torch.equal(weights["encoder.1.ada.weight"], averages["encoder.1.ada.weight"])
-    assert "  begins anew: class_embed.weight: (11, 16) there, (8, 16) here" in report
-    assert "  begins anew: encoder.2.attn.qkv.weight: not there" in report
+    assert "  newly initialised: class_embed.weight: (11, 16) in the source, (8, 16) here" in report
+    assert "  newly initialised: encoder.2.attn.qkv.weight: not in the source" in report
 
 
 def test_what_is_left_over_is_counted(saved):
     _, report = initialised(saved, small("model.depth_encoder=1"))
-    assert report[-1] == "  not used: 12, first encoder.1.ada.bias"
+    assert report[-1] == "  not used: 12 parameters of the source, first encoder.1.ada.bias"
 
 
 @pytest.mark.parametrize("entity", ["patch", "subsample", "image", "scale"])
@@ -113,7 +113,7 @@ def test_positions_follow_their_tokens_into_another_order(saved, entity):
     done = "resized" if entity == "scale" else "reordered"
     for name in ("encoder_pos", "decoder_pos"):
         assert torch.equal(after.from_entities(weights[name][None]), before.from_entities(averages[name][None]))
-        assert f"  {done}: {name}: 4 entities on 4x4 there, {after.entities} entities on 4x4 here" in report
+        assert f"  {done}: {name}: 4 entities on 4x4 in the source, {after.entities} entities on 4x4 here" in report
     assert torch.equal(weights["in_proj.weight"], averages["in_proj.weight"])
 
 
@@ -148,11 +148,11 @@ def test_the_published_ones_are_cells_whatever_they_become(published):
     theirs = named_ours(torch.load(published))["encoder_pos"]
     expected = resize_positions(theirs, create_layout(TINY), create_layout(config))
     assert torch.equal(weights["encoder_pos"], expected)
-    assert "  resized: encoder_pos: 4 entities on 16x16 there, 4 entities on 32x32 here" in report
+    assert "  resized: encoder_pos: 4 entities on 16x16 in the source, 4 entities on 32x32 here" in report
 
 
 def test_nothing_that_fits_is_an_error(saved):
-    message = r"step-00000003 holds 4 of this model's 51,732 elements: it is of another \(.*: \(.*16\) there, \(.*24\) here\)"
+    message = r"matches 4 of this model's 51,732 elements: it is another model \(.*: \(.*16\) in the source, \(.*24\) here\)"
     with pytest.raises(DataError, match=message):
         initialised(saved, small("model.width=24"))
 
@@ -166,7 +166,7 @@ def test_the_command_line_begins_a_run_with_another_ones_averages_and_only_begin
         return cli.main(["train", "--recipe", "digits", "--run-dir", str(tmp_path / "run"), *settings, *more])
 
     assert train("--init-from", str(saved), "train.steps=1") == 0
-    assert f"initialised from the averages of {saved}" in capsys.readouterr().out
+    assert f"initialised from the EMA weights of {saved}" in capsys.readouterr().out
     averages = load_weights(read_manifest(saved), "ema")
     first = state(tmp_path / "run", 1)
     assert_same({name: first[f"model/{name}"] for name in averages}, averages)

@@ -68,12 +68,12 @@ def test_a_checkpoint_is_described(tmp_path, tool):
         "model": f"nano, {sum(p.numel() for p in run.engine.model.parameters()):,} parameters, entity cell",
         "kinds": "model, ema, exp_avg, exp_avg_sq",
         "written": f"by 1 ranks, engine single, {size:.3g} GB: shard-00001-model-00001-of-00001.safetensors ({size:.3g} GB)",
-        "precision": "fp32, the run's fp32",
+        "precision": "fp32, configured fp32",
         "guard": "lowered until step 9; holds 2, discarded 3, skipped 1, transients 0, quarantined 0, rollbacks 1",
-        "data": "epoch 1, 4 samples of it; 104 of the run",
+        "data": "epoch 1, 4 samples into it; 104 in total",
         "bad samples": "10: " + ", ".join(f"{place} of b.tar" for place in range(8)) + " and 2 more",
         "quarantined": "1: 7 of a.tar",
-        "files": "as written",
+        "files": "intact",
         "values": "finite",
     }
 
@@ -106,13 +106,13 @@ def test_a_run_is_a_table_and_damage_ends_with_65_after_all_is_shown(tmp_path, t
         ["DAMAGED", "finite"],
         ["DAMAGED", "unreadable"],
         ["DAMAGED", "unreadable"],
-        ["as written", "NOT FINITE"],
-        ["as written", "finite"],
-        ["as written", "finite"],
+        ["intact", "NOT FINITE"],
+        ["intact", "finite"],
+        ["intact", "finite"],
     ]
     assert words[0][3:7] == ["width 16", "fp32", "single", "1"]
     shard = "shard-00001-model-00001-of-00001.safetensors"
-    assert f"{names[0]}: DAMAGED: checkpoint {paths[0]}: {shard} is not as it was written (size or checksum differs)" in lines
+    assert f"{names[0]}: DAMAGED: checkpoint {paths[0]}: {shard} is corrupt (size or checksum differs)" in lines
     assert f"{names[1]}: DAMAGED: checkpoint {paths[1]}: manifest.json is torn or changed" in lines
     assert f"{names[2]}: unreadable: {paths[2] / shard}: No such file or directory" in lines
     found = next(line for line in lines if line.startswith(f"{names[3]}: NOT FINITE"))
@@ -148,12 +148,12 @@ def test_what_was_made_of_another_format_is_shown_without_its_run(tmp_path, tool
     code, shown, complaint = tool("show", made)
     assert (code, complaint) == (0, "")
     found = facts(shown)
-    assert found["step"] == "0; of a run that is not known: it was made of another format"
+    assert found["step"] == "0; run unknown: converted from another format"
     assert found["model"] == "24,884 parameters" and found["values"] == "finite" and "engine" not in found["written"]
     (tmp_path / "imported" / "checkpoints").mkdir(parents=True)
     made.rename(tmp_path / "imported" / "checkpoints" / "step-00000000")
     code, shown, _ = tool("show", tmp_path / "imported")
-    assert code == 0 and re.split("  +", shown.splitlines()[1])[3] == "not known"
+    assert code == 0 and re.split("  +", shown.splitlines()[1])[3] == "unknown"
 
 
 def test_of_runs_the_newest_are_compared(tmp_path, tool):
@@ -168,7 +168,7 @@ def test_of_runs_the_newest_are_compared(tmp_path, tool):
 def test_wrong_paths_end_with_64(tmp_path, tool):
     assert tool("show", tmp_path / "nowhere")[0] == 64
     (tmp_path / "checkpoints").mkdir()
-    assert tool("show", tmp_path) == (64, "", f"inspect_checkpoint: no checkpoint of ours in {tmp_path}\n")
+    assert tool("show", tmp_path) == (64, "", f"inspect_checkpoint: no xar-scale checkpoint in {tmp_path}\n")
     assert tool("diff", tmp_path / "nowhere", tmp_path)[0] == 64
     assert tool("show")[0] == 64
 
@@ -225,7 +225,7 @@ def test_what_only_one_holds_is_named(tmp_path, tool):
     torn = next(two.glob("*.safetensors"))
     os.truncate(torn, size := torn.stat().st_size - 4)
     code, _, complaint = tool("diff", one, two)
-    assert code == 65 and f"{torn} has {size} bytes" in complaint and "it is torn" in complaint
+    assert code == 65 and f"{torn} has {size} bytes" in complaint and "it is truncated" in complaint
     os.truncate(torn, 500)  # not even its header is there
     code, _, complaint = tool("diff", one, two)
     assert code == 65 and f"{torn} is not a file of flat float32 vectors" in complaint
@@ -240,17 +240,17 @@ def test_an_average_is_made_shown_and_sampled_and_not_gone_on_from(tmp_path, too
     made = tmp_path / "made"
     code, shown, _ = tool("ema", tmp_path / "run", "--std", "0.07", "--out", made)
     assert code == 0 and re.fullmatch(
-        rf"{made}: average of sigma_rel 0.07 at step 8, of 4 snapshots; its profile is off by \d\.\d\d%\n", shown
+        rf"{made}: EMA of sigma_rel 0.07 at step 8, from 4 snapshots; profile error \d\.\d\d%\n", shown
     )
     code, shown, _ = tool("show", made)
-    assert code == 0 and facts(shown)["average"] == "sigma_rel 0.07, made of snapshots" and facts(shown)["kinds"] == "ema"
+    assert code == 0 and facts(shown)["EMA"] == "sigma_rel 0.07, made from snapshots" and facts(shown)["kinds"] == "ema"
     images = ["sample", str(made), "--classes", "3", "--seeds", "0,1", "--out", str(tmp_path / "grid.npz"), "sample.steps=1"]
     assert xar_scale(images) == 0
     with np.load(tmp_path / "grid.npz") as archive:
         assert archive["arr_0"].shape == (2, 8, 8, 3)
     assert tool("ema", tmp_path / "run", "--std", "0.07", "--out", made)[0] == 64
     code, _, complaint = tool("ema", tmp_path / "run", "--std", "0.01", "--out", tmp_path / "short")
-    assert code == 64 and "--std 0.01 cannot be made of 4 snapshots" in complaint and not (tmp_path / "short").exists()
+    assert code == 64 and "--std 0.01 cannot be made from 4 snapshots" in complaint and not (tmp_path / "short").exists()
     assert tool("ema", tmp_path / "run", "--std", "0.07", "--step", "4", "--out", tmp_path / "earlier")[0] == 0
     assert read_manifest(tmp_path / "earlier").manifest.step == 4
     assert not torch.equal(*(load_weights(read_manifest(tmp_path / at))["in_proj.weight"] for at in ("made", "earlier")))

@@ -153,13 +153,17 @@ def test_a_width_that_is_stored_is_that_average(trained, tmp_path):
 @pytest.mark.parametrize(
     ("sigma_rel", "step", "complaint"),
     [
-        (0.02, None, "--std 0.02 cannot be made of 8 snapshots, of updates 25 to 200: .* off by 24.53%, 5% .* can be is 0.037"),
-        (0.25, None, "off by 18.04%, .* --std that can be is 0.17"),
-        (0.042, 50, "off by 5.02%, 5% is allowed"),
-        (0.15, 50, "cannot be made of 2 snapshots, of updates 25 to 50"),
-        (0.07, 40, "--step 40 is no snapshot's; there are: 25, 50, 75"),
-        (0.29, None, "--std 0.29 is no width: they lie between 0 and 0.2887"),
-        (0.0, None, "--std 0 is no width"),
+        (
+            0.02,
+            None,
+            "--std 0.02 cannot be made from 8 snapshots, updates 25 to 200: .* of 24.53%, .* of 5%;.* --std is 0.037",
+        ),
+        (0.25, None, "an error of 18.04%, .* --std is 0.17"),
+        (0.042, 50, "an error of 5.02%, above the limit of 5%"),
+        (0.15, 50, "cannot be made from 2 snapshots, updates 25 to 50"),
+        (0.07, 40, "no snapshot of --step 40; available: 25, 50, 75"),
+        (0.29, None, "--std 0.29 is not a width: it must lie between 0 and 0.2887"),
+        (0.0, None, "--std 0 is not a width"),
     ],
 )
 def test_what_cannot_be_made_is_refused_with_the_numbers(trained, sigma_rel, step, complaint):
@@ -168,21 +172,21 @@ def test_what_cannot_be_made_is_refused_with_the_numbers(trained, sigma_rel, ste
 
 
 def test_snapshots_that_do_not_fit_or_are_damaged_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="no snapshots of averages in .*/ema: optim.ema_snapshots_every"):
+    with pytest.raises(UsageError, match="no EMA snapshots in .*/ema: .* optim.ema_snapshots_every is set"):
         open_snapshots(tmp_path, None)
     for step, more in ((1, ("model.depth_decoder=1",)), (2, ())):
         run = Run(tmp_path, config=digits_config(*TINY, *more))
         run.train(step)
         run.store.save(run.manifest(kinds=tuple(POWER_KINDS)))
         run.store.finish()
-    with pytest.raises(DataError, match="snapshot .*step-00000001 is of another model than .*step-00000002"):
+    with pytest.raises(DataError, match="snapshot .*step-00000001 belongs to another model than .*step-00000002"):
         open_snapshots(tmp_path, None)
     (tmp_path / "ema" / "step-00000001").rename(tmp_path / "ema" / "mine")
     snapshots = open_snapshots(tmp_path, None)
     flip_byte(next(snapshots[0].path.glob("*.safetensors")))
-    with pytest.raises(DataError, match="step-00000002: shard-.* is not as it was written"):
+    with pytest.raises(DataError, match="step-00000002: shard-.* is corrupt"):
         write_ema(snapshots, [1.0, 0.0], 0.05, tmp_path / "made")
-    with pytest.raises(UsageError, match="mine is there already"):
+    with pytest.raises(UsageError, match="mine already exists"):
         write_ema(snapshots, [1.0, 0.0], 0.05, tmp_path / "ema" / "mine")
     assert not (tmp_path / "made").exists()
 

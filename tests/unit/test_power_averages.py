@@ -67,7 +67,9 @@ def test_without_the_option_nothing_is_more_than_before(tmp_path):
     run.train()
     checkpoint = verify(run.save())
     assert checkpoint.manifest.kinds == KINDS and list(run.ema.averages) == ["ema"]
-    with pytest.raises(ConfigError, match="ema_snapshots_every is 2, checkpoint .* holds no ema-0.05: such averages begin"):
+    with pytest.raises(
+        ConfigError, match="ema_snapshots_every is 2, but .* holds no ema-0.05: these EMAs must start"
+    ):
         check_resumable(checkpoint, CONFIG, run.info)
 
 
@@ -229,6 +231,6 @@ def test_no_run_goes_on_from_averages_alone(tmp_path, words, capsys):
     for more in ([], ["optim.ema_snapshots_every=null"]):
         assert main([*words, str(tmp_path / "resumed"), *more, "--resume", str(snapshot)]) == 65
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and f"checkpoint {snapshot} holds ema-0.05, ema-0.10, and no" in error
+        assert error.count("\n") == 1 and f"checkpoint {snapshot} holds ema-0.05, ema-0.10, but no" in error
     assert not (tmp_path / "resumed").exists()
     assert read_manifest(snapshot).manifest.guard == GuardState()

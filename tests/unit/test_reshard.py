@@ -189,7 +189,8 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, own, target, 
     assert reshard(own, tmp_path / "new", "--to", target) == 0
     written = contents(tmp_path / "new")
     last = written.pop("manifest.json" if target == "xar-scale" else "SHA256SUMS")
-    assert last and f"would be {target}: {len(written) + 1} files, {sum(map(len, written.values())):,} bytes" in out
+    size = sum(map(len, written.values()))
+    assert last and f"would write {tmp_path / 'new'} as {target}: {len(written) + 1} files, {size:,} bytes" in out
     for line in out.splitlines()[2:18]:
         if not line.endswith("more"):
             size, name = line.split()
@@ -199,9 +200,9 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, own, target, 
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
-        (["--to", "pth", "--files", "2"], 64, "--files is for xar-scale, not for pth"),
-        (["--to", "xar-scale", "--files", "0"], 64, "--files 0 is not at least 1"),
-        (["--to", "universal", "--weights", "ema"], 64, "--weights is for safetensors and pth, not for universal"),
+        (["--to", "pth", "--files", "2"], 64, "--files applies to xar-scale, not to pth"),
+        (["--to", "xar-scale", "--files", "0"], 64, "--files is 0, must be at least 1"),
+        (["--to", "universal", "--weights", "ema"], 64, "--weights applies to safetensors and pth, not to universal"),
         (["--to", "safetensors", "--weights", "ema"], 64, "zero holds model, exp_avg, exp_avg_sq; --to safetensors needs ema"),
         (["--to", "pth"], 65, "weights under our names lack 16 entries, first class_embed.weight"),
         (["--to", "nothing"], 64, "invalid choice: 'nothing'"),
@@ -227,14 +228,14 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, capsys):
         content["param_shapes"][0] = {"../../out": torch.Size([5, 7])}
         torch.save(content, path)
     assert reshard(tmp_path / "zero", tmp_path / "new", "--to", "universal") == 65
-    assert "parameter '../../out' cannot name a folder" in capsys.readouterr().err
+    assert "parameter '../../out' is not a valid folder name" in capsys.readouterr().err
 
 
 def test_pickles_are_trusted_only_when_told_to(tmp_path, capsys):
     torch.save({"a": torch.ones(2), "options": types.SimpleNamespace()}, tmp_path / "a.pth")
     words = [tmp_path / "a.pth", tmp_path / "new", "--to", "safetensors"]
     assert reshard(*words) == 65
-    assert "a.pth asks for types.SimpleNamespace, which unpickling would run" in capsys.readouterr().err
+    assert "a.pth needs types.SimpleNamespace, which unpickling would run" in capsys.readouterr().err
     assert reshard(*words, "--trust-pickle") == 0
     assert torch.equal(values(tmp_path / "new")["model/a"], torch.ones(2))
 
@@ -242,7 +243,7 @@ def test_pickles_are_trusted_only_when_told_to(tmp_path, capsys):
 def test_nothing_is_written_over(tmp_path, own, capsys):
     (tmp_path / "new").mkdir()
     assert reshard(own, tmp_path / "new", "--to", "pth") == 64
-    assert "new exists; nothing is written over" in capsys.readouterr().err
+    assert "new exists already; nothing is overwritten" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["xar-scale", "universal", "safetensors", "pth"])
@@ -252,7 +253,7 @@ def test_a_source_that_has_changed_since_its_checksums_is_refused(tmp_path, own,
     (path,) = (tmp_path / "source").glob(places.get(target, f"*.{target}"))
     flip_byte(path)
     assert reshard(tmp_path / "source", tmp_path / "new", "--to", "xar-scale") == 65
-    assert f"{path} is not as it was written (its SHA-256 differs)" in capsys.readouterr().err
+    assert f"{path} is corrupt (its SHA-256 differs)" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
@@ -260,7 +261,7 @@ def test_a_pth_that_has_changed_is_found_out_by_what_its_archive_says(tmp_path, 
     torch.save({"a": torch.ones(1000)}, tmp_path / "a.pth")
     flip_byte(tmp_path / "a.pth")
     assert reshard(tmp_path / "a.pth", tmp_path / "new", "--to", "safetensors") == 65
-    assert "a.pth: a/data/0 is not as it was written (its CRC-32 differs)" in capsys.readouterr().err
+    assert "a.pth: a/data/0 is corrupt (its CRC-32 differs)" in capsys.readouterr().err
 
 
 def test_a_disk_that_is_full_beforehand_or_meanwhile(tmp_path, own, monkeypatch, capsys):
@@ -452,9 +453,9 @@ def test_a_rank_looks_into_as_few_files_as_hold_what_is_its(tmp_path, own, state
 
 def test_what_is_not_in_the_files_is_named(tmp_path, own):
     key = "model/in_proj.weight"
-    with pytest.raises(DataError, match=f"{key} ends at element 999, what its files hold of it at"):
+    with pytest.raises(DataError, match=f"{key} must end at element 999, but its files end at"):
         vectors.open_ranges(read_manifest(own), {key: (3, 999)}, 0, 1)
     with pytest.raises(DataError, match="lack 1 vectors, first model/nothing"):
         vectors.open_ranges(read_manifest(own), {"model/nothing": (0, 1)}, 0, 1)
-    with pytest.raises(DataError, match="and no other"):
+    with pytest.raises(DataError, match="but no other"):
         vectors.open_ranges(read_manifest(own), {"other/in_proj.weight": (0, 1)}, 0, 1)

@@ -273,7 +273,7 @@ def test_a_file_that_is_not_to_be_seen_as_it_was_written_is_no_checkpoint(tmp_pa
 
     monkeypatch.setattr(store, "write_file", cut)
     begin(run)
-    poll_until(run, lambda: "not as it was written: the folder must be one for all ranks" in capsys.readouterr().out)
+    poll_until(run, lambda: "as it was written: all ranks must share the folder" in capsys.readouterr().out)
     assert names(run) == []
 
 

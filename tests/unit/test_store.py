@@ -184,15 +184,15 @@ def test_a_save_is_on_disk_before_it_is_visible_and_visible_for_good_before_an_o
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (lambda path: flip_byte(next(path.glob("*.safetensors"))), "is not as it was written"),
+        (lambda path: flip_byte(next(path.glob("*.safetensors"))), "is corrupt"),
         (lambda path: next(path.glob("*.safetensors")).unlink(), "is missing"),
-        (lambda path: os.truncate(next(path.glob("*.safetensors")), 100), "is not as it was written"),
+        (lambda path: os.truncate(next(path.glob("*.safetensors")), 100), "is corrupt"),
         (lambda path: os.truncate(path / "manifest.json", 50), "manifest.json is torn or changed"),
         (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
-        (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "is of format 99"),
+        (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "has format 99"),
         (lambda path: (path / "manifest.json").write_text(f'{{"format": {FORMAT}}}'), "manifest.json is torn or changed"),
         (lambda path: edit(path / "manifest.json", '"seed": 0', '"seed": 1'), "manifest.json is torn or changed"),
-        (lambda path: (path / "junk.safetensors").write_bytes(b""), "junk.safetensors is not one of its files"),
+        (lambda path: (path / "junk.safetensors").write_bytes(b""), "junk.safetensors is not listed in its manifest"),
     ],
 )
 def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, damage, complaint):
@@ -271,7 +271,7 @@ def test_fewer_steps_than_taken_are_refused(tmp_path):
     shorter = dataclasses.replace(
         CONFIG, train=dataclasses.replace(CONFIG.train, steps=2), optim=dataclasses.replace(CONFIG.optim, warmup_steps=0)
     )
-    with pytest.raises(ConfigError, match="train.steps is 2, .* has taken 3"):
+    with pytest.raises(ConfigError, match="train.steps is 2, .* is at step 3"):
         check_resumable(checkpoint, shorter, INFO)
 
 

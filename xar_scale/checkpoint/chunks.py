@@ -1,4 +1,4 @@
-"""Vectors that lie in files, in chunks of any length and of any type that float32 holds: read a range at a time."""
+"""Read ranges of vectors stored in files, in chunks of any length and of any dtype that float32 represents exactly."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from xar_scale.checkpoint.files import BLOCK, FLOAT32
 from xar_scale.errors import DataError
 from xar_scale.files import path_in_errors
 
-DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # which float32 holds exactly
-MAX_HEADER = 1 << 28  # bytes; beyond it the length is no length
-OPEN_FILES = 512  # at once; a process may usually have 1024
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # float32 represents all of them exactly
+MAX_HEADER = 1 << 28  # bytes; a larger number is not a header length
+OPEN_FILES = 512  # at a time; a process may usually open 1024
 
 
 class Chunk(NamedTuple):
-    """Elements [start, stop) of a vector, as they lie in a file."""
+    """Elements [start, stop) of a vector, contiguous in a file."""
 
     start: int
     stop: int
@@ -32,10 +32,10 @@ class Chunk(NamedTuple):
 
 
 class ChunkReader:
-    """Reads vectors that lie in chunks; a context manager, which may have files open. ``bytes_read`` counts what was read.
+    """Reads vectors from their chunks. A context manager, because it keeps files open. ``bytes_read`` counts what was read.
 
-    ``spans``: the elements [start, stop) of each that there are. Raises DataError where the chunks are not these, or a file is
-    too short for them.
+    ``spans``: the elements [start, stop) that exist of each vector. Raises DataError if the chunks do not cover exactly these,
+    or a file is too short.
     """
 
     def __init__(self, chunks: Mapping[str, Sequence[Chunk]], spans: Mapping[str, tuple[int, int]]) -> None:
@@ -48,23 +48,23 @@ class ChunkReader:
             at, last = spans[key]
             for chunk in given:
                 if chunk.start != at:
-                    raise DataError(f"{chunk.path}: {key} goes on at element {chunk.start}, the chunks before end at {at}")
+                    raise DataError(f"{chunk.path}: {key} continues at element {chunk.start}, the chunks before it end at {at}")
                 if chunk.dtype not in DTYPES.values():
-                    raise DataError(f"{chunk.path}: {key} is {chunk.dtype}; float32, bfloat16 and float16 are read")
+                    raise DataError(f"{chunk.path}: {key} is {chunk.dtype}; only float32, bfloat16 and float16 are supported")
                 end = chunk.offset + chunk.dtype.itemsize * (chunk.stop - chunk.start)
                 if end > sizes[chunk.path]:
-                    raise DataError(f"{chunk.path} has {sizes[chunk.path]} bytes, {key} ends at {end}: it is torn")
+                    raise DataError(f"{chunk.path} has {sizes[chunk.path]} bytes, {key} ends at {end}: it is truncated")
                 at = chunk.stop
             if at != last:
-                raise DataError(f"{key} ends at element {last}, what its files hold of it at {at}")
+                raise DataError(f"{key} must end at element {last}, but its files end at {at}")
 
     def read(self, key: str, start: int, out: Tensor) -> None:
-        """Fill ``out`` (1-D, float32, contiguous, on the CPU) with the elements from ``start`` on, reading no others."""
+        """Fill ``out`` (1-D, float32, contiguous, on the CPU) with the elements from ``start`` on. Reads no others."""
         chunks, stop = self.chunks.get(key, ()), start + out.numel()
         if not chunks or chunks[-1].stop < stop:
             raise DataError(f"{key} has no element {stop - 1} in these files: it ends at {chunks[-1].stop if chunks else 0}")
         if start < chunks[0].start:
-            raise DataError(f"{key} has no element {start} in these files: it begins at {chunks[0].start}")
+            raise DataError(f"{key} has no element {start} in these files: it starts at {chunks[0].start}")
         for chunk in chunks[max(bisect_right(chunks, start, key=lambda chunk: chunk.start) - 1, 0) :]:
             if start >= stop:
                 return
@@ -73,7 +73,7 @@ class ChunkReader:
             out, start = out[end - start :], end
 
     def _fill(self, chunk: Chunk, start: int, out: Tensor) -> None:
-        """Part of a chunk, through a block of its own type where that is not float32."""
+        """Read part of a chunk, through a buffer of its own dtype if that is not float32."""
         size = chunk.dtype.itemsize
         for begin in range(0, out.numel(), BLOCK // size):
             target = out[begin : begin + BLOCK // size]
@@ -89,7 +89,7 @@ class ChunkReader:
             while view:
                 got = os.preadv(self._descriptor(path), [view], offset)
                 if got == 0:
-                    raise DataError(f"{path} ends too early")
+                    raise DataError(f"{path} ended unexpectedly")
                 view, offset = view[got:], offset + got
 
     def _descriptor(self, path: Path) -> int:
@@ -111,7 +111,7 @@ class ChunkReader:
         self.close()
 
     def blocks(self, key: str, elements: int) -> Iterator[Tensor]:
-        """All of a vector, a block at a time, each in the memory of the one before."""
+        """Yield all of a vector, block by block, in one buffer that is used again."""
         buffer = torch.empty(min(elements, BLOCK // FLOAT32))
         for start in range(0, elements, BLOCK // FLOAT32):
             out = buffer[: elements - start]
@@ -119,21 +119,21 @@ class ChunkReader:
             yield out
 
     def whole(self, key: str, shape: Sequence[int]) -> Tensor:
-        """All of a vector, as a tensor of ``shape``."""
+        """Return all of a vector as a tensor of ``shape``."""
         tensor = torch.empty(tuple(shape))
         self.read(key, 0, tensor.view(-1))
         return tensor
 
 
 def full_spans(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, int]]:
-    """All elements of each vector."""
+    """Return the span of all elements of each vector."""
     return {key: (0, shape.numel()) for key, shape in shapes.items()}
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors by name, and of itself as ``__metadata__``; and where their values begin.
+    """Return a safetensors file's header (tensors by name, metadata as ``__metadata__``) and the offset of its values.
 
-    Raises ValueError where it is none.
+    Raises ValueError if it is not such a file.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""The vectors of a checkpoint of ours, wherever in its files each range of them lies."""
+"""Locate the vectors of an xar-scale checkpoint in its files."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,27 +12,27 @@ from xar_scale.errors import DataError
 
 
 def shapes_of(checkpoint: Checkpoint) -> dict[str, torch.Size]:
-    """Of what each vector is, by key."""
+    """Return the shape of each vector's parameter, by key."""
     manifest = checkpoint.manifest
     return {f"{kind}/{name}": torch.Size(shape) for kind in manifest.kinds for name, shape in manifest.shapes.items()}
 
 
 def sizes(checkpoint: Checkpoint) -> dict[str, int]:
-    """Elements of each vector, by key."""
+    """Return the number of elements of each vector, by key."""
     return {key: shape.numel() for key, shape in shapes_of(checkpoint).items()}
 
 
 def open_vectors(checkpoint: Checkpoint, *kinds: str) -> ChunkReader:
-    """Raises DataError where the checkpoint lacks one of ``kinds``, or a file is not what it says or too short."""
+    """Open all vectors. Raises DataError if the checkpoint lacks one of ``kinds``, or a file is malformed or too short."""
     check_kinds(checkpoint, kinds)
     return _open(checkpoint, full_spans(shapes_of(checkpoint)), [*checkpoint.manifest.files])
 
 
 def open_ranges(checkpoint: Checkpoint, spans: Mapping[str, tuple[int, int]], rank: int, world: int) -> ChunkReader:
-    """Of vectors the elements [start, stop) that ``rank`` of ``world`` owns. Files are looked into until these are found, first
-    those of ranks that owned as much before: of hundreds of files, each with all vectors' names, mostly one or two.
+    """Open the elements [start, stop) of vectors that ``rank`` of ``world`` owns.
 
-    Raises DataError where they lack some, or a file is not what it says or too short.
+    Headers, each with the names of all vectors, are read until everything is found, starting with the files whose ranks held
+    the same part: mostly one or two of hundreds. Raises DataError if elements are missing, or a file is malformed or too short.
     """
     check_kinds(checkpoint, {key.partition("/")[0] for key in spans})
     names = sorted(checkpoint.manifest.files)
@@ -42,7 +42,7 @@ def open_ranges(checkpoint: Checkpoint, spans: Mapping[str, tuple[int, int]], ra
 
 def check_kinds(checkpoint: Checkpoint, kinds: Iterable[str]) -> None:
     if missing := set(kinds) - set(checkpoint.manifest.kinds):
-        raise DataError(f"checkpoint {checkpoint.path} holds {', '.join(checkpoint.manifest.kinds)}, and no {min(missing)}")
+        raise DataError(f"checkpoint {checkpoint.path} holds {', '.join(checkpoint.manifest.kinds)}, but no {min(missing)}")
 
 
 def _open(checkpoint: Checkpoint, spans: Mapping[str, tuple[int, int]], names: Sequence[str]) -> ChunkReader:

@@ -1,4 +1,4 @@
-"""DeepSpeed's universal checkpoints: a folder a parameter, with its weight and moments in a file each."""
+"""DeepSpeed's universal checkpoints: a folder per parameter, with one file each for its weight and moments."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.interop.zero import optimizer_steps, read_common, settings
 from xar_scale.errors import DataError
 
-# kind -> folder of folders, file. DeepSpeed has no averages: those lie apart from what it looks at
+# kind -> parent folder, file. DeepSpeed has no EMA: ours is in a folder that it ignores
 LAYOUT = {
     "model": ("zero", "fp32.pt"),
     "ema": ("ema", "fp32.pt"),
@@ -25,7 +25,7 @@ def is_universal(folder: Path) -> bool:
 
 
 def open_universal(folder: Path, trust_pickle: bool) -> Source:
-    """Raises DataError naming the file that is missing or not as DeepSpeed 0.19.8 writes it."""
+    """Raises DataError naming a file that is missing or not as DeepSpeed 0.19.8 writes it."""
     common, optimizer = read_common(folder, trust_pickle), read_pickled(folder / OPTIMIZER, trust_pickle)
     known = {name: torch.Size(shape) for group in common.get("param_shapes") or () for name, shape in group.items()}
     chunks, shapes = {}, {}
@@ -58,7 +58,7 @@ def open_universal(folder: Path, trust_pickle: bool) -> Source:
 
 
 def _steps(folder: Path, optimizer: Pickled, trust_pickle: bool) -> int:
-    """Those that the moments have seen: of stages 1 and 2 a file a parameter says it, of stage 3 the optimizer's state."""
+    """Return the steps that the moments have seen: stages 1 and 2 have a file per parameter, stage 3 the optimizer's state."""
     for path in sorted((folder / "zero").glob("*/step.pt")):
         file = read_pickled(path, trust_pickle)
         return int(file.number(file.value))

@@ -1,4 +1,4 @@
-"""What each format is made of: which files, and what lies where in them."""
+"""The layout of each output format: which files, and what lies where in them."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -19,14 +19,14 @@ from xar_scale.checkpoint.reshard.torchzip import Placeholder, small_torch_file,
 from xar_scale.errors import DataError, UsageError
 from xar_scale.guard import GuardState
 
-DEEPSPEED = "0.19.8"  # whose layout the universal format is
-SAFETENSORS_BYTES = 5 * 10**9  # of a file, as Hugging Face splits them
+DEEPSPEED = "0.19.8"  # the version whose universal layout is written
+SAFETENSORS_BYTES = 5 * 10**9  # per file, as Hugging Face splits them
 
 
 def plan(source: Source, target: str, weights: str | None = None, files: int = 8) -> Plan:
-    """``target``: of TARGETS. ``weights``: model or ema, for safetensors and pth. ``files``: how many, for xar-scale.
+    """Plan a conversion. ``target``: of TARGETS. ``weights``: model or ema, for safetensors and pth. ``files``: for xar-scale.
 
-    Raises UsageError where the source lacks what the target needs.
+    Raises UsageError if the source lacks what the target needs.
     """
     if weights is not None:
         _need(source, target, weights)
@@ -39,11 +39,11 @@ def _need(source: Source, target: str, *kinds: str) -> None:
 
 
 def _xar_scale(source: Source, _: str | None, files: int) -> Plan:
-    """Every vector is cut into equal ranges, so that as many ranks read a file each, and nearly nothing of others."""
+    """Split every vector into equal ranges, so that each of as many ranks reads one file and almost nothing of others."""
     names = source.names("model")
     for kind in source.kinds:
         if lacking := set(names) ^ set(source.names(kind)):
-            raise DataError(f"{source.path}: {min(lacking)} is not both in model and in {kind}")
+            raise DataError(f"{source.path}: {min(lacking)} is not in both model and {kind}")
     outputs = []
     for number in range(files):
         slices = [Slice(key, *(n * at // files for at in (number, number + 1))) for key, n in _sizes(source).items()]
@@ -104,7 +104,7 @@ def _safetensors_header(tensors: Mapping[str, torch.Size]) -> bytes:
 
 
 def _pth(source: Source, weights: str | None, _: int) -> Plan:
-    """As published: both sets of weights by name, or, where one is asked for, that alone.
+    """The published layout: both sets of weights by name, or only the one asked for.
 
     The constants among the published entries (mask, rope.freqs*) are not written: the published network makes its own.
     """
@@ -122,10 +122,10 @@ def _published(source: Source, kind: str) -> dict[str, Placeholder]:
 
 
 def _universal(source: Source, weights: str | None, files: int) -> Plan:
-    """A folder that ``engine.load_checkpoint`` of DeepSpeed takes, in every ZeRO stage, at any number of ranks."""
+    """A folder that DeepSpeed's ``engine.load_checkpoint`` loads, in every ZeRO stage, on any number of ranks."""
     _need(source, "universal", "model", "exp_avg", "exp_avg_sq")
     if unfit := [name for name in source.names("model") if "/" in name or name.startswith(".")]:
-        raise DataError(f"{source.path}: parameter {unfit[0]!r} cannot name a folder")
+        raise DataError(f"{source.path}: parameter {unfit[0]!r} is not a valid folder name")
     step, updates = source.step or 0, source.updates or 0
     tag, names = f"global_step{step}", source.names("model")
     outputs = []
@@ -137,7 +137,7 @@ def _universal(source: Source, weights: str | None, files: int) -> Plan:
     outputs += [small_torch_file(f"{tag}/zero/{name}/step.pt", torch.tensor(float(updates))) for name in names]
     outputs.append(small_torch_file(f"{tag}/{OPTIMIZER}", _optimizer_state(source, updates, len(names))))
     common: dict[str, Any] = {
-        "module": {},  # weights are those of zero/
+        "module": {},  # the weights are in zero/
         "param_shapes": [names],
         "lr_scheduler": None,
         "global_steps": step,
@@ -147,15 +147,15 @@ def _universal(source: Source, weights: str | None, files: int) -> Plan:
         "ds_config": {},
         "ds_version": DEEPSPEED,
     }
-    outputs += [small_torch_file(f"{tag}/{name}", common) for name in MODEL]  # of stages 1 and 2, and of 3
+    outputs += [small_torch_file(f"{tag}/{name}", common) for name in MODEL]  # for stages 1 and 2, and for 3
     outputs.append(Output("latest_universal", [Fixed(tag.encode())]))
     return Plan(outputs, _sums)
 
 
 def _optimizer_state(source: Source, updates: int, parameters: int) -> dict[str, Any]:
-    """For all stages. 0.19.8 gives every group of ZeRO-3 the first one's settings: there, only those that all groups share.
+    """For all stages. Under ZeRO-3, 0.19.8 gives every group the first one's settings: list only those that all groups share.
 
-    In stages 1 and 2 it loads as many groups as are listed here: where they are not known, as many as there can be.
+    In stages 1 and 2 it loads as many groups as are listed: if they are not known, list as many as there can be.
     """
     groups = source.groups or [{}] * parameters
     shared = {key: value for key, value in groups[0].items() if all(key in group and group[key] == value for group in groups)}
@@ -170,7 +170,7 @@ def _optimizer_state(source: Source, updates: int, parameters: int) -> dict[str,
 
 
 def _sums(written: Mapping[str, Fingerprint]) -> tuple[str, bytes]:
-    """As ``sha256sum -c`` reads it."""
+    """The format that ``sha256sum -c`` reads."""
     return SUMS, "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(written.items())).encode()
 
 
