@@ -147,8 +147,8 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
         ("precision", f"{manifest.precision}, configured {config['train']['precision']}"),
         ("guard", f"{f'lowered {until}' if guard.lowered else 'not lowered'}; {counted}"),
         ("data", f"epoch {position.epoch}, {position.consumed:,} samples into it; {manifest.samples_consumed:,} in total"),
-        ("bad samples", places(manifest.bad_samples)),
-        ("quarantined", places(manifest.quarantined)),
+        ("bad samples", sample_list(manifest.bad_samples)),
+        ("quarantined", sample_list(manifest.quarantined)),
     ]
 
 
@@ -163,7 +163,7 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.3g}"
 
 
-def places(samples: Sequence[tuple[str, int]]) -> str:
+def sample_list(samples: Sequence[tuple[str, int]]) -> str:
     return f"{len(samples):,}: {listed([f'{position} of {shard}' for shard, position in samples])}" if samples else "none"
 
 

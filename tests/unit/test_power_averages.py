@@ -67,9 +67,7 @@ def test_without_the_option_nothing_is_more_than_before(tmp_path):
     run.train()
     checkpoint = verify(run.save())
     assert checkpoint.manifest.kinds == KINDS and list(run.ema.averages) == ["ema"]
-    with pytest.raises(
-        ConfigError, match="ema_snapshots_every is 2, but .* holds no ema-0.05: these EMAs must start"
-    ):
+    with pytest.raises(ConfigError, match="ema_snapshots_every is 2, but .* holds no ema-0.05: these EMAs must start"):
         check_resumable(checkpoint, CONFIG, run.info)
 
 

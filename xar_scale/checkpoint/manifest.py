@@ -50,7 +50,7 @@ class Manifest:
     format: int = FORMAT
 
     def to_json(self) -> bytes:
-        """Serialize, with a SHA-256 of everything else."""
+        """Serialise, with a SHA-256 of everything else."""
         values = {**asdict(self), "guard": self.guard.to_dict()}
         return json.dumps({"sha256": _digest(values), **values}, indent=1).encode()
 
@@ -111,14 +111,14 @@ def read_manifest(path: Path) -> Checkpoint:
     return Checkpoint(path, parse_manifest(content, path))
 
 
-def parse_manifest(content: bytes, place: Path | str) -> Manifest:
-    """Parse the manifest of the checkpoint at ``place``. Raises DataError if it is torn, changed or of another format."""
+def parse_manifest(content: bytes, location: Path | str) -> Manifest:
+    """Parse the manifest of the checkpoint at ``location``. Raises DataError if it is torn, changed or of another format."""
     try:
         values = json.loads(content)
         if values["format"] != FORMAT:
-            raise DataError(f"checkpoint {place} has format {values['format']}, this version reads {FORMAT}")
+            raise DataError(f"checkpoint {location} has format {values['format']}, this version reads {FORMAT}")
         if values.pop("sha256") != _digest(values):
-            raise DataError(f"checkpoint {place}: {MANIFEST} is torn or changed")
+            raise DataError(f"checkpoint {location}: {MANIFEST} is torn or changed")
         typed = {
             "position": Position(*values["position"]),
             "guard": GuardState.from_dict(values["guard"]),
@@ -128,10 +128,10 @@ def parse_manifest(content: bytes, place: Path | str) -> Manifest:
         }
         if elsewhere := [name for name in values["files"] if Path(name).name != name or not name.endswith(SUFFIX)]:
             # downloads are written under these names, and others may be able to write to the mirror
-            raise DataError(f"checkpoint {place}: {MANIFEST} names {elsewhere[0]!r}, which is not a checkpoint file")
+            raise DataError(f"checkpoint {location}: {MANIFEST} names {elsewhere[0]!r}, which is not a checkpoint file")
         return Manifest(**(values | typed))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"checkpoint {place}: {MANIFEST} is torn or changed") from None
+        raise DataError(f"checkpoint {location}: {MANIFEST} is torn or changed") from None
 
 
 def verify(path: Path) -> Checkpoint:

@@ -37,8 +37,8 @@ class Mirror:
 
     def __init__(self, url: str) -> None:
         """Raises ConfigError if ``url`` is not a URL, or no installed library supports its protocol."""
-        protocol, separator, place = url.partition("://")
-        if not (protocol and separator and place.strip("/")):  # fsspec would treat it as a path
+        protocol, separator, path = url.partition("://")
+        if not (protocol and separator and path.strip("/")):  # fsspec would treat it as a path
             raise ConfigError(f"train.upload {url} is not a URL such as s3://bucket/runs/h or file:///backup/runs/h")
         self.url = url.rstrip("/")
         try:
@@ -123,8 +123,8 @@ class Mirror:
             return work(system, root)
         except Exception as error:  # each store and library raises its own types
             kind = DataError if what == "read" and isinstance(error, FileNotFoundError) else FileError
-            said = f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]
-            raise kind(f"{url} cannot be {what}: {said}") from None
+            reason = f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]
+            raise kind(f"{url} cannot be {what}: {reason}") from None
 
 
 def _listed(system: fsspec.AbstractFileSystem, folder: str) -> list[str]:

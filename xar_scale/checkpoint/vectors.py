@@ -36,8 +36,8 @@ def open_ranges(checkpoint: Checkpoint, spans: Mapping[str, tuple[int, int]], ra
     """
     check_kinds(checkpoint, {key.partition("/")[0] for key in spans})
     names = sorted(checkpoint.manifest.files)
-    place = (rank + 0.5) / world * len(names)
-    return _open(checkpoint, spans, [names[at] for at in sorted(range(len(names)), key=lambda at: abs(at + 0.5 - place))])
+    middle = (rank + 0.5) / world * len(names)
+    return _open(checkpoint, spans, [names[at] for at in sorted(range(len(names)), key=lambda at: abs(at + 0.5 - middle))])
 
 
 def check_kinds(checkpoint: Checkpoint, kinds: Iterable[str]) -> None:

@@ -88,8 +88,8 @@ def _groups(optim: dict[str, object] | None) -> list[dict[str, object]]:
 def _checksums(path: Path) -> dict[Path, str]:
     """Read SHA256SUMS next to the files, or one folder up, where DeepSpeed has its ``latest``."""
     folder = path if path.is_dir() else path.parent
-    for place in (folder, folder.parent):
-        if (place / SUMS).is_file():
-            lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in (place / SUMS).read_text().splitlines()]
-            return {place / line[2]: line[1] for line in lines if line}
+    for location in (folder, folder.parent):
+        if (location / SUMS).is_file():
+            lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in (location / SUMS).read_text().splitlines()]
+            return {location / line[2]: line[1] for line in lines if line}
     return {}

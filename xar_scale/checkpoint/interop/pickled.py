@@ -104,9 +104,9 @@ def read_pickled(path: Path, trust_pickle: bool = False) -> Pickled:
             raise DataError(
                 f"{path} needs {match[1]}, which unpickling would run; --trust-pickle (in Python, trust_pickle) allows it"
             ) from None
-        said = "" if isinstance(error, UnpicklingError) else str(error).partition("\n")[0]  # it would be pages of advice
-        said = said and f": {said}"
-        raise DataError(f"{path} is torn, or not a torch.save file{said}") from None
+        detail = "" if isinstance(error, UnpicklingError) else str(error).partition("\n")[0]  # it would be pages of advice
+        detail = detail and f": {detail}"
+        raise DataError(f"{path} is torn, or not a torch.save file{detail}") from None
 
 
 def _storages(path: Path) -> dict[int, int]:

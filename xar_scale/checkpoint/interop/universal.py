@@ -29,8 +29,8 @@ def open_universal(folder: Path, trust_pickle: bool) -> Source:
     common, optimizer = read_common(folder, trust_pickle), read_pickled(folder / OPTIMIZER, trust_pickle)
     known = {name: torch.Size(shape) for group in common.get("param_shapes") or () for name, shape in group.items()}
     chunks, shapes = {}, {}
-    for kind, (place, name) in LAYOUT.items():
-        for path in sorted((folder / place).glob(f"*/{name}")):
+    for kind, (parent, name) in LAYOUT.items():
+        for path in sorted((folder / parent).glob(f"*/{name}")):
             file = read_pickled(path, trust_pickle)
             tensor = file.value.get("param") if isinstance(file.value, dict) else file.value  # ZeRO-3's are bare, and flat
             if not isinstance(tensor, torch.Tensor):

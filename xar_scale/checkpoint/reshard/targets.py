@@ -72,14 +72,14 @@ def _safetensors(source: Source, weights: str | None, _: int) -> Plan:
     """Files of whole tensors and their index, as Hugging Face's libraries read them."""
     kind = weights or ("ema" if "ema" in source.kinds else "model")
     groups: list[dict[str, torch.Size]] = [{}]
-    room = SAFETENSORS_BYTES
+    space = SAFETENSORS_BYTES
     for name, shape in source.names(kind).items():
         size = FLOAT32 * shape.numel()
-        if size > room and groups[-1]:
+        if size > space and groups[-1]:
             groups.append({})
-            room = SAFETENSORS_BYTES
+            space = SAFETENSORS_BYTES
         groups[-1][name] = shape
-        room -= size
+        space -= size
     outputs, files = [], dict[str, str]()
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}{SUFFIX}"
@@ -130,10 +130,10 @@ def _universal(source: Source, weights: str | None, files: int) -> Plan:
     tag, names = f"global_step{step}", source.names("model")
     outputs = []
     for kind in source.kinds:
-        place, file = LAYOUT[kind]
+        parent, file = LAYOUT[kind]
         for name, shape in source.names(kind).items():
             value = {"cat_dim": 0, "param": Placeholder(f"{kind}/{name}", shape)}
-            outputs.append(torch_file(f"{tag}/{place}/{name}/{file}", value))
+            outputs.append(torch_file(f"{tag}/{parent}/{name}/{file}", value))
     outputs += [small_torch_file(f"{tag}/zero/{name}/step.pt", torch.tensor(float(updates))) for name in names]
     outputs.append(small_torch_file(f"{tag}/{OPTIMIZER}", _optimizer_state(source, updates, len(names))))
     common: dict[str, Any] = {

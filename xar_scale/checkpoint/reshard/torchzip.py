@@ -52,8 +52,8 @@ def torch_file(name: str, value: Any) -> Output:
             with torch.serialization.skip_data(materialize_fake_tensors=True):
                 torch.save(hollowed, path)  # values are holes in the file: it takes no space
         except RuntimeError as error:  # torch raises it for system errors
-            said = str(error).partition("\n")[0]
-            raise FileError(f"{path} cannot be written; is the disk of {tempfile.gettempdir()} full? ({said})") from None
+            reason = str(error).partition("\n")[0]
+            raise FileError(f"{path} cannot be written; is the disk of {tempfile.gettempdir()} full? ({reason})") from None
         with path.open("rb") as file:
             return Output(name, _parts(file, found))
 

@@ -59,7 +59,7 @@ def write(source: Source, plan: Plan, destination: Path, verifying: Progress, wr
             verify(source, verifying)
             work.record({"verified": True})
         left = sum(output.size for output in plan.outputs if output.name not in work.finished)
-        free = shutil.disk_usage(work.files).free + work.begun[1]
+        free = shutil.disk_usage(work.files).free + work.partial[1]
         if left > free:
             raise FileError(f"{destination} needs {left:,} more bytes, the disk has {free:,}: free some space and start again")
         for output in plan.outputs:
@@ -84,7 +84,7 @@ class _Work:
         self.folder = destination.with_name(f".{destination.name}.partial")
         self.files = self.folder / "files"
         self.finished: dict[str, Fingerprint] = {}
-        self.begun = ("", 0)  # an unfinished file, and how many of its bytes are on disk
+        self.partial = ("", 0)  # an unfinished file, and how many of its bytes are on disk
         self.verified = False
         self._unsynced: list[Output] = []
         self._bytes_unsynced = 0
@@ -129,11 +129,11 @@ class _Work:
             elif "sha256" in entry:
                 self.finished[name] = Fingerprint(entry["bytes"], entry["sha256"])
             else:
-                self.begun = (name, entry["bytes"])
+                self.partial = (name, entry["bytes"])
         for name in [name for name, entry in self.finished.items() if not self._has(name, entry.bytes)]:
             del self.finished[name]
-        if self.begun[0] in self.finished or not self._has(*self.begun, at_least=True):
-            self.begun = ("", 0)
+        if self.partial[0] in self.finished or not self._has(*self.partial, at_least=True):
+            self.partial = ("", 0)
         return True
 
     def _has(self, name: str, size: int, at_least: bool = False) -> bool:
@@ -151,7 +151,7 @@ class _Work:
         """Write one file. If it is unfinished, what is on disk is read instead of made again."""
         path = self.files / output.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        done = self.begun[1] if self.begun[0] == output.name else 0
+        done = self.partial[1] if self.partial[0] == output.name else 0
         digest, sums, at = hashlib.sha256(), list[int](), 0
         with path_in_errors(path), path.open("r+b" if done else "wb", buffering=0) as file:
             for part in output.parts:
