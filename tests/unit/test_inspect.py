@@ -1,4 +1,4 @@
-"""tools/inspect_checkpoint.py: what it says of whole, damaged, non-finite and differing checkpoints, and how it ends."""
+"""tools/inspect_checkpoint.py: output and exit codes for intact, damaged, non-finite and differing checkpoints."""
 
 import json
 import os
@@ -35,7 +35,7 @@ WEIGHT = "model/in_proj.weight"
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
-    """Runs the tool on words: exit code, what it printed, what it complained of."""
+    """Runs the tool on words: returns exit code, stdout and stderr."""
 
     def run(*words) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["inspect_checkpoint", *map(str, words)])
@@ -78,7 +78,7 @@ def test_a_checkpoint_is_described(tmp_path, tool):
     }
 
 
-def test_a_run_is_a_table_and_damage_ends_with_65_after_all_is_shown(tmp_path, tool):
+def test_a_run_is_shown_as_a_table_and_damage_exits_with_65_after_everything_is_shown(tmp_path, tool):
     run = Run(tmp_path, config=CONFIG, keep_last=9)
     paths = []
     for step in range(1, 6):
@@ -118,12 +118,12 @@ def test_a_run_is_a_table_and_damage_ends_with_65_after_all_is_shown(tmp_path, t
     found = next(line for line in lines if line.startswith(f"{names[3]}: NOT FINITE"))
     assert found.startswith(f"{names[3]}: NOT FINITE: 2 elements in 1 vectors: exp_avg/{spoilt.name} (2 of ")
     assert (code, complaint) == (65, f"inspect_checkpoint: {tmp_path}: 4 of 6 damaged or not finite\n")
-    code, shown, complaint = tool("show", paths[1])  # one alone is shown as far as it can be
+    code, shown, complaint = tool("show", paths[1])  # a single one is shown as far as possible
     assert code == 65 and "torn or changed" in shown and complaint.endswith("1 of 1 damaged or not finite\n")
 
 
 @pytest.mark.parametrize("moment", ["verify", "not_finite"])
-def test_a_checkpoint_that_a_run_drops_while_it_is_looked_at_is_not_shown(tmp_path, tool, monkeypatch, moment):
+def test_a_checkpoint_that_a_run_drops_during_the_check_is_not_shown(tmp_path, tool, monkeypatch, moment):
     run = Run(tmp_path, config=CONFIG)
     run.train()
     first = run.save()
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_a_run_drops_while_it_is_looked_at_is_not_shown(tmp_pa
     assert code == 0 and len(shown.splitlines()) == 2 and first.name not in shown
 
 
-def test_what_was_made_of_another_format_is_shown_without_its_run(tmp_path, tool):
+def test_a_converted_checkpoint_is_shown_without_a_run(tmp_path, tool):
     Run(tmp_path / "run", config=CONFIG).save()
     assert reshard(tmp_path / "run", tmp_path / "universal", "--to", "universal") == 0
     made = tmp_path / "made"
@@ -156,7 +156,7 @@ def test_what_was_made_of_another_format_is_shown_without_its_run(tmp_path, tool
     assert code == 0 and re.split("  +", shown.splitlines()[1])[3] == "unknown"
 
 
-def test_of_runs_the_newest_are_compared(tmp_path, tool):
+def test_diff_of_a_run_takes_its_newest_checkpoint(tmp_path, tool):
     run = Run(tmp_path, config=CONFIG)
     for _ in range(2):
         run.train()
@@ -173,10 +173,10 @@ def test_wrong_paths_end_with_64(tmp_path, tool):
     assert tool("show")[0] == 64
 
 
-def test_what_differs_is_named_with_its_size(tmp_path, tool):
+def test_differences_are_listed_with_their_size(tmp_path, tool):
     run = Run(tmp_path / "one", config=CONFIG)
     run.train(2)
-    run.ema.averages["ema"][1][0] = float("inf")  # and so in the other
+    run.ema.averages["ema"][1][0] = float("inf")  # in both checkpoints
     one = run.save()
     weight = next(shard.master for shard in run.engine.shards() if shard.name == "in_proj.weight")
     before = weight.clone()
@@ -208,10 +208,10 @@ def test_what_differs_is_named_with_its_size(tmp_path, tool):
     assert spoilt[1:3] == ["nan", "nan"] and spoilt[3].startswith("1 of ")
     assert infinite[1] == "1" and infinite[3].startswith("1 of ")
     code, shown, _ = tool("diff", two, two)
-    assert (code, shown.splitlines()[0]) == (0, "manifest: identical") and "differ" not in shown  # NaN is itself, too
+    assert (code, shown.splitlines()[0]) == (0, "manifest: identical") and "differ" not in shown  # NaN equals itself, too
 
 
-def test_what_only_one_holds_is_named(tmp_path, tool):
+def test_vectors_that_only_one_checkpoint_holds_are_listed(tmp_path, tool):
     off = replace(CONFIG, optim=replace(CONFIG.optim, ema_snapshots_every=None))
     one, two = Run(tmp_path / "one", config=CONFIG).save(), Run(tmp_path / "two", config=off).save()
     code, shown, _ = tool("diff", one, two)
@@ -221,17 +221,17 @@ def test_what_only_one_holds_is_named(tmp_path, tool):
     _, shown, _ = tool("diff", two, wider)
     assert f"  only in {two}: {WEIGHT}, 64 elements\n" in shown
     assert f"  only in {wider}: {WEIGHT}, 128 elements\n" in shown and "shapes.in_proj.weight: [16, 4] -> [32, 4]" in shown
-    assert f"\n  {WEIGHT} " not in shown  # sizes that differ are not compared
+    assert f"\n  {WEIGHT} " not in shown  # vectors of different sizes are not compared
     torn = next(two.glob("*.safetensors"))
     os.truncate(torn, size := torn.stat().st_size - 4)
     code, _, complaint = tool("diff", one, two)
     assert code == 65 and f"{torn} has {size} bytes" in complaint and "it is truncated" in complaint
-    os.truncate(torn, 500)  # not even its header is there
+    os.truncate(torn, 500)  # not even the header is complete
     code, _, complaint = tool("diff", one, two)
     assert code == 65 and f"{torn} is not a file of flat float32 vectors" in complaint
 
 
-def test_an_average_is_made_shown_and_sampled_and_not_gone_on_from(tmp_path, tool, capsys):
+def test_a_post_hoc_ema_is_made_shown_and_sampled(tmp_path, tool, capsys):
     run = Run(tmp_path / "run", config=CONFIG)
     for _ in range(4):
         run.train(2)
@@ -269,7 +269,7 @@ def test_a_file_that_a_full_disk_does_not_take_is_named(tmp_path, tool, largest_
 
 
 def sparse_checkpoint(like: Path, path: Path, elements: int, kinds: tuple[str, ...]) -> None:
-    """One vector a kind, of zeros that take no room on the disk."""
+    """One vector per kind, of zeros that take no space on disk."""
     path.mkdir(parents=True)
     name = "shard-00001-model-00001-of-00001.safetensors"
     header = header_of({f"{kind}/w": (0, elements) for kind in kinds})
@@ -297,7 +297,7 @@ def test_memory_stays_flat_whatever_the_size(tmp_path):
 
 
 def peak(commands: list[list[str]]) -> int:
-    """KB of memory that the tool took at most, in one process after another command."""
+    """Peak memory in KB of one process that runs the commands one after another."""
     program = (
         "import json, resource, sys; from tools import inspect_checkpoint\n"
         "for words in json.loads(sys.argv.pop()):\n"

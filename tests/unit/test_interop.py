@@ -1,4 +1,4 @@
-"""Checkpoints of others: what is recognised, how it is named, and what is refused, by which line."""
+"""Other checkpoint formats: what is recognised, how it is named, and what is refused with which message."""
 
 import argparse
 import contextlib
@@ -27,7 +27,7 @@ STATE = random_state("model", "exp_avg", "exp_avg_sq")
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A run of ours after two steps, and its checkpoint."""
+    """The checkpoint of an xar-scale run after two steps."""
     run = Run(tmp_path_factory.mktemp("own"))
     run.train(2)
     return run.save()
@@ -49,7 +49,7 @@ class Evil:
         return os.mkdir, ("unpickled",)
 
 
-def test_ours_by_checkpoint_or_by_run(own):
+def test_an_own_checkpoint_by_its_folder_or_its_run(own):
     with open_source(own) as source, open_source(own.parent.parent) as of_run:
         assert source.path == of_run.path == own
         assert (source.step, source.updates, source.kinds) == (2, 2, KINDS)
@@ -58,8 +58,8 @@ def test_ours_by_checkpoint_or_by_run(own):
         assert_bitwise({name: source.whole(f"exp_avg_sq/{name}") for name in expected}, expected)
 
 
-def test_of_a_run_the_newest_checkpoint_is_meant_whatever_its_pointer_says(own, tmp_path):
-    """It is written after the checkpoint, and may be behind."""
+def test_a_run_means_its_newest_checkpoint_whatever_its_pointer_says(own, tmp_path):
+    """The pointer is written after the checkpoint and may be stale."""
     shutil.copytree(own, tmp_path / "checkpoints" / "step-00000001")
     shutil.copytree(own, tmp_path / "checkpoints" / own.name)
     (tmp_path / "checkpoints" / "latest").write_text("step-00000001\n")
@@ -67,7 +67,7 @@ def test_of_a_run_the_newest_checkpoint_is_meant_whatever_its_pointer_says(own, 
         assert source.path == tmp_path / "checkpoints" / own.name
 
 
-def test_any_range_of_a_vector_that_lies_on_three_ranks(zero):
+def test_any_range_of_a_vector_sharded_over_three_ranks(zero):
     with open_source(zero) as source:
         assert (source.format, source.step, source.updates) == ("DeepSpeed ZeRO-3, 3 ranks", 5, 4)
         assert source.groups == [{"lr": 0.1}]
@@ -94,7 +94,7 @@ def test_published_weights_have_our_names_and_no_constants(tmp_path, weights, le
     assert_bitwise(values(path), expected)
     whole_rows = state["encoder_pos_embed_learned"]
     torch.save(state | {"encoder_pos_embed_learned": torch.cat([whole_rows, whole_rows])}, path)
-    with open_source(path) as source:  # nothing is taken for its first part
+    with open_source(path) as source:  # the first row is not taken for the whole
         assert source.shapes["model/encoder_pos"] == (2, *weights["encoder_pos"].shape)
     del state["pred.bias"]
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
@@ -115,7 +115,7 @@ def test_weights_of_any_names_in_16_or_32_bits(tmp_path, dtype):
             assert torch.equal(out, expected["model/two.weight"].flatten()[5:25])
 
 
-def test_weights_that_float32_does_not_hold_are_refused(tmp_path):
+def test_dtypes_that_float32_cannot_represent_are_refused(tmp_path):
     save_file({"a": torch.zeros(2, dtype=torch.float64)}, tmp_path / "a.safetensors")
     with pytest.raises(DataError, match="a is F64; only F32, BF16, F16 are supported"):
         open_source(tmp_path / "a.safetensors")
@@ -128,7 +128,7 @@ def test_weights_that_float32_does_not_hold_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_what_would_have_to_be_unpickled_is_refused_by_class_and_not_run(tmp_path, monkeypatch, legacy):
+def test_a_pickled_class_is_refused_by_name_and_not_run(tmp_path, monkeypatch, legacy):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.ones(2), "evil": Evil()}, "a.pth", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(
@@ -177,7 +177,7 @@ def test_ranks_that_are_missing_or_torn_are_named(zero):
         open_source(zero)
 
 
-def test_ranks_of_several_checkpoints_or_too_short_for_the_parameters_are_refused(zero, tmp_path):
+def test_rank_files_of_different_checkpoints_or_too_short_are_refused(zero, tmp_path):
     write_zero3(tmp_path / "other", STATE, world=2)
     name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = torch.load(zero / name)
@@ -196,7 +196,7 @@ def test_ranks_of_several_checkpoints_or_too_short_for_the_parameters_are_refuse
 
 
 @pytest.mark.parametrize("key", ["frozen_param_shapes", "shared_params"])
-def test_what_xar_has_none_of_is_refused(tmp_path, key):
+def test_features_that_xar_does_not_have_are_refused(tmp_path, key):
     write_zero3(tmp_path / "zero", STATE, **{key: {"a": 1}})
     with pytest.raises(DataError, match=f"{key} are not supported; xAR has none"):
         open_source(tmp_path / "zero")
@@ -217,7 +217,7 @@ def test_a_layout_that_is_not_deepspeeds_is_refused(zero):
         open_source(zero)
 
 
-def test_what_is_not_there_or_of_no_format(tmp_path, own):
+def test_missing_paths_and_unknown_formats(tmp_path, own):
     with pytest.raises(UsageError, match="no checkpoint at"):
         open_source(tmp_path / "nothing")
     (tmp_path / "folder").mkdir()
@@ -240,8 +240,8 @@ def test_what_is_not_there_or_of_no_format(tmp_path, own):
 
 
 @pytest.mark.parametrize("how", ["compressed", "in another order", "without room between", "with folders"])
-def test_a_pth_that_was_packed_anew_is_refused_and_not_read_askew(tmp_path, weights, how):
-    """torch.load reads it; where its values lie is not where torch.save would have put them."""
+def test_a_repacked_pth_is_refused_and_not_misread(tmp_path, weights, how):
+    """torch.load reads it, but its values are not where torch.save would have put them."""
     torch.save(weights, tmp_path / "saved.pth")
     with zipfile.ZipFile(tmp_path / "saved.pth") as saved:
         names = saved.namelist()
@@ -280,12 +280,12 @@ def test_weights_in_float64_are_refused_and_not_rounded(tmp_path, weights, old):
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_pth_damaged_anywhere_is_a_line(tmp_path, old):
+def test_damage_anywhere_in_a_pth_is_a_one_line_error(tmp_path, old):
     torch.save({"model": {"a": torch.zeros(3), "b": [1, 2]}}, tmp_path / "saved.pth", _use_new_zipfile_serialization=not old)
     content, draw = (tmp_path / "saved.pth").read_bytes(), random.Random(0)
     for _ in range(150):
         damaged = bytearray(content)
-        if old:  # a size that is wrong would be taken from the memory
+        if old:  # a wrong size would be allocated
             del damaged[draw.randrange(len(damaged)) :]
         else:
             damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
@@ -294,7 +294,7 @@ def test_a_pth_damaged_anywhere_is_a_line(tmp_path, old):
             open_source(tmp_path / "damaged.pth").reader.close()
 
 
-def test_safetensors_that_are_cut_short_or_lack_what_their_index_lists(tmp_path):
+def test_safetensors_that_are_truncated_or_lack_what_their_index_lists(tmp_path):
     save_file({"a": torch.zeros(100), "b": torch.zeros(3)}, tmp_path / "one.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "one.safetensors", "c": "one.safetensors"}}')
     with pytest.raises(DataError, match="lists 1 tensors that its files lack, first c"):

@@ -1,4 +1,4 @@
-"""Averages of any length made of a few snapshots: the mathematics, and against the weights of every step."""
+"""Post-hoc EMA from a few snapshots: the mathematics, and a comparison with the weights of every step."""
 
 import os
 import resource
@@ -26,7 +26,7 @@ def trapezoid(values: np.ndarray, at: np.ndarray) -> float:
 
 
 def shares(sigma_rel: float, updates: int) -> torch.Tensor:
-    """Of each update's weights in the average, straight from the definition: the profile's integral over the update."""
+    """The factor of each update's weights in the EMA, from the definition: the profile's integral over the update."""
     power = exponent(sigma_rel) + 1
     edges = (torch.arange(updates + 1, dtype=torch.float64) / updates) ** power
     return edges.diff()
@@ -44,7 +44,7 @@ def test_the_exponents_are_the_published_ones():
 
 @pytest.mark.parametrize("sigma_rel", [0.01, 0.05, 0.10, 0.25])
 def test_the_profile_s_deviation_is_its_width(sigma_rel):
-    """By numerical integration, over a training of length 1."""
+    """By numerical integration, for a training of length 1."""
     u = np.linspace(0, 1, 200_001)
     profile = (exponent(sigma_rel) + 1) * u ** exponent(sigma_rel)
     mass, mean = trapezoid(profile, u), trapezoid(profile * u, u)
@@ -65,8 +65,8 @@ def test_inner_products_are_the_integrals():
     assert np.isfinite(inner_products([Profile(10**7, 0.005)], [Profile(3, 0.005)])).all()
 
 
-def test_updates_give_the_profile():
-    """What each update is left with of an average that is kept by ``lerp_weight``."""
+def test_lerp_weights_give_the_profile():
+    """The factor that each update ends with in an EMA updated with ``lerp_weight``."""
     left = torch.zeros(50, dtype=torch.float64)
     for update in range(1, 51):
         share = lerp_weight(update, exponent(0.1))
@@ -75,19 +75,19 @@ def test_updates_give_the_profile():
     torch.testing.assert_close(left, shares(0.1, 50), rtol=1e-12, atol=1e-15)
 
 
-def test_a_stored_average_is_found_again_and_factors_sum_to_one():
+def test_a_stored_ema_is_reproduced_and_factors_sum_to_one():
     stored = [Profile(updates, sigma_rel) for updates in (100, 200, 300) for sigma_rel in WIDTHS]
     for number, profile in enumerate(stored):
         found = fit(stored, profile)
         assert found.factors == pytest.approx(np.eye(6)[number], abs=1e-6) and found.residual < 1e-6
     other = fit(stored, Profile(300, 0.08))
     assert other.factors.sum() == pytest.approx(1, abs=1e-12) and 0 < other.residual < MAX_RESIDUAL
-    twice = fit([*stored, stored[-1]], Profile(300, 0.08))  # the same one two times over is no trouble
+    twice = fit([*stored, stored[-1]], Profile(300, 0.08))  # a duplicate does no harm
     assert twice.residual == pytest.approx(other.residual, rel=1e-6)
 
 
 @pytest.mark.parametrize("count", [2, 8, 32, pytest.param(128, marks=pytest.mark.long)])
-def test_the_widths_in_the_docs_are_those_that_fit(count):
+def test_the_widths_in_the_docs_are_the_possible_ones(count):
     stored = [Profile(1000 * number, sigma_rel) for number in range(1, count + 1) for sigma_rel in WIDTHS]
     fits = [width for width in WIDTHS_TRIED if fit(stored, Profile(1000 * count, width)).residual <= MAX_RESIDUAL]
     row = f"| {count} | {min(fits):.3f} to {max(fits):.3f} |\n"
@@ -95,7 +95,7 @@ def test_the_widths_in_the_docs_are_those_that_fit(count):
 
 
 class Trained:
-    """200 steps of a tiny model, the weights of every one, and snapshots every 25."""
+    """200 steps of a tiny model: the weights after each, and snapshots every 25."""
 
     def __init__(self, folder):
         self.folder, self.run = folder, Run(folder, config=digits_config(*TINY))
@@ -121,7 +121,7 @@ def trained(tmp_path_factory):
     return Trained(tmp_path_factory.mktemp("trained"))
 
 
-def test_the_averages_kept_in_training_are_those_of_all_weights(trained):
+def test_the_emas_kept_in_training_equal_the_weighted_sum_of_all_weights(trained):
     for kind, sigma_rel in POWER_KINDS.items():
         kept = torch.cat([average.flatten() for average in trained.run.ema.averages[kind]])
         torch.testing.assert_close(kept.double(), trained.true(sigma_rel), rtol=1e-5, atol=1e-6)
@@ -131,8 +131,8 @@ def test_the_averages_kept_in_training_are_those_of_all_weights(trained):
     ("sigma_rel", "step", "off"),
     [(0.04, 200, 0.02), (0.07, 200, 0.005), (0.085, 150, 0.006), (0.12, 200, 0.003), (0.15, 200, 0.005)],
 )
-def test_an_average_made_of_snapshots_is_near_the_one_of_all_weights(trained, tmp_path, sigma_rel, step, off):
-    """``off``: relative to how far the last weights are from their average. Of 8 snapshots, or 6."""
+def test_a_post_hoc_ema_is_near_the_true_one(trained, tmp_path, sigma_rel, step, off):
+    """From 8 snapshots, or 6. ``off``: relative to the distance of the last weights from their EMA."""
     snapshots = open_snapshots(trained.folder, step)
     found = fit_to(snapshots, sigma_rel)
     made = trained.made(write_ema(snapshots, found.factors.tolist(), sigma_rel, tmp_path / "made"))
@@ -143,7 +143,7 @@ def test_an_average_made_of_snapshots_is_near_the_one_of_all_weights(trained, tm
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
-def test_a_width_that_is_stored_is_that_average(trained, tmp_path):
+def test_a_stored_width_gives_the_stored_ema(trained, tmp_path):
     snapshots = open_snapshots(trained.folder, None)
     made = write_ema(snapshots, fit_to(snapshots, 0.10).factors.tolist(), 0.10, tmp_path / "made")
     kept = torch.cat([average.flatten() for average in trained.run.ema.averages["ema-0.10"]])
@@ -166,7 +166,7 @@ def test_a_width_that_is_stored_is_that_average(trained, tmp_path):
         (0.0, None, "--std 0 is not a width"),
     ],
 )
-def test_what_cannot_be_made_is_refused_with_the_numbers(trained, sigma_rel, step, complaint):
+def test_impossible_widths_are_refused_with_the_numbers(trained, sigma_rel, step, complaint):
     with pytest.raises(UsageError, match=complaint):
         fit_to(open_snapshots(trained.folder, step), sigma_rel)
 
@@ -194,14 +194,14 @@ def test_snapshots_that_do_not_fit_or_are_damaged_are_refused(tmp_path):
 def test_more_files_than_a_process_usually_may_open(trained, tmp_path):
     snapshots = open_snapshots(trained.folder, None)
     usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 6, most))  # and there are 8
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 6, most))  # there are 8 files
     try:
         write_ema(snapshots, fit_to(snapshots, 0.07).factors.tolist(), 0.07, tmp_path / "made")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
 
 
-def test_an_average_cut_short_leaves_nothing_and_is_in_nobody_s_way(trained, tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_nothing_visible_and_can_be_repeated(trained, tmp_path, monkeypatch):
     snapshots = open_snapshots(trained.folder, 25)
     with monkeypatch.context() as broken:
         broken.setattr("xar_scale.checkpoint.posthoc_ema.write_atomically", None)
