@@ -1,7 +1,7 @@
 """Power-function EMAs of the weights, and post-hoc EMAs of any width, made from a few stored ones.
 
 After Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2), section 3 and appendix C.
-An EMA at time t, counted in updates of the weights, weights those at time u by its profile
+At time t, counted in updates of the weights, an EMA averages the weights of all times u with its profile
 p(u) = (gamma + 1) u^gamma / t^(gamma + 1), 0 < u <= t (section 3.1). The width of a profile is its standard deviation relative
 to t, sigma_rel. It does not depend on the length of training.
 """
