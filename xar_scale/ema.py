@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xar_scale.config import OptimConfig
-from xar_scale.posthoc import exponent, share_of_new
+from xar_scale.posthoc import exponent, lerp_weight
 
 WIDTHS = (0.05, 0.10)  # sigma_rel of the averages that any other is made of afterwards (EDM2, section 3.2)
 
@@ -42,7 +42,7 @@ class EMA:
     def update(self, number: int) -> None:
         """averages <- averages + share * (weights - averages): 1 - decay, or what update ``number``, from 1, takes over."""
         for kind, averages in self.averages.items():
-            share = share_of_new(number, self.exponents[kind]) if kind in self.exponents else 1 - self.decay
+            share = lerp_weight(number, self.exponents[kind]) if kind in self.exponents else 1 - self.decay
             torch._foreach_lerp_(averages, self.weights, share)
 
 

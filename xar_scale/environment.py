@@ -21,7 +21,7 @@ from xar_scale import dist
 from xar_scale.data.reader import LatentShards
 from xar_scale.doctor import REFUSED, Mode
 from xar_scale.errors import DataError
-from xar_scale.files import naming
+from xar_scale.files import path_in_errors
 from xar_scale.stragglers import SLOW
 
 DEEPSPEED = "0.19.8"  # before it, under ZeRO-3 a NaN on one rank reaches every rank's weights
@@ -117,7 +117,7 @@ def _write(path: Path) -> float:
     """Return the write speed in bytes per second."""
     block = os.urandom(1 << 22)
     begun = time.perf_counter()
-    with naming(path), path.open("wb", buffering=0) as file:
+    with path_in_errors(path), path.open("wb", buffering=0) as file:
         for _ in range(DISK_BYTES // len(block)):
             file.write(block)
         os.fsync(file.fileno())

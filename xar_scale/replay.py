@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xar_scale.checkpoint.load import check_shapes, difference, load_weights
+from xar_scale.checkpoint.load import check_shapes, config_difference, load_weights
 from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, step_of, verify
 from xar_scale.config import Config, merge
 from xar_scale.diagnosis import Activations, Watch
@@ -45,7 +45,7 @@ def replay(recorded: Recorded, checkpoint: Checkpoint, device: torch.device) -> 
     micro = len(batches[0].labels)
     sizes = {"engine": "single", "shard_ranks": None, "micro_batch": micro, "global_batch": micro * len(batches)}
     config = Config.from_dict(merge(recorded.config, {"train": sizes, "data": {"lanes": 1}}))
-    if checkpoint.manifest.config and (differs := difference(checkpoint, config)):  # one of another format has none
+    if checkpoint.manifest.config and (differs := config_difference(checkpoint, config)):  # one of another format has none
         raise ConfigError(f"report {recorded.path}: {differs}")
     model = meta_model(config.model)
     engine = create_engine(model, blank_weights(model), config, device)

@@ -132,7 +132,7 @@ def first_weights(model: XAR, config: Config, checkpoint: Checkpoint | None) -> 
 def mirror_of(run: Path, url: str) -> Mirror:
     """Return the mirror at ``url``. Raises ConfigError if the URL is invalid or is the run's own folder."""
     mirror = Mirror(url)
-    if mirror.is_of(run):
+    if mirror.is_run_folder(run):
         raise ConfigError(f"train.upload {url} is the run's own folder: mirroring would delete its checkpoints")
     return mirror
 
@@ -153,5 +153,5 @@ def find_checkpoint(run: Path, resume: str, mirror: Mirror | None, check: Check)
     if checkpoint is not None:
         dist.on_all_ranks(lambda: check(checkpoint))
     if mirror is not None and (checkpoint is None or resume != "auto"):  # a resumed run continues without a reachable store
-        dist.on_rank_0(mirror.try_out)
+        dist.on_rank_0(mirror.check_writable)
     return checkpoint

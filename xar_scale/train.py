@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from xar_scale import dist
-from xar_scale.checkpoint.load import check_continues, load, state_kinds
+from xar_scale.checkpoint.load import check_resumable, load, state_kinds
 from xar_scale.checkpoint.manifest import Manifest
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config, micro_batches
@@ -60,7 +60,7 @@ def _train(config: Config, run: Path, resume: str, stops: StopRequests, device: 
     if len({*dist.gather_objects(dataset.shards.info.fingerprint)}) > 1:
         raise DataError(f"{config.data.path} is not the same data set on all ranks")
     mirror = dist.on_all_ranks(lambda: mirror_of(run, config.train.upload)) if config.train.upload else None
-    checkpoint = find_checkpoint(run, resume, mirror, lambda found: check_continues(found, config, dataset.shards.info))
+    checkpoint = find_checkpoint(run, resume, mirror, lambda found: check_resumable(found, config, dataset.shards.info))
     start = 0 if checkpoint is None else checkpoint.manifest.step
     bad = BadSamples(config.data.max_bad_samples, [] if checkpoint is None else checkpoint.manifest.bad_samples)
 
@@ -211,7 +211,7 @@ class Training:
         snapshot, checkpoint = (every is not None and (last or done % every == 0) for every in (snapshots, checkpoints))
         if snapshot or checkpoint or stop:
             self.watchdog.pause()  # no time limit on disk writes
-        checkpoint |= stop or (snapshot and self.store.lacks_checkpoint())
+        checkpoint |= stop or (snapshot and self.store.checkpoint_failed())
         return [kinds for due, kinds in ((snapshot, tuple(POWER_KINDS)), (checkpoint, state_kinds(self.ema))) if due]
 
     def _manifest(self, done: int) -> Manifest:
@@ -244,7 +244,7 @@ class Training:
     def _go_back(self) -> int:
         self.watchdog.pause()
         step = self.recovery.roll_back()
-        self.store.go_back(step)
+        self.store.roll_back(step)
         self._seek(step)
         if self.metrics is not None:
             self.metrics.go_back(step)
@@ -280,7 +280,7 @@ class Training:
             "bad_samples": len(self.bad.known),
             "epoch": done * settings.global_batch / self.dataset.order.samples,
             "precision": self.engine.mode,
-            "checkpoint_stall_s": self.store.stalled,
+            "checkpoint_stall_s": self.store.stall_s,
             **state.counts,
         }
         if probes is not None:
@@ -289,7 +289,7 @@ class Training:
                 values["largest_activation"] = dist.max_over_ranks(max(probes.activations.largest.values()))
         if self.metrics is not None:
             self.metrics.log(done, values)
-        self.since, self.logged, self.feed.waited, self.store.stalled = time.perf_counter(), done, 0.0, 0.0
+        self.since, self.logged, self.feed.waited, self.store.stall_s = time.perf_counter(), done, 0.0, 0.0
 
 
 def _account_for(news: list[Fault], bad: BadSamples) -> None:

@@ -18,7 +18,7 @@ from tests.unit.foreign_checkpoints import reshard
 from tests.unit.tiny_run import CONFIG, Run
 from xar_scale import background, startup
 from xar_scale.checkpoint import store
-from xar_scale.checkpoint.load import check_continues
+from xar_scale.checkpoint.load import check_resumable
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, read_manifest
 from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.cli import main
@@ -177,7 +177,7 @@ def test_a_mirror_of_another_run_leaves_nothing_in_the_run_folder(train, tmp_pat
     shutil.rmtree(tmp_path / "run")
     capsys.readouterr()
     assert main([*train, other, "model.width=32"]) == 78
-    said = f"{other.replace('=', ' ')}: model.width is 32, checkpoint step-00000002 was made with 16: it would not continue"
+    said = f"{other.replace('=', ' ')}: model.width is 32, checkpoint step-00000002 was made with 16: not an exact continuation"
     assert capsys.readouterr().err == f"xar-scale: {said}\n" and not (tmp_path / "run").exists()
     assert main([*train, own, "model.width=32"]) == 0
 
@@ -239,7 +239,7 @@ def test_initial_weights_that_have_changed_since_they_were_written_are_refused(t
     content = bytearray(spoilt.read_bytes())
     content[len(content) // 2] ^= 1
     spoilt.write_bytes(content)
-    refused = pytest.raises(DataError, match=f"{spoilt.name} is not as it was written")
+    refused = pytest.raises(DataError, match=f"{spoilt.name} is corrupt")
     with refused, first_weights(meta_model(config.model), config, None):
         pass
 
@@ -249,5 +249,5 @@ def test_a_checkpoint_converted_from_another_format_can_initialise_but_not_resum
     run.save()
     assert reshard(tmp_path / "run", tmp_path / "universal", "--to", "universal") == 0
     assert reshard(tmp_path / "universal", tmp_path / "made", "--to", "xar-scale") == 0
-    with pytest.raises(ConfigError, match="made of another format and knows no run: begin one, with --init-from"):
-        check_continues(read_manifest(tmp_path / "made"), run.config, run.info)
+    with pytest.raises(ConfigError, match="converted from another format and has no run to resume: use --init-from"):
+        check_resumable(read_manifest(tmp_path / "made"), run.config, run.info)
