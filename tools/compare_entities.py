@@ -17,7 +17,7 @@ from xar_scale.config import Config, merge, override
 from xar_scale.data.shards import DATASET_FILE
 from xar_scale.evaluate.digits import CLASSES, cache_digits, judge
 from xar_scale.evaluate.generate import open_generator
-from xar_scale.evaluate.pictures import draw_grid, png_bytes
+from xar_scale.evaluate.output import draw_grid, png_bytes
 from xar_scale.evaluate.trained import open_trained
 from xar_scale.files import write_atomically
 from xar_scale.metrics import METRICS_FILE

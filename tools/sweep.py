@@ -25,7 +25,7 @@ from xar_scale.evaluate.evaluation import RESULT, Comparison, check_folder, desc
 from xar_scale.evaluate.fidelity import INCEPTION
 from xar_scale.evaluate.generate import Generator, open_generator
 from xar_scale.evaluate.imageset import ImageSet
-from xar_scale.evaluate.pictures import draw_grid, png_bytes
+from xar_scale.evaluate.output import draw_grid, png_bytes
 from xar_scale.evaluate.trained import Trained, open_trained
 from xar_scale.files import write_atomically
 from xar_scale.model.entities import create_layout

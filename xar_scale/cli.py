@@ -225,7 +225,7 @@ def _sample(options: argparse.Namespace) -> None:
     from xar_scale import dist
     from xar_scale.evaluate import classes
     from xar_scale.evaluate.generate import open_generator
-    from xar_scale.evaluate.pictures import Drawn, check_output
+    from xar_scale.evaluate.output import SampledImages, check_output
     from xar_scale.evaluate.trained import open_trained
 
     seeds = classes.parse_seeds(options.seeds)
@@ -243,7 +243,7 @@ def _sample(options: argparse.Namespace) -> None:
     generator = open_generator(trained, device)
     images = generator.draw_over_ranks(labels, seeds * len(chosen))
     animated = any(path.suffix == ".gif" for path in options.out)
-    drawn = Drawn(
+    drawn = SampledImages(
         images,
         labels,
         seeds * len(chosen),

@@ -14,7 +14,7 @@ from xar_scale.checkpoint.manifest import verify
 from xar_scale.config import EvaluateConfig
 from xar_scale.evaluate.evaluation import Comparison, image_set
 from xar_scale.evaluate.generate import open_generator
-from xar_scale.evaluate.previews import Previews, _Drawn
+from xar_scale.evaluate.previews import Previews, _LazyImages
 from xar_scale.evaluate.trained import open_trained
 
 COUNT = 23
@@ -47,7 +47,7 @@ def test_images_are_those_of_a_set_on_any_number_of_ranks(monkeypatch):
 
     for world in (1, 3):
         monkeypatch.setattr(dist, "world", lambda world=world: world)
-        images = _Drawn(Drawing(), COUNT, 10)
+        images = _LazyImages(Drawing(), COUNT, 10)
         assert images.parts == world
         assert sum(len(images.read(part)) for part in range(images.parts)) == COUNT
         assert drawn == [(number % 10, number) for number in range(COUNT)]

@@ -18,7 +18,7 @@ from xar_scale.evaluate.classes import title
 from xar_scale.evaluate.evaluation import Comparison, settings_of, write
 from xar_scale.evaluate.generate import Generator
 from xar_scale.evaluate.images import PART
-from xar_scale.evaluate.pictures import draw_grid, png_bytes
+from xar_scale.evaluate.output import draw_grid, png_bytes
 from xar_scale.files import write_atomically
 from xar_scale.tokenizers import create_tokenizer
 
@@ -71,15 +71,15 @@ class Previews:
             settings = replace(self.config.sample, batch=min(self.config.sample.batch, BATCH))
             generator = Generator(model, settings, self.tokenizer, scale, device, compute, shared=True)
             if self._due(self.config.sample.every, done):
-                with _said(f"step {done}: no pictures"):
+                with _errors_logged(f"step {done}: no pictures"):
                     pictures = self._grid(generator, done)
             if self._due(self.config.evaluate.every, done):
-                with _said(f"step {done}: no numbers"):
+                with _errors_logged(f"step {done}: no numbers"):
                     numbers = self._measure(generator, done)
         return Preview(pictures, numbers)
 
     def _grid(self, generator: Generator, done: int) -> dict[str, bytes]:
-        shown = self.config.sample.shown or _spread(self.config.model.classes)
+        shown = self.config.sample.shown or _evenly_spaced(self.config.model.classes)
         labels = [label for label in shown for _ in range(SEEDS)]
         images = generator.draw_over_ranks(labels, [*range(SEEDS)] * len(shown))
         if dist.rank() != 0:
@@ -88,27 +88,27 @@ class Previews:
         rows = {title(label, known): images[number * SEEDS : (number + 1) * SEEDS] for number, label in enumerate(shown)}
         picture = png_bytes(draw_grid(rows))
         path = self.run / FOLDER / f"step-{done:08d}.png"
-        with _said(f"{path} cannot be written"):
+        with _errors_logged(f"{path} cannot be written"):
             path.parent.mkdir(exist_ok=True)
             write_atomically(path, picture)
         return {"samples": picture}
 
     def _measure(self, generator: Generator, done: int) -> dict[str, float]:
         settings = self.config.evaluate
-        images = _Drawn(generator, settings.images, self.config.model.classes)
+        images = _LazyImages(generator, settings.images, self.config.model.classes)
         set_ = {"images": settings.images, "classes": images.classes, "seed": 0, "vectors": "ema"}
         set_ |= {"tokenizer": self.dataset.tokenizer, **settings_of(generator.settings, self.config.kernels, self.engine.mode)}
         drawn = {"set": set_, "weights": {"path": str(self.run), "step": done}}
         result = self.comparison.of(images, None, drawn)
         folder = self.run / "evaluations" / f"training-step-{done:08d}"
         if dist.rank() == 0:
-            with _said(f"{folder} cannot be written"):
+            with _errors_logged(f"{folder} cannot be written"):
                 write(folder, result)
         return {name: value for name, value in result["metrics"].items() if not name.startswith("held_out")}
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _LazyImages:
     """Images that are drawn when they are read, and kept nowhere; as many parts for each rank."""
 
     generator: Generator
@@ -126,7 +126,7 @@ class _Drawn:
 
 
 @contextmanager
-def _said(what: str) -> Iterator[None]:
+def _errors_logged(what: str) -> Iterator[None]:
     """Neither a disk that takes nothing nor an image that is none is a reason to end a run."""
     try:
         yield
@@ -134,6 +134,6 @@ def _said(what: str) -> Iterator[None]:
         dist.say(f"{what}: {dist.file_error(error) if isinstance(error, OSError) else error}")
 
 
-def _spread(classes: int) -> Sequence[int]:
+def _evenly_spaced(classes: int) -> Sequence[int]:
     """Some of all, evenly."""
     return sorted({round(number) for number in np.linspace(0, classes - 1, CLASSES)})

@@ -7,7 +7,7 @@ from PIL import Image
 from xar_scale.errors import UsageError
 from xar_scale.evaluate.classes import names, parse_classes, parse_seeds, title
 from xar_scale.evaluate.images import open_images
-from xar_scale.evaluate.pictures import Drawn, check_output, draw_grid
+from xar_scale.evaluate.output import SampledImages, check_output, draw_grid
 
 IMAGENET = 1000
 
@@ -67,9 +67,9 @@ def test_the_grid_has_a_named_row_for_each_entry():
     assert pixels[[12, 32]][:, [margin + 8, margin + 28]].tolist() == [[200, 255], [10, 20]]
 
 
-def drawn() -> Drawn:
+def drawn() -> SampledImages:
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64), dtype=np.uint8)
-    return Drawn(images, [207, 207, 3, 3], [0, 5, 0, 5], {207: "207 golden retriever", 3: "3 tiger shark"}, images[:3])
+    return SampledImages(images, [207, 207, 3, 3], [0, 5, 0, 5], {207: "207 golden retriever", 3: "3 tiger shark"}, images[:3])
 
 
 def test_images_are_written_as_the_name_says(tmp_path):
@@ -99,7 +99,7 @@ def test_images_are_written_as_the_name_says(tmp_path):
 
 def test_grey_images_are_colour_for_adms_evaluator(tmp_path):
     grey = np.random.default_rng(0).integers(0, 256, (2, 1, 8, 8), dtype=np.uint8)
-    Drawn(grey, [1, 2], [0, 0], {}, []).write(tmp_path / "x.npz")
+    SampledImages(grey, [1, 2], [0, 0], {}, []).write(tmp_path / "x.npz")
     with np.load(tmp_path / "x.npz") as archive:
         assert archive["arr_0"].shape == (2, 8, 8, 3) and (archive["arr_0"] == grey.transpose(0, 2, 3, 1)).all()
 
@@ -115,7 +115,7 @@ def test_names_of_what_is_not_written_are_refused(tmp_path):
 def test_pictures_keep_their_shape(tmp_path):
     wide = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 64), dtype=np.uint8)
     assert draw_grid({"1": wide}, cell=64).height == 68 + 4
-    Drawn(wide, [1, 1], [0, 1], {1: "1"}, wide).write(tmp_path / "view.gif")
+    SampledImages(wide, [1, 1], [0, 1], {1: "1"}, wide).write(tmp_path / "view.gif")
     with Image.open(tmp_path / "view.gif") as view:
         assert view.size == (192, 96)
     (tmp_path / "out.v2").mkdir()

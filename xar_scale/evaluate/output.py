@@ -15,7 +15,7 @@ SMALLEST, LARGEST = 48, 256  # pixels of a picture's side in a grid
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledImages:
     """Images uint8 (N, I, H, W), each of a class and a seed; titles by class; the first one's states, where they are kept."""
 
     images: np.ndarray
