@@ -15,7 +15,7 @@ from xar_scale import dist
 from xar_scale.cli import Parser, ending
 from xar_scale.config import Config, merge, override
 from xar_scale.data.shards import DATASET_FILE
-from xar_scale.evaluate.digits import CLASSES, cache_digits, judge
+from xar_scale.evaluate.digits import CLASSES, cache_digits, digit_classifier
 from xar_scale.evaluate.generate import open_generator
 from xar_scale.evaluate.output import draw_grid, png_bytes
 from xar_scale.evaluate.trained import open_trained
@@ -64,7 +64,7 @@ def compare(out: Path, overrides: list[str]) -> None:
         layout = create_layout(config.model)
         logs = (out / kind / METRICS_FILE).read_text().splitlines()[-LAST_LOGS:]
         loss = np.mean([json.loads(line)["loss"] for line in logs])
-        read = judge().share_read(images, np.array(labels))
+        read = digit_classifier().accuracy(images, np.array(labels))
         lines.append(
             f"| {kind} | {layout.entities} | {layout.tokens} | {loss:.3f} | {read:.1%} | "
             f"{len(labels) / seconds:.0f} | {config.sample.sampler}, {config.sample.steps} |"

@@ -12,7 +12,7 @@ from tests.unit.tiny_run import Run
 from xar_scale.checkpoint.manifest import verify
 from xar_scale.errors import DataError, UsageError
 from xar_scale.evaluate import digits, imageset
-from xar_scale.evaluate.digits import judge, load_digits
+from xar_scale.evaluate.digits import digit_classifier, load_digits
 from xar_scale.evaluate.evaluation import Comparison, image_set
 from xar_scale.evaluate.generate import open_generator
 from xar_scale.evaluate.images import ImagesInMemory
@@ -156,19 +156,19 @@ def test_progress_is_of_all_ranks_and_has_an_end(tmp_path, trained, monkeypatch,
     assert [line.split(" images")[0] for line in lines[2:]] == ["8/23", "16/23", "23/23"] and lines[-1].endswith("ETA 0 s")
 
 
-def test_the_judge_reads_real_digits_and_not_noise():
-    images, labels = load_digits()
-    assert judge().share_read(images, labels) > 0.98
-    assert judge().share_read(judge().held_out, judge().held_out_labels) > 0.97 and len(judge().held_out) == 450
-    assert judge().classifier.shape_fit_ == (1347, 64)  # not these
+def test_the_classifier_recognizes_real_digits_and_not_noise():
+    images, labels, classifier = *load_digits(), digit_classifier()
+    assert classifier.accuracy(images, labels) > 0.98
+    assert classifier.accuracy(classifier.held_out, classifier.held_out_labels) > 0.97 and len(classifier.held_out) == 450
+    assert classifier.svc.shape_fit_ == (1347, 64)  # without the held-out digits
     noise = np.random.Generator(np.random.Philox(key=1)).integers(0, 256, images.shape).astype(np.uint8)
-    assert judge().share_read(noise, labels) < 0.3
-    assert np.array_equal(judge().features(images[:5]), judge().features(np.repeat(images[:5], 3, axis=1)))
+    assert classifier.accuracy(noise, labels) < 0.3
+    assert np.array_equal(classifier.features(images[:5]), classifier.features(np.repeat(images[:5], 3, axis=1)))
 
 
-def test_digits_are_compared_with_those_the_judge_was_fitted_on():
+def test_digits_are_compared_with_those_the_classifier_was_fitted_on():
     comparison = Comparison("digits", "inception-v3-compat", CPU)
-    held_out, labels = judge().held_out, judge().held_out_labels
+    held_out, labels = digit_classifier().held_out, digit_classifier().held_out_labels
     real = comparison.of(ImagesInMemory(held_out, labels), labels, {})["metrics"]
     for name in ("frechet_distance", "precision", "recall", "read_as_class"):
         assert real[name] == pytest.approx(real[f"held_out_{name}"], rel=1e-6)

@@ -43,7 +43,7 @@ def cache_digits(folder: Path, samples_per_shard: int) -> tuple[int, int]:
     return len(latents), len(writer.shards)
 
 
-class Judge:
+class DigitClassifier:
     """A support vector classifier, fitted on three quarters of the real digits; the others are held out.
 
     ``images`` below are uint8 (N, 1, 8, 8), or (N, 3, 8, 8) with one channel three times.
@@ -55,25 +55,25 @@ class Judge:
             images, labels, test_size=HELD_OUT, stratify=labels, random_state=0
         )
         self.fitted, self.held_out, fitted_labels, self.held_out_labels = split
-        self.classifier = _sklearn("svm").SVC(gamma=0.001, decision_function_shape="ovr")
-        self.classifier.fit(_pixels(self.fitted), fitted_labels)
+        self.svc = _sklearn("svm").SVC(gamma=0.001, decision_function_shape="ovr")
+        self.svc.fit(_pixels(self.fitted), fitted_labels)
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """float32 (N, 10): how far the classifier is for each class."""
-        found: np.ndarray = self.classifier.decision_function(_pixels(images)).astype(np.float32)
+        found: np.ndarray = self.svc.decision_function(_pixels(images)).astype(np.float32)
         return found
 
-    def share_read(self, images: np.ndarray, labels: np.ndarray) -> float:
+    def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
         """Of images that the classifier reads as their class. Raises DataError where there is not one of theirs for each."""
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not np.isin(labels, range(CLASSES)).all():
             given = f"{labels.dtype}{labels.shape}"
             raise DataError(f"the labels are {given}, not one of 0..{CLASSES - 1} for each of {len(images)} images")
-        return float((self.classifier.predict(_pixels(images)) == labels).mean())
+        return float((self.svc.predict(_pixels(images)) == labels).mean())
 
 
 @cache
-def judge() -> Judge:
-    return Judge()
+def digit_classifier() -> DigitClassifier:
+    return DigitClassifier()
 
 
 def register_features() -> None:
@@ -94,7 +94,7 @@ def register_features() -> None:
             return {"fid": "decisions", "prc": "decisions"}[metric]  # KID is of features that are scaled as Inception's
 
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return (torch.from_numpy(judge().features(images.cpu().numpy())),)
+            return (torch.from_numpy(digit_classifier().features(images.cpu().numpy())),)
 
     register(NAME, Decisions)
 

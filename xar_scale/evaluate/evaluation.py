@@ -67,7 +67,7 @@ class Comparison:
             raise UsageError(f"--features {features}: {DIGITS} are judged by {digits.NAME}")
         if self.digits:
             digits.register_features()
-            features, opened = digits.NAME, _Opened(images=ImagesInMemory(digits.judge().fitted))
+            features, opened = digits.NAME, _Opened(images=ImagesInMemory(digits.digit_classifier().fitted))
         else:
             opened = dist.together(lambda: _open_reference(path))
         if features == INCEPTION and weights is None:
@@ -116,9 +116,9 @@ class Comparison:
 
     def _held_out(self) -> dict[str, float]:
         """The numbers of real digits that the judge has not seen: what can be had at best."""
-        judge = digits.judge()
-        found = measure(self.extractor.of(judge.held_out), self.reference, self.extractor)
-        found["read_as_class"] = judge.share_read(judge.held_out, judge.held_out_labels)
+        classifier = digits.digit_classifier()
+        found = measure(self.extractor.of(classifier.held_out), self.reference, self.extractor)
+        found["read_as_class"] = classifier.accuracy(classifier.held_out, classifier.held_out_labels)
         return {f"held_out_{name}": value for name, value in found.items()}
 
     def _read(self, images: Images, labels: np.ndarray | None) -> dict[str, float]:
@@ -126,7 +126,7 @@ class Comparison:
         if labels is None:
             return self.held_out
         every = np.concatenate([images.read(part) for part in range(images.parts)])
-        return self.held_out | {"read_as_class": digits.judge().share_read(every, labels)}
+        return self.held_out | {"read_as_class": digits.digit_classifier().accuracy(every, labels)}
 
 
 def sha256_of(path: Path) -> str:
