@@ -26,7 +26,7 @@ from xar_scale.evaluate.fidelity import INCEPTION
 from xar_scale.evaluate.generate import Generator, open_generator
 from xar_scale.evaluate.imageset import ImageSet
 from xar_scale.evaluate.output import draw_grid, png_bytes
-from xar_scale.evaluate.trained import Trained, open_trained
+from xar_scale.evaluate.trained import TrainedModel, open_trained
 from xar_scale.files import write_atomically
 from xar_scale.model.entities import create_layout
 from xar_scale.sampler import SAMPLERS
@@ -91,7 +91,7 @@ def sweep(options: argparse.Namespace) -> None:
     dist.on_rank_0(lambda: publish(options.out, results))
 
 
-def evaluate(images: ImageSet, trained: Trained, comparison: Comparison, generator: Callable[[], Generator]) -> Result:
+def evaluate(images: ImageSet, trained: TrainedModel, comparison: Comparison, generator: Callable[[], Generator]) -> Result:
     """The numbers of a set, which is drawn unless they are there already, and not kept: a sweep's would fill a disk."""
     result = dist.on_rank_0(lambda: _read(images, comparison))
     if result is None:
@@ -105,11 +105,11 @@ def evaluate(images: ImageSet, trained: Trained, comparison: Comparison, generat
             images.draw(drawing)
             if missing == images.parts:  # else the time is that of some
                 cost["images_per_s"] = images.count / (time.perf_counter() - begun)
-        result = comparison.of(images, images.labels, describe(images, trained) | {"cost": cost})
+        result = comparison.evaluate(images, images.labels, describe(images, trained) | {"cost": cost})
     return dist.on_rank_0(lambda: _keep(images, result))
 
 
-def passes(trained: Trained) -> int:
+def passes(trained: TrainedModel) -> int:
     """Of the network, for an image: where guidance is more than 1, with its class and without. An approximation, as the first
     entity's scale is 1 but with the constant schedule, and guidance may act at some times only: both cost less."""
     sample = trained.sample

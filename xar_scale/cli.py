@@ -288,7 +288,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         refuse_others(comparison, folder, describe(images, trained))
         if dist.on_rank_0(images.missing):
             images.draw(open_generator(trained, device))
-        result = comparison.of(images, images.labels, describe(images, trained))
+        result = comparison.evaluate(images, images.labels, describe(images, trained))
     else:
         drawing = [*options.overrides, *(f"--{name}" for name in ("images", "seed") if getattr(options, name) is not None)]
         if drawing:
@@ -297,7 +297,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         comparison, sha256 = compare(), dist.on_rank_0(lambda: sha256_of(options.what))
         set_ = {"path": str(options.what), "images": given.count, "sha256": sha256}
         refuse_others(comparison, folder, {"set": set_})
-        result = comparison.of(given, given.labels, {"set": set_})
+        result = comparison.evaluate(given, given.labels, {"set": set_})
     folder /= comparison.name  # beside the numbers of other references
     dist.on_rank_0(lambda: write(folder, result))
     for name, value in result["metrics"].items():

@@ -85,7 +85,7 @@ def test_every_number_is_that_of_torch_fidelitys_own_path(folders, monkeypatch):
         save_cpu_ram=True,
     )
     comparison = Comparison(str(folders[1]), "seeded", CPU)
-    ours = comparison.of(open_images(folders[0]), None, {})["metrics"]
+    ours = comparison.evaluate(open_images(folders[0]), None, {})["metrics"]
     names = {
         "frechet_distance": "frechet_inception_distance",
         "classifier_score": "inception_score_mean",
@@ -217,7 +217,7 @@ def test_with_inception_they_are_called_fid_and_is(tmp_path, monkeypatch):
     assert extractor.sha256 == digest
     assert extractor.layers == {"fid": "2048", "isc": "logits_unbiased", "kid": "2048", "prc": "2048"}
     grey = pictures(1, 256)[:10, :1]
-    features, colour = extractor.of(grey), extractor.of(np.repeat(grey, 3, axis=1))
+    features, colour = extractor.extract(grey), extractor.extract(np.repeat(grey, 3, axis=1))
     assert features["2048"].shape == (10, 2048) and torch.equal(features["2048"], colour["2048"])
     monkeypatch.setattr(torch_fidelity.metric_fid, "fid_statistics_to_metric", lambda *_: {torch_fidelity.KEY_METRIC_FID: 1.0})
     found = measure(features, of_features(features, extractor), extractor)
@@ -227,7 +227,7 @@ def test_with_inception_they_are_called_fid_and_is(tmp_path, monkeypatch):
 def test_features_are_in_the_order_of_the_images():
     images = pictures(1, 256)
     extractor = Extractor("seeded", CPU)
-    together, parts = extractor.of(images), extractor.of_all(ImagesInMemory(images))
+    together, parts = extractor.extract(images), extractor.extract_all(ImagesInMemory(images))
     torch.testing.assert_close(parts["pooled"], together["pooled"])
     assert len(parts["logits"]) == COUNT
 
@@ -273,11 +273,11 @@ def test_an_npz_of_something_else_is_refused(tmp_path, arrays, said):
 def test_adms_batches_hold_statistics_and_images(tmp_path):
     images = pictures(2, 240)
     extractor = Extractor("seeded", CPU)
-    known = {name: 2 * value for name, value in statistics_of(extractor.of(images), extractor).items()}
+    known = {name: 2 * value for name, value in statistics_of(extractor.extract(images), extractor).items()}
     np.savez(tmp_path / "batch.npz", arr_0=images.transpose(0, 2, 3, 1), mu=known["mu"], sigma=known["sigma"])
     given = ImagesInMemory(pictures(1, 256))
-    found = Comparison(str(tmp_path / "batch.npz"), "seeded", CPU).of(given, None, {})["metrics"]
-    by_hand = measure(extractor.of(given.images), Reference(known), extractor)["frechet_distance"]
+    found = Comparison(str(tmp_path / "batch.npz"), "seeded", CPU).evaluate(given, None, {})["metrics"]
+    by_hand = measure(extractor.extract(given.images), Reference(known), extractor)["frechet_distance"]
     assert found["frechet_distance"] == pytest.approx(by_hand, rel=1e-6) and {"precision", "kernel_distance"} <= set(found)
 
 
@@ -285,7 +285,7 @@ def test_numbers_of_something_else_are_not_written_over(tmp_path, folders):
     images, named = ImagesInMemory(pictures(3, 256)[:20]), {"set": {"path": "x", "images": 20, "sha256": "1"}}
     comparison = Comparison(str(folders[1]), "seeded", CPU)
     assert comparison.name == f"{folders[1].name}-seeded" and comparison.sha256 == sha256_of(folders[1])
-    result = comparison.of(images, None, named)
+    result = comparison.evaluate(images, None, named)
     write(tmp_path / "numbers", result)
     check_folder(tmp_path / "nowhere", named)
     moved = {"set": named["set"] | {"path": "y"}, "reference": result["reference"] | {"path": "z"}}
@@ -353,7 +353,7 @@ def test_features_are_in_float32_whatever_the_process_computes_in():
     )
     torch.set_float32_matmul_precision("high")
     try:
-        extractor.of(pictures(1, 256)[:2])
+        extractor.extract(pictures(1, 256)[:2])
         assert seen == [("highest", False)] and torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -368,7 +368,7 @@ def test_distances_between_all_images_are_taken_by_all_cores(monkeypatch):
         lambda *_, **__: seen.append(torch.get_num_threads()) or {"precision": 0.0, "recall": 0.0},
     )
     extractor = Extractor("seeded", CPU)
-    features = extractor.of(pictures(1, 256)[:20])
+    features = extractor.extract(pictures(1, 256)[:20])
     measure(features, of_features(features, extractor), extractor)
     assert seen == [torchs + 1] and torch.get_num_threads() == torchs
 

@@ -169,11 +169,11 @@ def test_the_classifier_recognizes_real_digits_and_not_noise():
 def test_digits_are_compared_with_those_the_classifier_was_fitted_on():
     comparison = Comparison("digits", "inception-v3-compat", CPU)
     held_out, labels = digit_classifier().held_out, digit_classifier().held_out_labels
-    real = comparison.of(ImagesInMemory(held_out, labels), labels, {})["metrics"]
+    real = comparison.evaluate(ImagesInMemory(held_out, labels), labels, {})["metrics"]
     for name in ("frechet_distance", "precision", "recall", "read_as_class"):
         assert real[name] == pytest.approx(real[f"held_out_{name}"], rel=1e-6)
     noise = np.random.default_rng(0).integers(0, 256, held_out.shape, dtype=np.uint8)
-    worse = comparison.of(ImagesInMemory(noise), None, {})["metrics"]
+    worse = comparison.evaluate(ImagesInMemory(noise), None, {})["metrics"]
     assert worse["frechet_distance"] > 10 * real["frechet_distance"] and worse["precision"] < 0.5 < real["precision"]
     assert "read_as_class" not in worse and comparison.extractor.name == digits.NAME
     with pytest.raises(UsageError, match="--features dinov2-vit-l-14: digits are judged by digits-svm"):

@@ -60,7 +60,7 @@ def test_the_numbers_are_those_of_the_checkpoint(tmp_path, run):
     images = image_set(trained, tmp_path / "set", COUNT, 0)
     images.open()
     images.draw(open_generator(trained, torch.device("cpu")))
-    later = Comparison("digits", "digits-svm", torch.device("cpu")).of(images, None, {})["metrics"]
+    later = Comparison("digits", "digits-svm", torch.device("cpu")).evaluate(images, None, {})["metrics"]
     numbers = previews(run, tmp_path).take(3, 3).numbers
     assert numbers["frechet_distance"] == pytest.approx(later["frechet_distance"], rel=1e-3)  # but for a grey level
     assert set(numbers) == {"frechet_distance", "precision", "recall"}

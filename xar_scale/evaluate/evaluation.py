@@ -26,27 +26,27 @@ from xar_scale.evaluate.fidelity import (
     read_statistics,
     statistics_of,
 )
-from xar_scale.evaluate.images import ImagesInMemory, npz_names, open_images, pictures_in
+from xar_scale.evaluate.images import ImagesInMemory, image_paths, npz_names, open_images
 from xar_scale.evaluate.imageset import MADE_WITH, ImageSet
-from xar_scale.evaluate.trained import Trained, digest
+from xar_scale.evaluate.trained import TrainedModel, digest
 from xar_scale.files import write_atomically
 from xar_scale.version import __version__
 
 DIGITS = "digits"  # as a reference
 RESULT, PAGE = "evaluation.json", "evaluation.md"
 PACKAGES = ("torch", "torch-fidelity", "numpy", "scikit-learn")
-PLACES = ("tokenizer_weights", "batch", "shard_ranks", "every", "shown")  # settings that images do not depend on
+WITHOUT_EFFECT = ("tokenizer_weights", "batch", "shard_ranks", "every", "shown")  # settings that images do not depend on
 SIDE = 32  # pixels of an image that only counts features
 
 
 def settings_of(sample: SampleConfig, kernels: KernelConfig, precision: str) -> dict[str, Any]:
     """What images depend on beside weights, tokenizer and seed, as plain values."""
-    kept = {key: value for key, value in asdict(sample).items() if key not in PLACES}
+    kept = {key: value for key, value in asdict(sample).items() if key not in WITHOUT_EFFECT}
     values: dict[str, Any] = json.loads(json.dumps({"sample": {**kept, "precision": precision}, "kernels": asdict(kernels)}))
     return values
 
 
-def image_set(trained: Trained, folder: Path, count: int, seed: int) -> ImageSet:
+def image_set(trained: TrainedModel, folder: Path, count: int, seed: int) -> ImageSet:
     """What an evaluation draws."""
     origin = {"weights": trained.sha256, "vectors": trained.kind, "tokenizer": trained.tokenizer}
     origin |= settings_of(trained.sample, trained.kernels, trained.sample.precision)
@@ -67,17 +67,17 @@ class Comparison:
             raise UsageError(f"--features {features}: {DIGITS} are judged by {digits.NAME}")
         if self.digits:
             digits.register_features()
-            features, opened = digits.NAME, _Opened(images=ImagesInMemory(digits.digit_classifier().fitted))
+            features, opened = digits.NAME, _ReferenceData(images=ImagesInMemory(digits.digit_classifier().fitted))
         else:
             opened = dist.together(lambda: _open_reference(path))
         if features == INCEPTION and weights is None:
             dist.together(fetch_inception)
         self.extractor = dist.together(lambda: Extractor(features, device, weights))
         self.sha256 = "" if self.digits else dist.on_rank_0(lambda: sha256_of(path))  # it may be of many gigabytes
-        found = {} if opened.images is None else self.extractor.of_all(opened.images)
+        found = {} if opened.images is None else self.extractor.extract_all(opened.images)
 
         def settle() -> None:
-            there = found or self.extractor.of(np.zeros((2, 3, SIDE, SIDE), np.uint8))
+            there = found or self.extractor.extract(np.zeros((2, 3, SIDE, SIDE), np.uint8))
             own = statistics_of(there, self.extractor)
             statistics = own if opened.statistics is None else opened.statistics
             if len(statistics["mu"]) != len(own["mu"]):
@@ -103,25 +103,25 @@ class Comparison:
             "features": {"name": self.extractor.name, "sha256": self.extractor.sha256},
         }
 
-    def of(self, images: Images, labels: np.ndarray | None, drawn: dict[str, Any]) -> dict[str, Any]:
+    def evaluate(self, images: Images, labels: np.ndarray | None, drawn: dict[str, Any]) -> dict[str, Any]:
         """The numbers and what they are of. Every rank calls this.
 
         ``drawn``: what the images are, and how they were made.
         """
-        features = self.extractor.of_all(images)
+        features = self.extractor.extract_all(images)
         metrics = dist.on_rank_0(lambda: measure(features, self.reference, self.extractor))
         if self.digits:
-            metrics |= dist.on_rank_0(lambda: self._read(images, labels))
+            metrics |= dist.on_rank_0(lambda: self._digit_metrics(images, labels))
         return {"metrics": metrics, **drawn, **self.description, "versions": versions(self.extractor.device)}
 
     def _held_out(self) -> dict[str, float]:
         """The numbers of real digits that the judge has not seen: what can be had at best."""
         classifier = digits.digit_classifier()
-        found = measure(self.extractor.of(classifier.held_out), self.reference, self.extractor)
+        found = measure(self.extractor.extract(classifier.held_out), self.reference, self.extractor)
         found["read_as_class"] = classifier.accuracy(classifier.held_out, classifier.held_out_labels)
         return {f"held_out_{name}": value for name, value in found.items()}
 
-    def _read(self, images: Images, labels: np.ndarray | None) -> dict[str, float]:
+    def _digit_metrics(self, images: Images, labels: np.ndarray | None) -> dict[str, float]:
         """What only digits can be asked."""
         if labels is None:
             return self.held_out
@@ -131,23 +131,23 @@ class Comparison:
 
 def sha256_of(path: Path) -> str:
     """Of a file; of a folder, of its pictures in the order of their names."""
-    return fingerprint(path).sha256 if path.is_file() else digest(fingerprint(file).sha256 for file in pictures_in(path))
+    return fingerprint(path).sha256 if path.is_file() else digest(fingerprint(file).sha256 for file in image_paths(path))
 
 
-class _Opened(NamedTuple):
+class _ReferenceData(NamedTuple):
     statistics: Statistics | None = None
     images: Images | None = None
 
 
-def _open_reference(path: Path) -> _Opened:
+def _open_reference(path: Path) -> _ReferenceData:
     if not path.exists():
         raise UsageError(f"no reference at {path}: it is {DIGITS}, an npz of statistics or images, or a folder of pictures")
     names = npz_names(path) if path.suffix == ".npz" else []
     statistics = read_statistics(path) if ("arr_0" not in names and names) or "mu" in names else None
-    return _Opened(statistics, open_images(path) if "arr_0" in names or not names else None)
+    return _ReferenceData(statistics, open_images(path) if "arr_0" in names or not names else None)
 
 
-def describe(images: ImageSet, trained: Trained) -> dict[str, Any]:
+def describe(images: ImageSet, trained: TrainedModel) -> dict[str, Any]:
     """What was drawn, and with what."""
     described = {name: value for name, value in images.description.items() if name != "weights"}
     return {

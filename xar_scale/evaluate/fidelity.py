@@ -86,7 +86,7 @@ class Extractor:
             raise UsageError(f"features {name} cannot be had: {' '.join(str(error).split())}") from None
 
     @torch.no_grad()
-    def of(self, images_NIHW: np.ndarray) -> Features:
+    def extract(self, images_NIHW: np.ndarray) -> Features:
         """Grey images are repeated as three channels."""
         colour = np.repeat(images_NIHW, 3, axis=1) if images_NIHW.shape[1] == 1 else images_NIHW
         found: list[dict[str, Tensor]] = []
@@ -97,11 +97,11 @@ class Extractor:
                 found.append({layer: value.cpu() for layer, value in values.items()})
         return {layer: torch.cat([values[layer] for values in found]) for layer in found[0]}
 
-    def of_all(self, images: Images) -> Features:
+    def extract_all(self, images: Images) -> Features:
         """In the images' order, on rank 0; on others nothing. Every rank calls this, and takes its share of the parts."""
 
         def extract(parts: Sequence[int]) -> dict[int, Features]:
-            return {part: self.of(images.read(part)) for part in dist.mine(parts)}
+            return {part: self.extract(images.read(part)) for part in dist.mine(parts)}
 
         found: dict[int, Features] = {}
         for first in range(0, images.parts, dist.world()):

@@ -16,7 +16,7 @@ from xar_scale.checkpoint.interop.pretrained import check_shapes
 from xar_scale.config import SampleConfig
 from xar_scale.dist import say
 from xar_scale.errors import ConfigError
-from xar_scale.evaluate.trained import Trained
+from xar_scale.evaluate.trained import TrainedModel
 from xar_scale.graphs import Graphs
 from xar_scale.model.compiled import graph_of
 from xar_scale.model.kv_cache import KVCache
@@ -113,7 +113,7 @@ class Generator:
             yield self.tokenizer.decode(state)[0]
 
 
-def open_generator(trained: Trained, device: torch.device) -> Generator:
+def open_generator(trained: TrainedModel, device: torch.device) -> Generator:
     """Of weights on disk, of which each rank reads what it holds. Every rank calls this.
 
     Raises ConfigError where the ranks do not share evenly, or the tokenizer lacks its weights.

@@ -87,27 +87,27 @@ def open_images(path: Path) -> ImagesInMemory | ImageFiles:
     those in folders below. Raises UsageError where there is nothing, DataError where it is something else."""
     if path.is_dir():
         os.listdir(path)  # one that cannot be read is an OSError, where a search would find nothing
-        if not (paths := pictures_in(path)):
+        if not (paths := image_paths(path)):
             raise UsageError(f"no pictures in {path} ({', '.join(SUFFIXES)})")
         with _opened(paths[0]) as first:
-            return _several(path, ImageFiles(paths, first.size))
+            return _require_several(path, ImageFiles(paths, first.size))
     if not path.is_file():
         raise UsageError(f"no images at {path}")
     if "arr_0" not in npz_names(path):
         raise DataError(f"{path} holds no images in arr_0")
-    images, labels = _mapped(path, "arr_0"), read_npz(path, "arr_1").get("arr_1")
+    images, labels = _memory_map(path, "arr_0"), read_npz(path, "arr_1").get("arr_1")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
         raise DataError(f"{path}: arr_0 is {images.dtype}{images.shape}, not one or more of uint8 (H, W, 3)")
     if labels is not None and labels.shape != images.shape[:1]:
         raise DataError(f"{path}: {labels.shape} labels for {len(images)} images")
-    return _several(path, ImagesInMemory(images.transpose(0, 3, 1, 2), labels))
+    return _require_several(path, ImagesInMemory(images.transpose(0, 3, 1, 2), labels))
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def image_paths(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
-def _several(path: Path, images: T) -> T:
+def _require_several(path: Path, images: T) -> T:
     if images.count < 2:
         raise UsageError(f"{path} holds one image: numbers are of several")
     return images
@@ -134,7 +134,7 @@ def _npz(path: Path) -> Iterator[Any]:
         raise DataError(f"{path} is no npz of arrays, or torn") from None
 
 
-def _mapped(path: Path, name: str) -> np.ndarray:
+def _memory_map(path: Path, name: str) -> np.ndarray:
     """An array that may be larger than memory: where it is stored as it is, each rank reads of the file what it needs."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
         entry = archive.getinfo(f"{name}.npy")

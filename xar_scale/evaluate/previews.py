@@ -99,7 +99,7 @@ class Previews:
         set_ = {"images": settings.images, "classes": images.classes, "seed": 0, "vectors": "ema"}
         set_ |= {"tokenizer": self.dataset.tokenizer, **settings_of(generator.settings, self.config.kernels, self.engine.mode)}
         drawn = {"set": set_, "weights": {"path": str(self.run), "step": done}}
-        result = self.comparison.of(images, None, drawn)
+        result = self.comparison.evaluate(images, None, drawn)
         folder = self.run / "evaluations" / f"training-step-{done:08d}"
         if dist.rank() == 0:
             with _errors_logged(f"{folder} cannot be written"):

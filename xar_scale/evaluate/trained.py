@@ -23,7 +23,7 @@ SECTIONS = ("sample.", "kernels.")  # of the config, that can be changed when im
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """A model's weights, the averaged ones where there are any, and the settings that images are drawn with."""
 
     source: Source
@@ -49,7 +49,7 @@ def holds_weights(path: Path) -> bool:
     return path.suffix != ".npz"
 
 
-def open_trained(path: Path, overrides: list[str]) -> Trained:
+def open_trained(path: Path, overrides: list[str]) -> TrainedModel:
     """A run's newest valid checkpoint, one checkpoint, or published weights. Every rank calls this.
 
     ``overrides``: of ``sample`` and ``kernels``, laid over the run's own config, or over that of the published model's recipe.
@@ -70,13 +70,13 @@ def open_trained(path: Path, overrides: list[str]) -> Trained:
     return replace(trained, sha256=sha256, tokenizer={"name": "kl16", "sha256": tokenizer})
 
 
-def _of_run(checkpoint: Checkpoint, overrides: list[str]) -> Trained:
+def _of_run(checkpoint: Checkpoint, overrides: list[str]) -> TrainedModel:
     path, manifest = checkpoint.path, checkpoint.manifest
     if not manifest.config:
         raise UsageError(f"{path} was made of another format, and knows neither its model's config nor its tokenizer")
     config = Config.from_dict(override(manifest.config, overrides))
     source = open_source(path)
-    return Trained(
+    return TrainedModel(
         source,
         "ema" if "ema" in source.kinds else "model",
         digest(entry.sha256 for entry in manifest.files.values()),
@@ -88,7 +88,7 @@ def _of_run(checkpoint: Checkpoint, overrides: list[str]) -> Trained:
     )
 
 
-def _published(path: Path, overrides: list[str]) -> Trained:
+def _published(path: Path, overrides: list[str]) -> TrainedModel:
     """But for what is hashed."""
     source = open_source(path)
     kind = "ema" if "ema" in source.kinds else "model"
@@ -101,7 +101,7 @@ def _published(path: Path, overrides: list[str]) -> Trained:
         )
     if not Path(settings.tokenizer_weights).is_file():
         raise UsageError(f"no kl16 weights at {settings.tokenizer_weights}")
-    return Trained(
+    return TrainedModel(
         source,
         kind,
         "",
