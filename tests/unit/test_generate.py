@@ -88,7 +88,7 @@ def test_kinds_of_calls_are_compiled_beyond_pytorch_s_limit(checkpoint, monkeypa
     assert counted.frame_count == 20
 
 
-class Unrecorded:
+class UngraphedCalls:
     """In place of records, which need a GPU: does the work anew each time."""
 
     def __init__(self, device) -> None:
@@ -100,14 +100,14 @@ class Unrecorded:
 
 
 def test_batches_of_any_size_share_the_cache_that_records_know(monkeypatch):
-    monkeypatch.setattr(generate, "Graphs", Unrecorded)
-    recorded = generate._Recorded(model := create_model("nano", **SIZES).eval(), CPU)
+    monkeypatch.setattr(generate, "Graphs", UngraphedCalls)
+    graphed = generate._GraphedNetwork(model := create_model("nano", **SIZES).eval(), CPU)
     plain, made = create_model("nano", **SIZES), []
-    model.forward, model.new_cache = recorded.forward, lambda *of: made.append(recorded.new_cache(*of)) or made[-1]
+    model.forward, model.new_cache = graphed.forward, lambda *of: made.append(graphed.new_cache(*of)) or made[-1]
     for labels, graphs in (([3, 7], 7), ([5], 14), ([1, 2, 3], 7), ([4, 6], 14)):
         options = {"steps": 3, "guidance": 1.5, "seed": len(labels)}
         assert torch.equal(sample(model, labels, **options), sample(plain, labels, **options))
-        assert len(recorded._graphs.kinds) == graphs  # a larger cache is another: what knew the one before is gone
+        assert len(graphed._graphs.kinds) == graphs  # a larger cache is another: what knew the one before is gone
     sizes = [len(cache[0].keys) for cache in made]
     assert sizes == [4, 4, 6, 6] and made[0] is made[1] and made[2] is made[3]
 

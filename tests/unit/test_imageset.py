@@ -147,7 +147,7 @@ def test_a_part_that_is_torn_is_named(tmp_path, trained):
 
 
 def test_progress_is_of_all_ranks_and_has_an_end(tmp_path, trained, monkeypatch, capsys):
-    monkeypatch.setattr(imageset, "SAY_EVERY_S", 0.0)
+    monkeypatch.setattr(imageset, "PROGRESS_EVERY_S", 0.0)
     images = image_set(trained, tmp_path / "set", COUNT, 4)
     images.open()
     images.draw(open_generator(trained, CPU))

@@ -25,9 +25,10 @@ from xar_scale.precision import FP32, MODES, apply_matmul_mode
 from xar_scale.sampler import Watch, sample
 from xar_scale.tokenizers import Tokenizer, create_tokenizer
 
-FRAMES = 48  # of an animation
-AHEAD = 2  # batches of latents that wait to be decoded
-SAMPLER = ("sampler", "steps", "guidance", "guidance_schedule", "guidance_interval")  # what sample() takes of the settings
+FRAMES = 48  # in an animation, about
+MAX_PENDING = 2  # batches of latents that wait to be decoded
+# the settings that are arguments of sample()
+SAMPLER_SETTINGS = ("sampler", "steps", "guidance", "guidance_schedule", "guidance_interval")
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Generator:
 
     def with_settings(self, settings: SampleConfig) -> "Generator":
         """The same weights, drawn from with other settings of the sampler; the rest is as it was when they were opened."""
-        changed = {name: getattr(settings, name) for name in SAMPLER}
+        changed = {name: getattr(settings, name) for name in SAMPLER_SETTINGS}
         settings = dataclasses.replace(self.settings, **changed)
         return replace(self, settings=settings)
 
@@ -67,8 +68,8 @@ class Generator:
                 seeds = seed if isinstance(seed, int) else seed[start : start + size]
                 latents = self.latents(labels[start : start + size], seeds, first + start)
                 decoded.append(decoder.submit(self.tokenizer.decode, latents))
-                if number >= AHEAD:
-                    wait([decoded[number - AHEAD]])
+                if number >= MAX_PENDING:
+                    wait([decoded[number - MAX_PENDING]])
             for _ in range(batches - len(starts)):
                 self.latents([0], 0, 0)
             return np.concatenate([part.result() for part in decoded]) if decoded else np.empty((0, 0, 0, 0), np.uint8)
@@ -88,7 +89,7 @@ class Generator:
 
     def latents(self, labels: Sequence[int], seed: int | Sequence[int], first: int = 0, watch: Watch | None = None) -> Tensor:
         """One batch, in the tokenizer's own scale."""
-        options = {name: getattr(self.settings, name) for name in SAMPLER}
+        options = {name: getattr(self.settings, name) for name in SAMPLER_SETTINGS}
         mixed = torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute is not FP32)
         with mixed, dist.interlocked() if self.shared else nullcontext():
             drawn = sample(self.model, labels, seed=seed, first_image=first, watch=watch, **options)
@@ -138,7 +139,7 @@ def open_generator(trained: TrainedModel, device: torch.device) -> Generator:
 
     model, tokenizer = dist.together(build)
     apply_matmul_mode(settings.precision)
-    ranges = _place(model, settings, device)
+    ranges = _materialize(model, settings, device)
 
     def fill() -> None:
         for name, (start, values) in ranges.items():
@@ -166,11 +167,11 @@ def prepare(model: XAR, device: torch.device, compute: torch.dtype, *, compiled:
         for block in model.blocks:
             block.forward = graph_of(block.forward, fullgraph=True)  # type: ignore[method-assign]
     if device.type == "cuda":
-        recorded = _Recorded(model, device)
-        model.forward, model.new_cache = recorded.forward, recorded.new_cache  # type: ignore[method-assign, assignment]
+        graphed = _GraphedNetwork(model, device)
+        model.forward, model.new_cache = graphed.forward, graphed.new_cache  # type: ignore[method-assign, assignment]
 
 
-class _Recorded:
+class _GraphedNetwork:
     """A network's calls, each kind of them recorded. It has one cache, where its records know it, for the largest batch yet."""
 
     def __init__(self, model: XAR, device: torch.device) -> None:
@@ -185,9 +186,9 @@ class _Recorded:
         if cache is not self._cache:
             (velocity,) = work(x, t, labels)
             return velocity
-        (played,) = self._graphs.play(first, work, x, t, labels)
-        assert played is not None
-        return played.clone()
+        (replayed,) = self._graphs.play(first, work, x, t, labels)
+        assert replayed is not None
+        return replayed.clone()
 
     def new_cache(self, batch: int, dtype: torch.dtype | None = None) -> KVCache:
         fits = self._cache and self._cache[0].keys.shape[0] >= batch and self._cache[0].keys.dtype == dtype
@@ -197,7 +198,7 @@ class _Recorded:
         return self._cache
 
 
-def _place(model: XAR, settings: SampleConfig, device: torch.device) -> dict[str, tuple[int, Tensor]]:
+def _materialize(model: XAR, settings: SampleConfig, device: torch.device) -> dict[str, tuple[int, Tensor]]:
     """Give the parameters memory. Returns this rank's of each: the first element, and the tensor from there on."""
     if settings.shard_ranks == 1:
         model.to_empty(device=device).requires_grad_(False)

@@ -18,7 +18,7 @@ from xar_scale.evaluate.images import PART
 from xar_scale.files import write_atomically
 
 DESCRIPTION, MADE_WITH = "set.json", "drawn_with"
-SAY_EVERY_S = 10.0
+PROGRESS_EVERY_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -77,29 +77,29 @@ class ImageSet:
     def open(self) -> None:
         """Make the folder, or find the same set in it. Raises UsageError where it holds another, or nobody knows which."""
         wanted = self.description
-        if there := self._described():
+        if there := self._read_description():
             for key in sorted({*there, *wanted} - {MADE_WITH}):
                 if there.get(key) != wanted.get(key):
                     differ = f"{key} is {there.get(key)} there, {wanted.get(key)} here"
                     raise UsageError(f"{self.folder} holds another set: {differ}; name another --out")
             if self.missing():
-                self._describe(_both(there[MADE_WITH], self.here))
+                self._write_description(_merge_versions(there[MADE_WITH], self.here))
             return
         if any(self.folder.glob("part-*.npy")):
             raise UsageError(f"{self.folder} holds images of a set that nothing describes: {DESCRIPTION} is missing")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._describe(self.here)
+        self._write_description(self.here)
 
     def made_with(self) -> dict[str, str]:
         """Versions and device, as the folder has them."""
-        found: dict[str, str] = self._described()[MADE_WITH]
+        found: dict[str, str] = self._read_description()[MADE_WITH]
         return found
 
-    def _describe(self, made_with: dict[str, str]) -> None:
+    def _write_description(self, made_with: dict[str, str]) -> None:
         content = json.dumps(self.description | {MADE_WITH: made_with}, indent=1)
         write_atomically(self.folder / DESCRIPTION, content.encode())
 
-    def _described(self) -> dict[str, Any]:
+    def _read_description(self) -> dict[str, Any]:
         """Nothing where there is none."""
         path = self.folder / DESCRIPTION
         if not path.is_file():
@@ -122,9 +122,9 @@ class ImageSet:
             mine = missing[first : first + dist.world()][dist.rank() :][:1]
             # nobody is so far behind that others give up waiting, nor waits for one who failed; at the end all parts are there
             dist.together(partial(self._draw, generator, mine, batches))
-            if dist.rank() == 0 and time.monotonic() - said > SAY_EVERY_S:
+            if dist.rank() == 0 and time.monotonic() - said > PROGRESS_EVERY_S:
                 said = time.monotonic()
-                self._say(missing, said - begun)
+                self._print_progress(missing, said - begun)
 
     def _draw(self, generator: Generator, mine: Sequence[int], batches: int) -> None:
         for part in mine:
@@ -134,7 +134,7 @@ class ImageSet:
         if generator.shared and not mine:
             generator.draw([], batches=batches)
 
-    def _say(self, missing: list[int], seconds: float) -> None:
+    def _print_progress(self, missing: list[int], seconds: float) -> None:
         """How far all ranks are, and when they will be done: after ``seconds``, ``missing`` parts at first."""
         images = lambda parts: sum(len(self.numbers(part)) for part in parts)  # noqa: E731
         left = images(self.missing())
@@ -142,7 +142,7 @@ class ImageSet:
         print(f"{self.count - left:,}/{self.count:,} images  {rate:.1f} images/s  ETA {left / rate:.0f} s", flush=True)
 
 
-def _both(there: dict[str, str], here: dict[str, str]) -> dict[str, str]:
+def _merge_versions(there: dict[str, str], here: dict[str, str]) -> dict[str, str]:
     """Versions and devices of those who drew before and of who goes on."""
     values = {name: [*there.get(name, "").split(", "), here.get(name, "")] for name in {**there, **here}}
     return {name: ", ".join(dict.fromkeys(filter(None, given))) for name, given in values.items()}
