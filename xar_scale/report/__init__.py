@@ -1,1 +1,1 @@
-"""One page about a run, from its folder alone: what it holds (read, trouble, kept), its curves, and the page."""
+"""One page about a run, from its folder alone: what it holds (read, incidents, artifacts), its curves, and the page."""

@@ -14,12 +14,12 @@ from xar_scale.checkpoint.manifest import FOLDER, LATEST, Manifest, checkpoint_p
 from xar_scale.errors import XarScaleError
 
 SAMPLES, EVALUATION_FILE = "samples", "evaluation.json"
-PICTURES = 24  # on the page at most
-NEWEST, EARLIER = 1600, 480  # pixels on the longer side
+MAX_GRIDS = 24  # on the page at most
+NEWEST_SIDE, EARLIER_SIDE = 1600, 480  # pixels on the longer side
 
 
 @dataclass(frozen=True)
-class Kept:
+class CheckpointEntry:
     """A checkpoint's folder."""
 
     name: str
@@ -29,7 +29,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Picture:
+class SampleGrid:
     """Samples drawn after ``step`` steps, as a data: URI, or what is wrong with them."""
 
     step: int
@@ -49,7 +49,7 @@ class Evaluation:
     problem: str
 
 
-def checkpoints(run: Path) -> list[Kept]:
+def checkpoints(run: Path) -> list[CheckpointEntry]:
     """By step, then those that were set aside. Manifests are read; files are not hashed, nor looked for."""
     pointer = run / FOLDER / LATEST
     latest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
@@ -63,30 +63,30 @@ def checkpoints(run: Path) -> list[Kept]:
             manifest = read_manifest(path).manifest
         except (XarScaleError, OSError) as error:
             problem = problem or str(error).removeprefix(f"checkpoint {path}").lstrip(": ")  # the page names it
-        found.append(Kept(path.name, path.name == latest, manifest, problem))
+        found.append(CheckpointEntry(path.name, path.name == latest, manifest, problem))
     return found
 
 
-def pictures(run: Path) -> list[Picture]:
+def sample_grids(run: Path) -> list[SampleGrid]:
     """Oldest first. Of very many an even choice, the first and the newest among them."""
     named = ((re.fullmatch(r"step-(\d{8,})\.png", path.name), path) for path in (run / SAMPLES).glob("step-*.png"))
     files = sorted((int(match[1]), path) for match, path in named if match)
-    if len(files) > PICTURES:
-        files = [files[round(n * (len(files) - 1) / (PICTURES - 1))] for n in range(PICTURES)]
-    return [_picture(step, path, NEWEST if path == files[-1][1] else EARLIER) for step, path in files]
+    if len(files) > MAX_GRIDS:
+        files = [files[round(n * (len(files) - 1) / (MAX_GRIDS - 1))] for n in range(MAX_GRIDS)]
+    return [_sample_grid(step, path, NEWEST_SIDE if path == files[-1][1] else EARLIER_SIDE) for step, path in files]
 
 
-def _picture(step: int, path: Path, side: int) -> Picture:
+def _sample_grid(step: int, path: Path, side: int) -> SampleGrid:
     """A JPEG of at most ``side`` pixels each way: a page of PNGs would have tens of MB."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # pillow has no class of its own
-        return Picture(step, "", f"{path.name} cannot be shown: {error}")
+        return SampleGrid(step, "", f"{path.name} cannot be shown: {error}")
     image.thumbnail((side, side))
     content = io.BytesIO()
     image.save(content, "JPEG", quality=90, subsampling=0)
-    return Picture(step, "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode(), "")
+    return SampleGrid(step, "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode(), "")
 
 
 def evaluations(run: Path) -> list[Evaluation]:

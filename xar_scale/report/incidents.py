@@ -36,15 +36,15 @@ class Span:
 
 @dataclass(frozen=True)
 class GuardEvent:
-    """What counts have risen by between two logged steps."""
+    """What counts have increases by between two logged steps."""
 
     after: int
     step: int
-    risen: dict[str, int]  # by what is counted
+    increases: dict[str, int]  # by what is counted
 
 
 @dataclass(frozen=True)
-class Told:
+class FileReport:
     """Lines about a step, from files that tell of it."""
 
     step: int
@@ -81,27 +81,27 @@ def guard_events(entries: Entries) -> list[GuardEvent]:
     """A run begins with counts of 0; a rollback may take some of them back, which is no event."""
     found = []
     for before, entry in itertools.pairwise([{"step": 0}, *entries]):
-        rises = {what: int(entry.get(name, 0) - before.get(name, 0)) for name, what in COUNTS.items()}
-        if risen := {what: rise for what, rise in rises.items() if rise > 0}:
-            found.append(GuardEvent(before["step"], entry["step"], risen))
+        differences = {what: int(entry.get(name, 0) - before.get(name, 0)) for name, what in COUNTS.items()}
+        if increases := {what: difference for what, difference in differences.items() if difference > 0}:
+            found.append(GuardEvent(before["step"], entry["step"], increases))
     return found
 
 
-def guard_reports(run: Path) -> list[Told]:
+def guard_reports(run: Path) -> list[FileReport]:
     """What is written of steps that failed; of one that cannot be read, why."""
     found = []
     for path in (run / reports.FOLDER).glob("step-*.json"):
         try:
-            found.append(Told(_step(path), [f"{path.name}: {reports.read_summary(path)}"]))
+            found.append(FileReport(_step(path), [f"{path.name}: {reports.read_summary(path)}"]))
         except (XarScaleError, OSError) as error:
-            found.append(Told(_step(path), [str(error)]))
-    return sorted(found, key=lambda told: (told.step, told.lines))
+            found.append(FileReport(_step(path), [str(error)]))
+    return sorted(found, key=lambda report: (report.step, report.lines))
 
 
-def hangs(run: Path) -> list[Told]:
+def hangs(run: Path) -> list[FileReport]:
     """Steps that hung, each with whom the others waited for."""
     paths = sorted((run / watchdog.FOLDER).glob("step-*-rank-*.txt"))
-    return [Told(step, list(_hang(list(group)))) for step, group in itertools.groupby(paths, _step)]
+    return [FileReport(step, list(_hang(list(group)))) for step, group in itertools.groupby(paths, _step)]
 
 
 def _hang(files: list[Path]) -> Iterator[str]:
@@ -128,13 +128,13 @@ def rank_times(entries: Entries) -> RankTimes:
     return RankTimes(np.array([step for step, _ in same], float), np.array([seconds for _, seconds in same], float))
 
 
-def slowest(of: RankTimes) -> list[RankTime]:
+def slowest(times: RankTimes) -> list[RankTime]:
     """All ranks, the slowest first."""
-    if not len(of.steps):
+    if not len(times.steps):
         return []
-    seconds = np.median(of.seconds[-RECENT:], axis=0)
-    times = seconds / np.median(seconds)
-    return [RankTime(int(rank), float(seconds[rank]), float(times[rank])) for rank in np.argsort(-seconds, kind="stable")]
+    seconds = np.median(times.seconds[-RECENT:], axis=0)
+    ratios = seconds / np.median(seconds)
+    return [RankTime(int(rank), float(seconds[rank]), float(ratios[rank])) for rank in np.argsort(-seconds, kind="stable")]
 
 
 def _step(path: Path) -> int:
