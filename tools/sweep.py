@@ -151,7 +151,7 @@ def table(results: list[Result]) -> str:
     """The best by the first metric in bold."""
     first, *others = [name for name in results[0]["metrics"] if not name.startswith("held_out_")]
     lines = [
-        f"| sampler | steps | guidance | passes an image | images/s | {' | '.join([first, *others])} |",
+        f"| sampler | steps | guidance | passes per image | images/s | {' | '.join([first, *others])} |",
         f"|{' --- |' * (6 + len(others))}",
     ]
     best = min(result["metrics"][first] for result in results)
@@ -178,7 +178,7 @@ def plot(results: list[Result]) -> bytes:
     for (sampler, guidance), points in curves.items():
         colour, line = f"C{[*SAMPLERS].index(sampler)}", LINES[guidances.index(guidance) % len(LINES)]
         axes.plot(*zip(*sorted(points), strict=True), line, marker="o", color=colour, label=f"{sampler}, guidance {guidance:g}")
-    axes.set(xlabel="passes of the network an image", ylabel=first.replace("_", " "))
+    axes.set(xlabel="forward passes per image", ylabel=first.replace("_", " "))
     for scale, axis in ((axes.set_xscale, axes.xaxis), (axes.set_yscale, axes.yaxis)):
         scale("log", subs=(2, 3, 5))
         axis.set_major_formatter("{x:g}")

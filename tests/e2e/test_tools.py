@@ -70,7 +70,7 @@ def test_a_sweep_goes_on_and_is_the_same_on_two_ranks(tmp_path):
     assert done.stdout.endswith(table)
     assert done.stdout.count("drawing on 1 x cpu") == 1 and done.stdout.count("0 of them there already") == 4
     titles, *rows = rows_of(table)
-    assert titles[:6] == ["sampler", "steps", "guidance", "passes an image", "images/s", "frechet_distance"]
+    assert titles[:6] == ["sampler", "steps", "guidance", "passes per image", "images/s", "frechet_distance"]
     assert titles[6:] == ["precision", "recall", "read_as_class"]
     wanted = [["euler", "1", "1.5", "8"], ["euler", "3", "1.5", "24"], ["heun", "1", "1.5", "8"], ["heun", "3", "1.5", "40"]]
     assert [row[:4] for row in rows] == wanted and all(float(row[4]) > 0 for row in rows)
