@@ -31,7 +31,7 @@ LAST_LOGS = 5  # logging steps that the loss is averaged over
 
 def main() -> int:
     parser = Parser(prog="compare_entities", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of runs, table.md and entities.png")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs, table.md and entities.png")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for all kinds")
 
     def run() -> None:

@@ -21,8 +21,8 @@ SIDE, GAP, TITLE = 22, 14, 24  # pixels: of a token, between grids, of a name's 
 
 def main() -> int:
     parser = Parser(prog="draw_entities", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the picture, a PNG")
-    parser.add_argument("--grid", type=int, default=8, help="tokens on a side")
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--grid", type=int, default=8, help="tokens per side")
 
     def run() -> None:
         options = parser.parse_args()

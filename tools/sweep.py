@@ -40,22 +40,22 @@ Result = dict[str, Any]  # what a set's evaluation.json holds
 
 def main() -> int:
     parser = Parser(prog="sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, help="a run's folder, one checkpoint's, or a published file")
-    parser.add_argument("--out", type=Path, required=True, help="folder of sweep.md, .json, .svg, samples.png, and of the sets")
-    parser.add_argument("--reference", required=True, help="digits, an npz with mu and sigma or images, pictures")
-    parser.add_argument("--images", type=int, default=1000, help="of each set")
-    parser.add_argument("--sampler", type=_samplers, help=f"of {', '.join(SAMPLERS)}, with commas (default: the run's)")
-    parser.add_argument("--steps", type=functools.partial(_numbers, int, 1), help="with commas (default: the run's)")
-    parser.add_argument("--guidance", type=functools.partial(_numbers, float, 0), help="with commas (default: the run's)")
+    parser.add_argument("weights", type=Path, help="a run, a checkpoint, or a file of published weights")
+    parser.add_argument("--out", type=Path, required=True, help="folder for sweep.md, .json, .svg, samples.png and the sets")
+    parser.add_argument("--reference", required=True, help="digits, an npz with mu and sigma or images, or a folder of images")
+    parser.add_argument("--images", type=int, default=1000, help="images per set (default: 1000)")
+    parser.add_argument("--sampler", type=_samplers, help=f"comma-separated, from {', '.join(SAMPLERS)} (default: the run's)")
+    parser.add_argument("--steps", type=functools.partial(_numbers, int, 1), help="comma-separated (default: the run's)")
+    parser.add_argument("--guidance", type=functools.partial(_numbers, float, 0), help="comma-separated (default: the run's)")
     parser.add_argument("--features", default=INCEPTION, help="one of torch-fidelity's extractors")
-    parser.add_argument("--inception-weights", type=Path, help="path of torch-fidelity's file (default: where it keeps it)")
+    parser.add_argument("--inception-weights", type=Path, help="path of Inception's weights (default: torch-fidelity's copy)")
     parser.add_argument("overrides", nargs="*", help="sample.key=value and kernels.key=value, for all sets")
     return ending("sweep", lambda: sweep(parser.parse_intermixed_args()))
 
 
 def _samplers(text: str) -> list[str]:
     if unknown := [name for name in text.split(",") if name not in SAMPLERS]:
-        raise argparse.ArgumentTypeError(f"no sampler {unknown[0]!r}; there are: {', '.join(SAMPLERS)}")
+        raise argparse.ArgumentTypeError(f"no sampler {unknown[0]!r}; available: {', '.join(SAMPLERS)}")
     return list(dict.fromkeys(text.split(",")))
 
 
@@ -65,7 +65,7 @@ def _numbers(kind: type[int] | type[float], least: int, text: str) -> list[float
     except ValueError:
         numbers = []
     if not numbers or not all(least <= number < math.inf for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers of at least {least} with commas")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of numbers of at least {least}")
     return list(dict.fromkeys(numbers))
 
 
@@ -193,7 +193,7 @@ def _matplotlib() -> Any:
     try:
         import matplotlib.figure
     except ImportError:
-        raise UsageError("the plot is matplotlib's: pip install 'xar_scale[evaluate]'") from None
+        raise UsageError("the plot needs matplotlib: pip install 'xar_scale[evaluate]'") from None
     return matplotlib
 
 

@@ -81,7 +81,7 @@ class Metrics:
         except OSError as error:
             self._close()  # and opened anew, behind the last step that is there whole
             if not self._failing:
-                print(f"metrics cannot be written, they are kept for later: {file_error(error)}", flush=True)
+                print(f"metrics cannot be written, buffering them: {file_error(error)}", flush=True)
             self._failing = True
             return
         if self._failing:
@@ -94,7 +94,7 @@ class Metrics:
             self._open()[1].add(step, {f"evaluate/{name}": value for name, value in numbers.items()}, pictures)
         except OSError as error:
             self._close()  # what comes next begins a file of its own: in this one a record may be cut
-            print(f"TensorBoard has no pictures and numbers of step {step}: {file_error(error)}", flush=True)
+            print(f"samples and metrics of step {step} are not written to TensorBoard: {file_error(error)}", flush=True)
 
     def go_back(self, step: int) -> None:
         """The run goes on from ``step``: drop what was logged after it."""

@@ -51,14 +51,14 @@ def sample(
     waits for nothing, and the network may be compiled before (docs/sampling.md).
     """
     if sampler not in SAMPLERS:
-        raise UsageError(f"no sampler {sampler!r}; there are: {', '.join(SAMPLERS)}")
+        raise UsageError(f"no sampler {sampler!r}; available: {', '.join(SAMPLERS)}")
     if guidance_schedule not in SCHEDULES:
-        raise UsageError(f"no guidance schedule {guidance_schedule!r}; there are: {', '.join(SCHEDULES)}")
+        raise UsageError(f"no guidance schedule {guidance_schedule!r}; available: {', '.join(SCHEDULES)}")
     if steps < 1:
         raise UsageError(f"sampling needs at least 1 step, not {steps}")
     low, high = guidance_interval
     if not (0 <= guidance < math.inf and 0 <= low <= high <= 1):
-        raise UsageError(f"guidance {guidance} within times {low} to {high}: it is at least 0, times rise from 0 to 1")
+        raise UsageError(f"guidance {guidance} within times {low} to {high}: guidance must be >= 0, times rise within 0..1")
     device, layout = model.in_proj.weight.device, model.layout
     labels_B = _labels(labels, model.null_class)
     batch = len(labels_B)
@@ -99,7 +99,7 @@ def _keys(seed: int | Sequence[int], first_image: int, batch: int) -> list[tuple
     if len(seeds) != batch:
         raise UsageError(f"{len(seeds)} seeds for {batch} labels")
     if wrong := [one for one in seeds if not (isinstance(one, Integral) and 0 <= int(one) < rng.SEEDS)]:
-        raise UsageError(f"seed {wrong[0]} is no whole number from 0 to 2^64 - 1")
+        raise UsageError(f"seed {wrong[0]} is not an integer from 0 to 2^64 - 1")
     return [(int(one), 0 if alone else first_image + image) for image, one in enumerate(seeds)]
 
 
@@ -110,9 +110,9 @@ def _labels(labels: Tensor | Sequence[int], null_class: int) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         found = torch.empty(0)
     if found.ndim != 1 or found.is_floating_point() or found.dtype is torch.bool or not len(found):
-        raise UsageError(f"labels must be one or more whole numbers in 0..{null_class}, the last for no class")
+        raise UsageError(f"labels must be one or more integers in 0..{null_class}, where {null_class} is no class")
     if wrong := [label for label in found.tolist() if not 0 <= label <= null_class]:
-        raise UsageError(f"label {wrong[0]} is outside 0..{null_class}, the last for no class")
+        raise UsageError(f"label {wrong[0]} is outside 0..{null_class}, where {null_class} is no class")
     return found.to(torch.int64)
 
 

@@ -141,26 +141,26 @@ def test_statistics_of_either_type_are_loaded(tmp_path, dtype):
 def test_statistics_that_are_none_are_refused(tmp_path):
     path = tmp_path / "known.npz"
     np.savez(path, mu=np.zeros(4), sigma=np.eye(3))
-    with pytest.raises(DataError, match=r"mu \(4,\) and sigma \(3, 3\) are no mean and covariance"):
+    with pytest.raises(DataError, match=r"mu \(4,\) and sigma \(3, 3\) are not a mean and covariance"):
         read_statistics(path)
     np.savez(path, mu=np.full(3, np.nan), sigma=np.eye(3))
-    with pytest.raises(DataError, match="no mean and covariance"):
+    with pytest.raises(DataError, match="not a mean and covariance"):
         read_statistics(path)
     for sigma in (np.tril(np.full((3, 3), 0.5)), -np.eye(3)):  # a root of one, and no variances
         np.savez(path, mu=np.zeros(3), sigma=sigma)
-        with pytest.raises(DataError, match="no mean and covariance"):
+        with pytest.raises(DataError, match="not a mean and covariance"):
             read_statistics(path)
     np.savez(path, mu=np.zeros(3, np.float16), sigma=np.eye(3))
-    with pytest.raises(DataError, match=r"known.npz: mu float16, sigma float64: statistics are of float32 or float64"):
+    with pytest.raises(DataError, match=r"known.npz: mu float16, sigma float64: statistics must be float32 or float64"):
         read_statistics(path)
     np.savez(path, mean=np.zeros(3))
-    with pytest.raises(DataError, match=r"known.npz holds no mu and sigma"):
+    with pytest.raises(DataError, match=r"known.npz has no mu and sigma"):
         read_statistics(path)
     path.write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(DataError, match=r"known.npz is no npz of arrays, or torn"):
+    with pytest.raises(DataError, match=r"known.npz is not an npz of arrays, or is torn"):
         Comparison(str(path), "seeded", CPU)
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(DataError, match=r"known.npz is of 3 features, seeded has 12"):
+    with pytest.raises(DataError, match=r"known.npz has 3 features, but seeded has 12"):
         Comparison(str(path), "seeded", CPU)  # before anything is drawn for it
     with pytest.raises(UsageError, match="no reference at"):
         Comparison(str(tmp_path / "nowhere"), "seeded", CPU)
@@ -170,7 +170,7 @@ def test_what_goes_by_a_published_name_is_that_file(tmp_path, monkeypatch):
     assert fidelity.git_sha1(b"what is up, doc?") == "bd9dbf5aae1a3862dd1526723246b20206e5fc37"  # git's own example
     path = tmp_path / "adm_in256_stats.npz"
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(DataError, match=r"is not the published adm_in256_stats.npz: git's SHA-1 of it is .{40}, not 1da4"):
+    with pytest.raises(DataError, match=r"is not the published adm_in256_stats.npz: its git blob SHA-1 is .{40}, not 1da4"):
         read_statistics(path)
     monkeypatch.setitem(fidelity.PUBLISHED, path.name, fidelity.git_sha1(path.read_bytes()))
     assert read_statistics(path)["mu"].shape == (3,)
@@ -179,16 +179,16 @@ def test_what_goes_by_a_published_name_is_that_file(tmp_path, monkeypatch):
 def test_inception_weights_that_are_nowhere_end_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(fidelity, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
-    said = r"no Inception weights at .*hub.*6726825d.pth, and .* cannot be had .*--inception-weights, or evaluate"
+    said = r"no Inception weights at .*hub.*6726825d.pth, and .* cannot be downloaded .*--inception-weights, or evaluate"
     np.savez(tmp_path / "known.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(UsageError, match=said) as told:
         Comparison(str(tmp_path / "known.npz"), fidelity.INCEPTION, CPU)
     assert "\n" not in str(told.value) and not [*(tmp_path / "hub").rglob("*.pth")]
     with pytest.raises(UsageError, match="no Inception weights at nowhere"):
         Extractor(fidelity.INCEPTION, CPU, tmp_path.__class__("nowhere"))
-    with pytest.raises(UsageError, match="no feature extractor 'nosuch'; there are: .*seeded"):
+    with pytest.raises(UsageError, match="no feature extractor 'nosuch'; available: .*seeded"):
         Extractor("nosuch", CPU)
-    with pytest.raises(UsageError, match="--inception-weights are of inception-v3-compat, not of seeded"):
+    with pytest.raises(UsageError, match="--inception-weights are for inception-v3-compat, not for seeded"):
         Extractor("seeded", CPU, tmp_path)
 
 
@@ -241,13 +241,13 @@ def test_pictures_of_others_are_read_and_what_is_none_is_named(tmp_path, folders
     Image.new("L", (16, 16), 7).save(tmp_path / "deep" / "b.JPG", format="jpeg")
     assert open_images(tmp_path).read(0).shape == (2, 3, 16, 16)
     Image.new("RGB", (16, 8)).save(tmp_path / "deep" / "c.png")
-    with pytest.raises(DataError, match=r"c.png is 16x8 pixels, a.png is 16x16: they must be of one size"):
+    with pytest.raises(DataError, match=r"c.png is 16x8 pixels, a.png is 16x16: all must have the same size"):
         open_images(tmp_path).read(0)
     (tmp_path / "deep" / "c.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"c.png is no picture that can be read"):
+    with pytest.raises(DataError, match=r"cannot read image .*c.png: "):
         open_images(tmp_path).read(0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no pictures in"):
+    with pytest.raises(UsageError, match="no images in"):
         open_images(tmp_path / "empty")
     with pytest.raises(UsageError, match="no images at"):
         open_images(tmp_path / "nowhere.npz")
@@ -256,12 +256,12 @@ def test_pictures_of_others_are_read_and_what_is_none_is_named(tmp_path, folders
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
-        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "holds no images in arr_0"),
-        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"arr_0 is uint8\(2, 3, 8, 8\), not one or more of uint8 \(H, W, 3\)"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "has no images in arr_0"),
+        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"arr_0 is uint8\(2, 3, 8, 8\), expected one or more uint8 \(H, W, 3\)"),
         ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, "arr_0 is float32"),
         ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "arr_0 is uint8"),
         ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.zeros(3)}, r"\(3,\) labels for 2 images"),
-        ({"arr_0": np.array([{}], dtype=object)}, "is no npz of arrays"),
+        ({"arr_0": np.array([{}], dtype=object)}, "is not an npz of arrays"),
     ],
 )
 def test_an_npz_of_something_else_is_refused(tmp_path, arrays, said):
@@ -291,7 +291,7 @@ def test_numbers_of_something_else_are_not_written_over(tmp_path, folders):
     moved = {"set": named["set"] | {"path": "y"}, "reference": result["reference"] | {"path": "z"}}
     write(tmp_path / "numbers", result | moved)
     for section, change in (("set", {"sha256": "2"}), ("reference", {"sha256": ""}), ("features", {"name": "other"})):
-        with pytest.raises(UsageError, match=f"evaluation.json is of another {section}; name another --out"):
+        with pytest.raises(UsageError, match=f"evaluation.json has results of a different {section}; choose another --out"):
             check_folder(tmp_path / "numbers", result | {section: result[section] | change})
 
 
@@ -299,7 +299,7 @@ def test_numbers_of_something_else_are_not_written_over(tmp_path, folders):
 def test_numbers_that_are_torn_are_named(tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content, errors="surrogateescape")
     wanted = {"set": {}, "reference": {}, "features": {}}
-    with pytest.raises(DataError, match=f"{tmp_path}/evaluation.json is torn or changed; remove it or name another --out"):
+    with pytest.raises(DataError, match=f"{tmp_path}/evaluation.json is torn or changed; remove it or choose another --out"):
         check_folder(tmp_path, wanted)
 
 
@@ -327,13 +327,13 @@ def test_images_in_an_npz_are_read_a_part_at_a_time(tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=images.transpose(0, 2, 3, 1))
     content = (tmp_path / "x.npz").read_bytes()
     (tmp_path / "x.npz").write_bytes(content[:1000])
-    with pytest.raises(DataError, match="is no npz of arrays, or torn"):
+    with pytest.raises(DataError, match="is not an npz of arrays, or is torn"):
         open_images(tmp_path / "x.npz")
 
 
 def test_one_image_is_nothing_to_compare_and_few_have_fewer_numbers(tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8))
-    with pytest.raises(UsageError, match="holds one image: numbers are of several"):
+    with pytest.raises(UsageError, match="holds one image: metrics need at least two"):
         open_images(tmp_path / "x.npz")
     extractor = Extractor("seeded", CPU)
     few = {"pooled": torch.randn(3, FEATURES), "logits": torch.randn(3, 10)}
@@ -378,5 +378,5 @@ def test_pictures_that_are_not_8_bits_a_channel_are_named(tmp_path, mode):
     suffix = "jpg" if mode == "CMYK" else "png"
     for name in "ab":
         Image.new(mode, (8, 8)).save(tmp_path / f"{name}.{suffix}")
-    with pytest.raises(DataError, match=rf"a.{suffix} is of mode {mode}, not of 8 bits a channel without transparency"):
+    with pytest.raises(DataError, match=rf"a.{suffix} has mode {mode}, expected 8 bits per channel without transparency"):
         open_images(tmp_path)

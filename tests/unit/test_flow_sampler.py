@@ -319,9 +319,9 @@ def test_an_image_is_a_function_of_seed_and_number():
 
 def test_unknown_samplers_and_step_counts_are_refused():
     model = KnownField(lambda x, t, y: x)
-    with pytest.raises(UsageError, match="no sampler 'rk4'; there are: euler, euler_maruyama, heun, adams_bashforth"):
+    with pytest.raises(UsageError, match="no sampler 'rk4'; available: euler, euler_maruyama, heun, adams_bashforth"):
         sample(model, [0], sampler="rk4")
-    with pytest.raises(UsageError, match="no guidance schedule 'none'; there are: linear, cosine, constant"):
+    with pytest.raises(UsageError, match="no guidance schedule 'none'; available: linear, cosine, constant"):
         sample(model, [0], guidance_schedule="none")
     with pytest.raises(UsageError, match="at least 1 step, not 0"):
         sample(model, [0], steps=0)
@@ -343,7 +343,7 @@ def test_a_guidance_that_is_none_is_refused(guidance):
 @pytest.mark.parametrize("labels", [[], 3, [[1]], [0.5], [True], None, "7", [-1], [0, CLASSES + 1]])
 def test_labels_that_are_no_class_are_refused(labels):
     model = KnownField(lambda x, t, y: x)
-    with pytest.raises(UsageError, match=rf"(whole numbers in|label \S+ is outside) 0..{CLASSES}, the last"):
+    with pytest.raises(UsageError, match=rf"(integers in|label \S+ is outside) 0..{CLASSES}, where {CLASSES} is no class"):
         sample(model, labels)
     assert model.calls == []
     assert sample(model, [0, CLASSES], steps=1).shape == (2, 3, 4, 4)
@@ -351,7 +351,7 @@ def test_labels_that_are_no_class_are_refused(labels):
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 0.5, None, [0, 2**64]])
 def test_seeds_that_are_none_or_would_be_another_are_refused(seed):
-    with pytest.raises(UsageError, match=r"seed \S+ is no whole number from 0 to 2\^64 - 1"):
+    with pytest.raises(UsageError, match=r"seed \S+ is not an integer from 0 to 2\^64 - 1"):
         sample(KnownField(lambda x, t, y: x), [0, 1], seed=seed)
 
 

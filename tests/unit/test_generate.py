@@ -228,7 +228,7 @@ def test_published_weights_are_drawn_from_with_their_recipe(tmp_path, kl16_weigh
     state = as_published(weights, model.config)
     torch.save({"model": state, "model_ema": {name: 1.5 * value for name, value in state.items()}}, published)
     assert holds_weights(published)
-    with pytest.raises(ConfigError, match=r"kl16 needs sample.tokenizer_weights, the path of kl16.ckpt"):
+    with pytest.raises(ConfigError, match=r"set sample.tokenizer_weights to the path of kl16.ckpt"):
         open_trained(published, [])
     trained = open_trained(published, [f"sample.tokenizer_weights={kl16_weights}", "sample.steps=3"])
     assert (trained.kind, trained.sample.steps, trained.sample.guidance, trained.latent_scale) == ("ema", 3, 2.7, 0.2325)
@@ -260,14 +260,14 @@ def test_a_checkpoint_from_before_there_were_tokenizer_weights(checkpoint):
 
 def test_the_kernels_named_are_used_and_said(checkpoint, capsys):
     images = generator(checkpoint.path, "kernels.attention=flex").draw([3, 5], 0)
-    assert "drawing on 1 x cpu, tf32; attention flex" in capsys.readouterr().out
+    assert "sampling on 1 x cpu, tf32; attention flex" in capsys.readouterr().out
     expected = generator(checkpoint.path).draw([3, 5], 0)
     assert "attention dense" in capsys.readouterr().out
     assert np.abs(images.astype(int) - expected).max() <= 1
 
 
 def test_what_cannot_be_drawn_from_is_refused(tmp_path, checkpoint):
-    with pytest.raises(UsageError, match=r"train.steps=3: only sample.\* and kernels.\* can be changed when images are drawn"):
+    with pytest.raises(UsageError, match=r"train.steps=3: only sample.\* and kernels.\* can be changed in sampling"):
         open_trained(checkpoint.path, ["train.steps=3"])
     with pytest.raises(ConfigError, match="world 1 is not divisible by sample.shard_ranks 2"):
         generator(checkpoint.path, "sample.shard_ranks=2")
@@ -300,7 +300,7 @@ def test_a_checkpoint_of_another_format_is_not_drawn_from(tmp_path):
     assert reshard(tmp_path / "run", tmp_path / "universal", "--to", "universal") == 0
     assert reshard(tmp_path / "universal", tmp_path / "made", "--to", "xar-scale") == 0
     assert not read_manifest(tmp_path / "made").manifest.config
-    with pytest.raises(UsageError, match="made of another format, and knows neither its model's config nor its tokenizer"):
+    with pytest.raises(UsageError, match="was converted from another format: it has neither a model config nor a tokenizer"):
         open_trained(tmp_path / "made", [])
 
 

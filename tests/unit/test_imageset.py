@@ -84,11 +84,11 @@ def test_a_folder_of_another_set_is_refused(tmp_path, trained):
         (image_set(trained, tmp_path / "set", COUNT + 1, 4), "images is 23 there, 24 here"),
         (image_set(trained, tmp_path / "set", COUNT, 5), "seed is 4 there, 5 here"),
     ):
-        with pytest.raises(UsageError, match=f"holds another set: {said}"):
+        with pytest.raises(UsageError, match=f"holds a different set: {said}"):
             other.open()
     changed = ["sampler=heun", "steps=2", "guidance=2.0", "guidance_schedule=cosine", "guidance_interval=[0.1,1]"]
     for word in [*(f"sample.{word}" for word in [*changed, "precision=fp32"]), "kernels.attention=flex"]:
-        with pytest.raises(UsageError, match=f"holds another set: {word.partition('.')[0]} is "):
+        with pytest.raises(UsageError, match=f"holds a different set: {word.partition('.')[0]} is "):
             image_set(open_trained(trained.source.path, [*FEW, word]), tmp_path / "set", COUNT, 4).open()
     # what images do not depend on may change
     image_set(open_trained(trained.source.path, [*FEW, "sample.every=3"]), tmp_path / "set", COUNT, 4).open()
@@ -119,7 +119,7 @@ def test_images_of_which_nothing_is_known_are_no_part_of_a_set(tmp_path, trained
     with pytest.raises(DataError, match=r"set.json is torn or changed"):
         images.open()
     (tmp_path / "set" / "set.json").unlink()
-    with pytest.raises(UsageError, match=r"holds images of a set that nothing describes: set.json is missing"):
+    with pytest.raises(UsageError, match=r"holds images of an unknown set: set.json is missing"):
         images.open()
 
 
@@ -139,7 +139,7 @@ def test_a_part_that_is_torn_is_named(tmp_path, trained):
     np.savez(archive, images.read(1))
     for torn in (content[:-9], content[:5], b"", archive.getvalue()):
         images.path(1).write_bytes(torn)
-        with pytest.raises(DataError, match=r"part-00001.npy is torn; without the file, its images are drawn anew"):
+        with pytest.raises(DataError, match=r"part-00001.npy is torn; delete it to generate its images again"):
             images.read(1)
     np.save(images.path(1), np.zeros((3, 1, 8, 8), np.uint8))
     with pytest.raises(DataError, match=r"part-00001.npy is uint8\(3, 1, 8, 8\), not 8 images"):
@@ -152,7 +152,7 @@ def test_progress_is_of_all_ranks_and_has_an_end(tmp_path, trained, monkeypatch,
     images.open()
     images.draw(open_generator(trained, CPU))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == f"{tmp_path / 'set'}: 23 images in 3 parts, 0 of them there already"
+    assert lines[1] == f"{tmp_path / 'set'}: 23 images in 3 parts, 0 already done"
     assert [line.split(" images")[0] for line in lines[2:]] == ["8/23", "16/23", "23/23"] and lines[-1].endswith("ETA 0 s")
 
 
@@ -176,5 +176,5 @@ def test_digits_are_compared_with_those_the_classifier_was_fitted_on():
     worse = comparison.evaluate(ImagesInMemory(noise), None, {})["metrics"]
     assert worse["frechet_distance"] > 10 * real["frechet_distance"] and worse["precision"] < 0.5 < real["precision"]
     assert "read_as_class" not in worse and comparison.extractor.name == digits.NAME
-    with pytest.raises(UsageError, match="--features dinov2-vit-l-14: digits are judged by digits-svm"):
+    with pytest.raises(UsageError, match="--features dinov2-vit-l-14: reference digits uses digits-svm"):
         Comparison("digits", "dinov2-vit-l-14", CPU)

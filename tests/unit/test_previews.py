@@ -72,7 +72,7 @@ def test_averages_that_draw_nothing_end_no_run(tmp_path, run, capsys):
     shown = previews(run, tmp_path).take(3, 3)
     assert shown.pictures == {} and shown.numbers == {} and not (tmp_path / "samples").exists()
     said = capsys.readouterr().out
-    assert said.count("step 3: no pictures: ") == said.count("step 3: no numbers: ") == 1 and "NaN or infinite" in said
+    assert said.count("step 3: no samples: ") == said.count("step 3: no metrics: ") == 1 and "NaN or infinite" in said
     # the spoilt average too, in which NaN is no number's equal
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, run.state(), strict=True))
 

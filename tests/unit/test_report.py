@@ -71,10 +71,10 @@ def test_the_head_says_what_is_training_and_how_far_it_is(run):
     parameters = sum(np.prod(shape) for shape in Run(run.parent / "other").engine.shapes.values())
     assert f"Steps 100 of {STEPS}" in text and "not finished" in text
     assert f"{parameters:,} parameters: width 16, 2 + 2 blocks, 2 heads" in text and "single on 1 rank, fp32" in text
-    assert "step 107 begun 2027-01-15 08:00 UTC, on node-7, process 4242" in text
+    assert "step 107 started 2027-01-15 08:00 UTC, on node-7, process 4242" in text
     (begun,) = (run / "tensorboard").iterdir()
     begun.rename(begun.with_name("events.out.tfevents.1700000000.000000.host"))
-    assert "Begun 2023-11-14 22:13 UTC" in text_of(build_page(run))
+    assert "Started 2023-11-14 22:13 UTC" in text_of(build_page(run))
 
 
 def test_a_run_is_finished_after_its_last_step(run):
@@ -138,18 +138,18 @@ def test_precisions_and_what_the_guard_counts(tmp_path):
     assert spans == [("bf16", 0, 10, 20), ("tf32", 20, 30, 40), ("bf16", 40, 50, 50)]
     first, second = incidents.guard_events(entries)
     assert (first.after, first.step) == (10, 20)
-    assert first.increases == {"attempts discarded": 2, "second attempts that came out otherwise": 1}
-    assert (second.step, second.increases) == (40, {"attempts discarded": 1, "samples taken out": 8})
+    assert first.increases == {"attempts discarded": 2, "retries with a different outcome": 1}
+    assert (second.step, second.increases) == (40, {"attempts discarded": 1, "samples quarantined": 8})
     page = build_page(write_run(tmp_path / "run", entries))
     assert "bf16 at steps 10 to 20, then tf32 at steps 30 to 40, then bf16 at steps 50 to 50" in text_of(page)
-    assert "10 to 20 guard's counts attempts discarded: 2" in text_of(page)
+    assert "10 to 20 guard counters attempts discarded: 2" in text_of(page)
     assert page.count('<i class="guard" style=') == 2
     assert 'class="tf32" style="left:40.000%;width:40.000%"' in page
 
 
 def test_an_event_before_the_first_logged_step_is_seen():
     (event,) = incidents.guard_events([logged(10, GuardState(skipped=1)), logged(20, GuardState(skipped=1))])
-    assert (event.after, event.step, event.increases) == (0, 10, {"steps gone without": 1})
+    assert (event.after, event.step, event.increases) == (0, 10, {"steps skipped": 1})
 
 
 def test_all_counts_of_events_are_known():
@@ -238,18 +238,18 @@ def test_evaluations_by_step_of_their_weights(run):
         "700 70,000 2.31 301.2 ± 3.1 evaluations/a ? ? 0.5"
     ) in page
     assert "some-features" in page
-    assert page.count("is torn or no evaluation") == 2
+    assert page.count("is torn or not an evaluation") == 2
 
 
 def test_each_section_says_that_it_has_nothing_to_show(tmp_path):
     text = text_of(build_page(write_run(tmp_path / "run", [])))
     for words in (
-        "Nothing is logged yet: it is every 20 steps (train.log_every)",
+        "Nothing is logged yet: metrics are logged every 20 steps (train.log_every)",
         "No precision is logged yet",
-        "No trouble: the guard has not acted",
+        "No incidents: the guard has not acted",
         "No rank is measured yet",
         "No checkpoints yet",
-        "No sample grids: sample.every has training draw them",
+        "No sample grids: set sample.every to generate them",
         "No evaluations",
         "Heartbeat none",
     ):

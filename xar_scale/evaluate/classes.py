@@ -16,7 +16,7 @@ def parse_classes(text: str, classes: int) -> list[int]:
     """Of words with commas, each once, for a model of ``classes``. Raises UsageError that names the word and what is near."""
     words = [word.strip() for word in text.split(",")]
     if not all(words):
-        raise UsageError(f"--classes {text!r}: there is nothing between two commas")
+        raise UsageError(f"--classes {text!r}: empty entry between commas")
     return list(dict.fromkeys(number for word in words for number in _numbers(word, classes)))
 
 
@@ -24,20 +24,20 @@ def _numbers(word: str, classes: int) -> list[int]:
     if span := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
         first, last = int(span[1]), int(span[2] or span[1])
         if last < first:
-            raise UsageError(f"classes {word}: a range goes from the smaller to the larger")
+            raise UsageError(f"classes {word}: a range must go from the smaller number to the larger")
         if last >= classes:
             raise UsageError(f"class {word} is outside 0..{classes - 1}")
         return [*range(first, last + 1)]
     if classes != IMAGENET_CLASSES:
-        raise UsageError(f"class {word!r} is no number in 0..{classes - 1}; names are of ImageNet's {IMAGENET_CLASSES}")
+        raise UsageError(f"class {word!r} is not a number in 0..{classes - 1}; names need {IMAGENET_CLASSES} ImageNet classes")
     known = _by_name()
     found = known.get(word.lower())
     if found is None:
         near = difflib.get_close_matches(word.lower(), known, n=3)
-        raise UsageError(f"no class is called {word!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+        raise UsageError(f"no class is named {word!r}" + (f"; similar names: {', '.join(near)}" if near else ""))
     if len(found) > 1:
         choices = ", ".join(f"{number} ({', '.join(names(number))})" for number in found)
-        raise UsageError(f"{word!r} is {len(found)} classes, by number: {choices}")
+        raise UsageError(f"{word!r} names {len(found)} classes, choose by number: {choices}")
     return found
 
 
@@ -47,10 +47,10 @@ def parse_seeds(text: str) -> list[int]:
     for word in text.split(","):
         span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word)
         if span is None or int(span[2] or span[1]) < int(span[1]):
-            raise UsageError(f"--seeds {text!r} is not numbers and ranges with commas, such as 0-9,17")
+            raise UsageError(f"--seeds {text!r} is not a comma-separated list of numbers and ranges, such as 0-9,17")
         first, last = int(span[1]), int(span[2] or span[1])
         if last >= SEEDS or last - first >= MOST_SEEDS:
-            raise UsageError(f"--seeds {text!r}: below 2^64, and at most {MOST_SEEDS:,} in a range")
+            raise UsageError(f"--seeds {text!r}: seeds must be below 2^64, with at most {MOST_SEEDS:,} in a range")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 
@@ -74,7 +74,7 @@ def _lists() -> list[list[str]]:
     try:
         from timm.data import ImageNetInfo
     except ImportError:
-        raise UsageError("names of classes are timm's: pip install 'xar_scale[evaluate]'") from None
+        raise UsageError("class names need timm: pip install 'xar_scale[evaluate]'") from None
     known = ImageNetInfo("imagenet-1k")
     return [
         [known.index_to_label_name(n), *re.split(r",\s*", known.index_to_description(n))] for n in range(known.num_classes())

@@ -67,7 +67,7 @@ class DigitClassifier:
         """Of images that the classifier reads as their class. Raises DataError where there is not one of theirs for each."""
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not np.isin(labels, range(CLASSES)).all():
             given = f"{labels.dtype}{labels.shape}"
-            raise DataError(f"the labels are {given}, not one of 0..{CLASSES - 1} for each of {len(images)} images")
+            raise DataError(f"the labels are {given}, expected one of 0..{CLASSES - 1} for each of {len(images)} images")
         return float((self.svc.predict(_pixels(images)) == labels).mean())
 
 
@@ -102,7 +102,7 @@ def register_features() -> None:
 def _pixels(images: np.ndarray) -> np.ndarray:
     """(N, 64) in the set's own levels, of the first channel. Raises DataError for images of another size."""
     if images.dtype != np.uint8 or images.shape[1:] not in ((1, 8, 8), (3, 8, 8)):
-        raise DataError(f"the images are {images.dtype}{images.shape[1:]}, digits are uint8(1, 8, 8)")
+        raise DataError(f"the images are {images.dtype}{images.shape[1:]}, but digits are uint8(1, 8, 8)")
     return images[:, 0].reshape(len(images), -1) * (LEVELS / 255)
 
 

@@ -64,7 +64,7 @@ class Comparison:
         self.path, path = reference, Path(reference)
         self.digits = reference == DIGITS
         if self.digits and features not in (INCEPTION, digits.NAME):
-            raise UsageError(f"--features {features}: {DIGITS} are judged by {digits.NAME}")
+            raise UsageError(f"--features {features}: reference {DIGITS} uses {digits.NAME}")
         if self.digits:
             digits.register_features()
             features, opened = digits.NAME, _ReferenceData(images=ImagesInMemory(digits.digit_classifier().fitted))
@@ -82,7 +82,7 @@ class Comparison:
             statistics = own if opened.statistics is None else opened.statistics
             if len(statistics["mu"]) != len(own["mu"]):
                 raise DataError(
-                    f"{reference} is of {len(statistics['mu'])} features, {self.extractor.name} has {len(own['mu'])}"
+                    f"{reference} has {len(statistics['mu'])} features, but {self.extractor.name} has {len(own['mu'])}"
                 )
             self.reference = Reference(statistics, found or None)
             self.held_out = self._held_out() if self.digits else {}
@@ -141,7 +141,7 @@ class _ReferenceData(NamedTuple):
 
 def _open_reference(path: Path) -> _ReferenceData:
     if not path.exists():
-        raise UsageError(f"no reference at {path}: it is {DIGITS}, an npz of statistics or images, or a folder of pictures")
+        raise UsageError(f"no reference at {path}: expected {DIGITS}, an npz of statistics or images, or a folder of images")
     names = npz_names(path) if path.suffix == ".npz" else []
     statistics = read_statistics(path) if ("arr_0" not in names and names) or "mu" in names else None
     return _ReferenceData(statistics, open_images(path) if "arr_0" in names or not names else None)
@@ -168,11 +168,11 @@ def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
         values = json.loads(there.read_text())
         kept = {section: dict(values[section]) for section in sections}
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{there} is torn or changed; remove it or name another --out") from None
+        raise DataError(f"{there} is torn or changed; remove it or choose another --out") from None
     for section in sections:
         known = {*kept[section], *wanted[section]} - {"path", MADE_WITH}  # which tell nothing of what they are
         if any(kept[section].get(name) != wanted[section].get(name) for name in known):
-            raise UsageError(f"{there} is of another {section}; name another --out")
+            raise UsageError(f"{there} has results of a different {section}; choose another --out")
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
@@ -194,11 +194,11 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def _page(result: dict[str, Any]) -> str:
-    lines = ["# Evaluation", "", "| metric | |", "| --- | --- |"]
+    lines = ["# Evaluation", "", "| metric | value |", "| --- | --- |"]
     lines += [f"| {name} | {value:.4f} |" for name, value in result["metrics"].items()]
     if result["features"]["name"] != INCEPTION:
-        lines += ["", f"Of the features of {result['features']['name']}: these are no FID and no IS."]
-    lines += ["", "| what | |", "| --- | --- |"]
+        lines += ["", f"Computed from {result['features']['name']} features: these are not FID or IS."]
+    lines += ["", "| setting | value |", "| --- | --- |"]
     for section in [key for key in result if key != "metrics"]:
         lines += [f"| {section}: {name} | {value} |" for name, value in _flat(result[section])]
     return "\n".join(lines) + "\n"

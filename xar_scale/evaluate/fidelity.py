@@ -56,7 +56,7 @@ def fidelity() -> Any:
         import torch_fidelity.registry
         import torch_fidelity.utils
     except ImportError:
-        raise UsageError("metrics of images are torch-fidelity's: pip install 'xar_scale[evaluate]'") from None
+        raise UsageError("image metrics need torch-fidelity: pip install 'xar_scale[evaluate]'") from None
     return torch_fidelity
 
 
@@ -68,7 +68,7 @@ class Extractor:
         library = fidelity()
         kinds = library.registry.FEATURE_EXTRACTORS_REGISTRY
         if name not in kinds:
-            raise UsageError(f"no feature extractor {name!r}; there are: {', '.join(kinds)}")
+            raise UsageError(f"no feature extractor {name!r}; available: {', '.join(kinds)}")
         options: dict[str, Any] = {}
         self.name, self.device, self.sha256 = name, device, ""
         if name == INCEPTION:
@@ -76,14 +76,14 @@ class Extractor:
             options["feature_extractor_weights_path"] = str(path)
             self.sha256 = fingerprint(path).sha256
         elif weights is not None:
-            raise UsageError(f"--inception-weights are of {INCEPTION}, not of {name}")
+            raise UsageError(f"--inception-weights are for {INCEPTION}, not for {name}")
         self.layers = {metric: layer for metric in METRICS if (layer := _layer(kinds[name], metric)) is not None}
         wanted = sorted(set(self.layers.values()))
         cuda = device.type == "cuda"
         try:
             self.network = library.utils.create_feature_extractor(name, wanted, cuda=cuda, verbose=False, **options)
         except (OSError, RuntimeError) as error:  # as without a network, where its weights are not there
-            raise UsageError(f"features {name} cannot be had: {' '.join(str(error).split())}") from None
+            raise UsageError(f"cannot load feature extractor {name}: {' '.join(str(error).split())}") from None
 
     @torch.no_grad()
     def extract(self, images_NIHW: np.ndarray) -> Features:
@@ -144,16 +144,16 @@ def read_statistics(path: Path) -> Statistics:
     """
     wanted = PUBLISHED.get(path.name)
     if wanted is not None and (found := git_sha1(path.read_bytes())) != wanted:
-        raise DataError(f"{path} is not the published {path.name}: git's SHA-1 of it is {found}, not {wanted}")
+        raise DataError(f"{path} is not the published {path.name}: its git blob SHA-1 is {found}, not {wanted}")
     arrays = read_npz(path, "mu", "sigma")
     if len(arrays) < 2:
-        raise DataError(f"{path} holds no mu and sigma")
+        raise DataError(f"{path} has no mu and sigma")
     if any(values.dtype not in (np.float32, np.float64) for values in arrays.values()):
         given = ", ".join(f"{name} {values.dtype}" for name, values in arrays.items())
-        raise DataError(f"{path}: {given}: statistics are of float32 or float64")
+        raise DataError(f"{path}: {given}: statistics must be float32 or float64")
     mu, sigma = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
     if mu.ndim != 1 or sigma.shape != (*mu.shape, *mu.shape) or not (np.isfinite(mu).all() and _is_covariance(sigma)):
-        raise DataError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no mean and covariance")
+        raise DataError(f"{path}: mu {mu.shape} and sigma {sigma.shape} are not a mean and covariance")
     return {"mu": mu, "sigma": sigma}
 
 
@@ -232,8 +232,8 @@ def fetch_inception() -> None:
     except (urllib.error.URLError, OSError) as error:
         reason = getattr(error, "reason", error)
         raise UsageError(
-            f"no Inception weights at {path}, and {INCEPTION_URL} cannot be had ({reason}): "
-            "--inception-weights, or evaluate.inception_weights in training, is its path"
+            f"no Inception weights at {path}, and {INCEPTION_URL} cannot be downloaded ({reason}): "
+            "give their path with --inception-weights, or evaluate.inception_weights in training"
         ) from None
 
 

@@ -131,10 +131,10 @@ def open_generator(trained: TrainedModel, device: torch.device) -> Generator:
         wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
         check_shapes(trained.source.path, trained.source.names(trained.kind), wanted)
         used = model.use_kernels(trained.kernels, device, MODES[settings.precision].compute, training=False)
-        copies = f", a copy over {settings.shard_ranks} ranks" if settings.shard_ranks > 1 else ""
+        copies = f", weights sharded over {settings.shard_ranks} ranks" if settings.shard_ranks > 1 else ""
         if trained.kernels.compile:
-            used += ", blocks not compiled: ranks share them" if copies else ", blocks compiled"
-        say(f"drawing on {dist.world()} x {device.type}, {settings.precision}{copies}; {used}")
+            used += ", blocks not compiled: they are sharded" if copies else ", blocks compiled"
+        say(f"sampling on {dist.world()} x {device.type}, {settings.precision}{copies}; {used}")
         return model, tokenizer
 
     model, tokenizer = dist.together(build)

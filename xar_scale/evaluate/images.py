@@ -65,7 +65,7 @@ class ImageFiles:
             with _opened(path) as picture:
                 if picture.size != self.size:
                     here, there = (f"{width}x{height}" for width, height in (picture.size, self.size))
-                    raise DataError(f"{path} is {here} pixels, {self.paths[0].name} is {there}: they must be of one size")
+                    raise DataError(f"{path} is {here} pixels, {self.paths[0].name} is {there}: all must have the same size")
                 pictures.append(np.asarray(picture.convert("RGB")).transpose(2, 0, 1))
         return np.stack(pictures)
 
@@ -75,11 +75,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with Image.open(path) as picture:
             if picture.mode not in MODES:
-                raise DataError(f"{path} is of mode {picture.mode}, not of 8 bits a channel without transparency")
+                raise DataError(f"{path} has mode {picture.mode}, expected 8 bits per channel without transparency")
             picture.load()
             yield picture
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is no picture that can be read: {error}") from None
+        raise DataError(f"cannot read image {path}: {error}") from None
 
 
 def open_images(path: Path) -> ImagesInMemory | ImageFiles:
@@ -88,16 +88,16 @@ def open_images(path: Path) -> ImagesInMemory | ImageFiles:
     if path.is_dir():
         os.listdir(path)  # one that cannot be read is an OSError, where a search would find nothing
         if not (paths := image_paths(path)):
-            raise UsageError(f"no pictures in {path} ({', '.join(SUFFIXES)})")
+            raise UsageError(f"no images in {path} ({', '.join(SUFFIXES)})")
         with _opened(paths[0]) as first:
             return _require_several(path, ImageFiles(paths, first.size))
     if not path.is_file():
         raise UsageError(f"no images at {path}")
     if "arr_0" not in npz_names(path):
-        raise DataError(f"{path} holds no images in arr_0")
+        raise DataError(f"{path} has no images in arr_0")
     images, labels = _memory_map(path, "arr_0"), read_npz(path, "arr_1").get("arr_1")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
-        raise DataError(f"{path}: arr_0 is {images.dtype}{images.shape}, not one or more of uint8 (H, W, 3)")
+        raise DataError(f"{path}: arr_0 is {images.dtype}{images.shape}, expected one or more uint8 (H, W, 3)")
     if labels is not None and labels.shape != images.shape[:1]:
         raise DataError(f"{path}: {labels.shape} labels for {len(images)} images")
     return _require_several(path, ImagesInMemory(images.transpose(0, 3, 1, 2), labels))
@@ -109,7 +109,7 @@ def image_paths(folder: Path) -> list[Path]:
 
 def _require_several(path: Path, images: T) -> T:
     if images.count < 2:
-        raise UsageError(f"{path} holds one image: numbers are of several")
+        raise UsageError(f"{path} holds one image: metrics need at least two")
     return images
 
 
@@ -131,7 +131,7 @@ def _npz(path: Path) -> Iterator[Any]:
         with np.load(path, allow_pickle=False) as archive:
             yield archive
     except (ValueError, TypeError, EOFError, AttributeError, OSError, zipfile.BadZipFile, zlib.error):
-        raise DataError(f"{path} is no npz of arrays, or torn") from None
+        raise DataError(f"{path} is not an npz of arrays, or is torn") from None
 
 
 def _memory_map(path: Path, name: str) -> np.ndarray:
@@ -149,5 +149,5 @@ def _memory_map(path: Path, name: str) -> np.ndarray:
         lengths = struct.unpack("<HH", file.read(4))  # of the name and what else comes before the content
     offset = entry.header_offset + ZIP_LENGTHS + 4 + sum(lengths) + header
     if offset + dtype.itemsize * math.prod(shape) > path.stat().st_size:
-        raise DataError(f"{path} is no npz of arrays, or torn")
+        raise DataError(f"{path} is not an npz of arrays, or is torn")
     return np.memmap(path, dtype, "r", offset, shape)

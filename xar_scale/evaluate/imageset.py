@@ -67,11 +67,9 @@ class ImageSet:
             with path.open("rb") as file:  # not what else np.load takes for one
                 images: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
         except (ValueError, EOFError):
-            raise DataError(f"{path} is torn; without the file, its images are drawn anew") from None
+            raise DataError(f"{path} is torn; delete it to generate its images again") from None
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
-            raise DataError(
-                f"{path} is {images.dtype}{images.shape}, not {count} images; without the file, they are drawn anew"
-            )
+            raise DataError(f"{path} is {images.dtype}{images.shape}, not {count} images; delete it to generate them again")
         return images
 
     def open(self) -> None:
@@ -81,12 +79,12 @@ class ImageSet:
             for key in sorted({*there, *wanted} - {MADE_WITH}):
                 if there.get(key) != wanted.get(key):
                     differ = f"{key} is {there.get(key)} there, {wanted.get(key)} here"
-                    raise UsageError(f"{self.folder} holds another set: {differ}; name another --out")
+                    raise UsageError(f"{self.folder} holds a different set: {differ}; choose another --out")
             if self.missing():
                 self._write_description(_merge_versions(there[MADE_WITH], self.here))
             return
         if any(self.folder.glob("part-*.npy")):
-            raise UsageError(f"{self.folder} holds images of a set that nothing describes: {DESCRIPTION} is missing")
+            raise UsageError(f"{self.folder} holds images of an unknown set: {DESCRIPTION} is missing")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._write_description(self.here)
 
@@ -115,7 +113,7 @@ class ImageSet:
         """What is missing. Every rank calls this; each takes parts, neighbours that share the weights at the same time."""
         missing = dist.on_rank_0(self.missing)
         there = self.parts - len(missing)
-        dist.say(f"{self.folder}: {self.count:,} images in {self.parts} parts, {there} of them there already")
+        dist.say(f"{self.folder}: {self.count:,} images in {self.parts} parts, {there} already done")
         begun = said = time.monotonic()
         batches = -(-PART // generator.settings.batch) if generator.shared else 0
         for first in range(0, len(missing), dist.world()):

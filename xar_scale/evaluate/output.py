@@ -45,9 +45,9 @@ def check_output(path: Path) -> None:
     """Raises UsageError for a name of something that is not written."""
     written = path.suffix in (".png", ".npz", ".gif")
     if path.is_dir() if written else path.suffix and not path.is_dir():
-        raise UsageError(f"--out {path} is no .png, .npz, .gif, or name of a folder")
+        raise UsageError(f"--out {path} must be a .png, .npz or .gif file, or a folder without a suffix")
     if not written and path.exists() and not path.is_dir():
-        raise UsageError(f"--out {path} is a file, and no folder")
+        raise UsageError(f"--out {path} is a file, not a folder")
 
 
 def to_pil(image_IHW: np.ndarray) -> Image.Image:

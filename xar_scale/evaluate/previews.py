@@ -51,7 +51,7 @@ class Previews:
         )
         if config.evaluate.every:
             if config.evaluate.images < dist.world():
-                raise ConfigError(f"evaluate.images {config.evaluate.images} is less than one a rank, of {dist.world()}")
+                raise ConfigError(f"evaluate.images {config.evaluate.images} is less than one per rank ({dist.world()} ranks)")
             weights = Path(config.evaluate.inception_weights) if config.evaluate.inception_weights else None
             self.comparison = Comparison(config.evaluate.reference, config.evaluate.features, engine.device, weights)
 
@@ -71,10 +71,10 @@ class Previews:
             settings = replace(self.config.sample, batch=min(self.config.sample.batch, BATCH))
             generator = Generator(model, settings, self.tokenizer, scale, device, compute, shared=True)
             if self._due(self.config.sample.every, done):
-                with _errors_logged(f"step {done}: no pictures"):
+                with _errors_logged(f"step {done}: no samples"):
                     pictures = self._grid(generator, done)
             if self._due(self.config.evaluate.every, done):
-                with _errors_logged(f"step {done}: no numbers"):
+                with _errors_logged(f"step {done}: no metrics"):
                     numbers = self._measure(generator, done)
         return Preview(pictures, numbers)
 

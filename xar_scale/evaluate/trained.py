@@ -56,7 +56,7 @@ def open_trained(path: Path, overrides: list[str]) -> TrainedModel:
     Raises UsageError where there are none, DataError where they are not as they were written, or of no known model.
     """
     if wrong := [word for word in overrides if not word.startswith(SECTIONS)]:
-        raise UsageError(f"{wrong[0]}: only {'* and '.join(SECTIONS)}* can be changed when images are drawn")
+        raise UsageError(f"{wrong[0]}: only {'* and '.join(SECTIONS)}* can be changed in sampling")
     if is_run(path) or (path / MANIFEST).is_file():
         return _of_run(open_checkpoint(path), overrides)
     trained = dist.together(lambda: _published(path, overrides))
@@ -73,7 +73,7 @@ def open_trained(path: Path, overrides: list[str]) -> TrainedModel:
 def _of_run(checkpoint: Checkpoint, overrides: list[str]) -> TrainedModel:
     path, manifest = checkpoint.path, checkpoint.manifest
     if not manifest.config:
-        raise UsageError(f"{path} was made of another format, and knows neither its model's config nor its tokenizer")
+        raise UsageError(f"{path} was converted from another format: it has neither a model config nor a tokenizer")
     config = Config.from_dict(override(manifest.config, overrides))
     source = open_source(path)
     return TrainedModel(
@@ -96,9 +96,7 @@ def _published(path: Path, overrides: list[str]) -> TrainedModel:
     values = override({"sample": published.get("sample", {}), "kernels": {}}, overrides)
     settings = validated(SampleConfig, values["sample"], ConfigError, "sample: ")
     if not settings.tokenizer_weights:
-        raise ConfigError(
-            f"{path} does not name its latents' tokenizer: kl16 needs sample.tokenizer_weights, the path of kl16.ckpt"
-        )
+        raise ConfigError(f"{path} does not name its tokenizer: set sample.tokenizer_weights to the path of kl16.ckpt")
     if not Path(settings.tokenizer_weights).is_file():
         raise UsageError(f"no kl16 weights at {settings.tokenizer_weights}")
     return TrainedModel(

@@ -53,7 +53,7 @@ def checkpoints(run: Path) -> list[CheckpointEntry]:
     """By step, then those that were set aside. Manifests are read; files are not hashed, nor looked for."""
     pointer = run / FOLDER / LATEST
     latest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-    aside = "set aside: damaged, or of a later step than the run went on from"
+    aside = "set aside: damaged, or from a later step than the one the run resumed from"
     folders = [(path, "") for path in checkpoint_paths(run)]
     folders += [(path, aside) for path in sorted((run / FOLDER).glob("damaged-step-*")) if path.is_dir()]
     found = []
@@ -102,6 +102,6 @@ def _evaluation(run: Path, path: Path) -> Evaluation:
         metrics = dict(values["metrics"])
         step, images = values.get("weights", {}).get("step"), dict(values.get("set", {})).get("images")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return Evaluation(name, None, None, {}, "", f"{path} is torn or no evaluation ({type(error).__name__})")
+        return Evaluation(name, None, None, {}, "", f"{path} is torn or not an evaluation ({type(error).__name__})")
     step, images = (value if isinstance(value, int) else None for value in (step, images))
     return Evaluation(name, step, images, metrics, json.dumps(values, indent=1), "")

@@ -16,10 +16,10 @@ from xar_scale.report.read import Entries
 
 COUNTS = {  # of GuardState.counts those that only an event raises, and what they count
     "guard_discarded": "attempts discarded",
-    "guard_skipped": "steps gone without",
-    "guard_transients": "second attempts that came out otherwise",
-    "guard_quarantined": "samples taken out",
-    "guard_rollbacks": "rolled back",
+    "guard_skipped": "steps skipped",
+    "guard_transients": "retries with a different outcome",
+    "guard_quarantined": "samples quarantined",
+    "guard_rollbacks": "rollbacks",
 }
 RECENT = 20  # measurements that ranks are compared by
 
@@ -117,7 +117,7 @@ def _hang(files: list[Path]) -> Iterator[str]:
     try:
         yield from [*watchdog.verdict(seen, max(seen) + 1)] if seen else []
     except KeyError:
-        yield "whom the others waited for cannot be told: a file lacks its collectives"
+        yield "cannot tell which rank the others waited for: a file lists no collectives"
 
 
 def rank_times(entries: Entries) -> RankTimes:

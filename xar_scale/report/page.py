@@ -81,14 +81,14 @@ def _charts(entries: Entries, events: Sequence[int]) -> list[Chart]:
     images, flops = entries[-1].get("images_per_s"), entries[-1].get("tflops_per_s")
     right = flops / images if images and flops else 0.0  # one is as many times the other at every step
     wait = curve(entries, "data_wait_s", per="step_s")
-    both = "images/s" + (", and on the right TFLOP/s" if right else "")
+    both = "images/s" + ("; TFLOP/s on the right axis" if right else "")
     drawn = [
         ("Loss", "", plot("loss", curve(entries, "loss"), "linear", marks=events)),
         ("Gradient norm", "before clipping", plot("norm", curve(entries, "grad_norm"), "log", marks=events)),
         ("Learning rate", "", plot("rate", curve(entries, "lr"), smooth=False)),
         ("Throughput", both, plot("throughput", curve(entries, "images_per_s"), right=right)),
-        ("Waiting for data", "% of a step", plot("wait", wait._replace(values=100 * wait.values))),
-        ("Memory", "GB, the most so far, rank 0", plot("memory", curve(entries, "memory_gb"), smooth=False)),
+        ("Waiting for data", "% of step time", plot("wait", wait._replace(values=100 * wait.values))),
+        ("Memory", "GB, peak so far, rank 0", plot("memory", curve(entries, "memory_gb"), smooth=False)),
     ]
     return [Chart(title, note, Markup(svg)) for title, note, svg in drawn]
 

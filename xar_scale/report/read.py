@@ -33,7 +33,7 @@ def read_run(path: Path) -> RunFolder:
         raise UsageError(f"no run at {path}")
     config, log = path / CONFIG_FILE, path / METRICS_FILE
     if missing := [file.name for file in (config, log) if not file.is_file()]:
-        raise UsageError(f"{path} is no run's folder: it has no {missing[0]}")
+        raise UsageError(f"{path} is not a run's folder: it has no {missing[0]}")
     values = read_yaml(config)
     return RunFolder(
         config=validated(Config, values, ConfigError, f"{config}: "),
