@@ -1,4 +1,4 @@
-"""Train the digits recipe with every kind of entity under one budget; write a table and a picture with a row a kind.
+"""Train the digits recipe with every kind of entity and the same budget; write a table and an image with one row per kind.
 
 python tools/compare_entities.py --out runs/entities
 """
@@ -26,7 +26,7 @@ from xar_scale.presets import recipe
 from xar_scale.train import train
 
 PER_CLASS = 50
-LAST_LOGS = 5  # logging steps that the loss is averaged over
+LAST_LOGS = 5  # logged steps that the loss is averaged over
 
 
 def main() -> int:
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def compare(out: Path, overrides: list[str]) -> None:
-    """Finished runs in ``out`` are kept, so an interrupted comparison goes on."""
+    """Train, sample and compare all kinds. Finished runs in ``out`` are kept, so an interrupted comparison resumes."""
     data = out / "data"
     if not (data / DATASET_FILE).exists():
         cache_digits(data, samples_per_shard=256)

@@ -1,4 +1,4 @@
-"""Quality of images against the cost of drawing them: samplers, steps and guidance in a table, a plot and a picture.
+"""Compare image quality with sampling cost over samplers, steps and guidance: a table, a plot and an image.
 
 python tools/sweep.py runs/demo --out runs/sweep --reference digits --sampler euler,heun --steps 5,10,25 --guidance 1,1.5,2
 torchrun --nproc-per-node 8 tools/sweep.py xAR-B.pth --out runs/sweep --reference adm_in256_stats.npz --guidance 2.3,2.7,3.1
@@ -32,10 +32,10 @@ from xar_scale.model.entities import create_layout
 from xar_scale.sampler import SAMPLERS
 
 SEED = 0
-ROW, SHOWN = "row.npy", 10  # the first images of a set, which the picture shows
-LINES = ("-", "--", ":", "-.")  # of the plot, by guidance; colours are by sampler
+ROW, SHOWN = "row.npy", 10  # the first images of a set, for samples.png
+LINES = ("-", "--", ":", "-.")  # line styles of the plot, by guidance; colours are by sampler
 
-Result = dict[str, Any]  # what a set's evaluation.json holds
+Result = dict[str, Any]  # contents of a set's evaluation.json
 
 
 def main() -> int:
@@ -70,16 +70,16 @@ def _numbers(kind: type[int] | type[float], least: int, text: str) -> list[float
 
 
 def sweep(options: argparse.Namespace) -> None:
-    """Numbers that are in the folder are kept, so an interrupted sweep goes on. Every rank calls this."""
+    """Evaluate every combination. Existing results are kept, so an interrupted sweep resumes. Every rank calls this."""
     if options.images < 2:
         raise UsageError("--images is at least 2")
     device = dist.local_device()
     if dist.world() > 1:
         dist.init(device)
-    dist.together(_matplotlib)  # which is needed last, after hours
+    dist.together(_matplotlib)  # fail now: it is needed last, after hours
     trained = open_trained(options.weights, options.overrides)
     comparison = Comparison(options.reference, options.features, device, options.inception_weights)
-    generator = functools.cache(lambda: open_generator(trained, device))  # once, where anything is left to be drawn
+    generator = functools.cache(lambda: open_generator(trained, device))  # once, and only if a set is missing
     own = trained.sample
     lists = (options.sampler or [own.sampler], options.guidance or [own.guidance], options.steps or [own.steps])
     results: dict[str, Result] = {}
@@ -92,7 +92,7 @@ def sweep(options: argparse.Namespace) -> None:
 
 
 def evaluate(images: ImageSet, trained: TrainedModel, comparison: Comparison, generator: Callable[[], Generator]) -> Result:
-    """The numbers of a set, which is drawn unless they are there already, and not kept: a sweep's would fill a disk."""
+    """Return the results of a set, generating it if they do not exist. Images are deleted: a sweep's would fill a disk."""
     result = dist.on_rank_0(lambda: _read(images, comparison))
     if result is None:
         dist.on_rank_0(images.open)
@@ -103,25 +103,27 @@ def evaluate(images: ImageSet, trained: TrainedModel, comparison: Comparison, ge
             drawing = generator().with_settings(trained.sample)
             begun = time.perf_counter()
             images.draw(drawing)
-            if missing == images.parts:  # else the time is that of some
+            if missing == images.parts:  # else the time covers only some of them
                 cost["images_per_s"] = images.count / (time.perf_counter() - begun)
         result = comparison.evaluate(images, images.labels, describe(images, trained) | {"cost": cost})
     return dist.on_rank_0(lambda: _keep(images, result))
 
 
 def passes(trained: TrainedModel) -> int:
-    """Of the network, for an image: where guidance is more than 1, with its class and without. An approximation, as the first
-    entity's scale is 1 but with the constant schedule, and guidance may act at some times only: both cost less."""
+    """Return forward passes of the network per image; with guidance above 1 each step counts twice, conditional and not.
+
+    An upper bound: unless the schedule is constant, the first entity's scale is 1, and a guidance interval also costs less.
+    """
     sample = trained.sample
     velocities = SAMPLERS[sample.sampler].velocities(sample.steps)
     return create_layout(trained.model).entities * velocities * (2 if sample.guidance > 1 else 1)
 
 
 def _read(images: ImageSet, comparison: Comparison) -> Result | None:
-    """What the folder says, where it is of these very images and of this comparison."""
+    """Return the stored result if it is for exactly these images and this comparison, else None."""
     path = images.folder / RESULT
     there: Result = json.loads(path.read_text()) if path.is_file() else {}
-    if "cost" not in there:  # another's
+    if "cost" not in there:  # not written by a sweep
         return None
     drawn = {**there["set"], "weights": there["weights"]["sha256"]}
     known = images.description.items() <= drawn.items()
@@ -129,7 +131,7 @@ def _read(images: ImageSet, comparison: Comparison) -> Result | None:
 
 
 def _keep(images: ImageSet, result: Result) -> Result:
-    """Leave the numbers and the first images in the folder, and none of the others."""
+    """Store the result and the first images in the folder, and delete the parts."""
     if images.path(0).is_file():
         np.save(images.folder / ROW, images.read(0)[:SHOWN])
     write(images.folder, result)
@@ -148,7 +150,7 @@ def publish(out: Path, results: dict[str, Result]) -> None:
 
 
 def table(results: list[Result]) -> str:
-    """The best by the first metric in bold."""
+    """Return a Markdown table, with the best value of the first metric in bold."""
     first, *others = [name for name in results[0]["metrics"] if not name.startswith("held_out_")]
     lines = [
         f"| sampler | steps | guidance | passes per image | images/s | {' | '.join([first, *others])} |",
@@ -165,7 +167,7 @@ def table(results: list[Result]) -> str:
 
 
 def plot(results: list[Result]) -> bytes:
-    """The first metric against passes, as SVG: a line a sampler and guidance."""
+    """Return an SVG of the first metric against passes, one line per sampler and guidance."""
     first = next(iter(results[0]["metrics"]))
     curves: dict[tuple[str, float], list[tuple[int, float]]] = {}
     for result in results:

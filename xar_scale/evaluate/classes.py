@@ -1,4 +1,4 @@
-"""Classes as a person writes them: numbers, names of ImageNet's, or WordNet's own (n02099601)."""
+"""Parse classes and seeds from the command line: numbers, ImageNet class names, WordNet IDs (n02099601)."""
 
 import difflib
 import re
@@ -9,11 +9,11 @@ from xar_scale.errors import UsageError
 from xar_scale.rng import SEEDS
 
 IMAGENET_CLASSES = 1000
-MOST_SEEDS = 1_000_000  # which is a mistake, and more than memory
+MOST_SEEDS = 1_000_000  # in a range; more is a mistake and would not fit in memory
 
 
 def parse_classes(text: str, classes: int) -> list[int]:
-    """Of words with commas, each once, for a model of ``classes``. Raises UsageError that names the word and what is near."""
+    """Return class numbers without duplicates, for a model of ``classes``. Raises UsageError that suggests similar names."""
     words = [word.strip() for word in text.split(",")]
     if not all(words):
         raise UsageError(f"--classes {text!r}: empty entry between commas")
@@ -42,7 +42,7 @@ def _numbers(word: str, classes: int) -> list[int]:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Of numbers and ranges with commas, such as 0-9,17, each once. Raises UsageError."""
+    """Return seeds, without duplicates, from numbers and ranges such as 0-9,17. Raises UsageError."""
     seeds: list[int] = []
     for word in text.split(","):
         span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word)
@@ -56,7 +56,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def title(number: int, classes: int) -> str:
-    """For a person to read: the number, and the first of its names where it is ImageNet's and names are there."""
+    """Return the number, for ImageNet followed by the class's first name (if timm is installed)."""
     try:
         return f"{number} {names(number)[0]}" if classes == IMAGENET_CLASSES else str(number)
     except UsageError:
@@ -64,13 +64,13 @@ def title(number: int, classes: int) -> str:
 
 
 def names(number: int) -> Sequence[str]:
-    """Of an ImageNet class, the usual one first. Raises UsageError without timm."""
+    """Return the names of an ImageNet class, the usual one first. Raises UsageError without timm."""
     return _lists()[number][1:]
 
 
 @cache
 def _lists() -> list[list[str]]:
-    """Of each class WordNet's own name, then its others."""
+    """Return for each class its WordNet ID, followed by its names."""
     try:
         from timm.data import ImageNetInfo
     except ImportError:

@@ -1,4 +1,4 @@
-"""Numbers of a set of images, beside all that is needed to have them again, as JSON and as a page of Markdown."""
+"""Evaluate a set of images: metrics, and everything needed to reproduce them, as JSON and as a Markdown page."""
 
 import json
 from contextlib import suppress
@@ -32,31 +32,31 @@ from xar_scale.evaluate.trained import TrainedModel, digest
 from xar_scale.files import write_atomically
 from xar_scale.version import __version__
 
-DIGITS = "digits"  # as a reference
+DIGITS = "digits"  # value of --reference
 RESULT, PAGE = "evaluation.json", "evaluation.md"
 PACKAGES = ("torch", "torch-fidelity", "numpy", "scikit-learn")
-WITHOUT_EFFECT = ("tokenizer_weights", "batch", "shard_ranks", "every", "shown")  # settings that images do not depend on
-SIDE = 32  # pixels of an image that only counts features
+WITHOUT_EFFECT = ("tokenizer_weights", "batch", "shard_ranks", "every", "shown")  # settings that do not change the images
+SIDE = 32  # pixels, of dummy images that only show the number of features
 
 
 def settings_of(sample: SampleConfig, kernels: KernelConfig, precision: str) -> dict[str, Any]:
-    """What images depend on beside weights, tokenizer and seed, as plain values."""
+    """Return the settings that determine images, apart from weights, tokenizer and seed, as plain values."""
     kept = {key: value for key, value in asdict(sample).items() if key not in WITHOUT_EFFECT}
     values: dict[str, Any] = json.loads(json.dumps({"sample": {**kept, "precision": precision}, "kernels": asdict(kernels)}))
     return values
 
 
 def image_set(trained: TrainedModel, folder: Path, count: int, seed: int) -> ImageSet:
-    """What an evaluation draws."""
+    """Return the set of images that an evaluation generates."""
     origin = {"weights": trained.sha256, "vectors": trained.kind, "tokenizer": trained.tokenizer}
     origin |= settings_of(trained.sample, trained.kernels, trained.sample.precision)
     return ImageSet(folder, count, trained.model.classes, seed, origin, versions(dist.local_device()))
 
 
 class Comparison:
-    """Of images with a reference: ``digits``, statistics (an npz with mu and sigma), or images, which tell more.
+    """Compares images with a reference: ``digits``, statistics (an npz with mu and sigma), or images, which give more metrics.
 
-    ADM's batches of images hold statistics as well: the distance is then to those.
+    ADM's reference batches hold images and statistics: the distance then uses the statistics.
     """
 
     def __init__(self, reference: str, features: str, device: torch.device, weights: Path | None = None) -> None:
@@ -73,7 +73,7 @@ class Comparison:
         if features == INCEPTION and weights is None:
             dist.together(fetch_inception)
         self.extractor = dist.together(lambda: Extractor(features, device, weights))
-        self.sha256 = "" if self.digits else dist.on_rank_0(lambda: sha256_of(path))  # it may be of many gigabytes
+        self.sha256 = "" if self.digits else dist.on_rank_0(lambda: sha256_of(path))  # the file may have many gigabytes
         found = {} if opened.images is None else self.extractor.extract_all(opened.images)
 
         def settle() -> None:
@@ -91,22 +91,22 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """For a folder of the numbers."""
+        """Return the name of the folder of results."""
         stem, features = Path(self.path).stem, self.extractor.name
         return stem if features in (INCEPTION, digits.NAME) else f"{stem}-{features}"
 
     @property
     def description(self) -> dict[str, Any]:
-        """What images are compared with, and by what."""
+        """Return the reference and the feature extractor."""
         return {
             "reference": {"path": self.path, "sha256": self.sha256},
             "features": {"name": self.extractor.name, "sha256": self.extractor.sha256},
         }
 
     def evaluate(self, images: Images, labels: np.ndarray | None, drawn: dict[str, Any]) -> dict[str, Any]:
-        """The numbers and what they are of. Every rank calls this.
+        """Return the metrics and everything they depend on. Every rank calls this.
 
-        ``drawn``: what the images are, and how they were made.
+        ``drawn``: the sections that describe the images and how they were generated.
         """
         features = self.extractor.extract_all(images)
         metrics = dist.on_rank_0(lambda: measure(features, self.reference, self.extractor))
@@ -115,14 +115,14 @@ class Comparison:
         return {"metrics": metrics, **drawn, **self.description, "versions": versions(self.extractor.device)}
 
     def _held_out(self) -> dict[str, float]:
-        """The numbers of real digits that the judge has not seen: what can be had at best."""
+        """Return the metrics of the real digits that the classifier was not fitted on: the best that can be reached."""
         classifier = digits.digit_classifier()
         found = measure(self.extractor.extract(classifier.held_out), self.reference, self.extractor)
         found["read_as_class"] = classifier.accuracy(classifier.held_out, classifier.held_out_labels)
         return {f"held_out_{name}": value for name, value in found.items()}
 
     def _digit_metrics(self, images: Images, labels: np.ndarray | None) -> dict[str, float]:
-        """What only digits can be asked."""
+        """Return the metrics that only digits have."""
         if labels is None:
             return self.held_out
         every = np.concatenate([images.read(part) for part in range(images.parts)])
@@ -130,7 +130,7 @@ class Comparison:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file; of a folder, of its pictures in the order of their names."""
+    """Return the SHA-256 of a file, or of a folder's images in the order of their names."""
     return fingerprint(path).sha256 if path.is_file() else digest(fingerprint(file).sha256 for file in image_paths(path))
 
 
@@ -148,7 +148,7 @@ def _open_reference(path: Path) -> _ReferenceData:
 
 
 def describe(images: ImageSet, trained: TrainedModel) -> dict[str, Any]:
-    """What was drawn, and with what."""
+    """Return the sections that describe a generated set and its weights."""
     described = {name: value for name, value in images.description.items() if name != "weights"}
     return {
         "set": described | {MADE_WITH: images.made_with()},
@@ -157,8 +157,8 @@ def describe(images: ImageSet, trained: TrainedModel) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
-    """Raises UsageError where ``folder`` holds numbers of another set, reference or features than those ``wanted``, DataError
-    where nobody can tell.
+    """Raises UsageError if ``folder`` holds results of another set, reference or features than ``wanted``, DataError if its
+    results cannot be read.
     """
     there = folder / RESULT
     if not there.is_file():
@@ -170,13 +170,13 @@ def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{there} is torn or changed; remove it or choose another --out") from None
     for section in sections:
-        known = {*kept[section], *wanted[section]} - {"path", MADE_WITH}  # which tell nothing of what they are
+        known = {*kept[section], *wanted[section]} - {"path", MADE_WITH}  # neither identifies the contents
         if any(kept[section].get(name) != wanted[section].get(name) for name in known):
             raise UsageError(f"{there} has results of a different {section}; choose another --out")
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
-    """As JSON and as a page. Raises UsageError where numbers of something else are there."""
+    """Write the result as JSON and as a page. Raises UsageError if the folder holds other results."""
     check_folder(folder, result)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / PAGE, _page(result).encode())
@@ -184,7 +184,7 @@ def write(folder: Path, result: dict[str, Any]) -> None:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Of what is computed with, and where."""
+    """Return the versions of the packages used, and the devices."""
     found = {"xar_scale": __version__}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""Images of others, and of ours as files: an npz, or a folder of pictures, in parts of a size."""
+"""Read sets of images, an npz or a folder of image files, in parts of fixed size."""
 
 import math
 import os
@@ -17,15 +17,15 @@ from PIL import Image, UnidentifiedImageError
 from xar_scale.errors import DataError, UsageError
 
 T = TypeVar("T", "ImagesInMemory", "ImageFiles")
-PART = 256  # images
-MODES = ("1", "L", "P", "RGB")  # of pictures, as pillow calls them
-ZIP_LENGTHS = 26  # bytes of a local header before those of its name and extra field
+PART = 256  # images per part
+MODES = ("1", "L", "P", "RGB")  # pillow's names of the image modes that are accepted
+ZIP_LENGTHS = 26  # offset of the lengths of name and extra field in a local zip header
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
 class ImagesInMemory:
-    """``images`` uint8 (N, I, H, W); ``labels`` (N,), where they are known."""
+    """``images`` uint8 (N, I, H, W); ``labels`` (N,), if known."""
 
     images: np.ndarray
     labels: np.ndarray | None = None
@@ -44,7 +44,7 @@ class ImagesInMemory:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Pictures of one ``size`` (W, H), in the order of their names."""
+    """Image files of one ``size`` (W, H), in the order of their names."""
 
     paths: list[Path]
     size: tuple[int, int]
@@ -59,7 +59,7 @@ class ImageFiles:
         return -(-self.count // PART)
 
     def read(self, part: int) -> np.ndarray:
-        """uint8 (N, 3, H, W). Raises DataError that names a picture that cannot be read, or is of another kind or size."""
+        """Return uint8 (N, 3, H, W). Raises DataError with the file that cannot be read, or has another mode or size."""
         pictures: list[np.ndarray] = []
         for path in self.paths[part * PART : (part + 1) * PART]:
             with _opened(path) as picture:
@@ -83,10 +83,10 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def open_images(path: Path) -> ImagesInMemory | ImageFiles:
-    """An npz as ADM's evaluator reads it (``arr_0`` (N, H, W, 3), and labels in ``arr_1`` or none), or a folder of pictures and
-    those in folders below. Raises UsageError where there is nothing, DataError where it is something else."""
+    """Open an npz in ADM's format (``arr_0`` (N, H, W, 3), optionally labels in ``arr_1``), or the image files in a folder and
+    its subfolders. Raises UsageError if there are no images, DataError if the file is something else."""
     if path.is_dir():
-        os.listdir(path)  # one that cannot be read is an OSError, where a search would find nothing
+        os.listdir(path)  # raises OSError for an unreadable folder, in which the search would find nothing
         if not (paths := image_paths(path)):
             raise UsageError(f"no images in {path} ({', '.join(SUFFIXES)})")
         with _opened(paths[0]) as first:
@@ -114,13 +114,13 @@ def _require_several(path: Path, images: T) -> T:
 
 
 def npz_names(path: Path) -> list[str]:
-    """Of its arrays. Raises DataError where it is no npz."""
+    """Return the names of the arrays. Raises DataError if the file is not an npz."""
     with _npz(path) as archive:
         return list(archive.files)
 
 
 def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Those of the arrays ``names`` that are there. Raises DataError where it is no npz, or torn."""
+    """Return those arrays of ``names`` that the file has. Raises DataError if it is not an npz, or is torn."""
     with _npz(path) as archive:
         return {name: archive[name] for name in names if name in archive.files}
 
@@ -135,7 +135,7 @@ def _npz(path: Path) -> Iterator[Any]:
 
 
 def _memory_map(path: Path, name: str) -> np.ndarray:
-    """An array that may be larger than memory: where it is stored as it is, each rank reads of the file what it needs."""
+    """Return an array, memory-mapped if stored uncompressed: it may exceed memory, and a rank reads only what it needs."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
         entry = archive.getinfo(f"{name}.npy")
         if entry.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
@@ -146,7 +146,7 @@ def _memory_map(path: Path, name: str) -> np.ndarray:
         return read_npz(path, name)[name]
     with path.open("rb") as file:
         file.seek(entry.header_offset + ZIP_LENGTHS)
-        lengths = struct.unpack("<HH", file.read(4))  # of the name and what else comes before the content
+        lengths = struct.unpack("<HH", file.read(4))  # of the name and the extra field, which precede the content
     offset = entry.header_offset + ZIP_LENGTHS + 4 + sum(lengths) + header
     if offset + dtype.itemsize * math.prod(shape) > path.stat().st_size:
         raise DataError(f"{path} is not an npz of arrays, or is torn")

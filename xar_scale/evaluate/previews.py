@@ -1,4 +1,4 @@
-"""What the averages draw while training goes on: a grid of the same pictures each time, and the numbers of a small set."""
+"""Sample with the EMA weights during training: a grid with fixed classes and seeds, and the metrics of a small set."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -23,25 +23,25 @@ from xar_scale.files import write_atomically
 from xar_scale.tokenizers import create_tokenizer
 
 FOLDER = "samples"
-BATCH = 16  # images at most: their caches lie beside all that training keeps
-CLASSES, SEEDS = 8, 4  # rows of a grid where none are named, and pictures in each
+BATCH = 16  # images at most: their key/value caches need memory on top of training's
+CLASSES, SEEDS = 8, 4  # default rows of a grid, and images per row
 
 
 @dataclass(frozen=True)
 class Preview:
-    """Of one step: PNGs and numbers by name, on rank 0; elsewhere only the numbers."""
+    """Results of one step by name: PNGs (on rank 0 only) and metrics."""
 
     pictures: dict[str, bytes] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
 
 
 class Previews:
-    """Weights stay where they are, cut over the ranks: the averages take their place, and are gathered block by block."""
+    """Generates previews with the engine's sharded weights: EMA weights are swapped in and gathered block by block."""
 
     def __init__(self, config: Config, run: Path, engine: Engine, ema: EMA, dataset: DatasetInfo) -> None:
         """Every rank calls this.
 
-        Raises, before anything is trained, what it would raise later: ConfigError, UsageError, DataError.
+        Raises ConfigError, UsageError or DataError now, before training starts, instead of at the first preview.
         """
         self.config, self.run, self.engine, self.ema, self.dataset = config, run, engine, ema, dataset
         if not (config.sample.every or config.evaluate.every):
@@ -62,7 +62,7 @@ class Previews:
         return every is not None and (done % every == 0 or done == self.config.train.steps)
 
     def take(self, done: int, updates: int) -> Preview:
-        """After ``done`` steps, of which ``updates`` were taken. Every rank calls this."""
+        """Make the preview after ``done`` steps, of which ``updates`` updated the weights. Every rank calls this."""
         pictures: dict[str, bytes] = {}
         numbers: dict[str, float] = {}
         with self.engine.drawing(self.ema.averages["ema"], updates) as model:
@@ -109,7 +109,7 @@ class Previews:
 
 @dataclass(frozen=True)
 class _LazyImages:
-    """Images that are drawn when they are read, and kept nowhere; as many parts for each rank."""
+    """Images that are generated when they are read and not stored; each rank has the same number of parts."""
 
     generator: Generator
     count: int
@@ -127,13 +127,13 @@ class _LazyImages:
 
 @contextmanager
 def _errors_logged(what: str) -> Iterator[None]:
-    """Neither a disk that takes nothing nor an image that is none is a reason to end a run."""
+    """Log errors and continue: neither a full disk nor a non-finite image should end a run."""
     try:
         yield
-    except (OSError, UsageError, DataError, NonFiniteError) as error:  # those that all ranks meet alike, or rank 0 in writing
+    except (OSError, UsageError, DataError, NonFiniteError) as error:  # either on all ranks, or on rank 0 in writing
         dist.say(f"{what}: {dist.file_error(error) if isinstance(error, OSError) else error}")
 
 
 def _evenly_spaced(classes: int) -> Sequence[int]:
-    """Some of all, evenly."""
+    """Return up to ``CLASSES`` evenly spaced classes."""
     return sorted({round(number) for number in np.linspace(0, classes - 1, CLASSES)})

@@ -1,4 +1,4 @@
-"""What images are drawn from: weights as they lie on disk, and what makes pictures of what their network draws."""
+"""Open trained weights on disk for sampling, with their sampler settings and tokenizer."""
 
 import hashlib
 from collections.abc import Iterable
@@ -18,17 +18,17 @@ from xar_scale.evaluate.images import SUFFIXES
 from xar_scale.presets import RECIPES
 from xar_scale.tokenizers.kl16 import KL16Tokenizer
 
-WEIGHTS = (".safetensors", ".pth", ".pt")  # in a folder
-SECTIONS = ("sample.", "kernels.")  # of the config, that can be changed when images are drawn
+WEIGHTS = (".safetensors", ".pth", ".pt")  # suffixes of weight files in a folder
+SECTIONS = ("sample.", "kernels.")  # of the config that may be overridden in sampling
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model's weights, the averaged ones where there are any, and the settings that images are drawn with."""
+    """A model's weights (EMA if there are any) and the settings for sampling."""
 
     source: Source
-    kind: str  # of its vectors
-    sha256: str  # of the weights' files, all together
+    kind: str  # of vectors: ema or model
+    sha256: str  # over all files of the weights
     model: ModelConfig
     sample: SampleConfig
     kernels: KernelConfig
@@ -41,7 +41,7 @@ def is_run(path: Path) -> bool:
 
 
 def holds_weights(path: Path) -> bool:
-    """Rather than images."""
+    """Return whether ``path`` holds weights rather than images."""
     if is_run(path) or (path / MANIFEST).is_file():
         return True
     if path.is_dir() and not any(file.suffix in WEIGHTS for file in path.iterdir()):
@@ -50,10 +50,10 @@ def holds_weights(path: Path) -> bool:
 
 
 def open_trained(path: Path, overrides: list[str]) -> TrainedModel:
-    """A run's newest valid checkpoint, one checkpoint, or published weights. Every rank calls this.
+    """Open a run's newest valid checkpoint, one checkpoint, or published weights. Every rank calls this.
 
-    ``overrides``: of ``sample`` and ``kernels``, laid over the run's own config, or over that of the published model's recipe.
-    Raises UsageError where there are none, DataError where they are not as they were written, or of no known model.
+    ``overrides``: of ``sample`` and ``kernels``, applied to the run's config or to the recipe of the published model. Raises
+    UsageError if there are no weights, DataError if they fail their checksums or fit no known model.
     """
     if wrong := [word for word in overrides if not word.startswith(SECTIONS)]:
         raise UsageError(f"{wrong[0]}: only {'* and '.join(SECTIONS)}* can be changed in sampling")
@@ -66,7 +66,7 @@ def open_trained(path: Path, overrides: list[str]) -> TrainedModel:
         weights = (fingerprint(file).sha256 for file in trained.source.files)
         return digest(weights), fingerprint(Path(trained.sample.tokenizer_weights)).sha256
 
-    sha256, tokenizer = dist.on_rank_0(hashed)  # files of many gigabytes, once
+    sha256, tokenizer = dist.on_rank_0(hashed)  # once: the files have many gigabytes
     return replace(trained, sha256=sha256, tokenizer={"name": "kl16", "sha256": tokenizer})
 
 
@@ -89,7 +89,7 @@ def _of_run(checkpoint: Checkpoint, overrides: list[str]) -> TrainedModel:
 
 
 def _published(path: Path, overrides: list[str]) -> TrainedModel:
-    """But for what is hashed."""
+    """Open published weights; the caller adds the hashes."""
     source = open_source(path)
     kind = "ema" if "ema" in source.kinds else "model"
     published = RECIPES.get(f"imagenet256_{preset_of(path, source.names(kind)).removeprefix('xar_')}", {})
@@ -112,5 +112,5 @@ def _published(path: Path, overrides: list[str]) -> TrainedModel:
 
 
 def digest(hashes: Iterable[str]) -> str:
-    """One of several."""
+    """Return one hash for several."""
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a run keeps: checkpoints by their manifests, pictures of samples, evaluations. What is damaged is shown as that."""
+"""A run's artifacts: checkpoints by their manifests, sample grids, evaluations. Damaged ones are listed as such."""
 
 import base64
 import io
@@ -20,17 +20,17 @@ NEWEST_SIDE, EARLIER_SIDE = 1600, 480  # pixels on the longer side
 
 @dataclass(frozen=True)
 class CheckpointEntry:
-    """A checkpoint's folder."""
+    """The folder of a checkpoint."""
 
     name: str
-    latest: bool  # the pointer names it
+    latest: bool  # the `latest` file names it
     manifest: Manifest | None
-    problem: str  # why it does not count, if so
+    problem: str  # why it is not usable, or empty
 
 
 @dataclass(frozen=True)
 class SampleGrid:
-    """Samples drawn after ``step`` steps, as a data: URI, or what is wrong with them."""
+    """A grid of samples after ``step`` steps as a data: URI, or what is wrong with it."""
 
     step: int
     uri: str
@@ -39,18 +39,18 @@ class SampleGrid:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation.json; ``step``: of the weights; ``images``: of which the numbers are, and with which they change."""
+    """One evaluation.json; ``step``: of the weights; ``images``: how many, on which the metrics depend."""
 
-    name: str  # of its folder, in the run's
+    name: str  # path of its folder within the run
     step: int | None
     images: int | None
     metrics: dict[str, Any]
-    details: str  # all that it says
+    details: str  # the whole file
     problem: str
 
 
 def checkpoints(run: Path) -> list[CheckpointEntry]:
-    """By step, then those that were set aside. Manifests are read; files are not hashed, nor looked for."""
+    """Return the checkpoints by step, then those set aside. Only manifests are read; files are not checked, or even listed."""
     pointer = run / FOLDER / LATEST
     latest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
     aside = "set aside: damaged, or from a later step than the one the run resumed from"
@@ -62,13 +62,13 @@ def checkpoints(run: Path) -> list[CheckpointEntry]:
         try:
             manifest = read_manifest(path).manifest
         except (XarScaleError, OSError) as error:
-            problem = problem or str(error).removeprefix(f"checkpoint {path}").lstrip(": ")  # the page names it
+            problem = problem or str(error).removeprefix(f"checkpoint {path}").lstrip(": ")  # the page shows the name anyway
         found.append(CheckpointEntry(path.name, path.name == latest, manifest, problem))
     return found
 
 
 def sample_grids(run: Path) -> list[SampleGrid]:
-    """Oldest first. Of very many an even choice, the first and the newest among them."""
+    """Return the grids, oldest first: at most ``MAX_GRIDS``, evenly chosen, including the first and the newest."""
     named = ((re.fullmatch(r"step-(\d{8,})\.png", path.name), path) for path in (run / SAMPLES).glob("step-*.png"))
     files = sorted((int(match[1]), path) for match, path in named if match)
     if len(files) > MAX_GRIDS:
@@ -77,11 +77,11 @@ def sample_grids(run: Path) -> list[SampleGrid]:
 
 
 def _sample_grid(step: int, path: Path, side: int) -> SampleGrid:
-    """A JPEG of at most ``side`` pixels each way: a page of PNGs would have tens of MB."""
+    """Return the grid as a JPEG of at most ``side`` pixels per side: a page of PNGs would have tens of MB."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # pillow has no class of its own
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # pillow has no common error class
         return SampleGrid(step, "", f"{path.name} cannot be shown: {error}")
     image.thumbnail((side, side))
     content = io.BytesIO()
@@ -90,7 +90,7 @@ def _sample_grid(step: int, path: Path, side: int) -> SampleGrid:
 
 
 def evaluations(run: Path) -> list[Evaluation]:
-    """In order of the weights' steps."""
+    """Return all evaluations below the run, by the step of the weights."""
     found = [_evaluation(run, path) for path in run.rglob(EVALUATION_FILE)]
     return sorted(found, key=lambda entry: (entry.step is None, entry.step, entry.name))
 

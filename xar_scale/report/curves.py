@@ -1,4 +1,4 @@
-"""Curves over a run's steps, as SVG that lies in a page: its text is text, and its colours are the page's."""
+"""Plot curves over a run's steps as inline SVG, with real text and the page's colours."""
 
 import io
 import re
@@ -10,24 +10,24 @@ import numpy as np
 from xar_scale.errors import UsageError
 from xar_scale.report.read import Entries
 
-WIDTH, HEIGHT = 440, 230  # units of the SVG, 72 to matplotlib's inch
-BUCKETS = 400  # of a longer curve, each drawn by its least and its largest value
-SPIKE = 10  # times the 99th percentile, beyond which a value is one
-SMOOTHING = 40, 5  # of the smoothed curve: the part of the whole that it averages over, and values at the least
-# matplotlib knows no variables of a page's style: each has a colour that stands for it
+WIDTH, HEIGHT = 440, 230  # SVG units, 72 per matplotlib inch
+BUCKETS = 400  # of a long curve; of each the minimum and the maximum are drawn
+SPIKE = 10  # times the 99th percentile; larger values are spikes
+SMOOTHING = 40, 5  # the window is this fraction (1/40) of the curve, and at least this many values
+# matplotlib has no CSS variables: these colours stand for them and are replaced afterwards
 COLOURS = {"#010101": "ink", "#020202": "line", "#030303": "raw", "#040404": "accent", "#050505": "warn"}
 INK, LINE, RAW, ACCENT, WARN = COLOURS
 
 
 class Curve(NamedTuple):
-    """``values`` (N,) after ``steps`` (N,), in order; some may be NaN or infinite."""
+    """``values`` (N,) after ``steps`` (N,), in order; values may be NaN or infinite."""
 
     steps: np.ndarray
     values: np.ndarray
 
 
 def curve(entries: Entries, name: str, per: str = "") -> Curve:
-    """What was logged as ``name``, divided by what was logged as ``per``; where they are numbers."""
+    """Return the metric ``name``, divided by the metric ``per`` if given, from entries in which they are numbers."""
     names = [name, per] if per else [name]
     known = [entry for entry in entries if all(isinstance(entry.get(key), int | float) for key in names)]
     steps, values = (np.array([entry[key] for entry in known], float) for key in ("step", name))
@@ -44,11 +44,11 @@ def plot(
     marks: Sequence[int] = (),
     right: float = 0,
 ) -> str:
-    """An SVG of one curve: as it is and, over it, smoothed.
+    """Return an SVG of one curve, raw and, on top of it, smoothed.
 
-    ``name``: another for each picture of a page. ``marks``: steps that something happened at. ``right``: what the values are
-    multiplied by on an axis of their own, on the right; 0: none. Values that are not finite, or far above the rest, are arrows
-    at the upper edge. Raises UsageError without matplotlib.
+    ``name``: unique within a page. ``marks``: steps to mark with vertical lines. ``right``: factor of a second axis on the
+    right; 0: none. Values that are not finite, or far above the rest, are drawn as arrows at the upper edge. Raises UsageError
+    without matplotlib.
     """
 
     def paint(axes: Any) -> None:
@@ -66,7 +66,7 @@ def plot(
         arrows = axes.plot(
             data.steps[beyond], np.ones(beyond.sum()), "^", color=WARN, markersize=5, transform=edge, clip_on=False
         )
-        arrows[0].set_in_layout(False)  # without any it would count as one in the picture's corner
+        arrows[0].set_in_layout(False)  # empty, it would count as a point in the corner of the layout
         axes.vlines(list(marks), 0, 1, color=WARN, linewidth=0.8, linestyle="dotted", transform=edge)
         if scale == "from 0":
             axes.set_ylim(bottom=0)
@@ -77,7 +77,7 @@ def plot(
 
 
 def plot_ranks(name: str, steps: np.ndarray, values: np.ndarray) -> str:
-    """An SVG of ``values`` (N, R) of R ranks after ``steps`` (N,): the band that they lie in, and the median rank's."""
+    """Return an SVG of ``values`` (N, R) of R ranks after ``steps`` (N,): their range, and the median over ranks."""
 
     def paint(axes: Any) -> None:
         least, most = (_downsampled(Curve(steps, edge)) for edge in (values.min(axis=1), values.max(axis=1)))
@@ -89,7 +89,7 @@ def plot_ranks(name: str, steps: np.ndarray, values: np.ndarray) -> str:
 
 
 def _upper_limit(values: np.ndarray) -> float:
-    """Of a frame that a few spikes do not make a flat line of all the rest. How a loss begins is no spike."""
+    """Return a limit for the axis that cuts off spikes, which would flatten the rest. A loss's initial values are no spike."""
     finite = values[np.isfinite(values)]
     if not len(finite):
         return 0.0
@@ -98,7 +98,7 @@ def _upper_limit(values: np.ndarray) -> float:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """What lies around each value, averaged, the nearest most; what is NaN is passed over, and stays."""
+    """Return the weighted moving average (Hann window). Non-finite values are ignored and come out as NaN."""
     part, least = SMOOTHING
     if not len(values):
         return values
@@ -109,7 +109,7 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _downsampled(data: Curve) -> Curve:
-    """As it looks: of each stretch the least and the largest value."""
+    """Return the minimum and maximum of each bucket: the curve looks the same."""
     if len(data.steps) <= 2 * BUCKETS:
         return data
     kept: set[int] = set()
@@ -122,7 +122,7 @@ def _downsampled(data: Curve) -> Curve:
 
 
 def _svg(name: str, paint: Callable[[Any], None]) -> str:
-    """The same for the same values, to the byte; nothing in it points anywhere else."""
+    """Return the figure as SVG: byte-identical for the same values, without external references."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -168,7 +168,7 @@ def _tick(value: float, _: int | None = None) -> str:
 
 
 def _embeddable(svg: str) -> str:
-    """Without the head of a file of its own, without sizes and the names of groups, which pictures have alike."""
+    """Strip the XML header, sizes, styles and group IDs (not unique within a page), and insert the CSS variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<svg [^>]*>", f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">', svg, count=1)
     svg = re.sub(r'<g id="[^"]*"', "<g", re.sub(r"<style.*?</style>", "", svg))

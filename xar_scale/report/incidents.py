@@ -1,4 +1,4 @@
-"""What went wrong in a run, and when: precisions that it fell back to, the guard's counts and reports, hangs, slow ranks."""
+"""A run's incidents: precision fallbacks, the guard's counters and reports, hangs, slow ranks."""
 
 import itertools
 import json
@@ -14,19 +14,19 @@ from xar_scale import reports, watchdog
 from xar_scale.errors import XarScaleError
 from xar_scale.report.read import Entries
 
-COUNTS = {  # of GuardState.counts those that only an event raises, and what they count
+COUNTS = {  # the GuardState.counts that only guard events increase, and their titles
     "guard_discarded": "attempts discarded",
     "guard_skipped": "steps skipped",
     "guard_transients": "retries with a different outcome",
     "guard_quarantined": "samples quarantined",
     "guard_rollbacks": "rollbacks",
 }
-RECENT = 20  # measurements that ranks are compared by
+RECENT = 20  # the last measurements, by which ranks are compared
 
 
 @dataclass(frozen=True)
 class Span:
-    """Logged steps in a row in one precision."""
+    """Consecutive logged steps in one precision."""
 
     precision: str
     first: int
@@ -36,30 +36,30 @@ class Span:
 
 @dataclass(frozen=True)
 class GuardEvent:
-    """What counts have increases by between two logged steps."""
+    """Increases of the guard's counters between two logged steps."""
 
     after: int
     step: int
-    increases: dict[str, int]  # by what is counted
+    increases: dict[str, int]  # by title
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """Lines about a step, from files that tell of it."""
+    """Lines about a step, from the guard's or the watchdog's files."""
 
     step: int
     lines: list[str]
 
 
 class RankTimes(NamedTuple):
-    """Seconds (N, R) that the layers of R ranks computed in N measurements, after ``steps`` (N,)."""
+    """Forward seconds (N, R) of the layers on R ranks, in N measurements after ``steps`` (N,)."""
 
     steps: np.ndarray
     seconds: np.ndarray
 
 
 class RankTime(NamedTuple):
-    """Of the last measurements the median, and in times the median rank's."""
+    """A rank's median over the last measurements, and ``times``, its ratio to the median rank's."""
 
     rank: int
     seconds: float
@@ -67,7 +67,7 @@ class RankTime(NamedTuple):
 
 
 def spans(entries: Entries) -> list[Span]:
-    """The precisions of the run, in order."""
+    """Return the precisions of the run, in order."""
     found: list[Span] = []
     before = 0
     for precision, group in itertools.groupby(entries, lambda entry: str(entry.get("precision", "unknown"))):
@@ -78,7 +78,7 @@ def spans(entries: Entries) -> list[Span]:
 
 
 def guard_events(entries: Entries) -> list[GuardEvent]:
-    """A run begins with counts of 0; a rollback may take some of them back, which is no event."""
+    """Return the increases of counters between logged steps, starting from 0. A rollback may lower them: that is no event."""
     found = []
     for before, entry in itertools.pairwise([{"step": 0}, *entries]):
         differences = {what: int(entry.get(name, 0) - before.get(name, 0)) for name, what in COUNTS.items()}
@@ -88,7 +88,7 @@ def guard_events(entries: Entries) -> list[GuardEvent]:
 
 
 def guard_reports(run: Path) -> list[FileReport]:
-    """What is written of steps that failed; of one that cannot be read, why."""
+    """Return the reports on failed steps; for an unreadable one, the reason."""
     found = []
     for path in (run / reports.FOLDER).glob("step-*.json"):
         try:
@@ -99,13 +99,13 @@ def guard_reports(run: Path) -> list[FileReport]:
 
 
 def hangs(run: Path) -> list[FileReport]:
-    """Steps that hung, each with whom the others waited for."""
+    """Return the steps that hung, each with the rank that the others waited for."""
     paths = sorted((run / watchdog.FOLDER).glob("step-*-rank-*.txt"))
     return [FileReport(step, list(_hang(list(group)))) for step, group in itertools.groupby(paths, _step)]
 
 
 def _hang(files: list[Path]) -> Iterator[str]:
-    """What the ranks saw, a line each; stacks stay in the files."""
+    """Yield one line per rank; stacks stay in the files."""
     seen: dict[int, watchdog.Seen] = {}
     for path in files:
         try:
@@ -121,7 +121,7 @@ def _hang(files: list[Path]) -> Iterator[str]:
 
 
 def rank_times(entries: Entries) -> RankTimes:
-    """Of as many ranks as there are in the last measurement: a run may go on with another number of them."""
+    """Return the measurements with the current number of ranks: a run may resume on another number."""
     measured = [(entry["step"], entry["forward_s"]) for entry in entries if entry.get("forward_s")]
     ranks = len(measured[-1][1]) if measured else 0
     same = [(step, seconds) for step, seconds in measured if len(seconds) == ranks]
@@ -129,7 +129,7 @@ def rank_times(entries: Entries) -> RankTimes:
 
 
 def slowest(times: RankTimes) -> list[RankTime]:
-    """All ranks, the slowest first."""
+    """Return all ranks, slowest first."""
     if not len(times.steps):
         return []
     seconds = np.median(times.seconds[-RECENT:], axis=0)
@@ -138,6 +138,6 @@ def slowest(times: RankTimes) -> list[RankTime]:
 
 
 def _step(path: Path) -> int:
-    """Of a file's name; of one that is none of ours, 0."""
+    """Return the step in a file's name, or 0 for a foreign file."""
     found = re.match(r"step-(\d+)", path.name)
     return int(found[1]) if found else 0

@@ -1,4 +1,4 @@
-"""The page: what a run's folder holds, its curves and pictures, in one HTML file that needs no other."""
+"""Render the page: a run's data, curves and images in one self-contained HTML file."""
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -15,7 +15,7 @@ from xar_scale.report.read import Entries, read_run
 from xar_scale.stragglers import SLOW
 from xar_scale.version import __version__
 
-SLOWEST = 8  # ranks that are named
+SLOWEST = 8  # ranks that are listed
 
 
 class Chart(NamedTuple):
@@ -25,7 +25,7 @@ class Chart(NamedTuple):
 
 
 class Incident(NamedTuple):
-    """A line of the table of what went wrong."""
+    """A row of the table of incidents."""
 
     step: int
     kind: str  # guard, report or hang
@@ -34,9 +34,9 @@ class Incident(NamedTuple):
 
 
 def build_page(path: Path) -> str:
-    """The HTML of the run in ``path``, the same for the same files.
+    """Return the HTML report of the run in ``path``, the same for the same files.
 
-    Raises UsageError where there is no run, or no matplotlib, and ConfigError where its config cannot be read.
+    Raises UsageError if there is no run or no matplotlib, ConfigError if its config cannot be read.
     """
     run = read_run(path)
     checkpoints, evaluations = artifacts.checkpoints(path), artifacts.evaluations(path)
@@ -79,7 +79,7 @@ def _charts(entries: Entries, events: Sequence[int]) -> list[Chart]:
     if not entries:
         return []
     images, flops = entries[-1].get("images_per_s"), entries[-1].get("tflops_per_s")
-    right = flops / images if images and flops else 0.0  # one is as many times the other at every step
+    right = flops / images if images and flops else 0.0  # the ratio is the same at every step
     wait = curve(entries, "data_wait_s", per="step_s")
     both = "images/s" + ("; TFLOP/s on the right axis" if right else "")
     drawn = [
