@@ -37,7 +37,7 @@ class Metrics:
     def __init__(self, run: Path, start: int, steps: int) -> None:
         self.run, self.steps = run, steps
         self._written = start  # the last step on disk
-        self._waiting: list[tuple[int, dict[str, Any]]] = []
+        self._pending: list[tuple[int, dict[str, Any]]] = []
         self._files: tuple[_File, _Events] | None = None
         self._failing = False
         self._open()
@@ -71,12 +71,12 @@ class Metrics:
         """Write the buffered entries, as far as the disk takes them."""
         try:
             lines, events = self._open()
-            while self._waiting:
-                step, values = self._waiting[0]
+            while self._pending:
+                step, values = self._pending[0]
                 events.add(step, {f"train/{name}": value for name, value in values.items() if isinstance(value, int | float)})
                 lines.write(json.dumps({"step": step, **values}).encode() + b"\n")
                 self._written = step
-                self._waiting.pop(0)
+                self._pending.pop(0)
         except OSError as error:
             self._close()  # reopened at the end of the last complete entry
             if not self._failing:
@@ -87,10 +87,10 @@ class Metrics:
             print("metrics are written again", flush=True)
         self._failing = False
 
-    def show(self, step: int, pictures: dict[str, bytes], numbers: dict[str, float]) -> None:
+    def show(self, step: int, images: dict[str, bytes], metrics: dict[str, float]) -> None:
         """Write PNGs and evaluation metrics to TensorBoard, by name. If the disk is full, they are dropped with a message."""
         try:
-            self._open()[1].add(step, {f"evaluate/{name}": value for name, value in numbers.items()}, pictures)
+            self._open()[1].add(step, {f"evaluate/{name}": value for name, value in metrics.items()}, images)
         except OSError as error:
             self._close()  # later entries go to a new file: the last record of this one may be cut off
             print(f"samples and metrics of step {step} are not written to TensorBoard: {file_error(error)}", flush=True)
@@ -99,7 +99,7 @@ class Metrics:
         """The run continues from ``step``: drop entries logged after it."""
         self._close()
         self._written = min(self._written, step)
-        self._waiting = [entry for entry in self._waiting if entry[0] <= step]
+        self._pending = [entry for entry in self._pending if entry[0] <= step]
         with contextlib.suppress(OSError):  # the next write meets the error again
             self._open()
         self.advance(step)
@@ -112,8 +112,8 @@ class Metrics:
         self.progress.stop()
         self._write()
         self._close()
-        if self._waiting:
-            print(f"metrics of the last {len(self._waiting)} logged steps are lost", flush=True)
+        if self._pending:
+            print(f"metrics of the last {len(self._pending)} logged steps are lost", flush=True)
 
     def advance(self, step: int) -> None:
         """Set the progress bar to ``step`` steps done."""
@@ -121,7 +121,7 @@ class Metrics:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Log ``values`` after ``step`` steps, and show the main ones on the progress bar or as a line."""
-        self._waiting.append((step, values))
+        self._pending.append((step, values))
         self._write()
         summary = f"loss {values['loss']:.4f}  {values['images_per_s']:.0f} images/s"
         self.progress.update(self.task, summary=summary)
@@ -170,10 +170,10 @@ class _Events:
                 self.close()
             raise
 
-    def add(self, step: int, scalars: dict[str, float], pictures: Mapping[str, bytes] = MappingProxyType({})) -> None:
-        """Append one event with scalars and ``pictures``, PNGs by tag."""
+    def add(self, step: int, scalars: dict[str, float], images: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        """Append one event with scalars and ``images``, PNGs by tag."""
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        values += [Summary.Value(tag=tag, image=Summary.Image(encoded_image_string=png)) for tag, png in pictures.items()]
+        values += [Summary.Value(tag=tag, image=Summary.Image(encoded_image_string=png)) for tag, png in images.items()]
         self._write(Event(step=step, summary=Summary(value=values)))
 
     def _write(self, event: Event) -> None:

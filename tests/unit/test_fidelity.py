@@ -1,4 +1,4 @@
-"""Our numbers of images against torch-fidelity's own path and against hand-made ones; statistics, and whose weights."""
+"""Our metrics against torch-fidelity's own pipeline and against ones computed by hand; statistics; Inception weights."""
 
 import hashlib
 
@@ -22,7 +22,7 @@ FEATURES, COUNT = 12, 300
 
 
 class Seeded(FeatureExtractorBase):
-    """Two random layers: features of pictures that nothing has to be fetched for."""
+    """Two random layers: a feature extractor that needs no download."""
 
     def __init__(self, name, features_list, **_):
         super().__init__(name, features_list)
@@ -58,7 +58,7 @@ def pictures(seed: int, levels: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two sets of pictures as files."""
+    """Two sets of image files."""
     made = []
     for seed, levels in ((1, 256), (2, 240)):
         folder = tmp_path_factory.mktemp(f"set{seed}")
@@ -68,7 +68,7 @@ def folders(tmp_path_factory):
     return made
 
 
-def test_every_number_is_that_of_torch_fidelitys_own_path(folders, monkeypatch):
+def test_every_metric_matches_torch_fidelitys_own_pipeline(folders, monkeypatch):
     monkeypatch.setattr(fidelity, "KID_SUBSET", 100)
     theirs = torch_fidelity.calculate_metrics(
         input1=str(folders[0]),
@@ -110,7 +110,7 @@ def gaussians() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def distance_by_hand(one: np.ndarray, other: np.ndarray) -> float:
-    """Of Gaussians (Frechet 1957): by the root of the product of their covariances."""
+    """Frechet distance of Gaussians (1957), by the root of the product of their covariances."""
     covariances = [np.cov(values, rowvar=False) for values in (one, other)]
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
     return ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
@@ -138,7 +138,7 @@ def test_statistics_of_either_type_are_loaded(tmp_path, dtype):
     assert set(found) == {"frechet_distance", "classifier_score", "classifier_score_std"}  # no more without images
 
 
-def test_statistics_that_are_none_are_refused(tmp_path):
+def test_invalid_statistics_are_refused(tmp_path):
     path = tmp_path / "known.npz"
     np.savez(path, mu=np.zeros(4), sigma=np.eye(3))
     with pytest.raises(DataError, match=r"mu \(4,\) and sigma \(3, 3\) are not a mean and covariance"):
@@ -146,7 +146,7 @@ def test_statistics_that_are_none_are_refused(tmp_path):
     np.savez(path, mu=np.full(3, np.nan), sigma=np.eye(3))
     with pytest.raises(DataError, match="not a mean and covariance"):
         read_statistics(path)
-    for sigma in (np.tril(np.full((3, 3), 0.5)), -np.eye(3)):  # a root of one, and no variances
+    for sigma in (np.tril(np.full((3, 3), 0.5)), -np.eye(3)):  # a triangular root, and negative variances
         np.savez(path, mu=np.zeros(3), sigma=sigma)
         with pytest.raises(DataError, match="not a mean and covariance"):
             read_statistics(path)
@@ -161,12 +161,12 @@ def test_statistics_that_are_none_are_refused(tmp_path):
         Comparison(str(path), "seeded", CPU)
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(DataError, match=r"known.npz has 3 features, but seeded has 12"):
-        Comparison(str(path), "seeded", CPU)  # before anything is drawn for it
+        Comparison(str(path), "seeded", CPU)  # before anything is generated
     with pytest.raises(UsageError, match="no reference at"):
         Comparison(str(tmp_path / "nowhere"), "seeded", CPU)
 
 
-def test_what_goes_by_a_published_name_is_that_file(tmp_path, monkeypatch):
+def test_a_file_with_a_published_name_must_be_that_file(tmp_path, monkeypatch):
     assert fidelity.git_sha1(b"what is up, doc?") == "bd9dbf5aae1a3862dd1526723246b20206e5fc37"  # git's own example
     path = tmp_path / "adm_in256_stats.npz"
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
@@ -176,7 +176,7 @@ def test_what_goes_by_a_published_name_is_that_file(tmp_path, monkeypatch):
     assert read_statistics(path)["mu"].shape == (3,)
 
 
-def test_inception_weights_that_are_nowhere_end_in_one_line(tmp_path, monkeypatch):
+def test_missing_inception_weights_are_reported_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(fidelity, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
     said = r"no Inception weights at .*hub.*6726825d.pth, and .* cannot be downloaded .*--inception-weights, or evaluate"
@@ -200,8 +200,8 @@ def test_inception_weights_are_checked_before_they_are_unpickled(tmp_path, monke
         Extractor(fidelity.INCEPTION, CPU, path)
 
 
-def test_with_inception_they_are_called_fid_and_is(tmp_path, monkeypatch):
-    """Its network is the real one; its weights are not, so that nothing has to be fetched."""
+def test_with_inception_the_metrics_are_called_fid_and_is(tmp_path, monkeypatch):
+    """The real network with random weights, so that nothing has to be downloaded."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     module = "torch_fidelity.feature_extractor_inceptionv3"
@@ -232,7 +232,7 @@ def test_features_are_in_the_order_of_the_images():
     assert len(parts["logits"]) == COUNT
 
 
-def test_pictures_of_others_are_read_and_what_is_none_is_named(tmp_path, folders):
+def test_image_files_are_read_and_invalid_ones_named(tmp_path, folders):
     found = open_images(folders[0])
     assert isinstance(found, ImageFiles) and (found.count, found.parts) == (300, 2)
     assert np.array_equal(np.concatenate([found.read(0), found.read(1)]), pictures(1, 256))
@@ -264,7 +264,7 @@ def test_pictures_of_others_are_read_and_what_is_none_is_named(tmp_path, folders
         ({"arr_0": np.array([{}], dtype=object)}, "is not an npz of arrays"),
     ],
 )
-def test_an_npz_of_something_else_is_refused(tmp_path, arrays, said):
+def test_an_npz_without_images_is_refused(tmp_path, arrays, said):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(DataError, match=said):
         open_images(tmp_path / "x.npz")
@@ -281,7 +281,7 @@ def test_adms_batches_hold_statistics_and_images(tmp_path):
     assert found["frechet_distance"] == pytest.approx(by_hand, rel=1e-6) and {"precision", "kernel_distance"} <= set(found)
 
 
-def test_numbers_of_something_else_are_not_written_over(tmp_path, folders):
+def test_results_of_something_else_are_not_overwritten(tmp_path, folders):
     images, named = ImagesInMemory(pictures(3, 256)[:20]), {"set": {"path": "x", "images": 20, "sha256": "1"}}
     comparison = Comparison(str(folders[1]), "seeded", CPU)
     assert comparison.name == f"{folders[1].name}-seeded" and comparison.sha256 == sha256_of(folders[1])
@@ -359,7 +359,7 @@ def test_features_are_in_float32_whatever_the_process_computes_in():
         torch.set_float32_matmul_precision("highest")
 
 
-def test_distances_between_all_images_are_taken_by_all_cores(monkeypatch):
+def test_distances_between_all_images_use_all_cores(monkeypatch):
     seen, torchs = [], torch.get_num_threads()
     monkeypatch.setattr(fidelity.os, "sched_getaffinity", lambda _: range(torchs + 1))
     monkeypatch.setattr(
@@ -374,7 +374,7 @@ def test_distances_between_all_images_are_taken_by_all_cores(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "CMYK"])
-def test_pictures_that_are_not_8_bits_a_channel_are_named(tmp_path, mode):
+def test_images_that_are_not_8_bits_per_channel_are_named(tmp_path, mode):
     suffix = "jpg" if mode == "CMYK" else "png"
     for name in "ab":
         Image.new(mode, (8, 8)).save(tmp_path / f"{name}.{suffix}")

@@ -1,4 +1,4 @@
-"""A set of generated images: what is in it, what is gone on with, what is refused; and what digits are judged by."""
+"""Sets of generated images: contents, resuming, refusals; and the evaluation of digits."""
 
 import dataclasses
 import io
@@ -50,7 +50,7 @@ def test_images_are_numbered_and_classes_take_turns(tmp_path, trained):
     assert np.abs(everything(larger)[:COUNT].astype(int) - found).max() <= 1
 
 
-def test_what_is_finished_is_kept(tmp_path, trained, monkeypatch):
+def test_finished_parts_are_kept(tmp_path, trained, monkeypatch):
     images, generator = image_set(trained, tmp_path / "set", COUNT, 4), open_generator(trained, CPU)
     images.open()
     saved, cut = [], imageset._save
@@ -100,18 +100,18 @@ def test_a_folder_of_another_set_is_refused(tmp_path, trained):
     )
 
 
-def test_all_who_drew_of_a_set_are_named(tmp_path, trained):
+def test_all_devices_that_generated_a_set_are_recorded(tmp_path, trained):
     begun = dataclasses.replace(image_set(trained, tmp_path / "set", COUNT, 4), here={"torch": "2.11.0", "device": "8 x A"})
     begun.open()
     for device in ("1 x B", "1 x B", "8 x A"):
         dataclasses.replace(begun, here={"torch": "2.11.0", "device": device, "new": "1"}).open()
     assert begun.made_with() == {"torch": "2.11.0", "device": "8 x A, 1 x B", "new": "1"}
     begun.draw(open_generator(trained, CPU))
-    dataclasses.replace(begun, here={"torch": "3.0", "device": "8 x C"}).open()  # who only measures
+    dataclasses.replace(begun, here={"torch": "3.0", "device": "8 x C"}).open()  # a process that only evaluates
     assert begun.made_with()["torch"] == "2.11.0"
 
 
-def test_images_of_which_nothing_is_known_are_no_part_of_a_set(tmp_path, trained):
+def test_images_without_a_valid_description_are_refused(tmp_path, trained):
     images = image_set(trained, tmp_path / "set", COUNT, 4)
     images.open()
     images.draw(open_generator(trained, CPU))
@@ -146,7 +146,7 @@ def test_a_part_that_is_torn_is_named(tmp_path, trained):
         images.read(1)
 
 
-def test_progress_is_of_all_ranks_and_has_an_end(tmp_path, trained, monkeypatch, capsys):
+def test_progress_covers_all_ranks_and_reaches_the_end(tmp_path, trained, monkeypatch, capsys):
     monkeypatch.setattr(imageset, "PROGRESS_EVERY_S", 0.0)
     images = image_set(trained, tmp_path / "set", COUNT, 4)
     images.open()

@@ -1,4 +1,4 @@
-"""Classes and seeds as they are written, and images as files."""
+"""Parsing of classes and seeds, and writing of image files."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_classes_go_by_number_and_by_name(text, numbers):
         ("crane", IMAGENET, r"'crane' names 2 classes, choose by number: 134 \(crane\), 517 \(crane\)"),
     ],
 )
-def test_what_is_no_class_is_named(text, classes, said):
+def test_invalid_classes_are_named(text, classes, said):
     with pytest.raises(UsageError, match=said):
         parse_classes(text, classes)
 
@@ -72,7 +72,7 @@ def drawn() -> SampledImages:
     return SampledImages(images, [207, 207, 3, 3], [0, 5, 0, 5], {207: "207 golden retriever", 3: "3 tiger shark"}, images[:3])
 
 
-def test_images_are_written_as_the_name_says(tmp_path):
+def test_images_are_written_in_the_format_of_the_suffix(tmp_path):
     made = drawn()
     (tmp_path / "sub").mkdir()
     for name in ("sub/grid.png", "all.npz", "view.gif", "single"):
@@ -81,7 +81,7 @@ def test_images_are_written_as_the_name_says(tmp_path):
     with Image.open(tmp_path / "sub" / "grid.png") as grid:
         assert grid.height == 2 * 68 + 4 and grid.width > 2 * 68 + 100  # a name fits beside them
     with np.load(tmp_path / "all.npz") as archive:
-        by_seed = made.images[[0, 2, 1, 3]]  # not by class: the evaluator takes its score of runs of images
+        by_seed = made.images[[0, 2, 1, 3]]  # not by class: the evaluator scores consecutive images
         assert archive["arr_0"].dtype == np.uint8 and np.array_equal(archive["arr_0"], by_seed.transpose(0, 2, 3, 1))
         assert archive["arr_1"].tolist() == [207, 3, 207, 3]
     assert np.array_equal(open_images(tmp_path / "all.npz").read(0), by_seed)
@@ -104,7 +104,7 @@ def test_grey_images_are_colour_for_adms_evaluator(tmp_path):
         assert archive["arr_0"].shape == (2, 8, 8, 3) and (archive["arr_0"] == grey.transpose(0, 2, 3, 1)).all()
 
 
-def test_names_of_what_is_not_written_are_refused(tmp_path):
+def test_unwritable_outputs_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
     for name, said in (("x.jpg", r"x.jpg must be a .png"), ("folder.png", "folder.png must be"), ("file", "is a file")):
@@ -112,11 +112,11 @@ def test_names_of_what_is_not_written_are_refused(tmp_path):
             check_output(tmp_path / name)
 
 
-def test_pictures_keep_their_shape(tmp_path):
+def test_images_keep_their_aspect_ratio(tmp_path):
     wide = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 64), dtype=np.uint8)
     assert draw_grid({"1": wide}, cell=64).height == 68 + 4
     SampledImages(wide, [1, 1], [0, 1], {1: "1"}, wide).write(tmp_path / "view.gif")
     with Image.open(tmp_path / "view.gif") as view:
         assert view.size == (192, 96)
     (tmp_path / "out.v2").mkdir()
-    check_output(tmp_path / "out.v2")  # a folder that is there
+    check_output(tmp_path / "out.v2")  # an existing folder

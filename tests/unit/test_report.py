@@ -1,4 +1,4 @@
-"""The report of a run: what is read from its folder, and the page that is made of it."""
+"""The report of a run: what is read from its folder, and the page."""
 
 import base64
 import html
@@ -38,7 +38,7 @@ def logged(step: int, counts: GuardState = CALM, **changes) -> dict:
 
 
 def write_run(folder, entries=None):
-    """A run's folder as training makes it, with these lines in its log."""
+    """Write a run's folder as training does, with these entries in its log."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(CONFIG.to_yaml())
     entries = [logged(step) for step in range(10, 101, 10)] if entries is None else entries
@@ -54,7 +54,7 @@ def run(tmp_path):
 
 
 def text_of(page: str) -> str:
-    """What a reader sees, but for pictures."""
+    """Return the visible text, without curves."""
     text = re.sub(r"<svg.*?</svg>|<style.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
     return " ".join(html.unescape(text).split())
 
@@ -106,7 +106,7 @@ def test_a_real_run_with_its_checkpoints(tmp_path):
     assert aside.manifest.step == 3 and aside.problem.startswith("set aside")
     text = text_of(build_page(run))
     assert "step-00000001 latest" in text and "manifest.json is torn or changed" in text and "Nothing is logged yet" in text
-    assert f"Steps 1 of {STEPS}" in text  # what was set aside or cannot be read does not count
+    assert f"Steps 1 of {STEPS}" in text  # checkpoints that were set aside or cannot be read do not count
 
 
 def test_files_of_checkpoints_are_not_read(run, monkeypatch):
@@ -123,11 +123,11 @@ def test_a_torn_last_line_is_left_out(run):
     for torn in (json.dumps(logged(110)), json.dumps(logged(110))[:40]):
         (run / "metrics.jsonl").write_text(log + torn)
         assert [entry["step"] for entry in read_log(run)] == list(range(10, 101, 10))
-    os.utime(run / "metrics.jsonl", (written, written))  # which the page tells
+    os.utime(run / "metrics.jsonl", (written, written))  # the page shows it
     assert text_of(build_page(run)) == text_of(whole)
 
 
-def test_precisions_and_what_the_guard_counts(tmp_path):
+def test_precisions_and_guard_counters(tmp_path):
     again = GuardState(discarded=2, transients=1)
     later = replace(again, discarded=3, quarantined=8, lowered=True, scale=2.0)
     back = replace(later, discarded=1)  # a state from before, after a rollback
@@ -170,7 +170,7 @@ def test_reports_of_the_guard_also_without_their_batch_and_torn(tmp_path, monkey
     assert "first behind out_proj" in text_of(build_page(tmp_path / "run"))
 
 
-def test_hangs_name_whom_the_others_waited_for(run):
+def test_hangs_name_the_rank_that_the_others_waited_for(run):
     (run / "hangs").mkdir()
     for rank, count in ((0, 40), (1, 39)):
         seen = Seen(rank, f"node-{rank}", 7, 70, "wait (x.py:3)", {"0 world": count}, {"0 world": f"all_reduce number {count}"})
@@ -186,7 +186,7 @@ def test_hangs_name_whom_the_others_waited_for(run):
 def test_slow_ranks_are_named_and_another_number_of_ranks_is_not_mixed_in(tmp_path):
     before = [logged(step, forward_s=[9.0, 1.0]) for step in (10, 20)]
     now = [logged(step, forward_s=[1.0, 1.1, 2.0, 0.9]) for step in range(30, 301, 10)]
-    del now[3]["forward_s"]  # the attempt that was taken was not the first
+    del now[3]["forward_s"]  # the successful attempt was not the first
     times = incidents.rank_times(before + now)
     assert times.seconds.shape == (27, 4) and times.steps[0] == 30
     slowest = incidents.slowest(times)
@@ -241,7 +241,7 @@ def test_evaluations_by_step_of_their_weights(run):
     assert page.count("is torn or not an evaluation") == 2
 
 
-def test_each_section_says_that_it_has_nothing_to_show(tmp_path):
+def test_each_empty_section_says_so(tmp_path):
     text = text_of(build_page(write_run(tmp_path / "run", [])))
     for words in (
         "Nothing is logged yet: metrics are logged every 20 steps (train.log_every)",
@@ -289,7 +289,7 @@ def test_curves_are_drawn_in_the_colours_of_the_page():
     assert all(f"var(--{name})" in picture for name in ("ink", "raw", "accent", "warn"))
     assert not re.search("#[0-9a-f]{6}", picture) and "<style" not in picture
     labels = re.findall(r'text-anchor: end[^>]* x="([\d.]+)"', picture)
-    assert labels and all(float(x) < 30 for x in labels)  # the frame takes the width that it has
+    assert labels and all(float(x) < 30 for x in labels)  # the frame uses the available width
 
 
 def arrows(picture: str) -> int:
@@ -303,7 +303,7 @@ def test_a_spike_does_not_flatten_the_curve_and_is_marked():
     assert arrows(picture) == 3
     labels = [float(label) for label in re.findall(r">([\d.]+)</text>", picture)]
     assert 0.6 in labels and 1000.0 not in labels
-    assert arrows(plot("norm", Curve(np.arange(200.0), values), "log")) == 2  # which has room for the spike
+    assert arrows(plot("norm", Curve(np.arange(200.0), values), "log")) == 2  # a log scale has room for the spike
 
 
 @pytest.mark.parametrize("values", [[], [NAN], [1.0], [0.0, 0.0], [0.0, -1.0, NAN], [3.0, 3.0, 3.0]])
@@ -312,7 +312,7 @@ def test_curves_of_little(values, scale):
     assert "</svg>" in plot("loss", Curve(np.arange(len(values), dtype=float), np.array(values)), scale)
 
 
-def test_what_was_logged_as_no_number_is_no_point_of_a_curve():
+def test_values_that_are_not_numbers_are_not_plotted():
     entries = [logged(10), logged(20, data_wait_s=None), {"step": 30}, logged(40, step_s=0.0)]
     steps, values = curves.curve(entries, "data_wait_s", per="step_s")
     assert steps.tolist() == [10, 40] and values.tolist() == [0.2, np.inf]

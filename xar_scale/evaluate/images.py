@@ -60,24 +60,24 @@ class ImageFiles:
 
     def read(self, part: int) -> np.ndarray:
         """Return uint8 (N, 3, H, W). Raises DataError with the file that cannot be read, or has another mode or size."""
-        pictures: list[np.ndarray] = []
+        images: list[np.ndarray] = []
         for path in self.paths[part * PART : (part + 1) * PART]:
-            with _opened(path) as picture:
-                if picture.size != self.size:
-                    here, there = (f"{width}x{height}" for width, height in (picture.size, self.size))
+            with _opened(path) as image:
+                if image.size != self.size:
+                    here, there = (f"{width}x{height}" for width, height in (image.size, self.size))
                     raise DataError(f"{path} is {here} pixels, {self.paths[0].name} is {there}: all must have the same size")
-                pictures.append(np.asarray(picture.convert("RGB")).transpose(2, 0, 1))
-        return np.stack(pictures)
+                images.append(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+        return np.stack(images)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as picture:
-            if picture.mode not in MODES:
-                raise DataError(f"{path} has mode {picture.mode}, expected 8 bits per channel without transparency")
-            picture.load()
-            yield picture
+        with Image.open(path) as image:
+            if image.mode not in MODES:
+                raise DataError(f"{path} has mode {image.mode}, expected 8 bits per channel without transparency")
+            image.load()
+            yield image
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read image {path}: {error}") from None
 

@@ -70,20 +70,20 @@ def draw_grid(rows: dict[str, np.ndarray], cell: int | None = None) -> Image.Ima
         top = gap + row * (cell + gap)
         pen.text((margin // 2, top + cell // 2), name, fill="black", font=font, anchor="mm")
         for column, image in enumerate(images):
-            tile = _within(to_pil(image), cell, Image.Resampling.BICUBIC)
+            tile = _fit(to_pil(image), cell, Image.Resampling.BICUBIC)
             sheet.paste(tile, (margin + column * (cell + gap), top))
     return sheet
 
 
-def _within(picture: Image.Image, side: int, resampling: Image.Resampling) -> Image.Image:
+def _fit(image: Image.Image, side: int, resampling: Image.Resampling) -> Image.Image:
     """Scale the image to the largest size that fits a square of ``side`` pixels."""
-    scale = side / max(picture.size)
-    return picture.resize((round(picture.width * scale), round(picture.height * scale)), resampling)
+    scale = side / max(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), resampling)
 
 
-def png_bytes(picture: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="png")
+    image.save(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -97,9 +97,9 @@ def write_npz(images_NIHW: np.ndarray, labels: np.ndarray, path: Path) -> None:
 
 def write_animation(frames: Sequence[np.ndarray], path: Path, frame_ms: int = 80, last_ms: int = 2000) -> None:
     """Write frames (I, H, W) as a looping GIF."""
-    pictures = [to_pil(frame) for frame in frames]
-    side = max(SMALLEST * 4, *pictures[0].size)
-    larger = [_within(picture, side, Image.Resampling.NEAREST) for picture in pictures]
+    images = [to_pil(frame) for frame in frames]
+    side = max(SMALLEST * 4, *images[0].size)
+    larger = [_fit(image, side, Image.Resampling.NEAREST) for image in images]
     buffer = io.BytesIO()
     durations = [frame_ms] * (len(larger) - 1) + [last_ms]
     larger[0].save(buffer, format="gif", save_all=True, append_images=larger[1:], duration=durations, loop=0)

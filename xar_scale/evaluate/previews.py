@@ -86,12 +86,12 @@ class Previews:
             return {}
         known = self.config.model.classes
         rows = {title(label, known): images[number * SEEDS : (number + 1) * SEEDS] for number, label in enumerate(shown)}
-        picture = png_bytes(draw_grid(rows))
+        png = png_bytes(draw_grid(rows))
         path = self.run / FOLDER / f"step-{done:08d}.png"
         with _errors_logged(f"{path} cannot be written"):
             path.parent.mkdir(exist_ok=True)
-            write_atomically(path, picture)
-        return {"samples": picture}
+            write_atomically(path, png)
+        return {"samples": png}
 
     def _measure(self, generator: Generator, done: int) -> dict[str, float]:
         settings = self.config.evaluate
