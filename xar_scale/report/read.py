@@ -22,7 +22,7 @@ class RunFolder:
     config: Config
     config_text: str  # the file as it is
     entries: Entries
-    begun: float | None  # from the names of TensorBoard's files
+    started: float | None  # from the names of TensorBoard's files
     written: float  # modification time of the log
     heartbeat: dict[str, Any] | None  # current step, its start time, host, pid
 
@@ -39,13 +39,13 @@ def read_run(path: Path) -> RunFolder:
         config=validated(Config, values, ConfigError, f"{config}: "),
         config_text=config.read_text(encoding="utf-8"),
         entries=read_log(path),
-        begun=_begun(path),
+        started=_started(path),
         written=log.stat().st_mtime,
         heartbeat=_heartbeat(path / HEARTBEAT_FILE),
     )
 
 
-def _begun(run: Path) -> float | None:
+def _started(run: Path) -> float | None:
     """Return the earliest start time in the names of TensorBoard's files."""
     names = (file.name for file in (run / TENSORBOARD_FOLDER).glob("events.*"))
     times = [float(found[1]) for name in names if (found := re.search(r"tfevents\.(\d+\.\d+)\.", name))]
