@@ -12,7 +12,7 @@ import torch
 
 from xar_scale import dist
 from xar_scale.checkpoint.load import check_resumable, load, state_kinds
-from xar_scale.checkpoint.manifest import Manifest
+from xar_scale.checkpoint.manifest import Manifest, step_of
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config, micro_batches
 from xar_scale.data.faults import BadSamples, Fault
@@ -157,9 +157,9 @@ class Training:
         if verdict.faults:
             try:
                 _account_for(news, self.bad)
-            except (DataError, FileError):  # raised on every rank: finish the checkpoint being written first
+            except (DataError, FileError):  # raised on every rank, with the state of ``step`` intact
                 self.watchdog.pause()
-                self.store.newest_on_disk()
+                self._save_before_exit(step)
                 raise
         if verdict.bad:
             self.watchdog.pause()  # retries and a report take longer than a step
@@ -189,6 +189,20 @@ class Training:
         if verdict.stop and not last:
             self.ending = self.stops.error(f"stopped after step {done} of {self.config.train.steps}")
         return done
+
+    def _save_before_exit(self, step: int) -> None:
+        """Write a checkpoint of ``step``, if there is none and the state is finite: an error of the data loses no training."""
+        newest = self.store.newest_on_disk()
+        if step == (step_of(newest) if newest else 0):
+            return
+        if self.config.guard.enabled and self.engine.ranks_with_bad_state(self.ema.tensors):
+            return
+        self.store.save(replace(self._manifest(step), kinds=state_kinds(self.ema)))
+        try:
+            self.store.finish(stopped=True)
+            dist.say(f"checkpoint {self.store.newest}")
+        except FileError as failed:  # not the error that the run exits with
+            dist.say(str(failed))
 
     def _preview(self, done: int) -> None:
         self.watchdog.pause()

@@ -1,5 +1,6 @@
 """What is refused or reported when a run starts: another job in its folder, weights that are not as they were written."""
 
+import errno
 import fcntl
 import os
 import pty
@@ -8,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -24,6 +24,7 @@ from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.cli import main
 from xar_scale.config import override
 from xar_scale.data.faults import BadSamples, Fault
+from xar_scale.engines import Engine
 from xar_scale.errors import ConfigError, DataError, FileError, PreemptedError, StoppedError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.model.xar import meta_model
@@ -117,22 +118,65 @@ def test_checkpoints_that_another_job_wrote_meanwhile_are_not_set_aside(train, t
     assert "resumed from" in capsys.readouterr().out
 
 
+def fail_in_step(monkeypatch, step, error):
+    """Have the data of ``step`` be bad: the storage is at fault (FileError), or there is no budget for a bad sample."""
+    attempts, new_faults = [], BadSamples.new_faults
+
+    def failing(bad, faults):
+        attempts.append(0)
+        fault = Fault("a", 1, error, fatal=isinstance(error, FileError))
+        return new_faults(bad, [fault] if len(attempts) > step else faults)
+
+    monkeypatch.setattr(BadSamples, "new_faults", failing)
+
+
 @pytest.mark.parametrize("error", [DataError("bad"), FileError("gone")])
-def test_a_checkpoint_being_written_when_bad_data_end_the_run_is_not_lost(train, tmp_path, monkeypatch, error):
-    write, writing, news = store.write_file, threading.Event(), BadSamples.news
+def test_an_error_of_the_data_loses_no_training(train, tmp_path, monkeypatch, capsys, error):
+    """The checkpoint that is being written is finished, then one of the last step is written. The run resumes exactly."""
+    write, six = store.write_file, [*train, "train.steps=6"]
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_file", lambda *arguments: time.sleep(1) or write(*arguments))
+        fail_in_step(patch, 3, error)
+        assert main(six) == error.exit_code
+    paths = checkpoint_paths(tmp_path / "run")
+    assert [path.name for path in paths] == ["step-00000002", "step-00000003"]
+    assert read_manifest(paths[-1]).manifest.bad_samples == []  # the step was not taken
+    assert f"checkpoint {paths[-1]}\n" in capsys.readouterr().out
+    assert main(six) == main([*six, "--run-dir", str(tmp_path / "undisturbed")]) == 0
+    assert "step-00000003 at step 3" in capsys.readouterr().out
+    resumed, undisturbed = (newest_valid(tmp_path / run).manifest for run in ("run", "undisturbed"))
+    assert resumed.step == 6 and resumed.files == undisturbed.files
 
-    def slowly(*arguments):
-        writing.set()
-        time.sleep(1)
-        return write(*arguments)
 
-    def lost(bad, faults):
-        return [Fault("a", 1, error, fatal=True)] if writing.is_set() else news(bad, faults)
+@pytest.mark.parametrize("step", [0, 2])
+def test_an_error_of_the_data_repeats_no_checkpoint(train, tmp_path, monkeypatch, step):
+    fail_in_step(monkeypatch, step, FileError("gone"))
+    saves = []
+    monkeypatch.setattr(store.Store, "save", lambda *arguments, save=store.Store.save: saves.append(0) or save(*arguments))
+    assert main([*train, "train.steps=6"]) == 74
+    assert len(saves) == len(checkpoint_paths(tmp_path / "run")) == step / 2
 
-    monkeypatch.setattr(store, "write_file", slowly)
-    monkeypatch.setattr(BadSamples, "news", lost)
-    assert main([*train, "train.steps=2000"]) == error.exit_code
+
+def test_an_error_of_the_data_saves_no_state_that_is_not_finite(train, tmp_path, monkeypatch):
+    fail_in_step(monkeypatch, 3, FileError("gone"))
+    monkeypatch.setattr(
+        Engine, "ranks_with_bad_state", lambda *_: [0] if (tmp_path / "run/checkpoints/latest").exists() else []
+    )
+    assert main([*train, "train.steps=6"]) == 74
     assert [path.name for path in checkpoint_paths(tmp_path / "run")] == ["step-00000002"]
+
+
+def test_a_full_disk_does_not_hide_the_error_of_the_data(train, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+
+    fail_in_step(monkeypatch, 1, DataError("bad"))
+    monkeypatch.setattr(store, "write_file", full)
+    monkeypatch.setattr(store, "FINAL_ATTEMPTS", 1)
+    assert main(train) == 65
+    said = capsys.readouterr()
+    assert "step-00000001: given up after 1 attempts: x: No space left on device" in said.out
+    assert "xar-scale: bad (bad samples: 1" in said.err
 
 
 def test_a_closed_terminal_stops_the_run_with_a_checkpoint(train, tmp_path):

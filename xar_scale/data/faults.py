@@ -37,12 +37,14 @@ class BadSamples:
         return list(fresh.values())
 
     def add(self, faults: Iterable[Fault]) -> list[Fault]:
-        """Count all ranks' new faults. Raises the error of a fatal one, and DataError if there are more than ``allowed``."""
+        """Count all ranks' new faults. Raises the error of a fatal one, and DataError if there are more than ``allowed``: then
+        ``known`` stays as it was before the step."""
         fresh = self.new_faults(faults)
         for fault in fresh:
             if fault.fatal:
                 raise fault.error
-        self.known |= {fault[:2] for fault in fresh}
-        if len(self.known) > self.allowed:
-            raise DataError(f"{fresh[0].error} (bad samples: {len(self.known)}, data.max_bad_samples is {self.allowed})")
+        known = self.known | {fault[:2] for fault in fresh}
+        if len(known) > self.allowed:
+            raise DataError(f"{fresh[0].error} (bad samples: {len(known)}, data.max_bad_samples is {self.allowed})")
+        self.known = known
         return fresh
