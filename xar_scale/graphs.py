@@ -15,13 +15,13 @@ Work = Callable[..., Sequence[Tensor | None]]
 WARM_UP = 2  # times that work is done as it is first: what is compiled, chosen or made once must not be recorded
 
 
-def records(config: Config, mode: str) -> bool:
+def can_capture(config: Config, mode: str) -> bool:
     """Whether a GPU's passes in ``mode`` are recorded: a loss scale changes, and recomputation sets the generator back."""
     plain = config.kernels.compile and config.train.recompute == "none" and not MODES[mode].scaled
-    return config.train.whole_weights and plain
+    return config.train.replicated and plain
 
 
-class _Record(NamedTuple):
+class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
     outputs: Sequence[Tensor | None]
@@ -40,28 +40,28 @@ class Graphs:
         self._stream = _stream(device)
         self._pool: Any = None  # of all records: only one plays at a time
         self._done = Counter[Hashable]()
-        self._records: dict[Hashable, _Record] = {}
+        self._captured: dict[Hashable, _Captured] = {}
 
-    def play(self, kind: Hashable, work: Work, *inputs: Tensor, warm_up: float = WARM_UP) -> Sequence[Tensor | None]:
+    def run(self, kind: Hashable, work: Work, *inputs: Tensor, warm_up: float = WARM_UP) -> Sequence[Tensor | None]:
         """What ``work(*inputs)`` returns; after ``warm_up`` times, by kind and shapes, from a record. Then the outputs are in
         the record's memory, until it, or one that was made before it, is played again."""
         key = _key(kind, inputs)
         if self._done[key] < warm_up:
             self._done[key] += 1
-            return self._aside(work, inputs)
-        if key not in self._records:
-            self._records[key] = self._record(work, inputs)
-        record = self._records[key]
-        for held, given in zip(record.inputs, inputs, strict=True):
+            return self._warm_up(work, inputs)
+        if key not in self._captured:
+            self._captured[key] = self._capture(work, inputs)
+        captured = self._captured[key]
+        for held, given in zip(captured.inputs, inputs, strict=True):
             held.copy_(given)
-        record.graph.replay()
-        return record.outputs
+        captured.graph.replay()
+        return captured.outputs
 
-    def knows(self, kind: Hashable, *inputs: Tensor) -> bool:
+    def has_captured(self, kind: Hashable, *inputs: Tensor) -> bool:
         """Whether there is a record of that kind, and of such inputs."""
-        return _key(kind, inputs) in self._records
+        return _key(kind, inputs) in self._captured
 
-    def _aside(self, work: Work, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def _warm_up(self, work: Work, inputs: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """On the stream that is recorded: what is made once is made for it."""
         current = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(current)
@@ -70,14 +70,14 @@ class Graphs:
         current.wait_stream(self._stream)
         return outputs
 
-    def _record(self, work: Work, inputs: Sequence[Tensor]) -> _Record:
+    def _capture(self, work: Work, inputs: Sequence[Tensor]) -> _Captured:
         held = [tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         # other threads (data, checkpoints, the watchdog) may use the device meanwhile
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             outputs = work(*held)
         self._pool = self._pool or graph.pool()
-        return _Record(graph, held, outputs)
+        return _Captured(graph, held, outputs)
 
 
 @cache

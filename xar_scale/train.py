@@ -255,7 +255,7 @@ class Training:
         model, device = self.engine.model, self.engine.device
         if not logged:
             yield None
-        elif self.engine.plays_records:
+        elif self.engine.replays_graphs:
             self.engine.around_pass = passes = PassTime(device)
             yield Looks(passes)
             self.engine.around_pass = nullcontext()

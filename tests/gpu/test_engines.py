@@ -56,6 +56,6 @@ def test_passes_are_recorded_anew_after_a_fault_and_after_pictures(folder, engin
     said, lines = logged(folder, f"recorded-{engine}", *more, "kernels.compile=true", **broken(4))
     assert [line["precision"] for line in lines] == ["bf16"] * 4 + ["tf32"] * 6 + ["bf16"] * 6
     # after two that warm up: in bf16, in TF32, which pictures follow, and in bf16 again
-    assert said.count("a pass is recorded") == 3
-    assert "a pass is recorded" not in (eager := logged(folder, f"eager-{engine}", *more, **broken(4)))[0]
+    assert said.count("a pass is captured") == 3
+    assert "a pass is captured" not in (eager := logged(folder, f"eager-{engine}", *more, **broken(4)))[0]
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in eager[1]], rel=5e-2)

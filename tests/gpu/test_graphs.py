@@ -10,7 +10,7 @@ from tests.unit.conftest import nano_model
 from xar_scale import dist
 from xar_scale.diagnosis import Activations
 from xar_scale.engines import create_engine
-from xar_scale.engines.whole import ADDED, FIRST, WholeEngine
+from xar_scale.engines.replicated import ADDED, FIRST, ReplicatedEngine
 from xar_scale.evaluate.generate import prepare
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import initial_weights, meta_model
@@ -48,9 +48,9 @@ class Course:
     def attempt(self, number):
         return self.engine.attempt(number, random_batches(number, self.passes, self.device))
 
-    def knows(self, kind):
+    def captured(self, kind):
         batch = random_batch(0).to(self.device)
-        return self.engine._graphs.knows(kind, batch.latents, batch.labels, batch.t, batch.noise)
+        return self.engine._graphs.has_captured(kind, batch.latents, batch.labels, batch.t, batch.noise)
 
     def weights(self):
         return torch.cat([shard.master for shard in self.engine.shards()])
@@ -64,12 +64,12 @@ def test_recorded_passes_train_as_others_do(engine, passes, precision, device, m
     for recorded in (False, True):
         with monkeypatch.context() as patch:
             if not recorded:
-                patch.setattr(WholeEngine, "plays_records", False)
+                patch.setattr(ReplicatedEngine, "replays_graphs", False)
             course = Course(engine, device, passes, f"train.precision={precision}")
             for number in range(2 * STEPS):
                 course.step(number)
-                assert not recorded or course.knows(FIRST) == (number >= 2)
-                assert not recorded or course.knows(ADDED) == (number >= 2 and passes > 1)  # as soon as it can be
+                assert not recorded or course.captured(FIRST) == (number >= 2)
+                assert not recorded or course.captured(ADDED) == (number >= 2 and passes > 1)  # as soon as it can be
             courses.append(course)
     plain, played = courses
     assert played.losses == pytest.approx(plain.losses, rel=1e-5)
@@ -82,7 +82,7 @@ def test_other_precisions_discarded_attempts_and_looks_come_between(engine, devi
     for recorded in (False, True):
         with monkeypatch.context() as patch:
             if not recorded:
-                patch.setattr(WholeEngine, "plays_records", False)
+                patch.setattr(ReplicatedEngine, "replays_graphs", False)
             course = Course(engine, device, 2, "train.precision=bf16")
             for number in range(3):
                 course.step(number)
@@ -115,11 +115,11 @@ def test_what_draws_in_between_has_the_memory_of_the_records(engine, device):
     held = torch.cuda.memory_reserved()
     with course.engine.drawing(averages, 4):
         torch.cuda.empty_cache()
-        assert torch.cuda.memory_reserved() < held and not course.knows(FIRST)
+        assert torch.cuda.memory_reserved() < held and not course.captured(FIRST)
     assert torch.equal(course.weights(), weights)
     for number in range(4, 8):
         course.step(number)
-    assert course.knows(FIRST)
+    assert course.captured(FIRST)
 
 
 def test_nccl_takes_the_vectors_that_passes_are_played_into(device):
@@ -135,7 +135,7 @@ def test_nccl_takes_the_vectors_that_passes_are_played_into(device):
         expected = gradients.clone(), weights.clone()
         dist.reduce_scatter(gradients[course.engine.owned], gradients)
         dist.all_gather(weights, weights[course.engine.owned])
-        assert torch.equal(gradients, expected[0]) and torch.equal(weights, expected[1]) and course.knows(FIRST)
+        assert torch.equal(gradients, expected[0]) and torch.equal(weights, expected[1]) and course.captured(FIRST)
     finally:
         torch.distributed.destroy_process_group()
 

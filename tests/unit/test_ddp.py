@@ -13,7 +13,7 @@ from tests.conftest import digits_config, random_batch
 from tests.unit.test_fsdp2 import engine_of, losses, state, take_over
 from xar_scale import dist
 from xar_scale.config import Config
-from xar_scale.engines import Engine, whole
+from xar_scale.engines import Engine, replicated
 from xar_scale.errors import ConfigError
 
 ddp = partial(engine_of, "train.engine=ddp", "train.precision=fp32")
@@ -166,22 +166,22 @@ def test_an_engine_goes_with_its_last_name():
     assert gone() is None
 
 
-class Played(whole.Graphs):
+class ReplayedOnCpu(replicated.Graphs):
     """Records as a GPU plays them: the device's part of the work is done again, and the host's part is not, so that what it
     decides and keeps is as it was when the work was recorded."""
 
     def __init__(self, engine):
-        self.engine, self.recorded, self.done = engine, {}, {}
+        self.engine, self.captured, self.done = engine, {}, {}
 
-    def knows(self, kind, *inputs):
-        return kind in self.recorded
+    def has_captured(self, kind, *inputs):
+        return kind in self.captured
 
-    def play(self, kind, work, *inputs, warm_up):
+    def run(self, kind, work, *inputs, warm_up):
         self.done[kind] = self.done.get(kind, 0) + 1
         if self.done[kind] <= warm_up:
             return work(*inputs)
         added, kept = self.engine._added, frozenset(self.engine._added)
-        self._become(added, self.recorded.setdefault(kind, kept))
+        self._become(added, self.captured.setdefault(kind, kept))
         outputs = work(*inputs)
         self._become(added, kept)
         return outputs
@@ -193,21 +193,21 @@ class Played(whole.Graphs):
 
 
 def test_passes_that_are_played_train_as_others_do():
-    played, other = ddp(*TWO_PASSES), ddp(*TWO_PASSES)
-    played._graphs = Played(played)
+    replayed, other = ddp(*TWO_PASSES), ddp(*TWO_PASSES)
+    replayed._graphs = ReplayedOnCpu(replayed)
     for step in range(5):
-        found, expected = (engine.attempt(step, passes(step)) for engine in (played, other))
+        found, expected = (engine.attempt(step, passes(step)) for engine in (replayed, other))
         assert found == expected
         if step == 3:  # attempted, not taken
-            for engine in (played, other):
+            for engine in (replayed, other):
                 engine.discard()
             continue
-        for engine in (played, other):
+        for engine in (replayed, other):
             engine.step(1e-2, expected)
-    assert played._graphs.recorded.keys() == {whole.FIRST, whole.ADDED}
-    assert_same(played, other)
-    played.shards_written(4)
-    assert played._graphs is None  # as a GPU lets go of its records
+    assert replayed._graphs.captured.keys() == {replicated.FIRST, replicated.ADDED}
+    assert_same(replayed, other)
+    replayed.shards_written(4)
+    assert replayed._graphs is None  # as a GPU lets go of its records
 
 
 def test_it_has_no_neighbours_that_share_a_copy():

@@ -88,19 +88,19 @@ def test_kinds_of_calls_are_compiled_beyond_pytorch_s_limit(checkpoint, monkeypa
     assert counted.frame_count == 20
 
 
-class Unrecorded:
+class Uncaptured:
     """In place of records, which need a GPU: does the work anew each time."""
 
     def __init__(self, device) -> None:
         self.kinds = set()
 
-    def play(self, kind, work, *inputs):
+    def run(self, kind, work, *inputs):
         self.kinds.add((kind, inputs[0].shape))
         return work(*inputs)
 
 
 def test_batches_of_any_size_share_the_cache_that_records_know(monkeypatch):
-    monkeypatch.setattr(generate, "Graphs", Unrecorded)
+    monkeypatch.setattr(generate, "Graphs", Uncaptured)
     recorded = generate._Recorded(model := create_model("nano", **SIZES).eval(), CPU)
     plain, made = create_model("nano", **SIZES), []
     model.forward, model.new_cache = recorded.forward, lambda *of: made.append(recorded.new_cache(*of)) or made[-1]

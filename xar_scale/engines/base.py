@@ -70,7 +70,7 @@ class Engine(ABC):
         return MODES[self.mode]
 
     @property
-    def plays_records(self) -> bool:
+    def replays_graphs(self) -> bool:
         """Whether passes are CUDA graphs, in which nothing can be looked at."""
         return False
 

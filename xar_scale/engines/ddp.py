@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from xar_scale import dist
 from xar_scale.config import Config
 from xar_scale.engines.base import Shard, Verdict, adam_state, set_steps
-from xar_scale.engines.whole import WholeEngine
+from xar_scale.engines.replicated import ReplicatedEngine
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
@@ -17,7 +17,7 @@ from xar_scale.optim import create_adamw
 ALIGNED = 64  # elements that a tensor begins at a multiple of: kernels read rows of 16 bytes, and the allocator gives 256
 
 
-class DDPEngine(WholeEngine):
+class DDPEngine(ReplicatedEngine):
     """Data parallelism with the optimizer's state cut over the ranks (ZeRO-1: Rajbhandari et al. 2020, section 5.1).
 
     All weights are views of one vector and all gradients of another, which passes add to; a rank owns the same equal run of

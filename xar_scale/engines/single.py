@@ -8,14 +8,14 @@ from torch import Tensor
 from xar_scale import dist
 from xar_scale.config import Config
 from xar_scale.engines.base import Shard, adam_state, set_steps
-from xar_scale.engines.whole import WholeEngine
+from xar_scale.engines.replicated import ReplicatedEngine
 from xar_scale.errors import ConfigError
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
 
 
-class SingleEngine(WholeEngine):
+class SingleEngine(ReplicatedEngine):
     def __init__(self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> None:
         """Raises ConfigError when there is more than one rank."""
         if dist.world() > 1:

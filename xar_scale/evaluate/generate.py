@@ -185,7 +185,7 @@ class _Recorded:
         if cache is not self._cache:
             (velocity,) = work(x, t, labels)
             return velocity
-        (played,) = self._graphs.play(first, work, x, t, labels)
+        (played,) = self._graphs.run(first, work, x, t, labels)
         assert played is not None
         return played.clone()
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from xar_scale.config import Config, micro_batches, shard_ranks
 from xar_scale.ema import averages_of
-from xar_scale.graphs import records
+from xar_scale.graphs import can_capture
 from xar_scale.memory.rank import WEIGHT, ZERO3_LIVE, Weights, owners, padded
 from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import forward_flops, training_flops
@@ -142,7 +142,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
     inputs = 0.0
     if train.recompute == "offload":
         inputs = weights.blocks * create_layout(config.model).tokens * config.model.width * WEIGHT
-    launch = machines.launch * (UNGATHERED if train.whole_weights else 1) * launched_again(config)
+    launch = machines.launch * (UNGATHERED if train.replicated else 1) * launched_again(config)
     workers = max(config.data.workers, 1) * machines.gpus
     communication = sum(each.seconds for each in sent)
     ends = sum(each.seconds / each.calls for each in (sent[0], sent[-1])) if sent else 0.0
@@ -150,7 +150,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
         compute=passes * samples * image_flops(config) / (gpu.peak(train.precision) * machines.mfu),
         communication=communication,
         host=2 * passes * samples * inputs / gpu.host,
-        launches=0.0 if records(config, train.precision) else passes * weights.blocks * launch,
+        launches=0.0 if can_capture(config, train.precision) else passes * weights.blocks * launch,
         exposed=ends + (1 - machines.overlap) * (communication - ends),
         optimizer=optimizer_bytes(config, weights, machines.gpus) / gpu.memory_bandwidth,
         data=train.global_batch / (machines.loader * workers),

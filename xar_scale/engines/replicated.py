@@ -11,13 +11,13 @@ from torch import Tensor
 from xar_scale.config import Config
 from xar_scale.data.loader import Batch
 from xar_scale.engines.base import Engine
-from xar_scale.graphs import WARM_UP, Graphs, records
+from xar_scale.graphs import WARM_UP, Graphs, can_capture
 from xar_scale.model.xar import XAR
 
 FIRST, ADDED = "first", "added"  # passes of a step: what they do with gradients
 
 
-class WholeEngine(Engine):
+class ReplicatedEngine(Engine):
     optimizer: torch.optim.Optimizer
 
     def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
@@ -26,8 +26,8 @@ class WholeEngine(Engine):
         self._apply_precision()
 
     @property
-    def plays_records(self) -> bool:
-        return self.device.type == "cuda" and records(self.config, self.mode)
+    def replays_graphs(self) -> bool:
+        return self.device.type == "cuda" and can_capture(self.config, self.mode)
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Compiled passes are recorded on a GPU, but for those that hooks look into."""
@@ -41,13 +41,16 @@ class WholeEngine(Engine):
 
         def work(latents: Tensor, labels: Tensor, t: Tensor, noise: Tensor) -> Sequence[Tensor | None]:
             held = replace(batch, latents=latents, labels=labels, t=t, noise=noise)
-            loss = super(WholeEngine, self).forward_backward(held)
+            loss = super(ReplicatedEngine, self).forward_backward(held)
             return [loss, *self._gradients_made()]
 
-        # Added is where the first of a step has put its gradients: recorded once those stay there, and then at once, because
-        # unrecorded it would need its activations beside those of the records
-        kind, warm_up = (ADDED, 0 if graphs.knows(FIRST, *inputs) else math.inf) if self._has_gradients else (FIRST, WARM_UP)
-        loss, *gradients = graphs.play(kind, work, *inputs, warm_up=warm_up)
+        # ADDED adds to the gradients that FIRST put down, so it is captured only once FIRST is, whose gradients stay in place.
+        # It is then captured at once: an eager micro-batch would need its activations besides the graphs' memory
+        if self._has_gradients:
+            kind, warm_up = ADDED, 0 if graphs.has_captured(FIRST, *inputs) else math.inf
+        else:
+            kind, warm_up = FIRST, WARM_UP
+        loss, *gradients = graphs.run(kind, work, *inputs, warm_up=warm_up)
         self._take_gradients(gradients)
         assert loss is not None
         return loss.clone()
@@ -60,7 +63,7 @@ class WholeEngine(Engine):
 
     def _apply_precision(self) -> None:
         """Autocast is all there is. What was recorded in another precision goes, and with it its memory."""
-        self._graphs = Graphs(self.device) if self.plays_records else None
+        self._graphs = Graphs(self.device) if self.replays_graphs else None
 
     @property
     @abstractmethod
