@@ -11,14 +11,14 @@ from xar_scale.posthoc import exponent, share_of_new
 WIDTHS = (0.05, 0.10)  # sigma_rel of the averages that any other is made of afterwards (EDM2, section 3.2)
 
 
-def widths_of(config: OptimConfig) -> tuple[float, ...]:
+def ema_widths(config: OptimConfig) -> tuple[float, ...]:
     """Of the power-function averages that a run keeps."""
     return WIDTHS if config.ema_snapshots_every else ()
 
 
-def averages_of(config: OptimConfig) -> int:
+def ema_count(config: OptimConfig) -> int:
     """How many averages of each weight a run keeps."""
-    return 1 + len(widths_of(config))
+    return 1 + len(ema_widths(config))
 
 
 class EMA:

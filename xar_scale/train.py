@@ -20,7 +20,7 @@ from xar_scale.data.faults import BadSamples, Fault
 from xar_scale.data.feed import Feed
 from xar_scale.data.loader import LatentDataset
 from xar_scale.diagnosis import Activations
-from xar_scale.ema import EMA, POWER_KINDS, widths_of
+from xar_scale.ema import EMA, POWER_KINDS, ema_widths
 from xar_scale.engines import Engine, Verdict, create_engine
 from xar_scale.errors import DataError, FileError, XarScaleError
 from xar_scale.evaluate.previews import Previews
@@ -70,7 +70,7 @@ def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.d
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     with first_weights(model, config, checkpoint) as weights:
         engine = create_engine(model, weights, config, device)
-    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay, widths_of(config.optim))
+    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay, ema_widths(config.optim))
     guard = GuardState()
     if checkpoint is not None:
         count = load(checkpoint, engine, ema)
@@ -256,9 +256,9 @@ class Training:
         if not logged:
             yield None
         elif self.engine.replays_graphs:
-            self.engine.around_pass = passes = PassTime(device)
+            self.engine.micro_batch_context = passes = PassTime(device)
             yield Looks(passes)
-            self.engine.around_pass = nullcontext()
+            self.engine.micro_batch_context = nullcontext()
         else:
             with Activations(model) as activations, ForwardTime(model, device, self.config.kernels.compile) as forward:
                 yield Looks(forward, activations)

@@ -113,7 +113,7 @@ def test_what_draws_in_between_has_the_memory_of_the_records(engine, device):
     weights = course.weights()
     torch.cuda.empty_cache()
     held = torch.cuda.memory_reserved()
-    with course.engine.drawing(averages, 4):
+    with course.engine.ema_weights(averages, 4):
         torch.cuda.empty_cache()
         assert torch.cuda.memory_reserved() < held and not course.captured(FIRST)
     assert torch.equal(course.weights(), weights)

@@ -89,7 +89,7 @@ def test_flash_needs_what_its_kernels_need(lacks, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if lacks == "capability" else (8, 0))
     choose = partial(choose_backend, LAYOUTS["equal"], torch.device("cuda", 0), torch.float16, 64, dropout=0.0, backward=True)
     assert choose() == "masked"
-    with pytest.raises(ConfigError, match=f"flash needs {flash.NEEDS}"):
+    with pytest.raises(ConfigError, match=f"flash needs {flash.REQUIREMENTS}"):
         choose(backend="flash")
 
 

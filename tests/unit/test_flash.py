@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.processes import ROOT, environment
 from xar_scale.model import flash
-from xar_scale.model.flash import Blocks, flash_attention
+from xar_scale.model.flash import BlockSizes, flash_attention
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -37,7 +37,7 @@ LAYOUTS = {
 
 
 def cuts(queries, keys):
-    return {name: {flash.WIDEST: Blocks(queries, keys, warps=4, stages=2, registers=255)} for name in flash.BLOCKS}
+    return {name: {flash.WIDEST: BlockSizes(queries, keys, warps=4, stages=2, registers=255)} for name in flash.BLOCKS}
 
 
 @outside

@@ -15,7 +15,7 @@ TYPES = {"seed": "*i32", "ends": "*i32", "words": "*i32", "lse": "*fp32", "delta
 
 def compiled(name: str, head_width: int, capability: int):
     """As it is launched: addresses and strides are multiples of 16."""
-    kernel, cut = flash._KERNELS[name], flash.cut_of(name, head_width)
+    kernel, cut = flash._KERNELS[name], flash.block_sizes(name, head_width)
     constants = flash.constants(head_width, cut, dropout=True)
     signature, aligned = {}, {}
     for place, argument in enumerate(kernel.arg_names):

@@ -281,7 +281,7 @@ def _kind(manifest: Manifest) -> str:
 
 def _own_vectors(engine: Engine, ema: EMA) -> list[tuple[str, int, torch.Tensor]]:
     """What this rank writes of what it owns. Where several ranks own the same, each writes an equal part of it."""
-    copies = engine.copies
+    copies = engine.replicas
     copy = dist.rank() // (dist.world() // copies)
     parts = []
     for key, start, tensor in state_vectors(engine, ema):

@@ -54,15 +54,15 @@ class Engine(ABC):
 
     def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
         self.model, self.layout, self.config, self.device = model, model.layout, config, device
-        self.passes = micro_batches(config.train, dist.world())[1]
-        self.copies = dist.world() // shard_ranks(config.train, dist.world())
+        self.accumulation_steps = micro_batches(config.train, dist.world())[1]
+        self.replicas = dist.world() // shard_ranks(config.train, dist.world())
         self.network: nn.Module = model
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.rank = dist.rank()  # whose dropout it is
         self.loss_scale = 1.0  # what gradients are multiplied by on their way, where 16 bits would lose them
         self.mode: str = config.train.precision
         self.splits = 1
-        self.around_pass: AbstractContextManager[object] = nullcontext()  # entered for each of an attempt
+        self.micro_batch_context: AbstractContextManager[object] = nullcontext()  # entered for each of an attempt
         apply_matmul_mode(self.mode)
 
     @property
@@ -90,8 +90,8 @@ class Engine(ABC):
         self._seed(step)
         loss, inputs = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for batch in batches:
-            with self.around_pass:
-                loss += self.forward_backward(batch) / self.passes
+            with self.micro_batch_context:
+                loss += self.forward_backward(batch) / self.accumulation_steps
             inputs += batch.inputs_sum()
         return self.agree(loss, inputs, faults, stop)
 
@@ -112,7 +112,7 @@ class Engine(ABC):
         for part in batch.split(self.splits):
             with self._autocast():
                 loss = self._loss(part) / self.splits
-            (loss * (self.loss_scale / self.passes)).backward()
+            (loss * (self.loss_scale / self.accumulation_steps)).backward()
             total += loss.detach()
         return total
 
@@ -126,7 +126,7 @@ class Engine(ABC):
         inputs = torch.zeros_like(loss) if inputs is None else inputs
         self._bad = ~torch.isfinite(torch.stack([loss, squares, weights, inputs]))
         counts = torch.tensor([faults, stop], dtype=loss.dtype).to(self.device, non_blocking=True)
-        parts = torch.cat([torch.stack([loss / dist.world(), squares / self.copies]), counts])
+        parts = torch.cat([torch.stack([loss / dist.world(), squares / self.replicas]), counts])
         sums = dist.all_reduce_sum(torch.cat([parts, self._bad.float()])).tolist()
         found = _flags(sums[4:])
         if not math.isfinite(sums[1]):
@@ -139,7 +139,7 @@ class Engine(ABC):
         return _flags(self._bad.tolist())
 
     @contextmanager
-    def drawing(self, averages: Sequence[Tensor], steps: int) -> Iterator[XAR]:
+    def ema_weights(self, averages: Sequence[Tensor], steps: int) -> Iterator[XAR]:
         """Between steps: the network, to be called on all ranks alike, with ``averages`` (flat, one a shard) for weights. These
         are in the averages' memory meanwhile, and both are back afterwards, bitwise. ``steps``: that were taken.
         """

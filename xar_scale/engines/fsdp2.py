@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from xar_scale import dist
 from xar_scale.config import Config, shard_ranks
 from xar_scale.engines.base import Engine, Shard, adam_state, set_steps
-from xar_scale.model.aligned import weights_are_gathered
+from xar_scale.model.aligned import mark_weights_gathered
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
@@ -98,7 +98,7 @@ def shard_model(model: XAR, ranks: int, policy: MixedPrecisionPolicy, device: to
     """
     # blocks put out views, which nothing changes in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-    weights_are_gathered(model)
+    mark_weights_gathered(model)
     copies = dist.world() // ranks
     # of two dimensions where there are several copies: gathered among neighbours, gradients reduced over all
     shape, names = ((ranks,), ("shard",)) if copies == 1 else ((copies, ranks), ("copy", "shard"))

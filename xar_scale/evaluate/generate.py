@@ -18,7 +18,7 @@ from xar_scale.dist import say
 from xar_scale.errors import ConfigError
 from xar_scale.evaluate.trained import Trained
 from xar_scale.graphs import Graphs
-from xar_scale.model.compiled import graph_of
+from xar_scale.model.compiled import compile_static
 from xar_scale.model.kv_cache import KVCache
 from xar_scale.model.xar import XAR, meta_model
 from xar_scale.precision import FP32, MODES, apply_matmul_mode
@@ -164,7 +164,7 @@ def prepare(model: XAR, device: torch.device, compute: torch.dtype, *, compiled:
                 module.to(compute)
     if compiled:
         for block in model.blocks:
-            block.forward = graph_of(block.forward, fullgraph=True)  # type: ignore[method-assign]
+            block.forward = compile_static(block.forward, fullgraph=True)  # type: ignore[method-assign]
     if device.type == "cuda":
         recorded = _Recorded(model, device)
         model.forward, model.new_cache = recorded.forward, recorded.new_cache  # type: ignore[method-assign, assignment]

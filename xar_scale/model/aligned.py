@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xar_scale.model.cpu import on_a_gpu
+from xar_scale.model.cpu import on_gpu
 
 CHANNELS = 8  # 16 bytes in 16 bits: what a row has to be a multiple of for tensor cores to be fed from it
 
@@ -15,7 +15,7 @@ class _Aligned(nn.Linear):
     gathered = False  # whether an engine gathers its weight for each pass, and lets go of it between
 
 
-def weights_are_gathered(model: nn.Module) -> None:
+def mark_weights_gathered(model: nn.Module) -> None:
     """Graphs then keep no padded copies of weights between their two passes: of all blocks they would be most of a network."""
     for layer in model.modules():
         if isinstance(layer, _Aligned):
@@ -30,7 +30,7 @@ class WideningLinear(_Aligned):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        more = -self.out_features % CHANNELS if on_a_gpu(x) else 0
+        more = -self.out_features % CHANNELS if on_gpu(x) else 0
         return _padded_linear(self, x, more) if more else super().forward(x)
 
 

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from xar_scale.config import AttentionBackend
 from xar_scale.errors import ConfigError
 from xar_scale.model import flash
-from xar_scale.model.compiled import graph_of
-from xar_scale.model.cpu import goes_own_way
+from xar_scale.model.compiled import compile_static
+from xar_scale.model.cpu import takes_cpu_path
 from xar_scale.model.dropout import dropout
 from xar_scale.model.entities import EntityLayout
 
@@ -82,7 +82,7 @@ def choose_backend(
         raise ConfigError(f"attention flex takes heads of at least {FLEX_HEAD_WIDTH} channels, not {head_width}")
     if backend == "flash":
         if not torch.compiler.is_compiling() and not flash.available(device):
-            raise ConfigError(f"attention flash needs {flash.NEEDS}; use masked, prefix or dense")
+            raise ConfigError(f"attention flash needs {flash.REQUIREMENTS}; use masked, prefix or dense")
         if not flash.NARROWEST <= head_width <= flash.WIDEST:
             raise ConfigError(f"attention flash takes heads of {flash.NARROWEST} to {flash.WIDEST} channels, not {head_width}")
         if dtype not in FLASH_DTYPES:  # to which the guard falls back in the middle of a run
@@ -185,7 +185,7 @@ def _flash_attn_serves(device: torch.device, dtype: torch.dtype, head_width: int
 def _kernel(q: Tensor, dropout_p: float) -> Callable[..., Tensor]:
     if _flash_attn_serves(q.device, q.dtype, q.shape[-1]):
         return _flash_attn
-    if goes_own_way(q) and (dropout_p > 0 or (q.requires_grad and q.dtype in FLASH_DTYPES)):
+    if takes_cpu_path(q) and (dropout_p > 0 or (q.requires_grad and q.dtype in FLASH_DTYPES)):
         return _attend  # PyTorch's fused kernel has no dropout there, and a slow backward pass in 16 bits
     return _sdpa
 
@@ -235,7 +235,7 @@ def _compiled_flex() -> Callable[..., Any]:
     """Uncompiled it computes every score. Each mask and batch size is a graph of its own."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return graph_of(flex_attention, fullgraph=True)
+    return compile_static(flex_attention, fullgraph=True)
 
 
 _FUNCTIONS = {"dense": _dense, "masked": _masked, "prefix": _prefix, "flex": _flex, "flash": _flash}

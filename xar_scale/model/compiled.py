@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 
-MOST = 1024  # graphs of one function; PyTorch's own limit is 8, beyond which it goes on without a graph, or fails
+MAX_GRAPHS = 1024  # graphs of one function; PyTorch's own limit is 8, beyond which it goes on without a graph, or fails
 
 
-def graph_of(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def compile_static(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """A graph for each kind of call: shapes, training or not, a precision of autocast, entities before those fed.
 
     PyTorch's limit of them is the process's, and is raised for good: to raise it around each call takes time in each block.
     """
     from torch._dynamo import config  # seconds, for which each process would wait
 
-    config.recompile_limit = config.accumulated_recompile_limit = MOST
+    config.recompile_limit = config.accumulated_recompile_limit = MAX_GRAPHS
     return torch.compile(function, dynamic=False, **options)

@@ -8,35 +8,35 @@ import torch
 from torch import Tensor
 
 
-class _Standing(NamedTuple):
+class _Emulated(NamedTuple):
     gpu: bool = False
     graph: bool = False
 
 
-_standing = _Standing()
+_emulated = _Emulated()
 
 
-def goes_own_way(x: Tensor) -> bool:
+def takes_cpu_path(x: Tensor) -> bool:
     """Not in a graph, which makes its own kernels, nor where a CPU's tensors stand for a GPU's."""
-    return x.device.type == "cpu" and not in_a_graph() and not _standing.gpu
+    return x.device.type == "cpu" and not in_graph() and not _emulated.gpu
 
 
-def on_a_gpu(x: Tensor) -> bool:
+def on_gpu(x: Tensor) -> bool:
     """Or as if it were."""
-    return x.device.type == "cuda" or (x.device.type == "cpu" and _standing.gpu)
+    return x.device.type == "cuda" or (x.device.type == "cpu" and _emulated.gpu)
 
 
-def in_a_graph() -> bool:
+def in_graph() -> bool:
     """Whether torch.compile looks on. Or as if it did."""
-    return torch.compiler.is_compiling() or _standing.graph
+    return torch.compiler.is_compiling() or _emulated.graph
 
 
 @contextmanager
-def standing_for(*, gpu: bool, graph: bool) -> Iterator[None]:
+def emulate(*, gpu: bool, graph: bool) -> Iterator[None]:
     """What is computed here, on a CPU's tensors, takes the functions that it would on a GPU, in a graph, or both."""
-    global _standing
-    before, _standing = _standing, _Standing(gpu, graph)
+    global _emulated
+    before, _emulated = _emulated, _Emulated(gpu, graph)
     try:
         yield
     finally:
-        _standing = before
+        _emulated = before

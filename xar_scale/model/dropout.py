@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xar_scale.model.cpu import goes_own_way, in_a_graph
+from xar_scale.model.cpu import in_graph, takes_cpu_path
 
 _LEVELS = 2**16
 
@@ -24,9 +24,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Of a share ``p`` of the values, drawn from the device's generator; on a CPU a multiple of 2^-16, in graphs of 2^-32."""
     if not 0 < p < 1:
         return F.dropout(x, p)
-    if in_a_graph():
+    if in_graph():
         return _hashed(x, p)
-    if not goes_own_way(x):
+    if not takes_cpu_path(x):
         return F.dropout(x, p)
     # PyTorch draws one number a value, in one thread (docs/benchmarks/2026-11-23-cpu-step.md)
     dropped = round(p * _LEVELS)

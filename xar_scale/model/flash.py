@@ -24,7 +24,7 @@ except ImportError:  # wheels for a CPU come without
 NARROWEST, WIDEST = 16, 128  # channels of a head
 
 
-class Blocks(NamedTuple):
+class BlockSizes(NamedTuple):
     """How a kernel is cut: tokens of a block of queries and of one of keys; warps of a program, stages of its pipeline, and the
     most registers of a thread, which decide how many programs are on a multiprocessor at once."""
 
@@ -39,11 +39,11 @@ class Blocks(NamedTuple):
 # of the published model, of which nothing is masked; of three programs of 4 warps that share a multiprocessor a thread has 168
 # registers, and of two 255
 BLOCKS = {
-    "forward": {128: Blocks(64, 64, 4, 2, 168)},
-    "queries": {96: Blocks(64, 64, 4, 2, 168), 128: Blocks(64, 32, 4, 2, 168)},
-    "keys": {96: Blocks(32, 64, 4, 2, 168), 128: Blocks(32, 64, 4, 2, 255)},
+    "forward": {128: BlockSizes(64, 64, 4, 2, 168)},
+    "queries": {96: BlockSizes(64, 64, 4, 2, 168), 128: BlockSizes(64, 32, 4, 2, 168)},
+    "keys": {96: BlockSizes(32, 64, 4, 2, 168), 128: BlockSizes(32, 64, 4, 2, 255)},
 }
-NEEDS = "Triton, a C compiler, Python's headers and an NVIDIA GPU of compute capability 8.0 or later"
+REQUIREMENTS = "Triton, a C compiler, Python's headers and an NVIDIA GPU of compute capability 8.0 or later"
 
 
 def available(device: torch.device) -> bool:
@@ -345,11 +345,11 @@ def _backward_keys(  # type: ignore[no-untyped-def]
 _KERNELS = {"forward": _forward, "queries": _backward_queries, "keys": _backward_keys}
 
 
-def cut_of(name: str, head_width: int) -> Blocks:
+def block_sizes(name: str, head_width: int) -> BlockSizes:
     return BLOCKS[name][min(widest for widest in BLOCKS[name] if widest >= head_width)]
 
 
-def constants(head_width: int, cut: Blocks, *, dropout: bool) -> dict[str, int]:
+def constants(head_width: int, cut: BlockSizes, *, dropout: bool) -> dict[str, int]:
     """What a kernel is compiled for."""
     main = 2 ** (head_width.bit_length() - 1)
     rest = max(NARROWEST, triton.next_power_of_2(head_width - main)) if main < head_width else 0
@@ -360,7 +360,7 @@ def constants(head_width: int, cut: Blocks, *, dropout: bool) -> dict[str, int]:
 def _launch(name: str, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], dropout_p: float) -> None:
     """A kernel, over all samples and heads: of ``tensors``, and the strides of those (B, N, T, H), q and k the first."""
     (B, N, Tq, H), Tk = strided[0].shape, strided[1].shape[2]
-    cut = cut_of(name, H)
+    cut = block_sizes(name, H)
     blocks = triton.cdiv(Tk, cut.keys) if name == "keys" else triton.cdiv(Tq, cut.queries)
     with torch.cuda.device_of(strided[0]):
         _KERNELS[name][(B * N * blocks,)](

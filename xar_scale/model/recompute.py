@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from xar_scale.config import Recompute
 from xar_scale.model import dropout, flash  # noqa: F401  (which define operations)
-from xar_scale.model.compiled import graph_of
+from xar_scale.model.compiled import compile_static
 
 _aten = torch.ops.aten
 # Matrix products and attention: most of the time of a block, little of its memory. flash_attn's kernel and FlexAttention are
@@ -39,11 +39,11 @@ def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute, *, compiled: b
     """
     for block in blocks:
         if compiled and mode != "selective":
-            block.forward = graph_of(block.forward)
+            block.forward = compile_static(block.forward)
         if mode != "none":
             block.forward = partial(_recomputed, block.forward, mode)
         if compiled and mode == "selective":
-            block.forward = graph_of(block.forward)
+            block.forward = compile_static(block.forward)
 
 
 def _recomputed(forward: Callable[..., Any], mode: Recompute, *arguments: Any) -> Any:

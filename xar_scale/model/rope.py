@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from xar_scale.model.cpu import in_a_graph
+from xar_scale.model.cpu import in_graph
 
 BASE = 10000.0
 
@@ -19,7 +19,7 @@ def apply_rotary(x_BTSNH: Tensor, cos_TP: Tensor, sin_TP: Tensor) -> Tensor:
     """Turn each channel pair p of each token by its angle: x is (B, T, S, N, H), of S kinds, cos and sin are (T, H / 2)."""
     pairs = x_BTSNH.to(torch.promote_types(x_BTSNH.dtype, cos_TP.dtype)).unflatten(-1, (-1, 2))
     cos, sin = cos_TP[:, None, None], sin_TP[:, None, None]
-    if in_a_graph():  # one kernel each way; a stack is one more, complex numbers are none
+    if in_graph():  # one kernel each way; a stack is one more, complex numbers are none
         turned = pairs * cos[..., None] + pairs.flip(-1) * torch.stack((-sin, sin), dim=-1)
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))

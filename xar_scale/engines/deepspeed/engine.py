@@ -27,7 +27,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         """``settings``: DeepSpeed's config. Raises ConfigError when it refuses it."""
         super().__init__(model, config, device)
-        self.copies = 1  # neighbours may share a copy of the weights (hpZ); gradients are cut over all ranks all the same
+        self.replicas = 1  # neighbours may share a copy of the weights (hpZ); gradients are cut over all ranks all the same
         import deepspeed
 
         # 0.19.8 calls collectives by names that torch 2.14 has given up
@@ -51,7 +51,7 @@ class DeepSpeedEngine(Engine):
             raise ConfigError(f"{config.train.ds_config}: DeepSpeed refuses it: {' '.join(str(error).split())}") from None
         self.network = self.engine
         # 0.19.8: those of Linear layers, where it was told of autocast
-        self.lowered = [parameter for parameter in model.parameters() if hasattr(parameter, "comm_dtype")]
+        self.autocast_parameters = [parameter for parameter in model.parameters() if hasattr(parameter, "comm_dtype")]
 
     @abstractmethod
     def _place(self, weights: Iterable[Weight], settings: dict[str, Any]) -> None:
@@ -66,10 +66,10 @@ class DeepSpeedEngine(Engine):
         config = self.engine._config
         # 0.19.8: read at each pass, and at each gather and reduction of a parameter
         config.torch_autocast_enabled = self.precision.compute is not FP32
-        for parameter in self.lowered:
+        for parameter in self.autocast_parameters:
             parameter.comm_dtype = self.precision.gather
         assert torch.float32 in self.optimizer.ipg_buckets, "no bucket for gradients in float32"
-        config.gradient_accumulation_steps = self.passes * self.splits
+        config.gradient_accumulation_steps = self.accumulation_steps * self.splits
         self.engine.micro_steps = 0
 
     def forward_backward(self, batch: Batch) -> Tensor:

@@ -30,7 +30,7 @@ class ZeRO3Engine(DeepSpeedEngine):
             for group, parameters in enumerate(self.optimizer.fp16_groups)
             for parameter, offset in zip(parameters, _offsets(parameters), strict=False)
         }
-        self._let_go()
+        self._release_gathered()
 
     def _place(self, weights: Iterable[Weight], settings: dict[str, Any]) -> None:
         import deepspeed
@@ -42,7 +42,7 @@ class ZeRO3Engine(DeepSpeedEngine):
 
     def _apply_precision(self) -> None:
         super()._apply_precision()
-        self._let_go()
+        self._release_gathered()
 
     def gradients(self) -> list[Tensor]:
         # 0.19.8: filled by the last pass; offloaded, flat beside the masters, else by the epilogue, a list a sub-group
@@ -68,9 +68,9 @@ class ZeRO3Engine(DeepSpeedEngine):
     def shards_written(self, steps: int) -> None:
         for flat in self.optimizer.fp32_partitioned_groups_flat:
             set_steps(self.optimizer.optimizer, flat, steps)
-        self._let_go()
+        self._release_gathered()
 
-    def _let_go(self) -> None:
+    def _release_gathered(self) -> None:
         # 0.19.8: the master shards are not what the next pass gathers: let go of what is gathered, and copy them there
         self.optimizer._partition_all_parameters()
         for group in range(len(self.optimizer.fp16_groups)):
