@@ -11,7 +11,7 @@ import torch
 from xar_scale import dist
 from xar_scale.errors import FileError
 
-TURN_S = 0.05  # between looks at whether all ranks are done
+POLL_S = 0.05  # between looks at whether all ranks are done
 Stage = Callable[[Sequence[Any]], Any]  # from all ranks' results of the stage before to this one's
 
 
@@ -62,7 +62,7 @@ class Background:
                 self._start()
             while self._under_way():  # in turns: one long wait in a collective would be taken for a hang
                 assert self._thread is not None
-                self._thread.join(TURN_S)
+                self._thread.join(POLL_S)
             self._conclude()
             before = min(before, self.attempts)  # a stage that is done leaves no failures to the next
         return True

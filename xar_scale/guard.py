@@ -126,7 +126,7 @@ class Guard:
             return self._spike(state, event)
         return self._finite(state, event)
 
-    def at_its_end(self, state: GuardState) -> bool:
+    def on_last_rung(self, state: GuardState) -> bool:
         """Whether, should this attempt fail too, nothing is left but to take samples out."""
         no_lower = state.lowered or not self.precision.fallback
         return state.rung in (Rung.TF32, Rung.SPIKE) or (state.rung is Rung.AGAIN and no_lower)
@@ -167,7 +167,7 @@ class Guard:
         state = replace(state, scale=state.scale * 2**state.halved, halved=0)  # it was not the scale
         if state.rung is Rung.FIRST:
             return replace(state, rung=Rung.AGAIN), Decision(Action.RETRY, "the same again")
-        if not self.at_its_end(state):
+        if not self.on_last_rung(state):
             return replace(state, rung=Rung.TF32, lowered=True), Decision(Action.RETRY, "the same in TF32")
         return self._quarantine(state, event)
 

@@ -27,7 +27,7 @@ from xar_scale.reports import Report, names
 from xar_scale.snapshots import Snapshots
 
 
-class Resolved(NamedTuple):
+class Resolution(NamedTuple):
     """What is to be done about a step: STEP by this verdict, SKIP, QUARANTINE or ROLL_BACK."""
 
     action: Action
@@ -65,7 +65,7 @@ class Recovery:
         self.engine.loss_scale = self.state.scale if self.engine.precision.scaled else 1.0
         return self.engine.attempt(step, batches, faults, stop)
 
-    def resolve(self, step: int, batches: Sequence[Batch], verdict: Verdict) -> Resolved:
+    def resolve(self, step: int, batches: Sequence[Batch], verdict: Verdict) -> Resolution:
         """Attempt the step again for as long as the guard asks for it. Raises NonFiniteError beyond its last rung."""
         report: Report | None = None
         worth_keeping = False
@@ -89,7 +89,7 @@ class Recovery:
             dist.say(f"guard: step {step}: traced to {traced}" + (f"; report {path}" if path else ""))
             if decision.action is Action.STOP:
                 raise self._stop(step, decision, traced, path)
-        return Resolved(decision.action, verdict)
+        return Resolution(decision.action, verdict)
 
     def _again(self, step: int, batches: Sequence[Batch], report: Report) -> Verdict:
         """Attempt it under observation, unless it is only the loss scale that is tried. Observed blocks are not compiled, and
@@ -105,7 +105,7 @@ class Recovery:
             self.engine.discard()
         with Watch(self.engine.model) as watch, Activations(self.engine.model) as activations:
             observed = self.attempt(step, batches)
-        report.saw(watch, activations)
+        report.add_observations(watch, activations)
         return compiled or observed  # a bad one, whose gradients nobody takes, or that of the gradients at hand
 
     def _event(self, step: int, batches: Sequence[Batch], verdict: Verdict) -> Event:
@@ -120,7 +120,7 @@ class Recovery:
     def _suspects(self, batches: Sequence[Batch], bad: Bad) -> list[Place]:
         """Samples of all ranks that can be to blame: those that are not finite, else those whose own loss is not, else all."""
         rows = [~_finite_rows(batch) for batch in batches]
-        if not bad & (Bad.INPUT | Bad.WEIGHTS | Bad.MOMENTS) and self.guard.at_its_end(self.state):
+        if not bad & (Bad.INPUT | Bad.WEIGHTS | Bad.MOMENTS) and self.guard.on_last_rung(self.state):
             rows = [~torch.isfinite(self.engine.losses(batch)) for batch in batches]
         places = [batch.places[row.cpu()] for batch, row in zip(batches, rows, strict=True)]
         found = [place for of_rank in dist.gather_objects(torch.cat(places).tolist()) for place in of_rank]
@@ -129,7 +129,7 @@ class Recovery:
             found = [place for of_rank in dist.gather_objects(every) for place in of_rank]
         return sorted({(shard, position) for shard, position in found})
 
-    def begin(self, step: int) -> None:
+    def check_start(self, step: int) -> None:
         """Before the first step. Raises NonFiniteError where the run would begin with a state that is not finite."""
         if not self.config.guard.enabled:
             return
@@ -139,12 +139,12 @@ class Recovery:
         if self.config.guard.snapshots:
             self.snapshots.take(step, self.state)
 
-    def keep(self, done: int, *, certainly: bool) -> bool:
+    def check_and_snapshot(self, done: int, *, checkpoint_due: bool) -> bool:
         """After ``done`` steps take the snapshot that is due. False where the state is not fit for it; where none is due that
         is looked at only if the state will ``certainly`` be kept, in a checkpoint."""
         due = self.snapshots.due(done)
-        looked_at = self.config.guard.enabled and (due or certainly)
-        if looked_at and (ranks := self.engine.ranks_with_bad_state(self.ema.tensors)):
+        checked = self.config.guard.enabled and (due or checkpoint_due)
+        if checked and (ranks := self.engine.ranks_with_bad_state(self.ema.tensors)):
             self.state, decision = self.guard.decide(self.state, Event(done - 1, Bad.MOMENTS, 0.0, 0.0))
             traced = f"rank {', '.join(map(str, ranks))}"
             dist.say(f"guard: after step {done - 1}: {decision.action.value}, {decision.reason}; traced to {traced}")

@@ -56,7 +56,7 @@ class Report:
         values |= {"loss": number(event.loss), "grad_norm": number(event.grad_norm)}
         self.attempts.append(values | {"action": decision.action.value, "reason": decision.reason})
 
-    def saw(self, watch: Watch, activations: Activations) -> None:
+    def add_observations(self, watch: Watch, activations: Activations) -> None:
         """What was seen in an attempt; of several the first that showed anything counts."""
         rank = self.rank
         if rank.activations is None or (rank.forward is rank.backward is None):
@@ -131,7 +131,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class SavedReport:
     """A report read back."""
 
     path: Path
@@ -144,7 +144,7 @@ class Recorded:
     summary: str  # what was met and decided, a line each
 
 
-def read(path: Path) -> Recorded:
+def read(path: Path) -> SavedReport:
     """Raises UsageError where there is no report, DataError where it or its batch is torn or of another format."""
     with _opened(path) as values:
         file = path.with_name(values["batch"]["file"])
@@ -158,11 +158,11 @@ def read(path: Path) -> Recorded:
         batches = batch.split(values["batch"]["passes"])
         first, rank = values["attempts"][0], values["batch"]["rank"]
         config, summary = values["config"], _summary(values)
-        return Recorded(path, values["step"], first["mode"], first["loss_scale"], rank, batches, config, summary)
+        return SavedReport(path, values["step"], first["mode"], first["loss_scale"], rank, batches, config, summary)
 
 
 def read_summary(path: Path) -> str:
-    """``Recorded.summary`` alone, without the batch. Raises UsageError and DataError likewise."""
+    """``SavedReport.summary`` alone, without the batch. Raises UsageError and DataError likewise."""
     with _opened(path) as values:
         return _summary(values)
 

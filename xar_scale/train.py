@@ -132,7 +132,7 @@ class Training:
     def run(self, start: int) -> None:
         """Steps ``start`` to ``train.steps``. Raises PreemptedError or StoppedError where it ends before."""
         self._seek(start)
-        self.recovery.begin(start)
+        self.recovery.check_start(start)
         step = start
         while step < self.config.train.steps and self.ending is None:
             self.watchdog.begin(step)
@@ -175,7 +175,7 @@ class Training:
             self.ema.update(done - self.recovery.state.skipped)
 
         saved = self._due(done, stop=verdict.stop)
-        if not self.recovery.keep(done, certainly=bool(saved)):
+        if not self.recovery.check_and_snapshot(done, checkpoint_due=bool(saved)):
             return self._go_back()
         if saved:
             self.store.save(*(replace(self._manifest(done), kinds=kinds) for kinds in saved))

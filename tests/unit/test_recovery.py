@@ -104,7 +104,7 @@ def test_a_scale_that_overflows_is_halved_and_no_report_is_written(tmp_path):
 
 def test_weights_that_are_not_finite_are_met_before_they_are_used_for_a_step(tmp_path):
     run = Guarded(tmp_path)
-    run.recovery.begin(0)
+    run.recovery.check_start(0)
     next(s for s in run.engine.shards() if s.name == "class_embed.weight").master[-1] = NAN  # that no sample of the batch uses
     batch = replace(random_batch(0), labels=torch.zeros(8, dtype=torch.int64))
     verdict = run.recovery.attempt(0, [batch])
@@ -115,7 +115,7 @@ def test_weights_that_are_not_finite_are_met_before_they_are_used_for_a_step(tmp
 def test_where_a_step_fails_moments_are_looked_at_before_anything_is_tried(tmp_path, monkeypatch):
     run = Guarded(tmp_path)
     run.train(1)
-    run.recovery.begin(1)
+    run.recovery.check_start(1)
     next(run.engine.shards()).exp_avg_sq[0] = NAN
     run.spoil(monkeypatch, 1)
     assert run.resolve().action is Action.ROLL_BACK
@@ -128,7 +128,7 @@ def test_rolling_back_restores_everything_bitwise(tmp_path):
     run.recovery.state = replace(run.recovery.state, skipped=1)
     before, steps = run.state(), [state["step"].item() for state in run.engine.optimizer.state.values()]
     assert set(steps) == {3}
-    run.recovery.begin(4)  # three taken, one gone without
+    run.recovery.check_start(4)  # three taken, one gone without
     run.train(2)
     run.recovery.state = replace(run.recovery.state, skipped=2)
     assert run.recovery.roll_back() == 4
@@ -140,13 +140,13 @@ def test_rolling_back_restores_everything_bitwise(tmp_path):
 def test_the_newest_of_snapshots_and_checkpoints_is_gone_back_to_and_each_snapshot_once(tmp_path):
     run = Guarded(tmp_path, "guard.snapshots=2", "guard.snapshot_every=1")
     for _ in range(4):
-        assert run.recovery.keep(run.step, certainly=False)
+        assert run.recovery.check_and_snapshot(run.step, checkpoint_due=False)
         if run.step == 2:
             run.save()
         run.train(1)
     assert [snapshot.step for snapshot in run.recovery.snapshots.ring] == [2, 3]
     assert [run.recovery.roll_back() for _ in range(3)] == [3, 2, 2]  # the last from the checkpoint
-    run.recovery.begin(1)
+    run.recovery.check_start(1)
     assert run.recovery.roll_back() == 2  # never behind a checkpoint
 
 
@@ -154,14 +154,14 @@ def test_of_a_snapshot_and_a_checkpoint_of_one_step_the_one_in_memory_is_taken(t
     run = Guarded(tmp_path)
     run.train(1)
     run.save()
-    run.recovery.begin(1)
+    run.recovery.check_start(1)
     assert run.recovery.roll_back() == 1 and "back to step 1, from the host's memory" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_snapshot(tmp_path):
     run = Guarded(tmp_path)
     run.train(3)
-    run.recovery.begin(3)
+    run.recovery.check_start(3)
     run.train(1)
     (run.save() / "manifest.json").write_text("{")
     assert run.recovery.roll_back() == 3
@@ -174,7 +174,7 @@ def test_steps_gone_without_are_not_counted_as_taken_whatever_is_gone_back_to(tm
     run.train(3)
     remembered = GuardState(skipped=1, losses=(1.0,), grad_norms=(2.0,))
     run.recovery.state = remembered
-    run.recovery.keep(100, certainly=False)
+    run.recovery.check_and_snapshot(100, checkpoint_due=False)
     position = Position(0, 32)
     run.store.save(run.manifest(step=4, position=position, quarantined=[("a", 3)], guard=remembered))
     run.store.finish()
@@ -191,16 +191,16 @@ def test_a_run_does_not_begin_with_what_is_not_finite(tmp_path):
     run = Guarded(tmp_path)
     run.ema.tensors[3][0] = NAN
     with pytest.raises(NonFiniteError, match="that the run begins with are not finite, on rank 0"):
-        run.recovery.begin(0)
+        run.recovery.check_start(0)
     off = Guarded(tmp_path, "guard.enabled=false")
     off.ema.tensors[3][0] = NAN
-    off.recovery.begin(0)
-    assert off.recovery.keep(100, certainly=True) and not off.recovery.snapshots.ring
+    off.recovery.check_start(0)
+    assert off.recovery.check_and_snapshot(100, checkpoint_due=True) and not off.recovery.snapshots.ring
 
 
 def test_averages_are_looked_at_where_a_step_fails(tmp_path, monkeypatch):
     run = Guarded(tmp_path)
-    run.recovery.begin(0)
+    run.recovery.check_start(0)
     run.ema.tensors[3][0] = NAN
     run.spoil(monkeypatch, 1)
     assert run.resolve().action is Action.ROLL_BACK
@@ -218,7 +218,7 @@ def test_what_is_computed_with_comes_anew_from_the_shards_before_a_second_attemp
 
 def test_without_anything_to_go_back_to_the_run_ends(tmp_path):
     run = Guarded(tmp_path, "guard.snapshots=0")
-    run.recovery.begin(0)
+    run.recovery.check_start(0)
     with pytest.raises(NonFiniteError, match="no snapshot or checkpoint to go back to"):
         run.recovery.roll_back()
 
@@ -229,9 +229,9 @@ def test_what_is_not_finite_is_neither_snapshotted_nor_saved(tmp_path, which):
     run.train(2)
     shard = list(run.engine.shards())[7]
     (run.ema.tensors[7] if which == "average" else getattr(shard, which))[0] = float("inf")
-    assert run.recovery.keep(1, certainly=False)  # neither is due
-    assert not run.recovery.keep(2, certainly=False)
-    assert not run.recovery.keep(1, certainly=True)
+    assert run.recovery.check_and_snapshot(1, checkpoint_due=False)  # neither is due
+    assert not run.recovery.check_and_snapshot(2, checkpoint_due=False)
+    assert not run.recovery.check_and_snapshot(1, checkpoint_due=True)
     assert len(run.recovery.snapshots.ring) == 0 and run.recovery.state.rollbacks == 2
 
 
