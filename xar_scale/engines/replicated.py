@@ -1,4 +1,4 @@
-"""Engines whose ranks have whole weights each: on a GPU their compiled passes are recorded, and played again."""
+"""Engines with replicated (unsharded) weights: on a GPU their compiled micro-batches are replayed from CUDA graphs."""
 
 import math
 from abc import abstractmethod
@@ -14,7 +14,7 @@ from xar_scale.engines.base import Engine
 from xar_scale.graphs import WARM_UP, Graphs, can_capture
 from xar_scale.model.xar import XAR
 
-FIRST, ADDED = "first", "added"  # passes of a step: what they do with gradients
+FIRST, ADDED = "first", "added"  # micro-batches of a step: the first writes gradients, later ones add to them
 
 
 class ReplicatedEngine(Engine):
@@ -30,12 +30,12 @@ class ReplicatedEngine(Engine):
         return self.device.type == "cuda" and can_capture(self.config, self.mode)
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """Compiled passes are recorded on a GPU, but for those that hooks look into."""
+        """As the base class. On a GPU compiled micro-batches are replayed from CUDA graphs, unless hooks observe modules."""
         graphs = self._graphs
         if graphs is None:
             return super().forward_backward(batch)
         if any(module._forward_hooks for module in self.model.modules()):
-            self._graphs = Graphs(self.device)  # whose memory such a pass needs
+            self._graphs = Graphs(self.device)  # drop the graphs: the observed pass needs their memory
             return super().forward_backward(batch)
         inputs = batch.latents, batch.labels, batch.t, batch.noise
 
@@ -44,8 +44,8 @@ class ReplicatedEngine(Engine):
             loss = super(ReplicatedEngine, self).forward_backward(held)
             return [loss, *self._gradients_made()]
 
-        # ADDED adds to the gradients that FIRST put down, so it is captured only once FIRST is, whose gradients stay in place.
-        # It is then captured at once: an eager micro-batch would need its activations besides the graphs' memory
+        # ADDED adds to the gradients of FIRST, so it is captured only once FIRST is: from then on they stay in place. It is
+        # then captured at once, without warm-up: an eager micro-batch would need its activations on top of the graphs' memory
         if self._has_gradients:
             kind, warm_up = ADDED, 0 if graphs.has_captured(FIRST, *inputs) else math.inf
         else:
@@ -62,18 +62,18 @@ class ReplicatedEngine(Engine):
         self.discard()
 
     def _apply_precision(self) -> None:
-        """Autocast is all there is. What was recorded in another precision goes, and with it its memory."""
+        """Drop the graphs captured in another precision, and their memory. Autocast does the rest."""
         self._graphs = Graphs(self.device) if self.replays_graphs else None
 
     @property
     @abstractmethod
     def _has_gradients(self) -> bool:
-        """Of a pass of this step."""
+        """Whether this step already has gradients of a micro-batch."""
 
     @abstractmethod
     def _gradients_made(self) -> Sequence[Tensor | None]:
-        """Those that a pass has made and that are in memory of its own, which is a record's where it is recorded."""
+        """Return the gradients that a micro-batch leaves in memory of its own: a graph's memory where it is captured."""
 
     @abstractmethod
     def _take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
-        """Know of the pass that has been played, and of its ``_gradients_made``."""
+        """Account for a micro-batch that was run or replayed, and take its ``_gradients_made``."""
