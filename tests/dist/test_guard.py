@@ -63,7 +63,7 @@ class Run:
 
     def steps_back(self) -> list[tuple[int, int]]:
         """Of each roll back the step at which it was decided, and the one that the run went back to."""
-        met = re.findall(r"guard: (?:after )?step (\d+)[^\n]*: roll back|guard: back to step (\d+)", self.log)
+        met = re.findall(r"guard: (?:after )?step (\d+)[^\n]*: roll back|guard: rolled back to step (\d+)", self.log)
         return [(int(at), int(to)) for (at, _), (_, to) in zip(met[::2], met[1::2], strict=True)]
 
 
@@ -188,14 +188,14 @@ def test_a_sample_that_is_not_finite_is_taken_out_and_never_comes_again(runs, en
 def test_what_nothing_helps_against_stops_the_run_with_70_and_a_finite_checkpoint(runs, engine):
     run = runs("gradient", engine)
     assert run.ended.codes == [70, 70], run.ended.text
-    assert run.ended.text.count("xar-scale: step 9 cannot be taken: samples to take out: 9") == 1
-    assert "traced to rank 1" in run.log and "behind encoder.1" in run.log
+    assert run.ended.text.count("xar-scale: step 9 cannot be taken: samples to quarantine: 9") == 1
+    assert "traced to rank 1" in run.log and "in the gradient of encoder.1" in run.log
     assert f"the newest checkpoint, {run.path}/checkpoints/step-00000008, is finite" in run.log
     assert all(tensor.isfinite().all() for tensor in run.state(8).values())
     assert_bitwise(run.state(8), runs("undisturbed", engine).state(8))
     run = runs("weight", engine)
     assert run.ended.codes == [70, 70], run.ended.text
-    assert "rolled back 2 times already (guard.max_rollbacks)" in run.log
+    assert "already rolled back 2 times (guard.max_rollbacks)" in run.log
     assert_bitwise(run.state(8), runs("undisturbed", engine).state(8))
     assert [path.name for path in sorted((run.path / "checkpoints").glob("step-*"))] == ["step-00000008"]
 

@@ -113,7 +113,7 @@ def test_what_no_precision_can_take_is_quarantined_within_the_budget():
     state, actions = course(machine, *climb, state=state)
     assert actions[-1] is Action.QUARANTINE and state.quarantined == 16
     state, decision = machine.decide(course(machine, *climb[:2], state=state)[0], climb[2])
-    assert decision.action is Action.STOP and "samples to take out: 8, left of guard.max_quarantined 20: 4" in decision.reason
+    assert decision.action is Action.STOP and "samples to quarantine: 8, guard.max_quarantined 20 leaves 4" in decision.reason
 
 
 def test_inputs_that_are_not_finite_are_quarantined_at_once():

@@ -168,7 +168,7 @@ def test_the_guard_looks_at_them_and_takes_them_back(tmp_path, kind, monkeypatch
     run.recovery.roll_back()
     assert same(run.state(), before)
     run.ema.averages[kind][7][0] = math.nan
-    with pytest.raises(NonFiniteError, match="that the run begins with are not finite"):
+    with pytest.raises(NonFiniteError, match="the initial weights, moments or EMA weights are not finite"):
         run.recovery.check_start(2)
     run.spoil(monkeypatch, 1)
     assert run.resolve().action is Action.ROLL_BACK

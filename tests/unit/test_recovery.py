@@ -155,7 +155,7 @@ def test_of_a_snapshot_and_a_checkpoint_of_one_step_the_one_in_memory_is_taken(t
     run.train(1)
     run.save()
     run.recovery.check_start(1)
-    assert run.recovery.roll_back() == 1 and "back to step 1, from the host's memory" in capsys.readouterr().out
+    assert run.recovery.roll_back() == 1 and "rolled back to step 1, from host memory" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_snapshot(tmp_path):
@@ -165,7 +165,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_snapshot(tmp_path):
     run.train(1)
     (run.save() / "manifest.json").write_text("{")
     assert run.recovery.roll_back() == 3
-    with pytest.raises(NonFiniteError, match="no snapshot or checkpoint to go back to"):
+    with pytest.raises(NonFiniteError, match="no snapshot or checkpoint to roll back to"):
         run.recovery.roll_back()
 
 
@@ -190,7 +190,7 @@ def test_steps_gone_without_are_not_counted_as_taken_whatever_is_gone_back_to(tm
 def test_a_run_does_not_begin_with_what_is_not_finite(tmp_path):
     run = Guarded(tmp_path)
     run.ema.tensors[3][0] = NAN
-    with pytest.raises(NonFiniteError, match="that the run begins with are not finite, on rank 0"):
+    with pytest.raises(NonFiniteError, match="the initial weights, moments or EMA weights are not finite on rank 0"):
         run.recovery.check_start(0)
     off = Guarded(tmp_path, "guard.enabled=false")
     off.ema.tensors[3][0] = NAN
@@ -219,7 +219,7 @@ def test_what_is_computed_with_comes_anew_from_the_shards_before_a_second_attemp
 def test_without_anything_to_go_back_to_the_run_ends(tmp_path):
     run = Guarded(tmp_path, "guard.snapshots=0")
     run.recovery.check_start(0)
-    with pytest.raises(NonFiniteError, match="no snapshot or checkpoint to go back to"):
+    with pytest.raises(NonFiniteError, match="no snapshot or checkpoint to roll back to"):
         run.recovery.roll_back()
 
 
@@ -312,7 +312,7 @@ def test_beyond_the_last_rung_one_line_says_all(tmp_path, monkeypatch):
         run.resolve()
     said = str(caught.value)
     assert said.startswith(
-        "step 5 cannot be taken: samples to take out: 8, left of guard.max_quarantined 0: 0; traced to rank 0"
+        "step 5 cannot be taken: samples to quarantine: 8, guard.max_quarantined 0 leaves 0; traced to rank 0"
     )
     assert f"the newest checkpoint, {saved}, is finite; xar-scale replay {tmp_path}/reports/step-00000005.json" in said
     assert caught.value.exit_code == 70 and "\n" not in said and gradients(run) == []

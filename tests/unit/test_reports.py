@@ -123,7 +123,7 @@ def test_a_replay_finds_what_the_run_met(tmp_path, capsys):
     path = tmp_path / "reports" / "step-00000005.json"
     assert main(["replay", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "bf16: not finite: loss and gradient; retry, the same again" in shown
+    assert "bf16: not finite: loss and gradient; retry, the same batch in the same precision" in shown
     assert "with the weights after 2 steps" in shown and shown.endswith("reproduced\n") and "not reproduced" not in shown
     assert shown.count("first output that is not finite") == 2 and "\n  tf32: loss inf" in shown
 
@@ -214,7 +214,7 @@ def test_a_report_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="torn or changed"):
         reports.read(path)
     path.write_text(whole.replace('"format": 1', '"format": 7'))
-    with pytest.raises(DataError, match=r"^report \S+ is of format 7, this version reads 1$"):
+    with pytest.raises(DataError, match=r"^report \S+ has format 7, this version reads 1$"):
         reports.read(path)
     path.write_text(whole)
     batch.write_bytes(batch.read_bytes()[:50])
