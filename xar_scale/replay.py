@@ -1,4 +1,4 @@
-"""Run the batch of a report again, on one device, with the weights of a checkpoint."""
+"""Rerun the batch of a report on one device, with the weights of a checkpoint."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ from xar_scale.reports import SavedReport
 
 @dataclass(frozen=True)
 class Replayed:
-    """One attempt at the batch."""
+    """The result of one attempt at the batch."""
 
     mode: str
     verdict: Verdict
     forward: str | None  # the first module whose output is not finite
-    backward: str | None  # the first whose output's gradient is not
+    backward: str | None  # the first module whose output's gradient is not finite
     activations: dict[str, float]  # the largest of each block
 
 
 def find_checkpoint(report: SavedReport) -> Checkpoint:
-    """The newest one of the run that is not younger than the report. Raises UsageError where there is none."""
+    """Return the run's newest checkpoint from the report's step or before. Raises UsageError if there is none."""
     run = report.path.resolve().parent.parent
     paths = [path for path in checkpoint_paths(run) if step_of(path) <= report.step]
     if not paths:
@@ -37,21 +37,21 @@ def find_checkpoint(report: SavedReport) -> Checkpoint:
 
 
 def replay(report: SavedReport, checkpoint: Checkpoint, device: torch.device) -> Iterator[Replayed]:
-    """The report rank's part of the step, in the precision in which it failed and then in its fallback.
+    """Attempt the reported rank's part of the step, in the precision in which it failed and then in its fallback.
 
-    Raises ConfigError or DataError where the checkpoint is of another model than the report.
+    Raises ConfigError or DataError if the checkpoint is from another model than the report.
     """
     batches = [batch.to(device) for batch in report.batches]
     micro = len(batches[0].labels)
     sizes = {"engine": "single", "shard_ranks": None, "micro_batch": micro, "global_batch": micro * len(batches)}
     config = Config.from_dict(merge(report.config, {"train": sizes, "data": {"lanes": 1}}))
-    if checkpoint.manifest.config and (differs := difference(checkpoint, config)):  # one of another format has none
+    if checkpoint.manifest.config and (differs := difference(checkpoint, config)):  # other formats have no config
         raise ConfigError(f"report {report.path}: {differs}")
     model = meta_model(config.model)
     engine = create_engine(model, blank_weights(model), config, device)
     check_shapes(checkpoint, engine.shapes)
     model.load_state_dict(load_weights(checkpoint, "model"))
-    engine.rank = report.rank  # its dropout
+    engine.rank = report.rank  # for its dropout
     for mode in filter(None, (report.mode, MODES[report.mode].fallback)):
         engine.set_precision(mode)
         engine.loss_scale = report.loss_scale if MODES[mode].scaled else 1.0
