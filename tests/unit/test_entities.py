@@ -155,9 +155,9 @@ def test_sizes_that_nobody_names_are_the_published_ones():
     ("kind", "size", "complaint"),
     [
         ("subsample", 3, "subsamples of stride 3 do not tile a 16x16 grid; sizes that do: [1, 2, 4, 8, 16]"),
-        ("scale", 6, "6 scales of a 16x16 grid, which halves evenly to at most 5"),
-        ("patch", 2, "model.entity_size is 2, an entity of kind patch has none"),
-        ("image", 2, "model.entity_size is 2, an entity of kind image has none"),
+        ("scale", 6, "6 scales do not fit a 16x16 grid, which halves evenly to at most 5"),
+        ("patch", 2, "model.entity_size is 2, but entities of kind patch have no size"),
+        ("image", 2, "model.entity_size is 2, but entities of kind image have no size"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(kind, size, complaint):

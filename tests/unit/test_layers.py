@@ -187,7 +187,7 @@ def test_rows_of_an_entity_meet_its_tokens_and_no_others(layout, first):
 def test_shapes_that_disagree_are_refused_with_what_they_are(x, t, labels):
     model = nano_model(grid=(16, 16), channels=16)
     given = torch.zeros(x), torch.zeros(t), torch.zeros(labels, dtype=torch.int64)
-    with pytest.raises(UsageError, match=re.escape(f"x {x}, t {t} of torch.float32, labels {labels}: x is")):
+    with pytest.raises(UsageError, match=re.escape(f"x {x}, t {t} of torch.float32, labels {labels}: expected x")):
         model(*given)
 
 

@@ -20,7 +20,7 @@ def choose_library(wanted: KernelLibrary, device: torch.device) -> KernelLibrary
     if wanted != "apex":
         return "torch"
     if reason := _missing(device):
-        raise ConfigError(f"kernels.library apex: {reason}; kernels.library=torch does without it")
+        raise ConfigError(f"kernels.library apex: {reason}; or use kernels.library=torch")
     return "apex"
 
 

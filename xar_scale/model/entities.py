@@ -130,7 +130,7 @@ def _scale(grid: Grid, scales: int | None) -> EntityLayout:
     while grids[0][0] % 2 == 0 and grids[0][1] % 2 == 0:
         grids.insert(0, (grids[0][0] // 2, grids[0][1] // 2))
     if scales is not None and scales > len(grids):
-        raise ConfigError(f"{scales} scales of a {grid[0]}x{grid[1]} grid, which halves evenly to at most {len(grids)}")
+        raise ConfigError(f"{scales} scales do not fit a {grid[0]}x{grid[1]} grid, which halves evenly to at most {len(grids)}")
     grids = grids[-scales:] if scales else grids
     lengths = tuple(rows * columns for rows, columns in grids)
     return EntityLayout(tuple(grids), lengths, _numbers(sum(lengths)))
@@ -180,7 +180,7 @@ def _divisors(grid: Grid) -> list[int]:
 
 def _no_size(kind: str, size: int | None) -> None:
     if size is not None:
-        raise ConfigError(f"model.entity_size is {size}, an entity of kind {kind} has none")
+        raise ConfigError(f"model.entity_size is {size}, but entities of kind {kind} have no size")
 
 
 def kinds() -> Sequence[str]:

@@ -98,7 +98,7 @@ class XAR(nn.Module):
         if not known or x_BTC.shape != expected or labels_B.shape != expected[:1] or not t_BK.is_floating_point():
             given = f"x {tuple(x_BTC.shape)}, t {tuple(t_BK.shape)} of {t_BK.dtype}, labels {tuple(labels_B.shape)}"
             raise UsageError(
-                f"{given}: x is (B, tokens, channels), t (B, entities) from 0 to 1, labels (B,); this model's layout is "
+                f"{given}: expected x (B, tokens, channels), t (B, entities) from 0 to 1, labels (B,); this model has "
                 f"{self.layout.tokens} tokens of {self.config.channels} channels in {self.layout.entities} entities"
             )
         return place
