@@ -37,7 +37,7 @@ class Watch(_Hooked):
     def __enter__(self) -> Self:
         torch.compiler.set_stance("force_eager")  # compiled graphs ignore hooks on modules inside
         self._hooks = [
-            module.register_forward_hook(self._look(name or "the network")) for name, module in self.network.named_modules()
+            module.register_forward_hook(self._check(name or "the network")) for name, module in self.network.named_modules()
         ]
         return self
 
@@ -45,7 +45,7 @@ class Watch(_Hooked):
         torch.compiler.set_stance("default")
         super().__exit__(kind, error, trace)
 
-    def _look(self, name: str) -> Callable[..., None]:
+    def _check(self, name: str) -> Callable[..., None]:
         def at_output(module: nn.Module, arguments: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 return

@@ -1,4 +1,4 @@
-"""CUDA graphs: what is played again is what would have been computed anew."""
+"""CUDA graphs: replays compute what eager runs would."""
 
 import copy
 
@@ -27,7 +27,7 @@ def random_batches(step, passes, device):
 
 
 class Course:
-    """Steps of one engine: losses, and what the weights are in the end."""
+    """Steps of one engine: the losses and the final weights."""
 
     def __init__(self, engine, device, passes, *more):
         torch._dynamo.reset()
@@ -59,7 +59,7 @@ class Course:
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_recorded_passes_train_as_others_do(engine, passes, precision, device, monkeypatch):
+def test_replayed_micro_batches_train_like_eager_ones(engine, passes, precision, device, monkeypatch):
     courses = []
     for recorded in (False, True):
         with monkeypatch.context() as patch:
@@ -69,7 +69,7 @@ def test_recorded_passes_train_as_others_do(engine, passes, precision, device, m
             for number in range(2 * STEPS):
                 course.step(number)
                 assert not recorded or course.captured(FIRST) == (number >= 2)
-                assert not recorded or course.captured(ADDED) == (number >= 2 and passes > 1)  # as soon as it can be
+                assert not recorded or course.captured(ADDED) == (number >= 2 and passes > 1)  # at the first opportunity
             courses.append(course)
     plain, played = courses
     assert played.losses == pytest.approx(plain.losses, rel=1e-5)
@@ -77,7 +77,7 @@ def test_recorded_passes_train_as_others_do(engine, passes, precision, device, m
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_other_precisions_discarded_attempts_and_looks_come_between(engine, device, monkeypatch):
+def test_precision_changes_discarded_attempts_and_hooks_between_replays(engine, device, monkeypatch):
     courses = []
     for recorded in (False, True):
         with monkeypatch.context() as patch:
@@ -105,7 +105,7 @@ def test_other_precisions_discarded_attempts_and_looks_come_between(engine, devi
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_draws_in_between_has_the_memory_of_the_records(engine, device):
+def test_sampling_between_steps_has_the_memory_of_the_graphs(engine, device):
     course = Course(engine, device, 1, "train.precision=bf16")
     averages = [torch.zeros_like(shard.master) for shard in course.engine.shards()]
     for number in range(4):
@@ -122,8 +122,8 @@ def test_what_draws_in_between_has_the_memory_of_the_records(engine, device):
     assert course.captured(FIRST)
 
 
-def test_nccl_takes_the_vectors_that_passes_are_played_into(device):
-    """In place, in a group of one rank, which changes nothing: what several make of it, tests of gloo show."""
+def test_nccl_accepts_the_vectors_that_graphs_write(device):
+    """In place, in a group of one rank, which changes nothing. Tests with gloo cover several ranks."""
     course = Course("ddp", device, 1, "train.precision=bf16")
     for number in range(3):
         course.step(number)
@@ -143,7 +143,7 @@ def test_nccl_takes_the_vectors_that_passes_are_played_into(device):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("compute", "tolerance"), [(FP32, 1e-4), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("entity", ["cell", "scale", "image"])
-def test_recorded_networks_draw_what_others_do(entity, compute, tolerance, compiled, device):
+def test_replayed_networks_sample_like_eager_ones(entity, compute, tolerance, compiled, device):
     torch._dynamo.reset()
     plain = nano_model(entity=entity, grid=(8, 8)).to(device)
     fast = copy.deepcopy(plain)

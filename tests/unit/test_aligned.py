@@ -1,4 +1,4 @@
-"""Products with zeros for further channels: the same function, as on a GPU, on a CPU's tensors that stand for its."""
+"""Products padded with zero channels: the same function. CPU tensors emulate a GPU's."""
 
 import copy
 
@@ -12,7 +12,7 @@ from xar_scale.model.aligned import WideningLinear, mark_weights_gathered
 from xar_scale.model.cpu import emulate
 from xar_scale.model.layers import GatedMLP
 
-HIDDEN = 53  # of 20 channels, which are no multiple of 8 either
+HIDDEN = 53  # of 20 channels, also no multiple of 8
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_under_autocast_it_computes_in_16_bits_as_linear_does(mlp):
 
 
 def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(mlp):
-    """Engines that share weights let go of them after a block and gather them anew."""
+    """Engines that shard weights free them after a block and gather them again."""
     with emulate(gpu=True, graph=False):
         out = mlp.gate(normal(0, 2, 20, dtype=torch.float32))
     kept = out.grad_fn.saved_tensors
@@ -74,7 +74,7 @@ def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(mlp):
     assert {tensor.shape for tensor in kept} == {(HIDDEN, 20), (2, 20)}
 
 
-def test_multiples_of_8_are_plain_products():
+def test_multiples_of_8_are_not_padded():
     layer = WideningLinear(20, 48)
     plain = nn.Linear(20, 48)
     plain.load_state_dict(copy.deepcopy(layer.state_dict()))

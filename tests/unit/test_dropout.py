@@ -1,4 +1,4 @@
-"""Dropout on a CPU and in graphs, held to what PyTorch's own does."""
+"""Dropout on a CPU and in compiled graphs, compared with PyTorch's own."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ def dropout(request):
 
 @pytest.mark.parametrize("shape", [(1_000_003,), (101, 9901)])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
-def test_its_share_is_zero_and_the_rest_grows(shape, p, dropout):
+def test_its_share_is_zero_and_the_rest_is_scaled_up(shape, p, dropout):
     torch.manual_seed(0)
     dropped = dropout(torch.ones(shape, dtype=torch.float64), p)
     assert dropped.shape == shape
@@ -33,7 +33,7 @@ def test_its_share_is_zero_and_the_rest_grows(shape, p, dropout):
 
 @pytest.mark.parametrize("apart", [1, 2, 64, 1024, 65536])
 def test_values_are_dropped_independently(apart, dropout):
-    """Of four values, neighbours among them, whose bits are drawn at once, all sixteen ways come as often as they should."""
+    """For four values, whose bits may be drawn at once, all sixteen outcomes are as frequent as they should be."""
     torch.manual_seed(0)
     kept = (dropout(torch.ones(4 * 65536 * 2), 0.25) > 0).view(-1, 4, apart).transpose(1, 2).reshape(-1, 4)
     ways = torch.bincount((kept * torch.tensor([1, 2, 4, 8])).sum(1), minlength=16) / len(kept)
@@ -55,7 +55,7 @@ def test_two_of_one_graph_are_independent():
 
 
 def test_two_seeds_of_one_graph_are_two_where_all_they_are_given_is_the_same():
-    """A graph makes one operation of two that are alike, but for those that draw."""
+    """A graph merges two equal operations, except those that draw."""
     torch._dynamo.reset()
     twice = torch.compile(lambda x, like: (x * _seed(like), x * _seed(like)), backend="aot_eager_decomp_partition")
     first, second = twice(torch.ones(2, requires_grad=True), torch.empty(0))

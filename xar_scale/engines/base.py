@@ -124,7 +124,7 @@ class Engine(ABC):
         """
         # offloaded shards are summed where they are
         squares = sum_of_squares(self.gradients()).to(self.device)
-        weights = finite_if_all_are(self._masters).to(self.device)
+        weights = finite_if_all_are(self._master_weights).to(self.device)
         inputs = torch.zeros_like(loss) if inputs is None else inputs
         self._bad = ~torch.isfinite(torch.stack([loss, squares, weights, inputs]))
         counts = torch.tensor([faults, stop], dtype=loss.dtype).to(self.device, non_blocking=True)
@@ -173,7 +173,7 @@ class Engine(ABC):
             return torch.stack([self._loss(part) for part in batch.split(len(batch.labels))])
 
     @cached_property
-    def _masters(self) -> list[Tensor]:
+    def _master_weights(self) -> list[Tensor]:
         return [shard.master for shard in self.shards() if shard.stop > shard.start]
 
     def ranks_with_bad_state(self, averages: Sequence[Tensor] = ()) -> list[int]:

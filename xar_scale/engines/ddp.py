@@ -35,11 +35,11 @@ class DDPEngine(ReplicatedEngine):
         names = {parameter: name for name, parameter in model.named_parameters()}
         for weight in weights:
             name = names[getattr(weight.module, weight.key)]
-            value = self._whole(self._weights, name)
+            value = self._full(self._weights, name)
             value.copy_(weight.value)
             parameter = weight._replace(value=value).place(device)
             # a function, not a method of this engine: a method would keep the engine and its parameters alive in a cycle
-            parameter.register_post_accumulate_grad_hook(partial(_add, self._added, name, self._whole(self._gradients, name)))
+            parameter.register_post_accumulate_grad_hook(partial(_add, self._added, name, self._full(self._gradients, name)))
         self.parameters = dict(model.named_parameters())
         self.local = {name: self._part(self._weights, name) for name in self.shapes}
         here = {name: part for name, part in self.local.items() if part.numel()}
@@ -51,7 +51,7 @@ class DDPEngine(ReplicatedEngine):
         self._reduce()
         self._gather()
 
-    def _whole(self, vector: Tensor, name: str) -> Tensor:
+    def _full(self, vector: Tensor, name: str) -> Tensor:
         shape = self.shapes[name]
         return vector[self.starts[name] :][: shape.numel()].view(shape)
 
@@ -62,7 +62,7 @@ class DDPEngine(ReplicatedEngine):
         return begin, end
 
     def _part(self, vector: Tensor, name: str) -> Tensor:
-        return self._whole(vector, name).view(-1)[slice(*self._range(name))]
+        return self._full(vector, name).view(-1)[slice(*self._range(name))]
 
     @property
     def _has_gradients(self) -> bool:
@@ -110,10 +110,10 @@ class DDPEngine(ReplicatedEngine):
         self._apply_precision()  # drops the graphs: the caller may sample next, and needs their memory
 
 
-def _add(added: set[str], name: str, whole: Tensor, parameter: nn.Parameter) -> None:
+def _add(added: set[str], name: str, total: Tensor, parameter: nn.Parameter) -> None:
     """Add a gradient to the vector as soon as it is computed, and free the tensor that it was computed in."""
     assert parameter.grad is not None
-    whole.add_(parameter.grad) if name in added else whole.copy_(parameter.grad)
+    total.add_(parameter.grad) if name in added else total.copy_(parameter.grad)
     added.add(name)
     parameter.grad = None
 
