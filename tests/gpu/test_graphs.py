@@ -61,27 +61,27 @@ class Course:
 @pytest.mark.parametrize("engine", ENGINES)
 def test_replayed_micro_batches_train_like_eager_ones(engine, passes, precision, device, monkeypatch):
     courses = []
-    for recorded in (False, True):
+    for graphs in (False, True):
         with monkeypatch.context() as patch:
-            if not recorded:
+            if not graphs:
                 patch.setattr(ReplicatedEngine, "replays_graphs", False)
             course = Course(engine, device, passes, f"train.precision={precision}")
             for number in range(2 * STEPS):
                 course.step(number)
-                assert not recorded or course.captured(FIRST) == (number >= 2)
-                assert not recorded or course.captured(ADDED) == (number >= 2 and passes > 1)  # at the first opportunity
+                assert not graphs or course.captured(FIRST) == (number >= 2)
+                assert not graphs or course.captured(ADDED) == (number >= 2 and passes > 1)  # at the first opportunity
             courses.append(course)
-    plain, played = courses
-    assert played.losses == pytest.approx(plain.losses, rel=1e-5)
-    torch.testing.assert_close(played.weights(), plain.weights(), rtol=1e-3, atol=1e-5)
+    eager, replayed = courses
+    assert replayed.losses == pytest.approx(eager.losses, rel=1e-5)
+    torch.testing.assert_close(replayed.weights(), eager.weights(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_precision_changes_discarded_attempts_and_hooks_between_replays(engine, device, monkeypatch):
     courses = []
-    for recorded in (False, True):
+    for graphs in (False, True):
         with monkeypatch.context() as patch:
-            if not recorded:
+            if not graphs:
                 patch.setattr(ReplicatedEngine, "replays_graphs", False)
             course = Course(engine, device, 2, "train.precision=bf16")
             for number in range(3):
@@ -99,9 +99,9 @@ def test_precision_changes_discarded_attempts_and_hooks_between_replays(engine, 
             for number in range(9, 13):
                 course.step(number)
             courses.append(course)
-    plain, played = courses
-    assert played.losses == pytest.approx(plain.losses, rel=1e-5)
-    torch.testing.assert_close(played.weights(), plain.weights(), rtol=1e-3, atol=1e-5)
+    eager, replayed = courses
+    assert replayed.losses == pytest.approx(eager.losses, rel=1e-5)
+    torch.testing.assert_close(replayed.weights(), eager.weights(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -145,11 +145,11 @@ def test_nccl_accepts_the_vectors_that_graphs_write(device):
 @pytest.mark.parametrize("entity", ["cell", "scale", "image"])
 def test_replayed_networks_sample_like_eager_ones(entity, compute, tolerance, compiled, device):
     torch._dynamo.reset()
-    plain = nano_model(entity=entity, grid=(8, 8)).to(device)
-    fast = copy.deepcopy(plain)
+    eager = nano_model(entity=entity, grid=(8, 8)).to(device)
+    fast = copy.deepcopy(eager)
     prepare(fast, device, compute, compiled=compiled)
     for seed, labels in enumerate(([1, 2, 3], [4, 5, 6], [7, 8], [1, 2, 3], [4, 5, 6, 7, 8])):
         guided = {"guidance": 2.0, "guidance_interval": (0.2, 0.8), "seed": seed}
         with torch.autocast("cuda", dtype=compute, enabled=compute is not FP32):
-            expected, found = (sample(model, labels, steps=6, **guided) for model in (plain, fast))
+            expected, found = (sample(model, labels, steps=6, **guided) for model in (eager, fast))
         assert (found - expected).norm() <= tolerance * expected.norm()
