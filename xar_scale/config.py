@@ -112,7 +112,7 @@ class TrainConfig:
     upload: str = ""  # URL of a folder, any that fsspec opens, to copy checkpoints to; none: they stay in the run's
 
     @property
-    def replicated(self) -> bool:
+    def replicated_weights(self) -> bool:
         """Whether each rank has all of them: nothing is gathered for a pass."""
         return self.engine in ("single", "ddp")
 

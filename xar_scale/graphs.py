@@ -21,7 +21,7 @@ def can_capture(config: Config, mode: str) -> bool:
     Not with a loss scale, which changes, nor with recomputation, which resets the generator.
     """
     plain = config.kernels.compile and config.train.recompute == "none" and not MODES[mode].scaled
-    return config.train.replicated and plain
+    return config.train.replicated_weights and plain
 
 
 class _Captured(NamedTuple):

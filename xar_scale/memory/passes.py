@@ -115,7 +115,7 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
         device = torch.device("cpu")
         for block in model.blocks:
             block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].nbytes))
-    gathered = FP32 if config.train.replicated else precision.gather
+    gathered = FP32 if config.train.replicated_weights else precision.gather
     graph = None
     if compiled:
         shallow = replace(config.model, depth_encoder=1, depth_decoder=1)

@@ -142,7 +142,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
     inputs = 0.0
     if train.recompute == "offload":
         inputs = weights.blocks * create_layout(config.model).tokens * config.model.width * WEIGHT
-    launch = machines.launch * (UNGATHERED if train.replicated else 1) * launched_again(config)
+    launch = machines.launch * (UNGATHERED if train.replicated_weights else 1) * launched_again(config)
     workers = max(config.data.workers, 1) * machines.gpus
     communication = sum(each.seconds for each in sent)
     ends = sum(each.seconds / each.calls for each in (sent[0], sent[-1])) if sent else 0.0

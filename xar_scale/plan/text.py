@@ -68,14 +68,14 @@ def _step(found: Search, best: Fitting) -> str:
     time, train = best.time, best.config.train
     hours = time.total * train.steps / 3600
     rows = [("compute", f"{_ms(time.compute)} ms")]
-    if best.sent and not train.replicated:
+    if best.sent and not train.replicated_weights:
         rows += [("communication beside it", f"{_ms(time.communication - time.exposed)} ms")]
     if time.host:
         rows += [("copies to and from the host beside it", f"{_ms(time.host)} ms")]
     if time.launches:
         rows += [("launches of the host beside it", f"{_ms(time.launches)} ms")]
     if best.sent:
-        which = "a reduction and a gather" if train.replicated else "the first gather and the last reduction"
+        which = "a reduction and a gather" if train.replicated_weights else "the first gather and the last reduction"
         rows += [("communication alone", f"{_ms(time.exposed)} ms: {which}")]
     rows += [("optimizer", f"{_ms(time.optimizer)} ms"), ("data for the next, beside all", f"{_ms(time.data)} ms")]
     alone = [time.exposed] if best.sent else []
@@ -125,7 +125,7 @@ def _assumed(found: Search, best: Fitting) -> str:
 
 
 def _assumed_of_launches(machines: Machines, best: Fitting) -> str:
-    whole = f" x {UNGATHERED:g}, with nothing to gather" if best.config.train.replicated else ""
+    whole = f" x {UNGATHERED:g}, with nothing to gather" if best.config.train.replicated_weights else ""
     again = f" x {times:g}, to compute again" if (times := launched_again(best.config)) > 1 else ""
     return f"launches: {machines.launch * 1e3:g} ms of the host a block and pass (--launch){whole}{again}, of eager ones more"
 
@@ -142,7 +142,7 @@ def _assumed_of_links(machines: Machines, best: Fitting) -> list[str]:
         ]
     beside = (
         "none of communication"
-        if best.config.train.replicated
+        if best.config.train.replicated_weights
         else "collectives run beside computation, but for a step's first and last"
     )
     return [*links, f"overlap: {beside}; nothing waits for a slow rank"]
