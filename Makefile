@@ -1,6 +1,6 @@
 # make demo: install, train on real images under ZeRO-3, sample, judge.   make test: install, lint, every test.
-# make test-long: those that take half an hour and more, most of them of several ranks.
-# make bench-gpu: what a GPU here does, no case begun after eight minutes; REFERENCE=DIR, a checkout of the published code, is timed beside.
+# make test-long: the tests that take half an hour or more, most of them with several ranks.
+# make bench-gpu: benchmark this GPU, starting no case after eight minutes; REFERENCE=DIR also times a checkout of the published code.
 # make demo-nan: a run that falls back from bf16 to TF32 and returns.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
@@ -16,7 +16,7 @@ demo: install
 	xar-scale evaluate $(DEMO) --reference digits --images 1000
 	xar-scale report $(DEMO)
 	@echo
-	@echo "picture      $(DEMO)/samples.png"
+	@echo "samples      $(DEMO)/samples.png"
 	@echo "report       $(DEMO)/report.html"
 	@echo "checkpoint   $(DEMO)/checkpoints/$$(cat $(DEMO)/checkpoints/latest)"
 	@echo "TensorBoard  $(VENV)/bin/tensorboard --logdir $(DEMO)/tensorboard"
@@ -46,7 +46,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "xar_scale needs Python >= 3.10, $(PYTHON) is older; make PYTHON=python3.x"; exit 1; }
-	@echo "installing into .venv (torch with its CUDA libraries: 5.6 GB, some minutes)"
+	@echo "installing into .venv (torch with its CUDA libraries: 5.6 GB, a few minutes)"
 	$(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet --disable-pip-version-check -e '.[demo,evaluate,dev]'
 	@touch $@

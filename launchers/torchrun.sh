@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # xar-scale under torchrun, the same command on every node: launchers/torchrun.sh train --recipe digits
-#   NODES          default: 1
-#   MASTER_ADDR    a node that all reach, where they meet; default: this one, if NODES is 1
-#   MASTER_PORT    default: a free one, on several nodes 29500
-#   JOB            a name for what meets there, the same on all nodes; default: xar
-#   PROCESSES      ranks on this node; default: its GPUs, or 2 CPU processes without one
-#   RESTARTS       starts in a row, without a newer checkpoint, after a rank was killed or the like; default: 0
-#   PAUSE          seconds before one, for what is left on other nodes to end; default: 10
+#   NODES          number of nodes; default: 1
+#   MASTER_ADDR    rendezvous node, reachable from all nodes; default: this one, if NODES is 1
+#   MASTER_PORT    default: a free port; on several nodes 29500
+#   JOB            rendezvous id, the same on all nodes; default: xar
+#   PROCESSES      ranks on this node; default: its GPUs, or 2 CPU processes if it has none
+#   RESTARTS       restarts in a row without a newer checkpoint, after a rank was killed or a similar failure; default: 0
+#   PAUSE          seconds before a restart, so that processes on other nodes can exit; default: 10
 set -euo pipefail
 # shellcheck source=launchers/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -21,7 +21,7 @@ if [ "$count" -eq 0 ]; then export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM
 [ "$count" -gt 0 ] || count=2
 NODES="${NODES:-1}" PROCESSES="${PROCESSES:-$count}" JOB="${JOB:-xar}" RESTARTS="${RESTARTS:-0}" PAUSE="${PAUSE:-10}"
 if [ "$NODES" -eq 1 ]; then port=$(free_port); else port=29500; fi
-[ "$NODES" -eq 1 ] || [ -n "${MASTER_ADDR-}" ] || refuse "MASTER_ADDR is not set: with NODES, the address of one that all reach"
+[ "$NODES" -eq 1 ] || [ -n "${MASTER_ADDR-}" ] || refuse "MASTER_ADDR is not set: NODES above 1 needs the address of a node that all can reach"
 MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}" MASTER_PORT="${MASTER_PORT:-$port}"
 RUN=$(run_folder "$@")
 

@@ -28,7 +28,7 @@ from xar_scale.bench.model import bench_attention, bench_build, bench_recompute
 from xar_scale.bench.plan import bench_memory, bench_scaling
 from xar_scale.bench.reshard import bench_reshard
 from xar_scale.bench.step import add_options, bench_sample, bench_step
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.config import AttentionBackend, EngineName, Recompute, TrainConfig
 from xar_scale.errors import UsageError
 from xar_scale.model.entities import kinds
@@ -116,7 +116,7 @@ def main() -> int:
         apply_matmul_mode(options.precision)
         options.command(options)
 
-    return ending("bench", run)
+    return exit_code_of("bench", run)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from xar_scale.bench.record import OURS, PUBLISHED, Record, read_record
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.errors import UsageError, XarScaleError
 
 BENCH = Path(__file__).parent / "bench.py"
@@ -83,7 +83,7 @@ def main() -> int:
         if not any(each.record for each in done):
             raise XarScaleError(f"no case was measured; {options.out / name}.md says why")
 
-    return ending("bench_gpu", run)
+    return exit_code_of("bench_gpu", run)
 
 
 def _run(case: Case, options: argparse.Namespace, file: Path) -> Done:

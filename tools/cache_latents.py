@@ -1,4 +1,4 @@
-"""Images through a tokenizer into WebDataset tars of latents.
+"""Encode images with a tokenizer into WebDataset tars of latents.
 
 python tools/cache_latents.py digits --out runs/demo/data
 python tools/cache_latents.py images /data/imagenet/train --out /data/latents --weights kl16.ckpt
@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xar_scale import dist
-from xar_scale.cli import Parser, ending
-from xar_scale.data.encode import EncodeSettings, Watcher, encode_set, finished_set
+from xar_scale.cli import Parser, exit_code_of
+from xar_scale.data.encode import EncodeSettings, Reporter, encode_set, finished_set
 from xar_scale.data.index import LABEL
 from xar_scale.data.shards import DatasetInfo
 from xar_scale.errors import DataError, UsageError, XarScaleError
@@ -27,7 +27,7 @@ from xar_scale.evaluate.digits import cache_digits
 from xar_scale.precision import MODES, apply_matmul_mode
 from xar_scale.tokenizers import Tokenizer, create_tokenizer
 
-LINE_S = 30.0  # between lines where there is no bar
+LINE_S = 30.0  # between progress lines, if there is no bar
 
 
 def main() -> int:
@@ -37,41 +37,41 @@ def main() -> int:
             options.run_command(options)
         except (XarScaleError, OSError) as caught:
             error = dist.file_error(caught) if isinstance(caught, OSError) else caught
-            error.rank = dist.rank()  # ranks share no process group here: each speaks for itself
+            error.rank = dist.rank()  # ranks share no process group here, so each reports its own errors
             raise error from None
 
-    return ending("cache_latents", run)
+    return exit_code_of("cache_latents", run)
 
 
 def _parser() -> Parser:
     parser = Parser(prog="cache_latents", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="what to encode", required=True, metavar="WHAT")
 
-    digits = commands.add_parser("digits", help="the 1,797 that ship with scikit-learn")
+    digits = commands.add_parser("digits", help="the 1,797 digits that ship with scikit-learn")
     digits.add_argument("--out", type=Path, required=True, help="the data set's folder")
     digits.add_argument("--samples-per-shard", type=int, default=256)
     digits.set_defaults(run_command=_digits)
 
     images = commands.add_parser(
         "images",
-        help="a folder a class, or WebDataset tars",
-        epilog="Stopped at any moment, the same command goes on. Many processes share the work under torchrun, or any "
-        "launcher that sets RANK and WORLD_SIZE (and LOCAL_RANK, the GPU's number).",
+        help="one folder per class, or WebDataset tars",
+        epilog="If stopped, the same command resumes. Many processes share the work under torchrun, or any launcher that sets "
+        "RANK and WORLD_SIZE (and LOCAL_RANK, the GPU's number).",
     )
-    images.add_argument("source", type=Path, help="a tree with a folder a class, or a folder of tars")
+    images.add_argument("source", type=Path, help="a tree with one folder per class, or a folder of tars")
     images.add_argument("--out", type=Path, required=True, help="the data set's folder")
     images.add_argument("--tokenizer", default="kl16", help="its name, or its name and settings as JSON (default: kl16)")
-    images.add_argument("--weights", type=Path, help="the path of kl16.ckpt, which tokenizer kl16 needs")
-    images.add_argument("--size", type=int, default=256, help="of the square that is cut from an image, in pixels")
-    images.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of what is stored")
-    images.add_argument("--no-flip", action="store_true", help="leave the mirrored images out")
+    images.add_argument("--weights", type=Path, help="the path of kl16.ckpt; required by tokenizer kl16")
+    images.add_argument("--size", type=int, default=256, help="side of the square crop, in pixels")
+    images.add_argument("--dtype", choices=["float16", "float32"], default="float16", help="of the stored arrays")
+    images.add_argument("--no-flip", action="store_true", help="do not encode the mirrored images")
     images.add_argument("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the tokenizer's network")
-    images.add_argument("--batch", type=int, default=32, help="images a pass of the network")
-    images.add_argument("--workers", type=int, default=2, help="processes that decode, for each that encodes")
+    images.add_argument("--batch", type=int, default=32, help="images per forward pass of the network")
+    images.add_argument("--workers", type=int, default=2, help="decoding processes for each encoding process")
     images.add_argument("--samples-per-shard", type=int, default=1024)
-    images.add_argument("--max-bad", type=int, default=0, help="images that may be left out, for they cannot be read")
-    images.add_argument("--classes", type=int, help="how many there are (default: the folders; tars need the number)")
-    images.add_argument("--image", default="jpg", help=f"of a sample in a tar; its label is {LABEL}")
+    images.add_argument("--max-bad", type=int, default=0, help="how many bad images may be left out")
+    images.add_argument("--classes", type=int, help="number of classes (default: the number of folders; required for tars)")
+    images.add_argument("--image", default="jpg", help=f"extension of a sample's image in a tar; its label is {LABEL}")
     images.set_defaults(run_command=_images)
     return parser
 
@@ -84,7 +84,7 @@ def _digits(options: argparse.Namespace) -> None:
 def _images(options: argparse.Namespace) -> None:
     for name, least in (("size", 1), ("batch", 1), ("samples-per-shard", 1), ("classes", 1), ("workers", 0), ("max-bad", 0)):
         if (number := getattr(options, name.replace("-", "_"))) is not None and number < least:
-            raise UsageError(f"--{name} is at least {least}, not {number}")
+            raise UsageError(f"--{name} must be at least {least}, not {number}")
     tokenizer = _tokenizer(options)
     settings = EncodeSettings(
         source=str(options.source.resolve()),
@@ -99,10 +99,10 @@ def _images(options: argparse.Namespace) -> None:
         image=options.image,
     )
     if (info := finished_set(options.out, settings)) is not None:
-        dist.say(f"already there: {_summary(info)}: {options.out}")
+        dist.say(f"already complete: {_summary(info)}: {options.out}")
         return
     with _Display() as display:
-        info = encode_set(options.out, settings, tokenizer, workers=options.workers, max_bad=options.max_bad, watcher=display)
+        info = encode_set(options.out, settings, tokenizer, workers=options.workers, max_bad=options.max_bad, reporter=display)
     if info is not None:
         dist.say(f"{_summary(info)}: {options.out}")
 
@@ -113,7 +113,7 @@ def _summary(info: DatasetInfo) -> str:
 
 
 def _tokenizer(options: argparse.Namespace) -> Tokenizer:
-    """On this rank's device, in the precision asked for."""
+    """Return the tokenizer, on this rank's device and in the requested precision."""
     description: dict[str, Any] = {"name": options.tokenizer}
     if options.tokenizer.lstrip().startswith("{"):
         try:
@@ -121,20 +121,20 @@ def _tokenizer(options: argparse.Namespace) -> Tokenizer:
         except ValueError:
             raise UsageError(f"--tokenizer {options.tokenizer!r} is not JSON") from None
         if not isinstance(description.get("name"), str):
-            raise UsageError(f"--tokenizer {options.tokenizer!r} is no object with a name")
+            raise UsageError(f"--tokenizer {options.tokenizer!r} is not a JSON object with a name")
     if (description["name"] == "kl16") != (options.weights is not None):
-        what = "tokenizer kl16 needs --weights" if options.weights is None else "--weights are of tokenizer kl16"
+        what = "tokenizer kl16 needs --weights" if options.weights is None else "--weights is only for tokenizer kl16"
         raise UsageError(f"{what}, the path of kl16.ckpt; --tokenizer is {description['name']}")
     apply_matmul_mode(options.precision)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # the same bits at each start
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # the same bits at every start
     device = dist.local_device()
     if options.weights is None:
         try:
             tokenizer = create_tokenizer(description)
-        except DataError as error:  # there is no data in it, only words
+        except DataError as error:  # the command line is at fault, not data
             raise UsageError(f"--tokenizer: {error}") from None
         if tokenizer.image_channels not in (1, 3):
-            raise UsageError(f"--tokenizer: images have 1 channel or 3, not image_channels {tokenizer.image_channels}")
+            raise UsageError(f"--tokenizer: image_channels {tokenizer.image_channels} is not 1 or 3")
         return tokenizer
     if not options.weights.is_file():
         raise UsageError(f"no weights at {options.weights}")
@@ -142,8 +142,8 @@ def _tokenizer(options: argparse.Namespace) -> Tokenizer:
     return create_tokenizer(description, options.weights, device, batch=options.batch, compute=MODES[options.precision].compute)
 
 
-class _Display(Watcher):
-    """Lines on standard error, and on rank 0 how far all are: a bar in a terminal, else a line now and then."""
+class _Display(Reporter):
+    """Log lines on standard error; on rank 0 also the progress of all ranks: a bar in a terminal, else occasional lines."""
 
     def __init__(self) -> None:
         console = Console(stderr=True)
@@ -157,7 +157,7 @@ class _Display(Watcher):
             disable=dist.rank() != 0 or not console.is_terminal,
         )
         self.task = self.bar.add_task("encode", total=None, rest="")
-        self.first: tuple[float, int] | None = None  # when, and how many were done by then
+        self.first: tuple[float, int] | None = None  # the first report: its time, and how many images were done
         self.said = time.monotonic()
 
     def __enter__(self) -> "_Display":
@@ -167,7 +167,7 @@ class _Display(Watcher):
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     def progress(self, done: int, total: int, bad: int) -> None:

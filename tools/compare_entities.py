@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from xar_scale import dist
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.config import Config, merge, override
 from xar_scale.data.shards import DATASET_FILE
 from xar_scale.evaluate.digits import CLASSES, cache_digits, judge
@@ -38,7 +38,7 @@ def main() -> int:
         options = parser.parse_args()
         compare(options.out, options.overrides)
 
-    return ending("compare_entities", run)
+    return exit_code_of("compare_entities", run)
 
 
 def compare(out: Path, overrides: list[str]) -> None:

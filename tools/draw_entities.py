@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.config import ModelConfig, validated
 from xar_scale.errors import ConfigError
 from xar_scale.model.entities import EntityLayout, create_layout, kinds
@@ -30,7 +30,7 @@ def main() -> int:
         configs = {kind: validated(ModelConfig, {**sizes, "entity": kind}, ConfigError) for kind in kinds()}
         draw({kind: create_layout(config) for kind, config in configs.items()}, options.out)
 
-    return ending("draw_entities", run)
+    return exit_code_of("draw_entities", run)
 
 
 def draw(layouts: dict[str, EntityLayout], path: Path) -> None:

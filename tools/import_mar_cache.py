@@ -1,4 +1,4 @@
-"""MAR's cache of latents, a folder a class with a .npz a sample, into shards.
+"""Convert MAR's cache of latents (one folder per class, one .npz per sample) to shards.
 
 python tools/import_mar_cache.py /data/cached_latents --out /data/latents --weights kl16.ckpt
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.data.foreign import mar_samples
 from xar_scale.data.shards import DatasetInfo, ShardWriter
 from xar_scale.errors import UsageError
@@ -19,9 +19,9 @@ from xar_scale.tokenizers.kl16 import KL16Tokenizer
 
 def main() -> int:
     parser = Parser(prog="import_mar_cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cache", type=Path, help="the folder of classes")
+    parser.add_argument("cache", type=Path, help="the folder of class folders")
     parser.add_argument("--out", type=Path, required=True, help="the data set's folder")
-    parser.add_argument("--weights", type=Path, required=True, help="the kl16.ckpt that made it: the set is known by its hash")
+    parser.add_argument("--weights", type=Path, required=True, help="the kl16.ckpt that made it; its hash identifies the set")
     parser.add_argument("--dtype", choices=["float16", "float32"], default="float16")
     parser.add_argument("--samples-per-shard", type=int, default=1024)
 
@@ -29,7 +29,7 @@ def main() -> int:
         options = parser.parse_args()
         if not options.cache.is_dir():
             raise UsageError(f"no folder at {options.cache}")
-        tokenizer = KL16Tokenizer(options.weights)  # refuses what is no kl16.ckpt
+        tokenizer = KL16Tokenizer(options.weights)  # raises if it is not a kl16.ckpt
         files = sum(1 for _ in options.cache.glob("*/*.npz"))
         samples = mar_samples(options.cache, options.dtype)
         first = next(samples)
@@ -47,7 +47,7 @@ def main() -> int:
                 writer.add(*sample)
         print(f"{files:,} samples in {len(writer.shards):,} shards: {options.out}")
 
-    return ending("import_mar_cache", run)
+    return exit_code_of("import_mar_cache", run)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Give a folder of WebDataset tars of latents, written by anyone, an index: a data set to train on. The tars stay as they are.
+"""Index a folder of WebDataset tars of latents, made by any tool, so that it becomes a data set. The tars are not changed.
 
 python tools/index_shards.py /data/tars --latent latent.npy --label cls --stored moments --latent-scale 0.2325 --classes 1000 \\
     --tokenizer '{"name": "kl16", "sha256": "..."}'
@@ -11,7 +11,7 @@ import os
 import sys
 from pathlib import Path
 
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.data.foreign import index_set
 from xar_scale.data.index import FLIPPED, LABEL, LATENT, Members
 from xar_scale.errors import UsageError
@@ -20,19 +20,19 @@ from xar_scale.errors import UsageError
 def main() -> int:
     parser = Parser(prog="index_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="the folder of tars; the index is written there")
-    parser.add_argument("--latent", default=LATENT, help="what follows a sample's key in the name of its array, a .npy")
-    parser.add_argument("--flipped", help="the same of the mirrored image's array, where there is one")
-    parser.add_argument("--label", default=LABEL, help="the same of its label, a decimal number")
+    parser.add_argument("--latent", default=LATENT, help="extension of a sample's array, a .npy: what follows its key")
+    parser.add_argument("--flipped", help="extension of the mirrored image's array, if there is one")
+    parser.add_argument("--label", default=LABEL, help="extension of the label, a decimal number")
     parser.add_argument("--stored", choices=["latents", "moments"], required=True)
-    parser.add_argument("--latent-scale", type=float, required=True, help="what brings stored latents to unit size")
+    parser.add_argument("--latent-scale", type=float, required=True, help="factor that scales stored latents to unit size")
     parser.add_argument("--classes", type=int, required=True)
-    parser.add_argument("--tokenizer", required=True, help="its name and settings, as JSON")
+    parser.add_argument("--tokenizer", required=True, help="name and settings, as JSON")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
 
     def run() -> None:
         options = parser.parse_args()
         if min(options.processes, options.classes) < 1:
-            raise UsageError("--processes and --classes are at least 1")
+            raise UsageError("--processes and --classes must be at least 1")
         if not 0 < options.latent_scale < math.inf:
             raise UsageError(f"--latent-scale {options.latent_scale} is not a positive number")
         try:
@@ -40,7 +40,7 @@ def main() -> int:
         except ValueError:
             raise UsageError(f"--tokenizer {options.tokenizer!r} is not JSON") from None
         if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("name"), str):
-            raise UsageError(f"--tokenizer {options.tokenizer!r} is no object with a name")
+            raise UsageError(f"--tokenizer {options.tokenizer!r} is not a JSON object with a name")
         info = index_set(
             options.data,
             Members(options.latent, options.flipped or FLIPPED, options.label),
@@ -53,7 +53,7 @@ def main() -> int:
         )
         print(f"{info.samples:,} samples in {len(info.shards):,} shards, {info.dtype}{info.shape}: {options.data}")
 
-    return ending("index_shards", run)
+    return exit_code_of("index_shards", run)
 
 
 if __name__ == "__main__":

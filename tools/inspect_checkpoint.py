@@ -1,4 +1,4 @@
-"""Look into checkpoints: what one holds, where two differ, and an average of any length made of a run's snapshots.
+"""Inspect checkpoints: show one, compare two, and make a post-hoc EMA of any width from a run's snapshots.
 
 python tools/inspect_checkpoint.py show runs/demo
 python tools/inspect_checkpoint.py diff runs/demo/checkpoints/step-00000350 runs/demo/checkpoints/step-00000700
@@ -12,59 +12,59 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from xar_scale.checkpoint.averages import fit_to, open_snapshots, write_average
 from xar_scale.checkpoint.contents import changes, differences, not_finite
-from xar_scale.checkpoint.manifest import AVERAGES, FOLDER, MANIFEST, Manifest, checkpoint_paths, read_manifest, verify
+from xar_scale.checkpoint.manifest import EMA_SNAPSHOTS, FOLDER, MANIFEST, Manifest, checkpoint_paths, read_manifest, verify
+from xar_scale.checkpoint.posthoc_ema import fit_to, open_snapshots, write_ema
 from xar_scale.checkpoint.vectors import sizes
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.dist import file_error
 from xar_scale.doctor import table
 from xar_scale.errors import DataError, UsageError
 from xar_scale.presets import MODELS
 
-LISTED = 8  # files, vectors or samples that are named; of more, how many
-GOOD = ("as written", "finite")
+LISTED = 8  # files, vectors or samples to list; the rest is counted
+GOOD = ("intact", "finite")
 TITLES = ("folder", "step", "epoch", "model", "precision", "engine", "ranks", "GB", "files", "values")
 
 
 def main() -> int:
     parser = Parser(prog="inspect_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    show = commands.add_parser("show", help="what is in it, whether its files are as written and its values finite")
-    show.add_argument("path", type=Path, help="a checkpoint's folder, or a run's: all of its checkpoints and snapshots")
+    show = commands.add_parser("show", help="what a checkpoint holds, whether its files are intact and its values finite")
+    show.add_argument("path", type=Path, help="a checkpoint's folder, or a run's, for all its checkpoints and snapshots")
     show.set_defaults(run_command=lambda options: show_path(options.path))
-    diff = commands.add_parser("diff", help="the vectors and entries of the manifest that differ; ends with 0 either way")
-    diff.add_argument("one", type=Path, help="a checkpoint's folder, or a run's: its newest")
+    diff = commands.add_parser("diff", help="the manifest entries and vectors that differ; exits with 0 either way")
+    diff.add_argument("one", type=Path, help="a checkpoint's folder, or a run's, for its newest")
     diff.add_argument("other", type=Path, help="likewise")
     diff.set_defaults(run_command=lambda options: show_differences(options.one, options.other))
-    ema = commands.add_parser("ema", help="an average of any length, made of a run's snapshots (optim.ema_snapshots_every)")
+    ema = commands.add_parser("ema", help="an EMA of any width, made from a run's EMA snapshots (optim.ema_snapshots_every)")
     ema.add_argument("run", type=Path)
     ema.add_argument("--std", type=float, required=True, help="its width: standard deviation relative to the run's length")
-    ema.add_argument("--step", type=int, help="of the snapshot that it ends at (default: the newest)")
-    ema.add_argument("--out", type=Path, required=True, help="the folder that is made: a checkpoint, for `xar-scale sample`")
-    ema.set_defaults(run_command=lambda options: make_average(options.run, options.std, options.step, options.out))
+    ema.add_argument("--step", type=int, help="step of the snapshot that it ends at (default: the newest)")
+    ema.add_argument("--out", type=Path, required=True, help="folder to write: a checkpoint for `xar-scale sample`")
+    ema.set_defaults(run_command=lambda options: make_ema(options.run, options.std, options.step, options.out))
 
     def run() -> None:
         options = parser.parse_args()
         options.run_command(options)
 
-    return ending("inspect_checkpoint", run)
+    return exit_code_of("inspect_checkpoint", run)
 
 
 def show_path(path: Path) -> None:
-    """Raises DataError, after all is shown, where something is damaged or not finite."""
-    paths = [found for folder in (FOLDER, AVERAGES) for found in checkpoint_paths(path, folder)]
+    """Raises DataError, after everything is shown, if something is damaged or not finite."""
+    paths = [found for folder in (FOLDER, EMA_SNAPSHOTS) for found in checkpoint_paths(path, folder)]
     if not paths and not (path / MANIFEST).is_file():
-        raise UsageError(f"no checkpoint of ours in {path}")
+        raise UsageError(f"no xar-scale checkpoint in {path}")
     findings = show_run(path, paths) if paths else [show_checkpoint(path)]
     if wrong := sum(finding != GOOD for finding in findings):
         raise DataError(f"{path}: {wrong} of {len(findings)} damaged or not finite")
 
 
 def show_checkpoint(path: Path) -> tuple[str, str]:
-    finding = look(path)
+    finding = inspect(path)
     facts: list[tuple[str, str]] = []
-    with suppress(DataError):  # which the finding tells
+    with suppress(DataError):  # already in the finding
         facts = describe(read_manifest(path).manifest)
     print(table(("what", "found"), [("folder", str(path)), *facts, *zip(("files", "values"), finding, strict=True)]))
     return finding
@@ -76,13 +76,13 @@ def show_run(run: Path, paths: Sequence[Path]) -> list[tuple[str, str]]:
         name = str(path.relative_to(run))
         finding, summary = GOOD, ("-",) * (len(TITLES) - 3)
         try:
-            finding = look(path)
+            finding = inspect(path)
             with suppress(DataError):
                 summary = summarize(read_manifest(path).manifest)
         except (UsageError, FileNotFoundError):
             if path.is_dir():
                 raise
-        if not path.is_dir():  # dropped meanwhile, by a run that goes on
+        if not path.is_dir():  # removed meanwhile by a running job
             continue
         findings.append(finding)
         rows.append((name, *summary, *(words.split(":")[0] for words in finding)))
@@ -91,8 +91,8 @@ def show_run(run: Path, paths: Sequence[Path]) -> list[tuple[str, str]]:
     return findings
 
 
-def look(path: Path) -> tuple[str, str]:
-    """What is to be said of its files and of its values; ``GOOD`` where nothing is wrong. Reads everything."""
+def inspect(path: Path) -> tuple[str, str]:
+    """Return the state of its files and of its values; ``GOOD`` if nothing is wrong. Reads everything."""
     files, values = GOOD
     try:
         verify(path)
@@ -123,7 +123,7 @@ def summarize(manifest: Manifest) -> tuple[str, ...]:
 
 
 def describe(manifest: Manifest) -> list[tuple[str, str]]:
-    """(what, as it is), for a person."""
+    """Return rows of (name, value) for people to read."""
     guard, position, config = manifest.guard, manifest.position, manifest.config
     parameters = sum(math.prod(shape) for shape in manifest.shapes.values())
     until = "for good" if guard.held_until is None else f"until step {guard.held_until}"
@@ -132,30 +132,30 @@ def describe(manifest: Manifest) -> list[tuple[str, str]]:
     files = listed([f"{name} ({gigabytes(entry.bytes)} GB)" for name, entry in manifest.files.items()])
     if not config:
         return [
-            ("step", f"{manifest.step:,}; of a run that is not known: it was made of another format"),
+            ("step", f"{manifest.step:,}; run unknown: converted from another format"),
             ("model", f"{parameters:,} parameters"),
             ("kinds", ", ".join(manifest.kinds)),
             ("written", f"{gigabytes(manifest.bytes)} GB: {files}"),
         ]
-    made = [("average", f"sigma_rel {manifest.sigma_rel:g}, made of snapshots")] if manifest.sigma_rel is not None else []
+    made = [("EMA", f"sigma_rel {manifest.sigma_rel:g}, made from snapshots")] if manifest.sigma_rel is not None else []
     return [
         *made,
         ("step", f"{manifest.step:,} of {config['train']['steps']:,}"),
         ("model", f"{model_name(manifest)}, {parameters:,} parameters, entity {config['model']['entity']}"),
         ("kinds", ", ".join(manifest.kinds)),
         ("written", f"by {manifest.world} ranks, engine {manifest.engine}, {gigabytes(manifest.bytes)} GB: {files}"),
-        ("precision", f"{manifest.precision}, the run's {config['train']['precision']}"),
+        ("precision", f"{manifest.precision}, configured {config['train']['precision']}"),
         ("guard", f"{f'lowered {until}' if guard.lowered else 'not lowered'}; {counted}"),
-        ("data", f"epoch {position.epoch}, {position.consumed:,} samples of it; {manifest.samples_consumed:,} of the run"),
-        ("bad samples", places(manifest.bad_samples)),
-        ("quarantined", places(manifest.quarantined)),
+        ("data", f"epoch {position.epoch}, {position.consumed:,} samples into it; {manifest.samples_consumed:,} in total"),
+        ("bad samples", sample_list(manifest.bad_samples)),
+        ("quarantined", sample_list(manifest.quarantined)),
     ]
 
 
 def model_name(manifest: Manifest) -> str:
-    """The preset of these sizes."""
+    """Name of the preset of these sizes, else the width."""
     if (model := manifest.config.get("model")) is None:
-        return "not known"
+        return "unknown"
     return next((name for name, values in MODELS.items() if values.items() <= model.items()), f"width {model['width']}")
 
 
@@ -163,7 +163,7 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.3g}"
 
 
-def places(samples: Sequence[tuple[str, int]]) -> str:
+def sample_list(samples: Sequence[tuple[str, int]]) -> str:
     return f"{len(samples):,}: {listed([f'{position} of {shard}' for shard, position in samples])}" if samples else "none"
 
 
@@ -200,13 +200,13 @@ def show_differences(one: Path, other: Path) -> None:
             print(line)
 
 
-def make_average(run: Path, sigma_rel: float, step: int | None, out: Path) -> None:
+def make_ema(run: Path, sigma_rel: float, step: int | None, out: Path) -> None:
     snapshots = open_snapshots(run, step)
     fit = fit_to(snapshots, sigma_rel)
-    made = write_average(snapshots, fit.factors.tolist(), sigma_rel, out)
+    made = write_ema(snapshots, fit.factors.tolist(), sigma_rel, out)
     print(
-        f"{out}: average of sigma_rel {sigma_rel:g} at step {made.manifest.step}, of {len(snapshots)} snapshots; "
-        f"its profile is off by {fit.residual:.2%}"
+        f"{out}: EMA of sigma_rel {sigma_rel:g} at step {made.manifest.step}, from {len(snapshots)} snapshots; "
+        f"profile error {fit.residual:.2%}"
     )
 
 

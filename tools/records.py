@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from xar_scale.bench.record import OURS, PUBLISHED, Record, read_record
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +30,7 @@ def main() -> int:
         else:
             print(made)
 
-    return ending("records", run)
+    return exit_code_of("records", run)
 
 
 def table(records: list[Record]) -> str:

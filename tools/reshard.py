@@ -1,4 +1,4 @@
-"""Turn a checkpoint of any format into another one, in blocks: it takes no GPU, and no more memory for a larger model.
+"""Convert a checkpoint to another format, block by block: no GPU is needed, and memory does not grow with the model.
 
 python tools/reshard.py runs/imagenet256_h/checkpoints/step-00500000 xar_h.safetensors --to safetensors --weights ema
 """
@@ -14,10 +14,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from xar_scale.checkpoint.interop import Source, open_source
 from xar_scale.checkpoint.reshard import TARGETS, plan, verifiable, write
 from xar_scale.checkpoint.reshard.parts import Plan
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.errors import UsageError
 
-SHOWN = 16  # files that a dry run lists by name
+SHOWN = 16  # files that a dry run lists
 
 
 def main() -> int:
@@ -25,31 +25,31 @@ def main() -> int:
         prog="reshard",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="exit codes: 0 done, 64 usage, 65 bad data, 74 files. Started again after it was interrupted, it goes on.",
+        epilog="exit codes: 0 done, 64 usage, 65 bad data, 74 files. After an interruption, run it again to resume.",
     )
     parser.add_argument("source", type=Path, help="xar-scale or DeepSpeed (ZeRO, universal) folder, .pth, safetensors")
     parser.add_argument("destination", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--to", required=True, choices=TARGETS)
     parser.add_argument("--weights", choices=("model", "ema"), help="safetensors (default: ema if there is one), pth (both)")
-    parser.add_argument("--files", type=int, help="xar-scale: into how many files (default 8)")
+    parser.add_argument("--files", type=int, help="xar-scale: number of files (default 8)")
     parser.add_argument("--dry-run", action="store_true", help="show what would be written, and write nothing")
-    parser.add_argument("--trust-pickle", action="store_true", help="let files run what their pickles ask for")
+    parser.add_argument("--trust-pickle", action="store_true", help="allow the source's pickles to run code")
 
     def run() -> None:
         reshard(parser.parse_args())
 
-    return ending("reshard", run)
+    return exit_code_of("reshard", run)
 
 
 def reshard(options: argparse.Namespace) -> None:
     if options.weights and options.to not in ("safetensors", "pth"):
-        raise UsageError(f"--weights is for safetensors and pth, not for {options.to}")
+        raise UsageError(f"--weights applies to safetensors and pth, not to {options.to}")
     if options.files is not None and options.to != "xar-scale":
-        raise UsageError(f"--files is for xar-scale, not for {options.to}")
+        raise UsageError(f"--files applies to xar-scale, not to {options.to}")
     if options.files is not None and options.files < 1:
-        raise UsageError(f"--files {options.files} is not at least 1")
+        raise UsageError(f"--files is {options.files}, must be at least 1")
     if options.destination.exists():
-        raise UsageError(f"{options.destination} exists; nothing is written over")
+        raise UsageError(f"{options.destination} exists already; nothing is overwritten")
     with open_source(options.source, options.trust_pickle) as source:
         planned = plan(source, options.to, options.weights, options.files or 8)
         _show(source, planned, options)
@@ -62,8 +62,11 @@ def _show(source: Source, planned: Plan, options: argparse.Namespace) -> None:
     parameters = sum(shape.numel() for shape in source.names("model").values())
     step = "" if source.step is None else f", step {source.step}"
     print(f"{source.path}: {source.format}{step}: {', '.join(source.kinds)} of {parameters:,} parameters")
-    would = "would be" if options.dry_run else "becomes"
-    print(f"{options.destination} {would} {options.to}: {len(planned.outputs) + 1:,} files, {planned.size:,} bytes", flush=True)
+    writes = "would write" if options.dry_run else "writing"
+    print(
+        f"{writes} {options.destination} as {options.to}: {len(planned.outputs) + 1:,} files, {planned.size:,} bytes",
+        flush=True,
+    )
     if options.dry_run:
         for output in planned.outputs[:SHOWN]:
             print(f"  {output.size:>14,}  {output.name}")
@@ -80,7 +83,7 @@ def _write(source: Source, planned: Plan, destination: Path) -> None:
             write(source, planned, destination, lambda n: bar.advance(reading, n), lambda n: bar.advance(writing, n))
     else:
         write(source, planned, destination, _lines("verified", _verified_bytes(source)), _lines("written", planned.size))
-    print(f"{destination} is written")
+    print(f"done: {destination}")
 
 
 def _verified_bytes(source: Source) -> int:
@@ -88,7 +91,7 @@ def _verified_bytes(source: Source) -> int:
 
 
 def _lines(what: str, total: int) -> Callable[[int], None]:
-    """A line for each tenth."""
+    """Report progress in a line per tenth."""
     done = 0
 
     def advance(count: int) -> None:

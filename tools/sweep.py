@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from xar_scale import dist
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.errors import UsageError
 from xar_scale.evaluate.evaluation import RESULT, Comparison, check_folder, describe, image_set, write
 from xar_scale.evaluate.fidelity import INCEPTION
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--features", default=INCEPTION, help="one of torch-fidelity's extractors")
     parser.add_argument("--inception-weights", type=Path, help="path of torch-fidelity's file (default: where it keeps it)")
     parser.add_argument("overrides", nargs="*", help="sample.key=value and kernels.key=value, for all sets")
-    return ending("sweep", lambda: sweep(parser.parse_intermixed_args()))
+    return exit_code_of("sweep", lambda: sweep(parser.parse_intermixed_args()))
 
 
 def _samplers(text: str) -> list[str]:
@@ -76,7 +76,7 @@ def sweep(options: argparse.Namespace) -> None:
     device = dist.local_device()
     if dist.world() > 1:
         dist.init(device)
-    dist.together(_matplotlib)  # which is needed last, after hours
+    dist.on_all_ranks(_matplotlib)  # which is needed last, after hours
     trained = open_trained(options.weights, options.overrides)
     comparison = Comparison(options.reference, options.features, device, options.inception_weights)
     generator = functools.cache(lambda: open_generator(trained, device))  # once, where anything is left to be drawn

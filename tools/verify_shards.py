@@ -1,4 +1,4 @@
-"""Read every byte of a data set and name what is wrong, by shard and sample.
+"""Read every byte of a data set and report faults by shard and sample.
 
 python tools/verify_shards.py runs/demo/data
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.progress import track
 
-from xar_scale.cli import Parser, ending
+from xar_scale.cli import Parser, exit_code_of
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.verify import stray_files, verify_set
 from xar_scale.errors import DataError, UsageError
@@ -24,10 +24,10 @@ def main() -> int:
     def run() -> None:
         options = parser.parse_args()
         if options.processes < 1:
-            raise UsageError(f"--processes {options.processes} is not at least 1")
+            raise UsageError(f"--processes must be at least 1, not {options.processes}")
         verify(options.data, options.processes)
 
-    return ending("verify_shards", run)
+    return exit_code_of("verify_shards", run)
 
 
 def verify(data: Path, processes: int) -> None:

@@ -1,4 +1,4 @@
-"""``python -m xar_scale``, which launchers start, and the command ``xar-scale``."""
+"""Entry point of ``python -m xar_scale``, which launchers start, and of the command ``xar-scale``."""
 
 from typing import NoReturn
 

@@ -92,7 +92,7 @@ class Background:
         assert running is not None and self._thread is not None
         self._thread.join()  # to its end: a thread still alive when the interpreter shuts down crashes the process
         try:
-            self._results = dist.gather_objects(dist.together(running.result))
+            self._results = dist.gather_objects(dist.on_all_ranks(running.result))
         except FileError as error:
             self.attempts, self.error = self.attempts + 1, str(error)
             self._polls = 2**self.attempts

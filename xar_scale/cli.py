@@ -15,41 +15,42 @@ from xar_scale.config import Config, merge, override, read_yaml
 from xar_scale.errors import INTERRUPTED, OK, UNREAD, ProcessError, UsageError, XarScaleError
 from xar_scale.files import make_folder, write_atomically
 from xar_scale.presets import MODELS, RECIPES, model_values, recipe
-from xar_scale.stopping import Stops
+from xar_scale.stopping import StopRequests
 
-# Launchers end all ranks with the first that ends: before ranks have joined, those that are silent leave this much to the other
+# Launchers end all ranks when the first one exits: before ranks have joined, silent ranks wait this long for the reporting one
 PATIENCE_S = 5.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Endings on purpose are one line on standard error and a documented exit code."""
+    """Run one command. A deliberate exit prints one line on standard error and returns a documented exit code."""
 
     def run() -> None:
         options = _parse(arguments)
         options.run_command(options)
 
-    return ending("xar-scale", run)
+    return exit_code_of("xar-scale", run)
 
 
-def ending(program: str, run: Callable[[], None]) -> int:
-    """The exit code of ``run``, its error on standard error as one line. Of several ranks the one that met it speaks, or 0."""
+def exit_code_of(program: str, run: Callable[[], None]) -> int:
+    """Call ``run`` and return the exit code, printing its error as one line on standard error. Among several ranks, the one
+    with the error prints it, or rank 0 if all have it."""
     from xar_scale import dist
 
     dist.adopt_launcher()
     try:
         run()
-    except BrokenPipeError:  # as `head` does when it has its lines: nothing to complain of
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+    except BrokenPipeError:  # as when `head` has its lines: not an error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for output that is still to be flushed
         return UNREAD
     except (XarScaleError, OSError) as caught:
         error = caught if isinstance(caught, XarScaleError) else dist.file_error(caught)
-        if error is not caught:  # this rank's alone: what ranks share has become an error of ours
+        if error is not caught:  # on this rank alone: errors that ranks share are XarScaleErrors by now
             error.rank = dist.rank()
         if dist.rank() == (error.rank or 0):
             print(f"{program}: {error}", file=sys.stderr, flush=True)
         elif not dist.has_joined():
             time.sleep(PATIENCE_S)
-        return error.exit_code  # without leaving the process group: other ranks may be waiting in it for the launcher
+        return error.exit_code  # without leaving the process group: other ranks may wait in it until the launcher ends them
     except KeyboardInterrupt:
         if dist.rank() == 0:
             print(f"{program}: interrupted", file=sys.stderr, flush=True)
@@ -57,19 +58,19 @@ def ending(program: str, run: Callable[[], None]) -> int:
     except RuntimeError as error:
         if not dist.is_lost_rank(error):
             raise
-        said = f"rank {dist.rank()} has lost another rank, which was killed or says itself why it ended"
-        print(f"{program}: {said}", file=sys.stderr, flush=True)
+        message = f"rank {dist.rank()} has lost another rank, which was killed or reports its own error"
+        print(f"{program}: {message}", file=sys.stderr, flush=True)
         return ProcessError.exit_code
     dist.close()
     return OK
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Options in any order with ``section.key=value`` overrides among them, which argparse has no word for."""
+    """Parse options in any order, with ``section.key=value`` overrides anywhere among them, which argparse cannot express."""
     parser, words = _parser(), list(sys.argv[1:] if arguments is None else arguments)
-    overrides = [word for word in words if re.match(r"[a-z_]+\.[a-z_.]+=", word)]  # wherever they stand
+    overrides = [word for word in words if re.match(r"[a-z_]+\.[a-z_.]+=", word)]  # at any position
     options, rest = parser.parse_known_args([word for word in words if word not in overrides])
-    overrides += [word for word in rest if "=" in word and not word.startswith("-")]  # which will be told what is wrong
+    overrides += [word for word in rest if "=" in word and not word.startswith("-")]  # malformed: refused later
     options.overrides = overrides if options.overridable else []
     if unknown := [word for word in (*rest, *overrides) if word not in options.overrides]:
         parser.error(f"unknown argument {unknown[0]}")
@@ -77,25 +78,25 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Parser(argparse.ArgumentParser):
-    """Options in full only, since launchers pass theirs too; what is wrong is a UsageError."""
+    """Accepts no abbreviated options, because launchers pass options too; raises UsageError on errors."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
         self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} ({self.prog} --help shows what there is)")
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
 def _path(word: str) -> Path:
-    """Path("") is the current folder, and no word comes of a variable that is not set."""
+    """A path. Refuses an empty one, which Path would take for the current folder: it comes from an unset shell variable."""
     if not word:
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(word)
 
 
 def _name(word: str) -> str:
-    """Of what may be a path, or none, which no empty word says."""
+    """A path or another name, as text. Refuses an empty one."""
     return str(_path(word))
 
 
@@ -104,70 +105,72 @@ def _parser() -> argparse.ArgumentParser:
         prog="xar-scale",
         description="Train, sample and check xAR and larger next-X image models.",
         epilog="exit codes: 0 done, 64 usage, 65 bad data, 69 a hang, 70 non-finite, 71 a process died, 74 files, "
-        "75 preempted, 76 stopped as asked, 78 config",
+        "75 preempted, 76 stopped on request, 78 config",
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it; the environment says it too
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # passed by DeepSpeed's launcher; the environment has it too
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
         "train",
         help="train a model, under a launcher or in one process",
-        epilog="section.key=value arguments are laid over everything else, e.g. optim.lr=1e-4",
+        epilog="section.key=value arguments override everything else, e.g. optim.lr=1e-4",
     )
-    train.add_argument("--recipe", help=f"where the config starts: {', '.join(RECIPES)}")
-    train.add_argument("--config", type=Path, help="a YAML file laid over the recipe")
-    train.add_argument("--run-dir", type=Path, help="folder of checkpoints, metrics and the config (default: runs/RECIPE)")
+    train.add_argument("--recipe", help=f"base config: {', '.join(RECIPES)}")
+    train.add_argument("--config", type=Path, help="a YAML file that overrides the recipe")
+    train.add_argument("--run-dir", type=Path, help="folder for checkpoints, metrics and the config (default: runs/RECIPE)")
     train.add_argument(
         "--resume", type=_name, default="auto", help="auto (the newest valid checkpoint of the run), none, or a path"
     )
     train.add_argument(
-        "--init-from", type=_name, help="a run, a checkpoint, a .pth or safetensors whose weights a new run begins with"
+        "--init-from", type=_name, help="a run, a checkpoint, a .pth or safetensors with the initial weights of a new run"
     )
-    train.add_argument("--stop-after", metavar="TIME", help="30s, 90m, 3h50m, 2d: end then, with a checkpoint")
+    train.add_argument("--stop-after", metavar="TIME", help="30s, 90m, 3h50m, 2d: write a checkpoint and exit after this time")
     train.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
     train.set_defaults(run_command=_train, overridable=True)
 
-    overriding = "sample.key=value and kernels.key=value arguments are laid over the run's config, e.g. sample.guidance=1.5"
+    overriding = "sample.key=value and kernels.key=value arguments override the run's config, e.g. sample.guidance=1.5"
     sample = commands.add_parser("sample", help="draw images from a run, a checkpoint or published weights", epilog=overriding)
-    sample.add_argument("weights", type=Path, help="a run's folder, one checkpoint's, or a published file")
+    sample.add_argument("weights", type=Path, help="folder of a run or of a checkpoint, or a published file")
     sample.add_argument("--classes", help='such as "golden retriever, 207, 1-5" (default: 0-9)')
-    sample.add_argument("--seeds", default="0-9", help="an image of each class with each of them (default: 0-9)")
+    sample.add_argument("--seeds", default="0-9", help="one image per class and seed (default: 0-9)")
     sample.add_argument(
         "--out",
         type=Path,
         required=True,
         action="append",
-        help="X.png: a labelled grid; X.npz: as ADM's evaluator reads it; X.gif: the first image as it comes to be; "
-        "X/: a PNG an image. May be given again",
+        help="X.png: a labelled grid; X.npz: for ADM's evaluator; X.gif: the first image as it is generated; "
+        "X/: one PNG per image. May be repeated",
     )
     sample.set_defaults(run_command=_sample, overridable=True)
 
     evaluate = commands.add_parser(
         "evaluate", help="draw a large set, on one rank or under a launcher, and compare it with real images", epilog=overriding
     )
-    evaluate.add_argument("what", type=Path, help="as for sample; or images: an npz of ADM's form, a folder of pictures")
-    evaluate.add_argument("--reference", type=_name, required=True, help="digits, an npz with mu and sigma or images, pictures")
-    evaluate.add_argument("--out", type=Path, help="folder of the set and its numbers (default: RUN/evaluations/STEP)")
-    evaluate.add_argument("--images", type=int, help="that are drawn (default: 50000)")
-    evaluate.add_argument("--seed", type=int, help="of what is drawn (default: 0)")
+    evaluate.add_argument("what", type=Path, help="as for sample; or images: an npz in ADM's format, a folder of images")
+    evaluate.add_argument(
+        "--reference", type=_name, required=True, help="digits, an npz with mu and sigma or with images, a folder of images"
+    )
+    evaluate.add_argument("--out", type=Path, help="folder for the set and its metrics (default: RUN/evaluations/STEP)")
+    evaluate.add_argument("--images", type=int, help="number of images to generate (default: 50000)")
+    evaluate.add_argument("--seed", type=int, help="seed of the generated images (default: 0)")
     evaluate.add_argument("--features", default="inception-v3-compat", help="one of torch-fidelity's extractors")
-    evaluate.add_argument("--inception-weights", type=Path, help="path of torch-fidelity's file (default: where it keeps it)")
+    evaluate.add_argument("--inception-weights", type=Path, help="path of torch-fidelity's file (default: its own cache)")
     evaluate.set_defaults(run_command=_evaluate, overridable=True)
 
     plan = commands.add_parser(
         "plan",
         help="memory, time and cost of a run before it starts, and the cheapest config that fits",
-        epilog="section.key=value arguments are laid over the recipe; what they set is not searched, e.g. train.micro_batch=8",
+        epilog="section.key=value arguments override the recipe; what they set is not searched, e.g. train.micro_batch=8",
     )
     plan.add_argument("--model", required=True, help=f"one of {', '.join(MODELS)}")
-    plan.add_argument("--gpus", type=int, required=True, help="how many in all")
+    plan.add_argument("--gpus", type=int, required=True, help="total number of GPUs")
     plan.add_argument("--gpu", required=True, help="a100, h100, h200, b200")
-    plan.add_argument("--recipe", default="imagenet256_h", help="of batch, steps and data (default: imagenet256_h)")
+    plan.add_argument("--recipe", default="imagenet256_h", help="recipe for batch, steps and data (default: imagenet256_h)")
     plan.add_argument("--gpus-per-node", type=int, default=8, help="(default: 8)")
-    plan.add_argument("--mfu", type=float, help="of the peak, what passes reach (default: as measured)")
-    plan.add_argument("--launch", type=float, help="ms of the host to launch a block's pass (default: as measured)")
-    plan.add_argument("--network", type=float, help="GB/s of each GPU's own adapter between nodes (default: the usual one)")
-    plan.add_argument("--out", type=Path, help="a folder for config.yaml and ds_config.json (default: none are written)")
+    plan.add_argument("--mfu", type=float, help="model FLOPs utilization, 0 to 1 (default: as measured)")
+    plan.add_argument("--launch", type=float, help="ms of kernel launches per block (default: as measured)")
+    plan.add_argument("--network", type=float, help="GB/s of each GPU's network adapter between nodes (default: the usual one)")
+    plan.add_argument("--out", type=Path, help="a folder for config.yaml and ds_config.json (default: they are not written)")
     plan.set_defaults(run_command=_plan, overridable=True)
 
     report = commands.add_parser("report", help="one HTML page about a run: curves, trouble, checkpoints, samples, evaluations")
@@ -175,18 +178,18 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="the page (default: RUN/report.html)")
     report.set_defaults(run_command=_report, overridable=False)
 
-    replay = commands.add_parser("replay", help="run the batch of a guard's report again, on one device")
+    replay = commands.add_parser("replay", help="run the batch of a guard report again, on one device")
     replay.add_argument("report", type=Path, help="RUN/reports/step-*.json")
     replay.add_argument(
-        "--checkpoint", type=Path, help="whose weights; or a run, its newest (default: the run's own of that step or before)"
+        "--checkpoint", type=Path, help="weights, or a run: its newest (default: the report's run, at that step or before)"
     )
     replay.set_defaults(run_command=_replay, overridable=False)
 
     doctor = commands.add_parser(
         "doctor", help="show what this machine really runs: precisions, kernels, versions; and, under a launcher, its network"
     )
-    doctor.add_argument("--run-dir", type=Path, help="a folder whose disk is measured, by writing")
-    doctor.add_argument("--data", type=Path, help="a data set's folder, whose disk is measured, by reading")
+    doctor.add_argument("--run-dir", type=Path, help="a folder whose disk speed is measured, by writing")
+    doctor.add_argument("--data", type=Path, help="a data set folder whose disk speed is measured, by reading")
     doctor.set_defaults(run_command=_doctor, overridable=False)
     return parser
 
@@ -206,18 +209,18 @@ def _train(options: argparse.Namespace) -> None:
     if options.run_dir is None and options.recipe is None:
         raise UsageError("train needs --run-dir when there is no --recipe to name it after")
     run_dir = options.run_dir or Path("runs") / options.recipe
-    stops = Stops(run_dir, None if options.stop_after is None else _seconds(options.stop_after))
-    with stops.listening():  # already while what takes seconds is imported
+    stops = StopRequests(run_dir, None if options.stop_after is None else _seconds(options.stop_after))
+    with stops.listening():  # from here on, because the imports take seconds
         from xar_scale.train import train
 
         train(config, run_dir, options.resume, stops)
 
 
 def _seconds(duration: str) -> float:
-    """Of 30s, 90m, 3h50m, 2d."""
+    """Parse a duration such as 30s, 90m, 3h50m or 2d."""
     units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
     if not re.fullmatch(r"(\d+[dhms])+", duration):
-        raise UsageError(f"--stop-after {duration} is no time such as 30s, 90m, 3h50m or 2d")
+        raise UsageError(f"--stop-after {duration} is not a duration such as 30s, 90m, 3h50m or 2d")
     return float(sum(int(count) * units[unit] for count, unit in re.findall(r"(\d+)([dhms])", duration)))
 
 
@@ -239,7 +242,7 @@ def _sample(options: argparse.Namespace) -> None:
     chosen = classes.parse_classes(f"0-{min(known, 10) - 1}" if options.classes is None else options.classes, known)
     labels = [label for label in chosen for _ in seeds]
     folders = [path if path.is_dir() or not path.suffix else path.parent for path in options.out]
-    dist.on_rank_0(lambda: [*map(make_folder, folders)])  # before the work
+    dist.on_rank_0(lambda: [*map(make_folder, folders)])  # fail before the work
     generator = open_generator(trained, device)
     images = generator.draw_over_ranks(labels, seeds * len(chosen))
     animated = any(path.suffix == ".gif" for path in options.out)
@@ -268,16 +271,16 @@ def _evaluate(options: argparse.Namespace) -> None:
     from xar_scale.rng import SEEDS
 
     if (options.images is not None and options.images < 2) or not 0 <= (options.seed or 0) < SEEDS:
-        raise UsageError("--images is at least 2, --seed from 0 to 2^64 - 1")
+        raise UsageError("--images must be at least 2, --seed from 0 to 2^64 - 1")
     device = dist.local_device()
     if dist.world() > 1:
         dist.init(device)
     if options.out is None and not is_run(options.what):
-        raise UsageError(f"{options.what} is no run: give --out, a folder for the numbers")
+        raise UsageError(f"{options.what} is not a run: give --out, a folder for the metrics")
     compare = partial(Comparison, options.reference, options.features, device, options.inception_weights)
 
     def refuse_others(comparison: Comparison, folder: Path, drawn: dict[str, Any]) -> None:
-        """Before hours go into it."""
+        """Refuse a folder that holds another set before spending hours on this one."""
         dist.on_rank_0(lambda: check_folder(folder / comparison.name, drawn | comparison.description))
 
     if holds_weights(options.what):
@@ -292,13 +295,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     else:
         drawing = [*options.overrides, *(f"--{name}" for name in ("images", "seed") if getattr(options, name) is not None)]
         if drawing:
-            raise UsageError(f"{drawing[0]}: {options.what} holds images, and none are drawn")
-        folder, given = options.out, dist.together(lambda: open_images(options.what))
+            raise UsageError(f"{drawing[0]}: {options.what} holds images, so none are generated")
+        folder, given = options.out, dist.on_all_ranks(lambda: open_images(options.what))
         comparison, sha256 = compare(), dist.on_rank_0(lambda: sha256_of(options.what))
         set_ = {"path": str(options.what), "images": given.count, "sha256": sha256}
         refuse_others(comparison, folder, {"set": set_})
         result = comparison.of(given, given.labels, {"set": set_})
-    folder /= comparison.name  # beside the numbers of other references
+    folder /= comparison.name  # next to the metrics for other references
     dist.on_rank_0(lambda: write(folder, result))
     for name, value in result["metrics"].items():
         dist.say(f"{name:32} {value:.4f}")
@@ -370,13 +373,12 @@ def _replay(options: argparse.Namespace) -> None:
             f"    first gradient that is not finite: {attempt.backward or 'none'}\n"
             f"    largest activation: {attempt.activations[largest]:.4g}, of {largest}"
         )
-    print(
-        "reproduced" if reproduced else "not reproduced: it was the device, or the weights between that checkpoint and the step"
-    )
+    other = "not reproduced: the device is at fault, or the weights between that checkpoint and the step"
+    print("reproduced" if reproduced else other)
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from xar_scale import dist, doctor, surroundings
+    from xar_scale import dist, doctor, environment
 
     device = dist.local_device()
     if dist.world() > 1:
@@ -386,16 +388,16 @@ def _doctor(options: argparse.Namespace) -> None:
         if missing := [folder for folder in (options.run_dir, options.data) if folder is not None and not folder.is_dir()]:
             raise UsageError(f"no folder at {missing[0]}, on rank {dist.rank()}")
 
-    dist.together(check)
+    dist.on_all_ranks(check)
     machine = doctor.this_machine(device)
     facts = doctor.facts(machine)
     dist.say(doctor.table(("what", "found"), facts) + "\n")
     titles = ("mode", "TFLOP/s", "compute", "gather", "reduce", "matmul", "attention", "engines", "finding")
     modes = doctor.modes(machine)
     dist.say(doctor.table(titles, modes) + "\n")
-    findings = [*surroundings.arithmetic(modes), *surroundings.network(device), *surroundings.clocks()]
-    findings += surroundings.disk("run", options.run_dir, written=True) if options.run_dir else []
-    findings += surroundings.disk("data", options.data, written=False) if options.data else []
-    findings += surroundings.software(dict(facts))
-    findings += surroundings.settings(os.environ, dist.local_world(), len(os.sched_getaffinity(0)))
-    dist.say(doctor.table(("around it", "found", "what to do"), findings) if findings else "around it: nothing to be done")
+    findings = [*environment.arithmetic(modes), *environment.network(device), *environment.clocks()]
+    findings += environment.disk("run", options.run_dir, written=True) if options.run_dir else []
+    findings += environment.disk("data", options.data, written=False) if options.data else []
+    findings += environment.software(dict(facts))
+    findings += environment.settings(os.environ, dist.local_world(), len(os.sched_getaffinity(0)))
+    dist.say(doctor.table(("environment", "found", "what to do"), findings) if findings else "environment: no problems found")

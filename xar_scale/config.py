@@ -17,7 +17,7 @@ from xar_scale.errors import ConfigError, FileError, UsageError, XarScaleError
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 T = TypeVar("T")
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "full", "selective", "offload"]
 EngineName = Literal["single", "ddp", "fsdp2", "deepspeed"]
@@ -33,15 +33,15 @@ class ModelConfig:
     depth_encoder: int = Field(gt=0)
     depth_decoder: int = Field(gt=0)
     heads: int = Field(gt=0)
-    channels: int = Field(default=16, gt=0)  # of a latent token
+    channels: int = Field(default=16, gt=0)  # channels per latent token
     grid: tuple[PositiveInt, PositiveInt] = (16, 16)  # rows and columns of tokens
     entity: Literal["patch", "cell", "subsample", "scale", "image"] = "cell"
-    # cell: tokens on a side; subsample: the stride; scale: how many. None: at most half the grid; 2; all that halve evenly
+    # cell: tokens per side; subsample: stride; scale: number of scales. None: at most half the grid; 2; as many as halve evenly
     entity_size: int | None = Field(default=None, gt=0)
-    classes: int = Field(default=1000, gt=0)  # the null class comes after them
+    classes: int = Field(default=1000, gt=0)  # the null class is added after these
     mlp_ratio: float = Field(default=4.0, gt=0)
     time_bins: int = Field(default=1000, gt=0)  # the network sees floor(time_bins * t)
-    dropout: Share = 0.0
+    dropout: Fraction = 0.0
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -62,123 +62,123 @@ class DataConfig:
     """Where the latents are and how they are read."""
 
     path: str = ""  # a folder; a URL that fsspec opens (s3://, gs://, https://); synthetic[:SAMPLES]
-    cache: str = ""  # folder on the node for what comes from a URL; none: in the system's folder of temporary files
-    cache_gb: float = Field(default=64.0, gt=0)  # that it may fill
-    max_bad_samples: int = Field(default=0, ge=0)  # that a run may meet, and do without, before it stops
-    workers: int = Field(default=2, ge=0)  # processes a rank
-    prefetch: int = Field(default=4, gt=0)  # batches ahead a worker
-    lanes: int = Field(default=1, gt=0)  # parts that the shards are cut into; each gives the same share of every global batch
+    cache: str = ""  # node-local folder for files from a URL; empty: in the system's temporary folder
+    cache_gb: float = Field(default=64.0, gt=0)  # size limit of the cache
+    max_bad_samples: int = Field(default=0, ge=0)  # distinct bad samples that a run may skip before it stops
+    workers: int = Field(default=2, ge=0)  # processes per rank
+    prefetch: int = Field(default=4, gt=0)  # batches ahead per worker
+    lanes: int = Field(default=1, gt=0)  # equal parts of the shards; each supplies the same number of samples per global batch
     window: int = Field(default=8192, gt=0)  # samples of a lane that are shuffled together
-    flip: bool = False  # half of the samples from their mirrored latents
+    flip: bool = False  # take half of the samples from their mirrored latents
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class OptimConfig:
-    """AdamW, its schedule, clipping and the weights' moving average."""
+    """AdamW, the learning-rate schedule, gradient clipping and the EMA."""
 
     lr: float = Field(gt=0)
     final_lr: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
-    decay_share: float = Field(default=0.0, ge=0, le=1)  # last share of the run's steps, a cosine to final_lr
-    betas: tuple[Share, Share] = (0.9, 0.96)
+    decay_share: float = Field(default=0.0, ge=0, le=1)  # last fraction of the run's steps: cosine decay to final_lr
+    betas: tuple[Fraction, Fraction] = (0.9, 0.96)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.02, ge=0)
     clip: float = Field(default=1.0, gt=0)
-    ema_decay: Share = 0.9999
-    ema_snapshots_every: int | None = Field(default=None, gt=0)  # steps, of averages that any other is made of; none: never
+    ema_decay: Fraction = 0.9999
+    ema_snapshots_every: int | None = Field(default=None, gt=0)  # steps between power-function EMA snapshots; None: never
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class TrainConfig:
-    """One run: how long, in what batches, on which engine."""
+    """One run: its length, batch sizes and engine."""
 
     steps: int = Field(gt=0)
     global_batch: int = Field(gt=0)
-    micro_batch: int | None = Field(default=None, gt=0)  # samples a rank and pass; none: no accumulation
+    micro_batch: int | None = Field(default=None, gt=0)  # samples per rank and micro-batch; None: no gradient accumulation
     seed: int = Field(default=0, ge=0, lt=2**64)
     label_drop: float = Field(default=0.1, ge=0, le=1)
     engine: EngineName = "deepspeed"
     ds_config: str = "ds_configs/zero3.json"
-    shard_ranks: int | None = Field(default=None, gt=0)  # neighbours that share one copy of the weights; none: all ranks
+    shard_ranks: int | None = Field(default=None, gt=0)  # size of a sharding group (HSDP, hpZ); None: all ranks
     precision: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
-    recompute: Recompute = "none"  # of activations, in the backward pass
+    recompute: Recompute = "none"  # activation checkpointing
     log_every: int = Field(default=50, gt=0)
-    init_from: str = ""  # path of what the weights begin as, of any format that is read; none: drawn
+    init_from: str = ""  # path of the initial weights, in any readable format; empty: random
     checkpoint_every: int = Field(default=5000, gt=0)
     keep_last: int = Field(default=3, gt=0)  # checkpoints
-    keep_every: int | None = Field(default=None, gt=0)  # and for good those of steps that this divides
-    hang_after: float = Field(default=20.0, gt=1)  # medians of a step, after which the job is ended as hanging
-    hang_seconds: float = Field(default=600.0, gt=0)  # and not before
-    upload: str = ""  # URL of a folder, any that fsspec opens, to copy checkpoints to; none: they stay in the run's
+    keep_every: int | None = Field(default=None, gt=0)  # also keep checkpoints of steps divisible by this, permanently
+    hang_after: float = Field(default=20.0, gt=1)  # a step hangs after this many times the median step,
+    hang_seconds: float = Field(default=600.0, gt=0)  # but not before this many seconds
+    upload: str = ""  # URL of a folder to copy checkpoints to, any that fsspec opens; empty: no copies
 
     @property
     def replicated_weights(self) -> bool:
-        """Whether each rank has all of them: nothing is gathered for a pass."""
+        """Whether every rank holds all weights, so that no forward-backward pass gathers them."""
         return self.engine in ("single", "ddp")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class SampleConfig:
-    """How images are drawn from a trained model."""
+    """How a trained model generates images."""
 
     sampler: Literal["euler", "euler_maruyama", "heun", "adams_bashforth"] = "euler_maruyama"
     steps: int = Field(default=50, gt=0)
     guidance: float = Field(default=2.2, ge=0)
     guidance_schedule: Literal["linear", "cosine", "constant"] = "linear"  # over the entities
-    guidance_interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # of times at which guidance acts
+    guidance_interval: tuple[UnitInterval, UnitInterval] = (0.0, 1.0)  # flow times at which guidance applies
     batch: int = Field(default=64, gt=0)
     precision: Literal["bf16", "tf32", "fp32"] = "tf32"
-    shard_ranks: int = Field(default=1, gt=0)  # neighbours that share one copy of the weights
-    tokenizer_weights: str = ""  # path of kl16.ckpt, for models of its latents
-    every: int | None = Field(default=None, gt=0)  # steps of training after which the averages draw a grid of pictures
-    shown: tuple[int, ...] = ()  # classes in it; none: eight of all
+    shard_ranks: int = Field(default=1, gt=0)  # size of a sharding group
+    tokenizer_weights: str = ""  # path of kl16.ckpt, for models of KL-16 latents
+    every: int | None = Field(default=None, gt=0)  # training steps between preview grids from the EMA weights
+    shown: tuple[int, ...] = ()  # classes in the grid; empty: eight of all classes
 
     def __post_init__(self) -> None:
         low, high = self.guidance_interval
         if low > high:
-            raise ConfigError(f"sample.guidance_interval begins at {low}, after its end {high}")
+            raise ConfigError(f"sample.guidance_interval starts at {low}, after its end {high}")
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class EvaluateConfig:
-    """Numbers of a small set of images while a model is trained, as ``xar-scale evaluate`` has of a large one."""
+    """Metrics of a small image set during training; ``xar-scale evaluate`` computes them for a large set."""
 
     every: int | None = Field(default=None, gt=0)  # steps
     images: int = Field(default=10_000, gt=1)
-    reference: str = ""  # digits, an npz with mu and sigma or images, or a folder of pictures
+    reference: str = ""  # digits, an npz with mu and sigma or with images, or a folder of images
     features: str = "inception-v3-compat"
-    inception_weights: str = ""  # path of torch-fidelity's file; none: where it keeps it
+    inception_weights: str = ""  # path of torch-fidelity's file; empty: its own cache
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class KernelConfig:
-    """Whose kernels compute what the other sections ask for: never what, but for rounding and which values dropout drops."""
+    """Which kernels compute the model. They change no results, except for rounding and which values dropout drops."""
 
     attention: AttentionBackend = "auto"
-    library: KernelLibrary = "auto"  # of RMSNorm and Adam; auto: torch, as long as apex is not measured
-    compile: bool = False  # each block a graph of torch.compile, in training and in sampling
+    library: KernelLibrary = "auto"  # for RMSNorm and Adam; auto: torch, until apex has been measured
+    compile: bool = False  # torch.compile each block, in training and in sampling
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class GuardConfig:
-    """What becomes of steps that are not fit to be taken (xar_scale.guard). All that begins with max is of the whole run."""
+    """What happens to steps that are not finite or spike (xar_scale.guard). Every max_ limit applies to the whole run."""
 
     enabled: bool = True
-    hold_steps: int = Field(default=1000, gt=0)  # in TF32 after a step that needed it; twice as many at each relapse
-    max_holds: int = Field(default=5, ge=0)  # then it is TF32 for good
-    max_transients: int = Field(default=10, ge=0)  # steps whose second attempt came out otherwise
-    max_quarantined: int = Field(default=8192, ge=0)  # samples taken out of the data
+    hold_steps: int = Field(default=1000, gt=0)  # in TF32 after a step that needed it; doubled at each relapse
+    max_holds: int = Field(default=5, ge=0)  # after these, TF32 is permanent
+    max_transients: int = Field(default=10, ge=0)  # steps whose retry gave a different result
+    max_quarantined: int = Field(default=8192, ge=0)  # samples removed from the data
     max_rollbacks: int = Field(default=3, ge=0)
-    snapshot_every: int = Field(default=100, gt=0)  # steps, of the whole state to the host's memory, to roll back to
-    snapshots: int = Field(default=2, ge=0)  # that are kept; none: roll back to checkpoints
-    spike: float = Field(default=0.0, ge=0)  # robust deviations above the median that loss or gradient norm may lie; 0: any
-    spike_window: int = Field(default=128, gt=1)  # steps that the median is of
-    on_spike: Literal["take", "skip"] = "skip"  # that is one in TF32 too
+    snapshot_every: int = Field(default=100, gt=0)  # steps between copies of the whole state to host memory, for rollback
+    snapshots: int = Field(default=2, ge=0)  # copies kept; 0: roll back to checkpoints
+    spike: float = Field(default=0.0, ge=0)  # allowed robust deviations of loss or gradient norm above the median; 0: no limit
+    spike_window: int = Field(default=128, gt=1)  # steps in the median
+    on_spike: Literal["take", "skip"] = "skip"  # what to do if it is a spike in TF32 too
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)
 class Config:
-    """Everything that a run depends on; saved with it."""
+    """All settings of a run; saved with it."""
 
     model: ModelConfig
     data: DataConfig
@@ -193,7 +193,7 @@ class Config:
         if self.optim.warmup_steps > self.train.steps:
             raise ConfigError(f"optim.warmup_steps {self.optim.warmup_steps} is more than train.steps {self.train.steps}")
         if self.train.precision == "fp16" and not self.guard.enabled:
-            raise ConfigError("train.precision fp16 needs guard.enabled: its loss scale is the guard's")
+            raise ConfigError("train.precision fp16 needs guard.enabled: the guard manages its loss scale")
         if wrong := [label for label in self.sample.shown if not 0 <= label < self.model.classes]:
             raise ConfigError(f"sample.shown holds {wrong[0]}, the model's classes are 0..{self.model.classes - 1}")
         if self.evaluate.every and not self.evaluate.reference:
@@ -201,13 +201,13 @@ class Config:
         if self.kernels.compile and self.train.engine == "deepspeed":
             raise ConfigError("kernels.compile: DeepSpeed gathers weights inside a block; use train.engine=ddp or fsdp2")
         if self.train.engine == "ddp" and self.train.shard_ranks:
-            raise ConfigError("train.shard_ranks: with train.engine=ddp each rank has all weights; leave it out, or use fsdp2")
+            raise ConfigError("train.shard_ranks: train.engine=ddp replicates all weights; remove it, or use fsdp2")
         if self.train.global_batch % self.data.lanes:
             raise ConfigError(f"train.global_batch {self.train.global_batch} is not divisible by data.lanes {self.data.lanes}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Validated from plain values. Raises ConfigError that names the first offending key and its value."""
+        """Build a validated config from plain values. Raises ConfigError that names the first offending key and its value."""
         return validated(cls, values, ConfigError)
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class Config:
 
 
 def validated(cls: type[T], values: dict[str, Any], error: type[XarScaleError], where: str = "") -> T:
-    """A dataclass from plain values. Raises ``error`` that names the first offending key and its value, after ``where``."""
+    """Build the dataclass ``cls`` from plain values. Raises ``error`` with ``where``, the first offending key and its value."""
 
     def refuse(value: Any) -> None:
         raise error(f"{where}{value!r} is a {type(value).__name__}: no key takes one")
@@ -228,38 +228,38 @@ def validated(cls: type[T], values: dict[str, Any], error: type[XarScaleError], 
     except (ValueError, RecursionError):
         raise error(f"{where}the values contain themselves") from None
     try:
-        return TypeAdapter(cls).validate_json(text)  # JSON's list is a tuple; nothing else is coerced
+        return TypeAdapter(cls).validate_json(text)  # a JSON list may become a tuple; nothing else is coerced
     except ValidationError as caught:
         first = caught.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "unexpected_keyword_argument":
-            raise error(f"{where}unknown key {key}; known there: {', '.join(_known_keys(cls, first['loc']))}") from None
+            raise error(f"{where}unknown key {key}; known keys: {', '.join(_known_keys(cls, first['loc']))}") from None
         if first["type"] in ("missing", "missing_argument"):
             raise error(f"{where}key {key} is missing") from None
         raise error(f"{where}{key} = {first['input']!r}: {first['msg']}") from None
 
 
 def _known_keys(cls: Any, location: tuple[int | str, ...]) -> list[str]:
-    """The keys that would have been right in the place of an unknown one."""
+    """Return the valid keys at the location of an unknown one."""
     for part in location[:-1]:
         cls = {field.name: field.type for field in dataclasses.fields(cls)}[str(part)]
     return [field.name for field in dataclasses.fields(cls)]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose 1e-4 is a number, as in YAML 1.2 (1.1 wants 1.0e-4), and whose keys are there once, as in both."""
+    """Reads 1e-4 as a number, as in YAML 1.2 (1.1 requires 1.0e-4), and refuses duplicate keys, as both versions do."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]:
-            if key.value in seen:  # PyYAML would take the last
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is there twice", problem_mark=key.start_mark)
+            if key.value in seen:  # PyYAML would use the last one
+                raise yaml.MarkedYAMLError(problem=f"{key.value} appears twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that ``_Loader`` would take for a number."""
+    """Quotes text that ``_Loader`` would read as a number."""
 
 
 for _class in (_Loader, _Dumper):
@@ -279,7 +279,7 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes`` laid over it, section by section."""
+    """Return ``base`` overridden by ``changes``, section by section."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)
@@ -288,8 +288,10 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The sections of keys in a YAML file; one in which nothing is written changes nothing. Raises UsageError, FileError,
-    ConfigError where it holds something else."""
+    """Return the sections of keys in a YAML file; an empty section changes nothing.
+
+    Raises UsageError if the file does not exist, FileError if it cannot be read, ConfigError if it holds anything else.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
@@ -308,12 +310,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def read_settings(path: str) -> dict[str, Any]:
-    """What ``train.ds_config`` names. Raises UsageError when the file is missing, ConfigError when it is not a JSON object."""
+    """Return the DeepSpeed settings in the file of ``train.ds_config``.
+
+    Raises UsageError if the file is missing, ConfigError if it is not a JSON object.
+    """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next((key for key, count in Counter(key for key, _ in pairs).items() if count > 1), None)
         if twice is not None:
-            raise ValueError(f"{twice} is there twice")
+            raise ValueError(f"{twice} appears twice")
         return dict(pairs)
 
     try:
@@ -330,7 +335,7 @@ def read_settings(path: str) -> dict[str, Any]:
 
 
 def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """``values`` with ``section.key=value`` assignments from the command line laid over it."""
+    """Return ``values`` overridden by ``section.key=value`` assignments from the command line."""
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or "." not in key:
@@ -343,7 +348,7 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 
 def shard_ranks(train: TrainConfig, world: int) -> int:
-    """How many ranks share one copy of the weights. Raises ConfigError with the numbers where ``world`` is no multiple."""
+    """Return the size of a sharding group. Raises ConfigError with the numbers if it does not divide ``world``."""
     ranks = train.shard_ranks or world
     if world % ranks:
         raise ConfigError(f"world {world} is not divisible by train.shard_ranks {ranks}")
@@ -351,9 +356,9 @@ def shard_ranks(train: TrainConfig, world: int) -> int:
 
 
 def micro_batches(train: TrainConfig, world: int) -> tuple[int, int]:
-    """(samples a rank and pass, passes a step) that make up the global batch on ``world`` ranks.
+    """Return (samples per rank and micro-batch, micro-batches per step) for the global batch on ``world`` ranks.
 
-    Raises ConfigError with the numbers when they do not divide.
+    Raises ConfigError with the numbers if they do not divide it.
     """
     if train.micro_batch is None:
         if train.global_batch % world:

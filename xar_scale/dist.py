@@ -1,4 +1,4 @@
-"""The process group: who this process is, and decisions that all ranks take together."""
+"""The process group: this process's rank and device, and decisions that all ranks take together."""
 
 import atexit
 import contextlib
@@ -21,31 +21,32 @@ from xar_scale import slurm
 from xar_scale.errors import INTERRUPTED, ConfigError, FileError, XarScaleError
 
 T = TypeVar("T")
-# by their names since torch 2.14
+# torch 2.14 renamed both
 all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
 reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_dist.reduce_scatter_tensor
-TIMEOUT = timedelta(minutes=30)  # of collectives: the watchdog comes before it, and says more
+TIMEOUT = timedelta(minutes=30)  # of collectives; the watchdog fires earlier and reports more
 
 
 def adopt_launcher() -> None:
-    """Take ranks from SLURM where no launcher has set them: srun itself has its own names for them."""
+    """Take the rank variables from SLURM if no launcher has set them: a bare srun uses its own names."""
     if "RANK" not in os.environ:
         variables = slurm.rank_variables(os.environ)
-        if variables and torch.cuda.device_count() == 1:  # SLURM may show each task one GPU alone
+        if variables and torch.cuda.device_count() == 1:  # SLURM may show each task only its own GPU
             variables["LOCAL_RANK"] = "0"
         for name, value in variables.items():
             os.environ.setdefault(name, value)
 
 
-def follow_parent(number: signal.Signals) -> None:
-    """Have the system send this process a signal when the one that started it ends, however that ends. On Linux."""
+def die_with_parent(number: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent dies, for whatever reason. Linux only."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def init(device: torch.device) -> None:
-    """Join the process group that the launcher's environment describes; a process without a launcher is a group of one. It
-    returns when all have joined: a rank that is refused what comes next leaves, and would break it for who is still joining.
+    """Join the process group that the launcher's environment describes; without a launcher, a group of one process.
+
+    Returns when all ranks have joined: a rank that exits on a later error would break the rendezvous for ranks still joining.
     """
     if torch_dist.is_initialized():
         return
@@ -55,9 +56,9 @@ def init(device: torch.device) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # the last collectives, which the watchdog tells of
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # killed, torchrun would leave its ranks training
-        follow_parent(signal.SIGTERM)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # number of recent collectives recorded for the watchdog
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # if torchrun is killed, its ranks would keep training
+        die_with_parent(signal.SIGTERM)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
@@ -65,12 +66,12 @@ def init(device: torch.device) -> None:
 
 
 def has_joined() -> bool:
-    """Whether this process is in a process group."""
+    """Whether this process has joined a process group."""
     return torch_dist.is_initialized()
 
 
 def rank() -> int:
-    """This process's rank: the process group's, or before there is one the launcher's."""
+    """This process's rank: from the process group, or from the launcher before there is one."""
     return torch_dist.get_rank() if torch_dist.is_initialized() else int(os.environ.get("RANK", 0))
 
 
@@ -79,12 +80,12 @@ def world() -> int:
 
 
 def local_world() -> int:
-    """Ranks on this node, as the launcher says it (torchrun's name, then DeepSpeed's); all of them where it does not."""
+    """Ranks on this node, from the launcher's variable (torchrun's, then DeepSpeed's); the world size if neither is set."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world())
 
 
 def local_device() -> torch.device:
-    """This rank's device: its GPU where there is one, else the CPU. Raises ConfigError where a node has too few of them."""
+    """This rank's device: its GPU if there are GPUs, else the CPU. Raises ConfigError if the node has more ranks than GPUs."""
     if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
         number, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if number >= gpus:
@@ -103,13 +104,13 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def largest(value: float) -> float:
-    """The largest of the ranks' values; NaN where there is one."""
+def max_over_ranks(value: float) -> float:
+    """The maximum over ranks; NaN if any value is NaN."""
     return max(gather_objects(value), key=lambda value: (value != value, value))
 
 
 def say(line: str) -> None:
-    """A line to the user, from rank 0."""
+    """Print a line on rank 0."""
     if rank() == 0:
         print(line, flush=True)
 
@@ -124,7 +125,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_on_rank_0(value: T) -> list[T]:
-    """Every rank's value, on rank 0; on others nothing."""
+    """Every rank's value, on rank 0; an empty list on the others."""
     if not torch_dist.is_initialized() or world() == 1:
         return [value]
     values: list[T | None] | None = [None] * world() if rank() == 0 else None
@@ -137,11 +138,11 @@ def mine(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: world()] if torch_dist.is_initialized() else items
 
 
-def together(work: Callable[[], T]) -> T:
-    """Do ``work`` on every rank; if it fails on any, every rank raises, with the lowest such rank's message.
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """Run ``work`` on every rank; if it fails on any, every rank raises the error of the lowest such rank.
 
-    So no rank goes on alone into a collective that the others never enter. An OSError becomes a FileError. A defect on any rank
-    counts before all other errors: nobody handles one of these and goes on while that rank leaves.
+    So no rank enters a collective that the others never reach. An OSError becomes a FileError. An unexpected exception on any
+    rank takes precedence over other errors: no rank may handle one of those and continue while that rank exits.
     """
     result: T | None = None
     unexpected: Exception | None = None
@@ -157,7 +158,7 @@ def together(work: Callable[[], T]) -> T:
         error = XarScaleError(f"rank {rank()} failed: {type(caught).__name__}: {caught}")
     errors = gather_objects(error)
     if unexpected is not None:
-        raise unexpected  # a defect: with its traceback
+        raise unexpected  # a bug: keep its traceback
     if failed := [(type(raised) is not XarScaleError, at) for at, raised in enumerate(errors) if raised is not None]:
         at = min(failed)[1]
         raised = errors[at]
@@ -168,38 +169,39 @@ def together(work: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
-def interlocked() -> Iterator[None]:
-    """Around work in which ranks send to each other: an error that not all have alike ends this process at once. Told to the
-    others as ``together`` does it, it would meet a collective of the work, in which they wait for this rank."""
+def abort_on_error() -> Iterator[None]:
+    """Wrap work in which ranks communicate: an error that not all ranks share ends this process at once. Reporting it in a
+    collective, as ``on_all_ranks`` does, would collide with a collective of the work in which the others wait."""
     try:
         yield
     except Exception as error:
-        if world() == 1 or isinstance(error, XarScaleError):  # of what was asked for, which is the same everywhere
+        if world() == 1 or isinstance(error, XarScaleError):  # an error of the request, which is the same on every rank
             raise
         traceback.print_exc()
         leave(1)
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
-    """What ``work`` returns on rank 0, on every rank; its error likewise."""
-    return gather_objects(together(lambda: work() if rank() == 0 else None))[0]  # type: ignore[return-value]
+    """Run ``work`` on rank 0 and return its result, or raise its error, on every rank."""
+    return gather_objects(on_all_ranks(lambda: work() if rank() == 0 else None))[0]  # type: ignore[return-value]
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether it is what a collective raises when another rank is gone: gloo's and NCCL's errors say so in words alone. (Mostly
-    NCCL's own thread sees it first, and aborts the process.)"""
+    """Whether ``error`` is what a collective raises when another rank is gone: gloo and NCCL show it only in the message text.
+    (Usually NCCL's own thread notices first and aborts the process.)"""
     said = str(error)
     return ("gloo" in said and ("peer" in said or "Broken pipe" in said)) or "remote process exited" in said
 
 
 def file_error(error: OSError) -> FileError:
-    """One line for what the system said."""
+    """Convert an OSError to a FileError with a one-line message."""
     return FileError(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error))
 
 
 def run(main: Callable[[], int]) -> NoReturn:
-    """A program that may join a process group, from its beginning to its end: the process ends with ``main``'s code, of a
-    defect, whose traceback is shown, with 1, of Ctrl-C with 130; and at once, as ``leave`` does.
+    """Run a program that may join a process group, and end the process as ``leave`` does.
+
+    The exit code is ``main``'s; 1 after an unexpected exception and 130 after Ctrl-C, both with a traceback.
     """
     try:
         code = main()
@@ -208,16 +210,16 @@ def run(main: Callable[[], int]) -> NoReturn:
         code = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
     except SystemExit as asked:  # what argparse does after its help
         code = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
-    if not (code and torch_dist.is_initialized()):  # the process group is not left where something failed
+    if not (code and torch_dist.is_initialized()):  # exit handlers may leave the process group: not after a failure
         atexit._run_exitfuncs()
     leave(code)
 
 
 def leave(code: int) -> NoReturn:
-    """End the process at once. An interpreter that is taken down around the threads of PyTorch may abort, and then the exit
-    code would be SIGABRT's; and where another rank is gone it may wait for good.
+    """End the process at once. A normal interpreter shutdown may abort because of PyTorch's threads, which would change the
+    exit code to SIGABRT's, and may hang if another rank is gone.
 
-    The code is also written where the scripts in launchers/ look for it: torchrun ends with 1 for all, srun with the largest.
+    The code is also written to the file that launchers/ read: torchrun exits with 1 whatever the code, srun with the largest.
     """
     if (note := os.environ.get("XAR_SCALE_EXIT_FILE")) and code != 1:
         with contextlib.suppress(OSError):

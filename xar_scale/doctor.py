@@ -1,4 +1,4 @@
-"""What this machine really runs: each precision timed and checked, or refused with the reason; whose software is there."""
+"""Reports what this machine really runs: each precision timed and checked, or refused with the reason; installed software."""
 
 import os
 import platform
@@ -22,20 +22,20 @@ from xar_scale.model.entities import create_layout
 from xar_scale.precision import FP32, MODES, matmul_mode
 from xar_scale.presets import model_values
 
-MODEL = ModelConfig(**model_values("xar_b"))  # whose attention is asked for
-SIZES = {"cuda": 8192}  # of the matrices that are timed; elsewhere
-SMALL = 512  # are these, and all that are checked
+MODEL = ModelConfig(**model_values("xar_b"))  # the model whose attention backend is reported
+SIZES = {"cuda": 8192}  # matrix size for timing, by device type
+SMALL = 512  # matrix size for timing on other devices, and for all accuracy checks
 WARM_UP, REPEATS = 2, 5
-# Between which the error of a product lies, relative to the exact one: 8 bits of inputs, 11 twice (rounded, or cut off), 24
+# Range of a product's relative error: inputs have 8 significand bits, 11 (fp16, and TF32: rounded or truncated), or 24
 ERRORS = {"bf16": (1.5e-3, 1e-2), "fp16": (1e-4, 1.5e-3), "tf32": (1e-4, 1.5e-3), "fp32": (0.0, 2e-6)}
 TENSOR_CORES = (8, 0)  # the first compute capability with bfloat16 and TF32
 NAMES = {"bf16": "bfloat16", "tf32": "TF32"}
-REFUSED = "-"  # in place of a rate
+REFUSED = "-"  # printed in place of a rate
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The local device. ``capability``: of a GPU, its compute capability."""
+    """The local device. ``capability``: the compute capability of a GPU."""
 
     device: torch.device
     names: tuple[str, ...]  # of all devices
@@ -43,7 +43,7 @@ class Machine:
 
 
 class Mode(NamedTuple):
-    """One precision as a row: all text, for people."""
+    """One precision as a row of the printed table; all values are text."""
 
     mode: str
     tflops: str
@@ -64,7 +64,7 @@ def this_machine(device: torch.device) -> Machine:
 
 
 def facts(machine: Machine) -> list[tuple[str, str]]:
-    """(what, its version or state): the software that training stands on, and the devices. Imports none of it."""
+    """Return (name, version or state) of the software that training depends on and of the devices, without importing it."""
     try:
         choose_library("apex", machine.device)
         apex = "NVIDIA's"
@@ -78,7 +78,7 @@ def facts(machine: Machine) -> list[tuple[str, str]]:
         ("apex", apex),
         ("cuda", f"torch is built for {torch.version.cuda or 'none'}, {torch.cuda.device_count()} devices"),
         *(("device", f"{count} x {name}") for name, count in Counter(machine.names).items()),
-        ("memory", f"{device_memory(machine.device) / 1e9:.0f} GB a rank"),
+        ("memory", f"{device_memory(machine.device) / 1e9:.0f} GB per rank"),
     ]
 
 
@@ -90,16 +90,16 @@ def _version(package: str) -> str:
 
 
 def refusal(mode: str, machine: Machine) -> str:
-    """Why the device has no ``mode``; "" where it has. A CPU computes them all, TF32 as plain float32."""
+    """Return why the device lacks ``mode``; "" if it has it. A CPU computes all modes, TF32 as plain float32."""
     if mode not in NAMES or machine.capability is None or machine.capability >= TENSOR_CORES:
         return ""
     has, needs = (".".join(map(str, version)) for version in (machine.capability, TENSOR_CORES))
-    instead = {"bf16": "use fp16", "tf32": "it would be plain float32"}[mode]
-    return f"compute capability {has} has no {NAMES[mode]}, {needs} has: {instead}"
+    instead = {"bf16": "use fp16", "tf32": "it would run as plain float32"}[mode]
+    return f"compute capability {has} lacks {NAMES[mode]}, which needs {needs}: {instead}"
 
 
 def modes(machine: Machine) -> list[Mode]:
-    """Every precision mode on this device. What is refused is not run."""
+    """Return a row for each precision mode on this device. Refused modes are not run."""
     return [_mode(mode, machine) for mode in MODES]
 
 
@@ -122,17 +122,17 @@ def _mode(mode: str, machine: Machine) -> Mode:
 
 
 def judge(mode: str, error: float, machine: Machine) -> str:
-    """What the ``error`` of a product, relative to the exact one, says of the arithmetic behind it."""
-    if _as_by(mode, error):
+    """Return which arithmetic the ``error`` of a product, relative to the exact one, implies."""
+    if _in_range(mode, error):
         return f"is {mode} (error {error:.0e})"
-    if mode == "tf32" and _as_by("fp32", error):
+    if mode == "tf32" and _in_range("fp32", error):
         why = "a CPU has no TF32" if machine.device.type == "cpu" else "TF32 is off here"
         return f"is plain float32 (error {error:.0e}): {why}"
     low, high = ERRORS[mode]
     return f"is NOT {mode}: error {error:.0e}, not between {low:.0e} and {high:.0e}"
 
 
-def _as_by(mode: str, error: float) -> bool:
+def _in_range(mode: str, error: float) -> bool:
     low, high = ERRORS[mode]
     return low <= error <= high
 
@@ -141,26 +141,26 @@ def _attention(device: torch.device, dtype: torch.dtype) -> str:
     layout, width = create_layout(MODEL), MODEL.head_width
     try:
         return describe(choose_backend(layout, device, dtype, width, dropout=0.0, backward=True), device, dtype, width)
-    except ConfigError as reason:  # flash_attn is there and broken
+    except ConfigError as reason:  # flash_attn is installed but broken
         return str(reason)
 
 
 def _product(mode: str, a: Tensor, b: Tensor) -> Tensor:
-    """As engines compute it."""
+    """The product as engines compute it."""
     compute = MODES[mode].compute
     with torch.autocast(a.device.type, dtype=compute, enabled=compute is not FP32):
         return a @ b
 
 
 def _error(mode: str, device: torch.device) -> float:
-    """Of a product of float32 matrices, relative to the exact one; root mean square."""
+    """Return the root-mean-square error of a product of float32 matrices, relative to the exact one."""
     a, b = torch.randn(2, SMALL, SMALL, generator=torch.Generator().manual_seed(0)).to(device)
     exact = a.double() @ b.double()
     return ((_product(mode, a, b) - exact).norm() / exact.norm()).item()
 
 
 def _teraflops(mode: str, device: torch.device) -> float:
-    """Median over repetitions, 10^12 operations a second."""
+    """Return the median speed of a matrix product in 10^12 operations per second."""
     size = SIZES.get(device.type, SMALL)
     a, b = torch.randn(2, size, size, device=device).to(MODES[mode].compute)
     seconds = []
@@ -174,7 +174,7 @@ def _teraflops(mode: str, device: torch.device) -> float:
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, each as wide as its widest entry."""
+    """Format rows as aligned columns under their titles."""
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
     lines = (titles, *rows)
     return "\n".join("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xar_scale.config import OptimConfig
-from xar_scale.posthoc import exponent, share_of_new
+from xar_scale.posthoc import exponent, lerp_weight
 
 WIDTHS = (0.05, 0.10)  # sigma_rel of the power-function EMAs, from which post-hoc EMA makes any other (EDM2, section 3.2)
 
@@ -45,7 +45,7 @@ class EMA:
         The share is 1 - decay, or for a power-function EMA that of update ``number``, counted from 1.
         """
         for kind, averages in self.averages.items():
-            share = share_of_new(number, self.exponents[kind]) if kind in self.exponents else 1 - self.decay
+            share = lerp_weight(number, self.exponents[kind]) if kind in self.exponents else 1 - self.decay
             torch._foreach_lerp_(averages, self.weights, share)
 
 

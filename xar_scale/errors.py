@@ -1,14 +1,14 @@
-"""What ends a program on purpose: one class and one documented exit code for each kind of ending."""
+"""Errors that end a program deliberately: one class and one documented exit code for each kind of exit."""
 
 OK = 0
-INTERRUPTED = 130  # by Ctrl-C, where nothing else is made of it
-UNREAD = 141  # whoever reads the output has gone
+INTERRUPTED = 130  # Ctrl-C, where no command handles it
+UNREAD = 141  # the reader of the output has exited
 
 
 class XarScaleError(Exception):
-    """An ending that the user can act on: printed as one line, without a traceback.
+    """An error that the user can act on: printed as one line, without a traceback.
 
-    ``rank`` is the one process that reports it; None means that every rank met it alike, and rank 0 speaks.
+    ``rank`` is the process that reports it; None means that it occurred on every rank alike, and rank 0 reports it.
     """
 
     exit_code = 1
@@ -16,49 +16,49 @@ class XarScaleError(Exception):
 
 
 class UsageError(XarScaleError):
-    """The command line asks for something that is not there, or would overwrite what is."""
+    """The command line asks for something that does not exist, or would overwrite something that does."""
 
     exit_code = 64
 
 
 class DataError(XarScaleError):
-    """Latents, an index or a checkpoint are missing, torn or changed."""
+    """Latents, an index or a checkpoint are missing, truncated or changed."""
 
     exit_code = 65
 
 
 class HangError(XarScaleError):
-    """A step took many times as long as steps do: the job is ended, so that it can be started again."""
+    """A step took many times the median step: the job is ended so that it can be restarted."""
 
     exit_code = 69
 
 
 class NonFiniteError(XarScaleError):
-    """A loss, a gradient or an image is NaN or infinite; the weights on disk are those before it."""
+    """A loss, a gradient or an image is NaN or infinite; the weights on disk are from before it."""
 
     exit_code = 70
 
 
 class ProcessError(XarScaleError):
-    """A process died: killed, or out of memory. A data worker, or another rank, whose own message says why."""
+    """A process died, killed or out of memory: a data worker, or another rank, which reports the reason itself."""
 
     exit_code = 71
 
 
 class FileError(XarScaleError):
-    """A file or folder cannot be read or written: permissions, a full disk, something else in its place."""
+    """A file or folder cannot be read or written: permissions, a full disk, something else at that path."""
 
     exit_code = 74
 
 
 class PreemptedError(XarScaleError):
-    """A signal said that the machine will be taken away; a checkpoint is written, and the job may be queued again."""
+    """A signal announced preemption; a checkpoint is written, and the job may be requeued."""
 
     exit_code = 75
 
 
 class StoppedError(XarScaleError):
-    """Somebody asked the run to stop before its end; a checkpoint is written, and the same command goes on from it."""
+    """The run was asked to stop early; a checkpoint is written, and the same command resumes from it."""
 
     exit_code = 76
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after a crash."""
+"""File operations that leave a complete file or none, even after a crash."""
 
 import contextlib
 import fcntl
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def make_folder(path: Path) -> None:
-    """Raises OSError that names it where it cannot be, or takes no files: before the work whose result it is for."""
+    """Make a folder and try to create a file in it, before the work whose result goes there. Raises OSError naming it."""
     path.mkdir(parents=True, exist_ok=True)
     try:
         descriptor, name = tempfile.mkstemp(dir=path)
@@ -22,8 +22,8 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Around reading or writing ``path``: of a disk that is full or broken the system's error names no file."""
+def path_in_errors(path: Path) -> Iterator[None]:
+    """Name ``path`` in OSErrors while it is read or written: those of a full or broken disk name no file."""
     try:
         yield
     except OSError as error:
@@ -33,7 +33,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
-    """Either the old file or the whole new one is there at any moment, also after a crash."""
+    """Replace a file. At any moment, even after a crash, either the old file or the complete new one is there."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
@@ -43,13 +43,13 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            temporary.unlink()  # the room that it takes may be what others lack
-        raise OSError(error.errno, error.strerror, str(path)) from None  # the system names no file where it is full
+            temporary.unlink()  # others may need the space
+        raise OSError(error.errno, error.strerror, str(path)) from None  # the system names no file if the disk is full
 
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Hold the system's lock of a file, which ends with the process. Without waiting it may be False, and another's."""
+    """Hold the system's lock on a file; it ends with the process. Yields False if, without ``wait``, another process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     mine = False
     try:
@@ -58,13 +58,13 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
             mine = True
         yield mine
     finally:
-        if mine:  # closing would not do where a process forked meanwhile, and has the descriptor too
+        if mine:  # closing is not enough if a process forked meanwhile: it has the descriptor too
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
 def remove(path: Path) -> None:
-    """A folder with all that is in it, or whatever else is there: of a link not what it leads to."""
+    """Remove a folder and its contents, or any other file. A symbolic link is removed, its target is not."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -75,13 +75,13 @@ def sync_folder(path: Path) -> None:
     """Make renames and new entries of a folder durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with naming(path):
+        with path_in_errors(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def free_name(path: Path) -> Path:
-    """``path``, or where something is there already, with a number after its stem."""
+    """Return ``path``, or, if it exists, the first unused name with a number after the stem."""
     numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
     return path if not path.exists() else next(name for name in numbered if not name.exists())

@@ -1,9 +1,9 @@
-"""Power-function averages of the weights, and averages of any length made of a few stored ones afterwards.
+"""Power-function EMAs of the weights, and post-hoc EMAs of any width, made from a few stored ones.
 
 After Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models" (EDM2), section 3 and appendix C.
-An average at time t, counted in updates of the weights, weighs those at time u by its profile
+At time t, counted in updates of the weights, an EMA averages the weights of all times u with its profile
 p(u) = (gamma + 1) u^gamma / t^(gamma + 1), 0 < u <= t (section 3.1). The width of a profile is its standard deviation relative
-to t, sigma_rel: it stays the same however long the training is.
+to t, sigma_rel. It does not depend on the length of training.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-WIDEST = 12**-0.5  # the width at exponent 0, all weights alike
-CUTOFF = 1e-12  # of squared norms and singular values, relative to the largest: what lies below is rounding
+MAX_WIDTH = 12**-0.5  # the width at exponent 0: a uniform average
+CUTOFF = 1e-12  # of squared norms and singular values, relative to the largest; anything below is rounding error
 
 
 class Profile(NamedTuple):
-    """``updates``: the time t at which the average was kept. ``width``: sigma_rel, 0 < width < ``WIDEST``."""
+    """``updates``: the time t at which the EMA was stored. ``width``: sigma_rel, 0 < width < ``MAX_WIDTH``."""
 
     updates: int
     width: float
 
 
 class Fit(NamedTuple):
-    """One factor a stored average, which sum to 1; ``residual``: what their sum lacks of the profile asked for, relative to
-    that profile, in the norm of square-integrable functions."""
+    """One factor per stored EMA; they sum to 1. ``residual``: the L2 distance of the combined profile from the wanted one,
+    relative to the L2 norm of the wanted one."""
 
     factors: np.ndarray
     residual: float
@@ -41,11 +41,12 @@ def exponent(width: float) -> float:
     return float(np.roots([1, 1, -inverse, inverse]).real.max()) - 2
 
 
-def share_of_new(update: int, exponent: float) -> float:
-    """1 - beta of update number ``update``, from 1: what the average takes over of the new weights (section 3.1).
+def lerp_weight(update: int, exponent: float) -> float:
+    """1 - beta of update number ``update``, counted from 1: the factor of the new weights in the EMA (section 3.1).
 
-    beta = (1 - 1/t)^(gamma + 1). The weights of update u come to weigh (u^(gamma + 1) - (u - 1)^(gamma + 1)) / t^(gamma + 1)
-    at update t: the profile's integral from u - 1 to u. So the average is exactly that of weights that jump at each update.
+    beta = (1 - 1/t)^(gamma + 1). At update t, the weights of update u have the factor
+    (u^(gamma + 1) - (u - 1)^(gamma + 1)) / t^(gamma + 1), which is the profile's integral from u - 1 to u. So the EMA is exact
+    for weights that change only at updates.
     """
     return 1 - (1 - 1 / update) ** (exponent + 1)
 
@@ -54,7 +55,7 @@ def inner_products(some: Sequence[Profile], others: Sequence[Profile]) -> np.nda
     """(len(some), len(others)): integrals of p_i p_j over all times, in closed form (appendix C).
 
     (gamma_i + 1)(gamma_j + 1) / (gamma_i + gamma_j + 1) * min(t_i, t_j)^(gamma_i + gamma_j + 1)
-    / (t_i^(gamma_i + 1) t_j^(gamma_j + 1)), by logarithms: the powers overflow.
+    / (t_i^(gamma_i + 1) t_j^(gamma_j + 1)), computed with logarithms because the powers overflow.
     """
     times_i, powers_i = (column[:, None] for column in _columns(some))
     times_j, powers_j = (column[None, :] for column in _columns(others))
@@ -65,14 +66,14 @@ def inner_products(some: Sequence[Profile], others: Sequence[Profile]) -> np.nda
 
 
 def _columns(profiles: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray]:
-    """t and gamma + 1 of each."""
+    """t and gamma + 1 of each profile."""
     powers = np.array([exponent(profile.width) + 1 for profile in profiles])
     return np.array([float(profile.updates) for profile in profiles]), powers
 
 
 def fit(stored: Sequence[Profile], wanted: Profile) -> Fit:
-    """Factors of the ``stored`` averages whose sum has the profile nearest to ``wanted``: least squares (section 3.2, appendix
-    C), among factors that sum to 1, since weights are far larger than what they move while they are averaged.
+    """Return the factors that combine the ``stored`` EMAs into the profile nearest to ``wanted``: least squares (section 3.2,
+    appendix C) among factors that sum to 1, because weights are far larger than their changes during the averaging.
     """
     gram = inner_products(stored, stored)
     against = inner_products(stored, [wanted])[:, 0]

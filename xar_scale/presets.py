@@ -1,4 +1,4 @@
-"""One table of models and recipes: everything published or tried, as plain values for the config."""
+"""One table of models and recipes, published or tried, as plain config values."""
 
 import copy
 from typing import Any
@@ -11,18 +11,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "xar_b": dict(width=768, depth_encoder=8, depth_decoder=8, heads=12),
     "xar_l": dict(width=1024, depth_encoder=16, depth_decoder=16, heads=16),
     "xar_h": dict(width=1280, depth_encoder=20, depth_decoder=20, heads=16),
-    # beyond the published ones: head width 128
+    # larger than the published models: head width 128
     "xar_2b": dict(width=1792, depth_encoder=18, depth_decoder=18, heads=14),
     "xar_4b": dict(width=2048, depth_encoder=24, depth_decoder=24, heads=16),
     "xar_7b": dict(width=2560, depth_encoder=30, depth_decoder=30, heads=20),
 }
 
-IMAGENET_IMAGES = 1_281_167  # of its training set
+IMAGENET_IMAGES = 1_281_167  # in the training set
 _IMAGENET_STEPS_AN_EPOCH = IMAGENET_IMAGES / 2048
 
 
 def _imagenet256(model: str, steps: int, guidance: float) -> dict[str, Any]:
-    """The published training at 256 px on KL-16 latents: 800 epochs, 5e-5 per 256 images, constant to epoch 600."""
+    """The published recipe at 256 px on KL-16 latents: 800 epochs, learning rate 5e-5 per 256 images, constant to epoch 600."""
     return dict(
         model=dict(MODELS[model], channels=16, grid=[16, 16], classes=1000, dropout=0.1),
         data=dict(workers=8, lanes=128, window=2048, flip=True),
@@ -59,7 +59,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """The recipe's values. Raises UsageError that lists the known names."""
+    """Return a copy of the recipe's values. Raises UsageError that lists the known names."""
     try:
         return copy.deepcopy(RECIPES[name])
     except KeyError:
@@ -67,7 +67,7 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 def model_values(name: str) -> dict[str, Any]:
-    """The model's sizes. Raises UsageError that lists the known names."""
+    """Return a copy of the model's sizes. Raises UsageError that lists the known names."""
     try:
         return dict(MODELS[name])
     except KeyError:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xar_scale.checkpoint.load import check_shapes, difference, load_weights
+from xar_scale.checkpoint.load import check_shapes, config_difference, load_weights
 from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, step_of, verify
 from xar_scale.config import Config, merge
 from xar_scale.diagnosis import Activations, Watch
@@ -45,7 +45,7 @@ def replay(report: SavedReport, checkpoint: Checkpoint, device: torch.device) ->
     micro = len(batches[0].labels)
     sizes = {"engine": "single", "shard_ranks": None, "micro_batch": micro, "global_batch": micro * len(batches)}
     config = Config.from_dict(merge(report.config, {"train": sizes, "data": {"lanes": 1}}))
-    if checkpoint.manifest.config and (differs := difference(checkpoint, config)):  # other formats have no config
+    if checkpoint.manifest.config and (differs := config_difference(checkpoint, config)):  # other formats have no config
         raise ConfigError(f"report {report.path}: {differs}")
     model = meta_model(config.model)
     engine = create_engine(model, blank_weights(model), config, device)

@@ -86,13 +86,13 @@ class Report:
 
     def _write_batch(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        batch = Batch.together(self.batches).to(torch.device("cpu"))
+        batch = Batch.concatenate(self.batches).to(torch.device("cpu"))
         tensors = {name: getattr(batch, name).contiguous() for name in ("latents", "labels", "t", "noise", "places")}
         write_atomically(path, save(tensors, {"keys": json.dumps(batch.keys)}))
 
     def _samples(self) -> list[dict[str, Any]]:
         """Describe the samples of this rank's batch."""
-        batch = Batch.together(self.batches).to(torch.device("cpu"))
+        batch = Batch.concatenate(self.batches).to(torch.device("cpu"))
         columns = (batch.keys, batch.places.tolist(), batch.labels.tolist(), batch.t.tolist())
         norms = (batch.latents.flatten(1).norm(dim=1).tolist(), batch.noise.flatten(1).norm(dim=1).tolist())
         return [

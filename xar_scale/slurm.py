@@ -1,15 +1,15 @@
-"""What a bare ``srun`` calls the variables by which ranks find each other."""
+"""Translates the variables that a bare ``srun`` sets into those by which torch's ranks find each other."""
 
 import re
 from collections.abc import Mapping
 
-FIRST_PORT, PORTS = 12000, 20000  # below those that systems hand out by themselves
+FIRST_PORT, PORTS = 12000, 20000  # below the ephemeral ports of the system
 
 
 def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """torch's names for a task of srun's; empty in all other processes, a batch script's own among them.
+    """Return torch's variables for a task of ``srun``; empty in all other processes, including the batch script itself.
 
-    The first node of the step stands for the name of rank 0's, the job's and step's number for a free port.
+    MASTER_ADDR is the step's first node, where rank 0 runs. MASTER_PORT is derived from the job and step numbers.
     """
     if "SLURM_STEP_NUM_TASKS" not in environ or "SLURM_PROCID" not in environ:
         return {}
@@ -25,14 +25,14 @@ def rank_variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def first_host(nodes: str) -> str:
-    """Of SLURM's way to write many: gpu-a[001-004,007],login1."""
+    """Return the first host of a SLURM node list, such as gpu-a[001-004,007],login1."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
     assert first is not None, nodes
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
 def tasks_per_node(tasks: str) -> list[int]:
-    """Of SLURM's way to write them: 2(x3),1 is [2, 2, 2, 1]."""
+    """Expand SLURM's list of tasks per node: 2(x3),1 is [2, 2, 2, 1]."""
     counts = []
     for part in tasks.split(","):
         count, _, repeated = part.rstrip(")").partition("(x")

@@ -1,4 +1,4 @@
-"""What asks a run to stop before its end: signals, a time limit, a file. One rank hears it, all leave at the same step."""
+"""Requests to stop a run early: signals, a time limit, a file. If any rank sees one, all ranks exit after the same step."""
 
 import contextlib
 import os
@@ -12,72 +12,72 @@ from xar_scale import dist
 from xar_scale.errors import PreemptedError, StoppedError, XarScaleError
 
 STOP_FILE = "STOP"
-LOOK_S = 1.0  # between looks at the file
-AGAIN_S = 2.0  # after which a second Ctrl-C is one, and not the same that a launcher passes on
+POLL_S = 1.0  # between checks for the file
+AGAIN_S = 2.0  # a SIGINT within this time is the same Ctrl-C, forwarded by a launcher; a later one is a second Ctrl-C
 
 
-class Stops:
-    """Wishes of this rank. ``after``: seconds from now, for the run to stop in; none: no limit."""
+class StopRequests:
+    """The stop requests that this rank has seen. ``after``: time limit in seconds from now; None: no limit."""
 
     def __init__(self, run: Path, after: float | None = None) -> None:
         self.file = run / STOP_FILE
         self.after, self.begun = after, time.monotonic()
-        self.heard: dict[str, float] = {}  # signals by name, and when
+        self.signals: dict[str, float] = {}  # arrival time by signal name
         self._terminal = [output for output in (1, 2) if os.isatty(output)]
-        self._looked = -LOOK_S
-        self._found = False
+        self._polled = -POLL_S
+        self._file_found = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """In the context SIGUSR2, SIGTERM, SIGINT and SIGHUP are wishes, but for a second SIGINT, and a SIGHUP that is ignored,
-        as nohup has it. In the main thread."""
+        """While the context is open, SIGUSR2, SIGTERM, SIGINT and SIGHUP request a stop. Exceptions: a second SIGINT ends the
+        process, and a SIGHUP that is ignored (nohup) stays ignored. Main thread only."""
         heard = [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             heard.append(signal.SIGHUP)
-        before = {number: signal.signal(number, self._hear) for number in heard}
+        before = {number: signal.signal(number, self._on_signal) for number in heard}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, _: FrameType | None) -> None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        if number == signal.SIGINT and now - self.heard.get(name, now) > AGAIN_S:
+        if number == signal.SIGINT and now - self.signals.get(name, now) > AGAIN_S:
             os._exit(128 + number)
-        if number == signal.SIGHUP:  # the terminal has gone, and what is written to it is an error
+        if number == signal.SIGHUP:  # the terminal is closed, and writing to it would fail
             for output in self._terminal:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), output)
-        self.heard.setdefault(name, now)
+        self.signals.setdefault(name, now)
 
-    def asked(self) -> bool:
-        """Whether this rank has been. Rank 0 looks at the clock and, once in a while, for the file."""
-        if dist.rank() == 0 and time.monotonic() - self._looked >= LOOK_S:
-            self._looked, self._found = time.monotonic(), self._found or os.path.exists(self.file)
-        return bool(self.heard) or self._found or self._late()
+    def requested(self) -> bool:
+        """Whether this rank has seen a stop request. Rank 0 also checks the clock and, every POLL_S seconds, the file."""
+        if dist.rank() == 0 and time.monotonic() - self._polled >= POLL_S:
+            self._polled, self._file_found = time.monotonic(), self._file_found or os.path.exists(self.file)
+        return bool(self.signals) or self._file_found or self._late()
 
     def _late(self) -> bool:
         return dist.rank() == 0 and self.after is not None and time.monotonic() - self.begun >= self.after
 
-    def reason(self, when: str) -> XarScaleError:
-        """Why all ranks leave: PreemptedError where one of them was sent SIGUSR2, else StoppedError. Every rank calls this."""
-        wishes = list(self.heard)
+    def error(self, when: str) -> XarScaleError:
+        """Return why all ranks exit: PreemptedError if any rank received SIGUSR2, else StoppedError. Every rank calls this."""
+        requests = list(self.signals)
         if dist.rank() == 0:
-            wishes += [f"{self.file} is there"] if self._found else []
-            wishes += [f"--stop-after {self.after:g} s are over"] if self._late() else []
-        found = [(rank, wish) for rank, of_rank in enumerate(dist.gather_objects(wishes)) for wish in of_rank]
-        preempted = [(rank, wish) for rank, wish in found if wish == "SIGUSR2"]
-        rank, wish = (preempted or found)[0]
-        said = f"{wish} to rank {rank}" if wish.startswith("SIG") else wish
+            requests += [f"{self.file} exists"] if self._file_found else []
+            requests += [f"--stop-after {self.after:g} s has passed"] if self._late() else []
+        found = [(rank, request) for rank, of_rank in enumerate(dist.gather_objects(requests)) for request in of_rank]
+        preempted = [(rank, request) for rank, request in found if request == "SIGUSR2"]
+        rank, request = (preempted or found)[0]
+        reason = f"{request} to rank {rank}" if request.startswith("SIG") else request
         kind = PreemptedError if preempted else StoppedError
-        return kind(f"{when} ({said}): a checkpoint is written, the same command goes on")
+        return kind(f"{when} ({reason}): a checkpoint is written, the same command resumes from it")
 
-    def alone(self, when: str) -> XarScaleError:
-        """The same of this rank's wishes, before there is anything to agree on or to write."""
-        return (PreemptedError if "SIGUSR2" in self.heard else StoppedError)(when)
+    def local_error(self, when: str) -> XarScaleError:
+        """The same for this rank's requests alone, before there is anything to agree on or to write."""
+        return (PreemptedError if "SIGUSR2" in self.signals else StoppedError)(when)
 
-    def obeyed(self) -> None:
-        """The file would stop the next start too."""
+    def remove_file(self) -> None:
+        """Remove the stop file, which would stop the next start too."""
         if dist.rank() == 0:
             with contextlib.suppress(OSError):
                 self.file.unlink()

@@ -1,5 +1,5 @@
-"""Which ranks are slower than others. A step is as long on all of them: what differs is the time that the arithmetic itself
-takes, without what is waited for, and the time that data are waited for."""
+"""Finds slow ranks. A step takes equally long on all ranks: what differs is how long the layers compute, not counting waits for
+other ranks, and how long the rank waits for data."""
 
 import socket
 import statistics
@@ -16,12 +16,12 @@ from typing_extensions import Self
 from xar_scale import dist
 from xar_scale.model.layers import Block
 
-SLOW = 1.3  # times the median rank's arithmetic; so much longer, for its data, would a step be
-OFTEN = 3  # measurements in a row, before it is said
+SLOW = 1.3  # a rank is slow at this many times the median compute time, or if its wait for data stretches the step by this
+CONSECUTIVE = 3  # slow measurements in a row before the rank is reported
 
 
-class Spans:
-    """Seconds of what is begun and ended; the device is not waited for."""
+class SpanTimer:
+    """Sums the duration of spans without synchronizing with the device (CUDA events on a GPU)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -32,7 +32,7 @@ class Spans:
         self._begun.append(self._now())
 
     def _end(self, *_: Any) -> None:
-        self._spans.append((self._begun[-1], self._now()))  # one that recomputation cuts short has no end
+        self._spans.append((self._begun[-1], self._now()))  # recomputation may stop early, so a span may have no end
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
@@ -43,14 +43,14 @@ class Spans:
 
     @property
     def seconds(self) -> float:
-        """After the device has come to all of it."""
+        """Total seconds. On a GPU, read this only after the device has reached every event."""
         if self.device.type == "cuda":
             return sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
         return sum(end - begin for begin, end in self._spans)
 
 
-class PassTime(Spans):
-    """Seconds in the context, as often as it is entered: of passes in which nothing is sent."""
+class PassTime(SpanTimer):
+    """Measures the time spent in the context, over all entries: for forward-backward passes without communication."""
 
     def __enter__(self) -> Self:
         self._begin()
@@ -60,11 +60,11 @@ class PassTime(Spans):
         self._end()
 
 
-class ForwardTime(Spans):
-    """Seconds that the Linear layers of a network compute in the context, forwards. With ``compiled`` blocks, whose
-    graphs hooks inside would cut, or not be in, blocks as a whole in place of their layers.
+class ForwardTime(SpanTimer):
+    """Measures the forward time of a network's Linear layers while the context is open. With ``compiled`` blocks, it measures
+    whole blocks instead: hooks inside a block would break its graph, or not be part of it.
 
-    Weights are there when it begins: engines gather them before, in hooks that come before these.
+    The time does not include gathering weights: the engines' hooks run before these.
     """
 
     def __init__(self, network: nn.Module, device: torch.device, compiled: bool) -> None:
@@ -86,24 +86,24 @@ class ForwardTime(Spans):
 
 
 class Stragglers:
-    """Names ranks that are slow in several measurements one after another, once."""
+    """Reports a rank once it is slow in several consecutive measurements, and only once per streak."""
 
     def __init__(self) -> None:
         self._slow = Counter[tuple[int, str]]()
 
     def compare(self, computed: float, waited: float, step: float) -> list[float]:
-        """This rank's seconds of arithmetic, and of waiting for the data of a step, which takes ``step``, with all others'.
-        Returns everybody's of arithmetic. Every rank calls this."""
+        """Compare this rank's compute seconds and its data wait per step with all other ranks'. A step takes ``step`` seconds.
+        Return every rank's compute seconds. Every rank calls this."""
         found = dist.gather_objects((computed, waited, socket.gethostname()))
         computing, waiting = (statistics.median_low(values) for values in ([of[0] for of in found], [of[1] for of in found]))
         for rank, (computed, waited, host) in enumerate(found):
             slow = f"rank {rank} ({host}) is slow"
-            if self._often(rank, "arithmetic", computed > SLOW * computing):
-                dist.say(f"{slow}: its layers compute {computed / computing:.1f} times as long as the median rank's")
-            if self._often(rank, "data", waited - waiting > (SLOW - 1) * step):
+            if self._repeated(rank, "arithmetic", computed > SLOW * computing):
+                dist.say(f"{slow}: its layers take {computed / computing:.1f} times as long as the median rank's")
+            if self._repeated(rank, "data", waited - waiting > (SLOW - 1) * step):
                 dist.say(f"{slow}: it waits {waited:.2f} s a step for data, the median rank {waiting:.2f} s")
         return [of[0] for of in found]
 
-    def _often(self, rank: int, what: str, slow: bool) -> bool:
+    def _repeated(self, rank: int, what: str, slow: bool) -> bool:
         self._slow[rank, what] = self._slow[rank, what] + 1 if slow else 0
-        return self._slow[rank, what] == OFTEN
+        return self._slow[rank, what] == CONSECUTIVE

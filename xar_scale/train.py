@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 
 from xar_scale import dist
-from xar_scale.beginning import RunLock, find_checkpoint, first_weights, mirror_of, open_data, open_run
-from xar_scale.checkpoint.load import check_continues, load, state_kinds
+from xar_scale.checkpoint.load import check_resumable, load, state_kinds
 from xar_scale.checkpoint.manifest import Manifest
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config, micro_batches
@@ -33,40 +32,42 @@ from xar_scale.model.xar import meta_model
 from xar_scale.optim import learning_rate
 from xar_scale.precision import MODES
 from xar_scale.recovery import Recovery
-from xar_scale.stopping import Stops
+from xar_scale.startup import RunLock, find_checkpoint, first_weights, mirror_of, open_data, open_run
+from xar_scale.stopping import StopRequests
 from xar_scale.stragglers import ForwardTime, PassTime, Stragglers
 from xar_scale.watchdog import Watchdog
 
 
-def train(config: Config, run: Path, resume: str = "auto", stops: Stops | None = None) -> None:
+def train(config: Config, run: Path, resume: str = "auto", stops: StopRequests | None = None) -> None:
     """Train to ``train.steps``, keeping checkpoints, metrics and the config in ``run``.
 
-    ``resume``: "auto" goes on from the newest valid checkpoint of ``run`` if there is one; "none" demands that there is
-    none; else the path of a checkpoint to start from. Every rank calls this. Raises PreemptedError or StoppedError, after a
-    last checkpoint, where ``stops`` of any rank asks for it.
+    ``resume``: "auto" resumes from the newest valid checkpoint of ``run`` if there is one; "none" requires that there is
+    none; otherwise the path of a checkpoint to start from. Every rank calls this. Raises PreemptedError or StoppedError,
+    after a last checkpoint, if any rank has a stop request in ``stops``.
     """
-    stops = stops or Stops(run)
+    stops = stops or StopRequests(run)
     device = dist.local_device()
-    micro_batches(config.train, dist.world())  # refused before anything is joined, built or written
+    micro_batches(config.train, dist.world())  # refuse a bad batch before joining, building or writing anything
     if config.train.engine != "single":
         dist.init(device)
     with RunLock(run, stops) as lock:
-        dist.together(lambda: lock.take() if run.is_dir() else None)  # what it holds stays as it is looked at
+        dist.on_all_ranks(lambda: lock.take() if run.is_dir() else None)  # its contents must not change from here on
         _train(config, run, resume, stops, device, lock)
 
 
-def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.device, lock: RunLock) -> None:
-    dataset = dist.together(lambda: open_data(config))
+def _train(config: Config, run: Path, resume: str, stops: StopRequests, device: torch.device, lock: RunLock) -> None:
+    dataset = dist.on_all_ranks(lambda: open_data(config))
     if len({*dist.gather_objects(dataset.shards.info.fingerprint)}) > 1:
         raise DataError(f"{config.data.path} is not the same data set on all ranks")
-    mirror = dist.together(lambda: mirror_of(run, config.train.upload)) if config.train.upload else None
-    checkpoint = find_checkpoint(run, resume, mirror, lambda found: check_continues(found, config, dataset.shards.info))
+    mirror = dist.on_all_ranks(lambda: mirror_of(run, config.train.upload)) if config.train.upload else None
+    checkpoint = find_checkpoint(run, resume, mirror, lambda found: check_resumable(found, config, dataset.shards.info))
     start = 0 if checkpoint is None else checkpoint.manifest.step
     bad = BadSamples(config.data.max_bad_samples, [] if checkpoint is None else checkpoint.manifest.bad_samples)
 
     model = meta_model(config.model)
     compute = MODES[config.train.precision].compute
-    kernels = dist.together(lambda: model.use_kernels(config.kernels, device, compute, training=True))  # as each node has them
+    # on all ranks, because nodes may differ in what is installed
+    kernels = dist.on_all_ranks(lambda: model.use_kernels(config.kernels, device, compute, training=True))
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     with first_weights(model, config, checkpoint) as weights:
         engine = create_engine(model, weights, config, device)
@@ -76,16 +77,16 @@ def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.d
         count = load(checkpoint, engine, ema)
         guard = checkpoint.manifest.guard
         if not config.guard.enabled or checkpoint.manifest.config["train"]["precision"] != config.train.precision:
-            guard = replace(guard, lowered=False, held_until=None)  # of a precision that is no longer the run's
+            guard = replace(guard, lowered=False, held_until=None)  # it fell back from another precision, or the guard is off
         dataset.quarantine(dataset.places_of(checkpoint.manifest.quarantined))
         where = f"at step {start}, epoch {checkpoint.manifest.position.epoch}"
         if config.train.init_from:
-            dist.say(f"{config.train.init_from} is not begun with: the run is under way")
+            dist.say(f"train.init_from {config.train.init_from} is ignored: the run resumes from a checkpoint")
         dist.say(f"resumed from {checkpoint.path} {where}; rank 0 read {count:,} of {checkpoint.manifest.bytes:,} bytes")
-    store = dist.together(lambda: Store(run, engine, ema, config.train, mirror))
+    store = dist.on_all_ranks(lambda: Store(run, engine, ema, config.train, mirror))
     previews = Previews(config, run, engine, ema, dataset.shards.info)
-    # only now is the run's folder touched: nothing is left to refuse
-    metrics = dist.together(lambda: open_run(config, run, store, start, lock) if dist.rank() == 0 else None)
+    # the run folder is first written to here: everything that can be refused has been checked
+    metrics = dist.on_all_ranks(lambda: open_run(config, run, store, start, lock) if dist.rank() == 0 else None)
     dist.say(
         f"{run}: {sum(shard.shape.numel() for shard in engine.shards()):,} parameters, {dataset.order.samples:,} samples, "
         f"{config.train.engine} on {dist.world()} x {device.type}, {config.train.precision}; {kernels}"
@@ -99,15 +100,15 @@ def _train(config: Config, run: Path, resume: str, stops: Stops, device: torch.d
     dist.say(f"done: {config.train.steps} steps; checkpoint {store.newest or (checkpoint and checkpoint.path)}")
 
 
-class Looks(NamedTuple):
-    """At one attempt at a step."""
+class Probes(NamedTuple):
+    """Measurements of one attempt at a step."""
 
     computed: ForwardTime | PassTime
     activations: Activations | None = None
 
 
 class Training:
-    """A run under way. ``metrics``: on rank 0 only."""
+    """A run in progress. ``metrics``: on rank 0 only."""
 
     def __init__(
         self,
@@ -118,7 +119,7 @@ class Training:
         bad: BadSamples,
         recovery: Recovery,
         store: Store,
-        stops: Stops,
+        stops: StopRequests,
         watchdog: Watchdog,
         previews: Previews,
         metrics: Metrics | None,
@@ -126,42 +127,42 @@ class Training:
         self.config, self.engine, self.ema, self.dataset, self.bad = config, engine, ema, dataset, bad
         self.recovery, self.store, self.stops, self.metrics = recovery, store, stops, metrics
         self.watchdog, self.previews, self.stragglers = watchdog, previews, Stragglers()
-        self.ending: XarScaleError | None = None  # before the last step
+        self.ending: XarScaleError | None = None  # why the run stops before its last step
         self.feed = Feed(dataset, config.train, engine.device)
 
     def run(self, start: int) -> None:
-        """Steps ``start`` to ``train.steps``. Raises PreemptedError or StoppedError where it ends before."""
+        """Train from step ``start`` to ``train.steps``. Raises PreemptedError or StoppedError if the run stops earlier."""
         self._seek(start)
         self.recovery.check_start(start)
         step = start
         while step < self.config.train.steps and self.ending is None:
             self.watchdog.begin(step)
             step = self._advance(step)
-        self.watchdog.rest()
+        self.watchdog.pause()
         self.store.finish(stopped=self.ending is not None)
-        self.stops.obeyed()
+        self.stops.remove_file()
         if self.ending is not None:
             raise self.ending
 
     def _advance(self, step: int) -> int:
-        """Take step ``step``, or find out why not. Returns the one that comes next."""
+        """Attempt step ``step`` and act on the verdict. Return the step to run next."""
         done = step + 1
         last = done == self.config.train.steps
         logged = last or done % self.config.train.log_every == 0
         batches = self.feed.take()
-        news = self.bad.news(fault for batch in batches for fault in batch.faults)
-        with self._looks(logged) as looks:
-            verdict = self.recovery.attempt(step, batches, len(news), self.stops.asked())
+        news = self.bad.new_faults(fault for batch in batches for fault in batch.faults)
+        with self._probes(logged) as probes:
+            verdict = self.recovery.attempt(step, batches, len(news), self.stops.requested())
         self.store.poll()
         if verdict.faults:
             try:
                 _account_for(news, self.bad)
-            except (DataError, FileError):  # on every rank alike: what is being written is not lost
-                self.watchdog.rest()
+            except (DataError, FileError):  # raised on every rank: finish the checkpoint being written first
+                self.watchdog.pause()
                 self.store.newest_on_disk()
                 raise
         if verdict.bad:
-            self.watchdog.rest()  # further attempts, and a report
+            self.watchdog.pause()  # retries and a report take longer than a step
         action, resolved = self.recovery.resolve(step, batches, verdict)
         if action is Action.QUARANTINE:
             self.dataset.quarantine(self.recovery.suspects)
@@ -180,37 +181,37 @@ class Training:
         if saved:
             self.store.save(*(replace(self._manifest(done), kinds=kinds) for kinds in saved))
         if logged:
-            self._log(done, resolved, rate, looks if resolved is verdict else None)
+            self._log(done, resolved, rate, probes if resolved is verdict else None)
         if self.previews.due(done) and (last or not verdict.stop):
             self._preview(done)
         if self.metrics is not None:
             self.metrics.advance(done)
         if verdict.stop and not last:
-            self.ending = self.stops.reason(f"stopped after step {done} of {self.config.train.steps}")
+            self.ending = self.stops.error(f"stopped after step {done} of {self.config.train.steps}")
         return done
 
     def _preview(self, done: int) -> None:
-        self.watchdog.rest()
-        self.store.newest_on_disk()  # whatever becomes of the pictures
+        self.watchdog.pause()
+        self.store.newest_on_disk()  # before drawing, which may fail
         begun = time.perf_counter()
         preview = self.previews.take(done, done - self.recovery.state.skipped)
         if self.metrics is not None:
             self.metrics.show(done, preview.pictures, preview.numbers)
         seconds = time.perf_counter() - begun
         numbers = "".join(f", {name} {value:.4g}" for name, value in preview.numbers.items())
-        dist.say(f"step {done}: pictures of the averages{numbers} ({seconds:.0f} s)")
-        self.since += seconds  # no step's time
+        dist.say(f"step {done}: preview images of the EMA weights{numbers} ({seconds:.0f} s)")
+        self.since += seconds  # do not count it as step time
 
     def _due(self, done: int, *, stop: bool) -> list[tuple[str, ...]]:
-        """The kinds of vectors of each folder that is written after ``done`` steps. A snapshot comes before a checkpoint, so
-        that no run goes on from one and lacks the snapshot of the same step. Where it takes the place of a checkpoint that
-        could not be written, there is one with it."""
+        """Return the kinds of vectors of each folder to write after ``done`` steps. An EMA snapshot comes before a checkpoint,
+        so that no run resumes from a checkpoint without the snapshot of that step. If it displaces a checkpoint that could not
+        be written, a checkpoint is written with it."""
         checkpoints, snapshots = self.config.train.checkpoint_every, self.config.optim.ema_snapshots_every
         last = done == self.config.train.steps
         snapshot, checkpoint = (every is not None and (last or done % every == 0) for every in (snapshots, checkpoints))
         if snapshot or checkpoint or stop:
-            self.watchdog.rest()  # a disk takes the time it takes
-        checkpoint |= stop or (snapshot and self.store.lacks_checkpoint())
+            self.watchdog.pause()  # no time limit on disk writes
+        checkpoint |= stop or (snapshot and self.store.checkpoint_failed())
         return [kinds for due, kinds in ((snapshot, tuple(POWER_KINDS)), (checkpoint, state_kinds(self.ema))) if due]
 
     def _manifest(self, done: int) -> Manifest:
@@ -241,30 +242,30 @@ class Training:
         self.since, self.logged, self.feed.waited = time.perf_counter(), step, 0.0
 
     def _go_back(self) -> int:
-        self.watchdog.rest()
+        self.watchdog.pause()
         step = self.recovery.roll_back()
-        self.store.go_back(step)
+        self.store.roll_back(step)
         self._seek(step)
         if self.metrics is not None:
             self.metrics.go_back(step)
         return step
 
     @contextmanager
-    def _looks(self, logged: bool) -> Iterator[Looks | None]:
-        """What is looked at in an attempt at a step that will be logged; of a record only how long it takes."""
+    def _probes(self, logged: bool) -> Iterator[Probes | None]:
+        """Yield probes for a step that will be logged, else None. A CUDA graph replay is only timed: hooks do not run in it."""
         model, device = self.engine.model, self.engine.device
         if not logged:
             yield None
         elif self.engine.replays_graphs:
             self.engine.micro_batch_context = passes = PassTime(device)
-            yield Looks(passes)
+            yield Probes(passes)
             self.engine.micro_batch_context = nullcontext()
         else:
             with Activations(model) as activations, ForwardTime(model, device, self.config.kernels.compile) as forward:
-                yield Looks(forward, activations)
+                yield Probes(forward, activations)
 
-    def _log(self, done: int, verdict: Verdict, rate: float, looks: Looks | None) -> None:
-        """``looks``: at the attempt that was taken, where that was the first."""
+    def _log(self, done: int, verdict: Verdict, rate: float, probes: Probes | None) -> None:
+        """``probes``: None unless the step was taken at the first attempt."""
         settings, steps, state = self.config.train, done - self.logged, self.recovery.state
         seconds, waited = (time.perf_counter() - self.since) / steps, self.feed.waited / steps
         values = {
@@ -274,25 +275,25 @@ class Training:
             "images_per_s": settings.global_batch / seconds,
             "tflops_per_s": settings.global_batch / seconds * training_flops(self.config.model) / 1e12,
             "step_s": seconds,
-            "data_wait_s": dist.largest(waited),
+            "data_wait_s": dist.max_over_ranks(waited),
             "memory_gb": memory_gb(self.engine.device),
             "bad_samples": len(self.bad.known),
             "epoch": done * settings.global_batch / self.dataset.order.samples,
             "precision": self.engine.mode,
-            "checkpoint_stall_s": self.store.stalled,
+            "checkpoint_stall_s": self.store.stall_s,
             **state.counts,
         }
-        if looks is not None:
-            values["forward_s"] = self.stragglers.compare(looks.computed.seconds, waited, seconds)
-            if looks.activations is not None:
-                values["largest_activation"] = dist.largest(max(looks.activations.largest.values()))
+        if probes is not None:
+            values["forward_s"] = self.stragglers.compare(probes.computed.seconds, waited, seconds)
+            if probes.activations is not None:
+                values["largest_activation"] = dist.max_over_ranks(max(probes.activations.largest.values()))
         if self.metrics is not None:
             self.metrics.log(done, values)
-        self.since, self.logged, self.feed.waited, self.store.stalled = time.perf_counter(), done, 0.0, 0.0
+        self.since, self.logged, self.feed.waited, self.store.stall_s = time.perf_counter(), done, 0.0, 0.0
 
 
 def _account_for(news: list[Fault], bad: BadSamples) -> None:
-    """Put this rank's new faults together with all others', and say them. Raises, on every rank alike, what ends the run."""
+    """Merge the new faults of all ranks and print them. Raises, on every rank alike, the error that ends the run, if any."""
     everywhere = [fault for of_rank in dist.gather_objects(news) for fault in of_rank]
     for what, count in Counter(str(fault.error) for fault in bad.add(everywhere)).items():
-        dist.say(f"bad samples skipped, {count}: {what} ({len(bad.known)} so far, of data.max_bad_samples {bad.allowed})")
+        dist.say(f"skipped {count} bad samples: {what} ({len(bad.known)} so far, data.max_bad_samples {bad.allowed})")

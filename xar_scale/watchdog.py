@@ -1,7 +1,8 @@
-"""Ends a job that hangs, and says whom it hung on: a step that takes many times its median, on any rank.
+"""Ends a job that hangs and names the rank that the others wait for. A hang is a step that takes many times the median.
 
-A thread of each rank looks on. What the ranks see they exchange through a store of their own, not through collectives, which
-are what hangs: stacks, and how many collectives of each group a rank has begun. Who has begun fewer is whom others wait for.
+A thread on each rank watches the step. Ranks exchange their states (where they are, and how many collectives of each group they
+have entered) through a TCPStore connection of their own, because collectives are what hangs. The others wait for the rank that
+has entered fewer collectives.
 """
 
 import contextlib
@@ -30,41 +31,41 @@ from xar_scale.errors import HangError
 from xar_scale.files import write_atomically
 
 FOLDER, HEARTBEAT_FILE = "hangs", "heartbeat.json"
-LOOK_S = 1.0
-REPLY_S = 10.0  # in which a rank that still runs answers an alarm
-ASLEEP_S = 5.0  # more than that between two looks is no work of others
-STEPS, KEPT = 5, 100  # that a median is made of: at least, and of the last
+POLL_S = 1.0
+REPLY_S = 10.0  # within which a running rank answers an alarm
+ASLEEP_S = 5.0  # a delay between two polls beyond this means that the whole process was suspended
+STEPS, KEPT = 5, 100  # step times behind a median: the minimum, and the most recent ones kept
 PACKAGE = str(Path(__file__).parent)
 
 
 @dataclass
-class Seen:
-    """What one rank is at."""
+class RankState:
+    """What one rank is doing. The fields are the keys of the JSON in ``RUN/hangs``."""
 
     rank: int
     host: str
     pid: int
     step: int | None
-    where: str  # the innermost call, and the innermost of ours
-    groups: dict[str, int] = field(default_factory=dict)  # collectives begun, by process group
-    last: dict[str, str] = field(default_factory=dict)  # the last of each, in words
+    where: str  # the innermost call, and the innermost one in this package
+    groups: dict[str, int] = field(default_factory=dict)  # number of the last collective entered, by process group
+    last: dict[str, str] = field(default_factory=dict)  # that collective, described
 
 
 class Watchdog:
-    """A context manager. Steps are from ``begin`` to the next one or ``rest``.
+    """A context manager. A step lasts from ``begin`` to the next ``begin`` or to ``pause``.
 
-    A step that takes ``train.hang_after`` medians, and ``train.hang_seconds`` at the least, ends the process with HangError's
-    code. Rank 0 keeps ``RUN/heartbeat.json``: the step that is under way and when it was begun.
+    A step that takes more than ``train.hang_after`` medians and more than ``train.hang_seconds`` ends the process with
+    HangError's exit code. Rank 0 maintains ``RUN/heartbeat.json``: the current step and when it started.
     """
 
     def __init__(self, run: Path, settings: TrainConfig) -> None:
         self.run, self.settings = run, settings
         self.seconds = deque[float](maxlen=KEPT)
-        self._current: tuple[int, float] | None = None  # a step, and when it was begun
-        self._slept = 0.0  # seconds since then in which the whole process was stopped
+        self._current: tuple[int, float] | None = None  # a step and its start time
+        self._slept = 0.0  # seconds since then during which the whole process was suspended
         self._store = _store()
         self._alarmed, self._ended = threading.Event(), threading.Event()
-        # apart, because each may be kept waiting: by the step itself, by rank 0's process, by a disk
+        # separate threads, because each may block: on the step itself, on rank 0's process, on a disk
         threads = {"watchdog": self._watch, "alarm": self._listen, "heartbeat": self._write_heartbeats}
         self._threads = [threading.Thread(target=work, name=name, daemon=True) for name, work in threads.items()]
 
@@ -79,45 +80,45 @@ class Watchdog:
             thread.join(REPLY_S)
 
     def begin(self, step: int) -> None:
-        """Step ``step`` begins, and the one before it has ended."""
+        """Step ``step`` starts; the previous one has ended."""
         now = time.monotonic()
         if self._current is not None:
             self.seconds.append(max(now - self._current[1] - self._slept, 0.0))
         self._current, self._slept = (step, now), 0.0
 
-    def rest(self) -> None:
-        """What comes now takes the time it takes: a disk, another state."""
+    def pause(self) -> None:
+        """Stop timing until the next ``begin``: disk access and rollbacks have no time limit."""
         self._current = None
 
     @property
     def limit(self) -> float | None:
-        """Seconds; none before there is a median."""
+        """The time limit of a step in seconds; None before there is a median."""
         if len(self.seconds) < STEPS:
             return None
         return max(self.settings.hang_seconds, self.settings.hang_after * statistics.median(self.seconds))
 
     def _watch(self) -> None:
         looked = time.monotonic()
-        while not self._ended.wait(LOOK_S):
-            asleep, looked = time.monotonic() - looked - LOOK_S, time.monotonic()
+        while not self._ended.wait(POLL_S):
+            asleep, looked = time.monotonic() - looked - POLL_S, time.monotonic()
             current, limit = self._current, self.limit
-            if asleep > ASLEEP_S:  # the whole process was stopped: others tell, if they had to wait
+            if asleep > ASLEEP_S:  # the whole process was suspended: ranks that waited for it raise the alarm
                 self._slept += asleep
             overdue = current is not None and limit is not None and time.monotonic() - current[1] - self._slept > limit
             if (overdue or self._alarmed.is_set()) and not self._ended.is_set():
                 self._end(current)
 
     def _listen(self) -> None:
-        """For an alarm of another rank. A store that does not answer has gone with rank 0's process, which collectives tell."""
-        with contextlib.suppress(Exception):  # of several kinds, by version
-            while self._store is not None and not self._ended.wait(LOOK_S):
+        """Wait for an alarm from another rank. If the store fails, rank 0's process is gone, and collectives report that."""
+        with contextlib.suppress(Exception):  # the type depends on the torch version
+            while self._store is not None and not self._ended.wait(POLL_S):
                 if self._store.check(["alarm"]):
                     self._alarmed.set()
                     return
 
     def _write_heartbeats(self) -> None:
         written = None
-        while dist.rank() == 0 and not self._ended.wait(LOOK_S):
+        while dist.rank() == 0 and not self._ended.wait(POLL_S):
             if (current := self._current) is not None and current != written:
                 begun = time.time() - (time.monotonic() - current[1])
                 beat = {"step": current[0], "time": begun, "host": socket.gethostname(), "pid": os.getpid()}
@@ -126,24 +127,24 @@ class Watchdog:
                 written = current
 
     def _end(self, current: tuple[int, float] | None) -> None:
-        last_resort = threading.Timer(3 * REPLY_S, os._exit, [HangError.exit_code])  # should a disk hang as well
+        last_resort = threading.Timer(3 * REPLY_S, os._exit, [HangError.exit_code])  # in case a disk hangs as well
         last_resort.daemon = True
         last_resort.start()
-        mine = look(current and current[0])
+        mine = local_state(current and current[0])
         seen = {mine.rank: mine}
         asking = threading.Thread(target=self._exchange, args=(mine, seen), daemon=True)
         asking.start()
         asking.join(1.5 * REPLY_S)
         folder, seen = self.run / FOLDER, dict(seen)
-        tells = mine.rank == min(seen)
-        if tells:
+        reports = mine.rank == min(seen)
+        if reports:
             took = (
-                f"step {mine.step} takes {time.monotonic() - current[1]:.0f} s"
+                f"step {mine.step} has taken {time.monotonic() - current[1]:.0f} s"
                 if current
                 else "another rank's step takes too long"
             )
             median = f", the median step {statistics.median(self.seconds):.1f} s" if self.seconds else ""
-            lines = [f"xar-scale: hang: {took}{median}", *verdict(seen, dist.world()), f"stacks of all threads: {folder}"]
+            lines = [f"xar-scale: hang: {took}{median}", *diagnose(seen, dist.world()), f"stacks of all threads: {folder}"]
             print("\n".join(lines), file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -151,15 +152,16 @@ class Watchdog:
                 file.write(json.dumps(vars(mine), indent=1) + "\n\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-        if self._store is not None:  # which may be in this process, and others ask; and launchers end all when the first leaves
-            time.sleep(LOOK_S if tells else 2 * LOOK_S)
+        # the store may live in this process while others still read it, and launchers end all ranks when the first one exits
+        if self._store is not None:
+            time.sleep(POLL_S if reports else 2 * POLL_S)
         dist.leave(HangError.exit_code)
 
-    def _exchange(self, mine: Seen, seen: dict[int, Seen]) -> None:
-        """Put into ``seen`` what the ranks see that answer in time: all into that of the lowest, which tells; into the others'
-        whose that is. If each read all, a thousand ranks would take minutes."""
+    def _exchange(self, mine: RankState, seen: dict[int, RankState]) -> None:
+        """Add to ``seen`` the states of ranks that answer in time: on the lowest such rank all of them, on the others only the
+        lowest one's. If every rank read all states, a thousand ranks would take minutes."""
         store, until = self._store, time.monotonic() + REPLY_S
-        with contextlib.suppress(Exception):  # a store that is gone
+        with contextlib.suppress(Exception):  # the store is unreachable
             if store is None:
                 return
             store.set(f"rank{mine.rank}", json.dumps(vars(mine)))
@@ -169,47 +171,47 @@ class Watchdog:
                 time.sleep(0.1)
             for rank in range(dist.world()):
                 if rank != mine.rank and store.check([f"rank{rank}"]):
-                    seen[rank] = Seen(**json.loads(store.get(f"rank{rank}")))
+                    seen[rank] = RankState(**json.loads(store.get(f"rank{rank}")))
                     if rank < mine.rank:
                         return
 
 
-def look(step: int | None) -> Seen:
-    """This rank, as it is now."""
+def local_state(step: int | None) -> RankState:
+    """Return the current state of this rank."""
     stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident or 0])
     own = [call for call in stack if call.filename.startswith(PACKAGE)]
     where = _named(stack[-1]) + (f", called by {_named(own[-1])}" if own and own[-1] is not stack[-1] else "")
     groups, last = _collectives()
-    return Seen(dist.rank(), socket.gethostname(), os.getpid(), step, where, groups, last)
+    return RankState(dist.rank(), socket.gethostname(), os.getpid(), step, where, groups, last)
 
 
-def verdict(seen: dict[int, Seen], world: int) -> Iterator[str]:
-    """Whom the others wait for, a line a rank."""
+def diagnose(seen: dict[int, RankState], world: int) -> Iterator[str]:
+    """Yield which ranks the others wait for, then where the others are: one line per rank."""
     silent = [rank for rank in range(world) if rank not in seen]
-    if len(seen) == 1 < world and 0 in silent:  # in rank 0's process ranks find each other
-        yield "rank 0 does not answer: its process is stopped or its node gone; what other ranks see cannot be told"
+    if len(seen) == 1 < world and 0 in silent:  # rank 0's process hosts the store
+        yield "rank 0 does not answer: its process is stopped or its node is down; the other ranks' states are unknown"
         silent = [0]
     else:
         for rank in silent:
-            yield f"rank {rank} does not answer: its process is stopped or its node gone"
+            yield f"rank {rank} does not answer: its process is stopped or its node is down"
     most = {group: max(of.groups.get(group, 0) for of in seen.values()) for of in seen.values() for group in of.groups}
     late = [of for of in seen.values() if any(count < most[group] for group, count in of.groups.items())]
     for of in late:
         group = next(group for group, count in of.groups.items() if count < most[group])
         waiting = next(other for other in seen.values() if other.groups.get(group) == most[group])
         yield (
-            f"rank {of.rank} ({of.host}, process {of.pid}) has not begun {waiting.last[group]}, in which others wait: "
+            f"rank {of.rank} ({of.host}, process {of.pid}) has not entered {waiting.last[group]}, where other ranks wait: "
             f"it is in {of.where}"
         )
     if not late and not silent:
-        yield "all ranks have begun the same collectives: the network, or a device, does not get on"
+        yield "all ranks have entered the same collectives: the network or a device is stuck"
     for of in seen.values():
         if of not in late:
             yield f"rank {of.rank} ({of.host}, process {of.pid}) is in {of.where}; its last collective: {_newest(of)}"
 
 
-def _newest(of: Seen) -> str:
-    """Of the group that it has last called: dictionaries keep that order."""
+def _newest(of: RankState) -> str:
+    """Return the rank's last collective in any group: the dictionary is in call order."""
     return [*of.last.values()][-1] if of.last else "none"
 
 
@@ -218,14 +220,14 @@ def _named(call: traceback.FrameSummary) -> str:
 
 
 def _collectives() -> tuple[dict[str, int], dict[str, str]]:
-    """From PyTorch's flight recorder, as torch 2.11 to 2.15 have it: by process group the last collective's number, and it."""
+    """Read PyTorch's flight recorder (torch 2.11 to 2.15): by process group, the last collective's number and description."""
     if not torch_dist.is_initialized():
         return {}, {}
     recorders: Any = torch._C._distributed_c10d
     dump = recorders._dump_nccl_trace_json if torch_dist.get_backend() == "nccl" else recorders._dump_fr_trace_json
     numbers: dict[str, int] = {}
     last: dict[str, str] = {}
-    with contextlib.suppress(Exception):  # a report without it is better than none
+    with contextlib.suppress(Exception):  # a report without it is better than no report
         entries: list[dict[str, Any]] = json.loads(dump())["entries"]
         for entry in entries:
             if not entry["is_p2p"]:
@@ -237,10 +239,10 @@ def _collectives() -> tuple[dict[str, int], dict[str, str]]:
 
 
 def _store() -> Any:
-    """A connection of its own to where the ranks met: the process group's may be waiting in a call."""
+    """Open a separate connection to the rendezvous store: the process group's may be blocked in a call."""
     if not torch_dist.is_initialized() or dist.world() == 1:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     client = torch_dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=30))
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's own restarts have one store
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's own restarts share one store
     return torch_dist.PrefixStore(f"watchdog{start}", client)

@@ -1,4 +1,4 @@
-"""Ranks that hang, stop or are slow, of several: named, with what they are at, and the job ends by itself."""
+"""One of several ranks hangs, is stopped or is slow: it is named with its stack, and a hanging job ends by itself."""
 
 import json
 import os
@@ -24,12 +24,12 @@ def run(folder: Path, name: str, engine: str, fault: dict, *more: str, steps: in
 
 
 @pytest.mark.parametrize(("engine", "world"), [("fsdp2", 2), pytest.param("deepspeed", 3, marks=pytest.mark.long)])
-def test_a_rank_that_does_not_come_to_a_collective_is_named_with_its_stack(folder, engine, world):
+def test_a_rank_that_does_not_enter_a_collective_is_named_with_its_stack(folder, engine, world):
     ended = run(folder, engine, engine, {"kind": "sleep", "step": 12, "value": 1000.0}, world=world)
     assert ended.codes == [69] * world, ended.text
     lines = ended.outputs[0].splitlines()
-    first = next(at for at, line in enumerate(lines) if line.startswith("xar-scale: hang: step 12 takes "))
-    assert lines[first + 1].startswith("rank 1 (") and "has not begun gloo:" in lines[first + 1], lines[first + 1]
+    first = next(at for at, line in enumerate(lines) if line.startswith("xar-scale: hang: step 12 has taken "))
+    assert lines[first + 1].startswith("rank 1 (") and "has not entered gloo:" in lines[first + 1], lines[first + 1]
     assert "it is in sleep (" in lines[first + 1] and "called by attempt (" in lines[first + 1]
     assert lines[first + 2].startswith("rank 0 (") and "hang:" not in "".join(ended.outputs[1:])
     for rank in range(world):
@@ -52,18 +52,18 @@ def test_a_rank_that_is_stopped_is_named_and_the_others_end(folder, stopped):
         os.kill(ranks[stopped].pid, signal.SIGKILL)
 
     ended = run(folder, name, "fsdp2", {}, meanwhile=stop)
-    said = f"rank {stopped} does not answer: its process is stopped or its node gone"
+    said = f"rank {stopped} does not answer: its process is stopped or its node is down"
     assert said in ended.outputs[1 - stopped], ended.text
     if stopped == 1:
         beat = json.loads((folder / name / "heartbeat.json").read_text())
         assert beat["step"] >= 5
 
 
-def test_a_rank_that_is_slow_is_named_and_the_run_goes_on(folder):
+def test_a_slow_rank_is_named_and_the_run_continues(folder):
     fault = {"kind": "slow", "step": 2, "until": 100, "value": 0.05}
     ended = run(folder, "slow", "fsdp2", fault, "train.hang_seconds=60", steps=10)
     assert ended.codes == [0, 0], ended.text
-    assert ended.text.count(") is slow: its layers compute ") == 1 and "rank 1 (" in ended.text
+    assert ended.text.count(") is slow: its layers take ") == 1 and "rank 1 (" in ended.text
     lines = [json.loads(line) for line in (folder / "slow" / "metrics.jsonl").read_text().splitlines()]
     assert all(len(line["forward_s"]) == 2 for line in lines)
     assert statistics.median(line["forward_s"][1] - line["forward_s"][0] for line in lines[3:]) > 0.3

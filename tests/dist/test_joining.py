@@ -13,7 +13,7 @@ from pathlib import Path
 import torch, torch.distributed
 from xar_scale import dist
 
-if dist.rank() == 1:  # late, when the other has all it needs of it
+if dist.rank() == 1:  # late: the other rank already has all it needs from this one
     join = torch.distributed.init_process_group
     def slowly(*words, **named):
         join(*words, **named)
@@ -25,7 +25,7 @@ dist.leave(3 + Path(sys.argv[1]).exists())
 """
 
 
-def test_nobody_goes_on_before_all_have_joined(tmp_path):
+def test_no_rank_continues_before_all_have_joined(tmp_path):
     ended = launch(2, ["-c", PROGRAM, str(tmp_path / "joined")], tmp_path)
     assert ended.codes == [4, 4], ended.text
 
@@ -50,7 +50,7 @@ LAUNCHER = 'import subprocess, sys; subprocess.run([sys.executable, "-c", *sys.a
 
 def test_a_launcher_that_is_killed_leaves_no_rank_training(tmp_path):
     command = [sys.executable, "-c", LAUNCHER, RANK, str(tmp_path / "told")]
-    kept = environment() | {"TORCHELASTIC_RUN_ID": "one"}  # torchrun's: a shell may end without an end of what it started
+    kept = environment() | {"TORCHELASTIC_RUN_ID": "one"}  # as torchrun sets it; without it a rank may outlive its parent
     with subprocess.Popen(command, env=kept, stdout=subprocess.PIPE, text=True) as launcher:
         assert launcher.stdout.readline() == "joined\n"
         (rank,) = psutil.Process(launcher.pid).children()

@@ -57,7 +57,7 @@ def test_what_deepspeed_saves_is_what_we_save_at_the_same_moment(saved, world, s
     assert_bitwise(values(native), without_averages(values(own(folder, stage))))
     with open_source(native) as source, open_source(own(folder, stage)) as ours:
         assert source.format == f"DeepSpeed ZeRO-{stage}, {world} ranks"
-        assert (source.step, source.taken) == (ours.step, ours.taken) == (STEPS, STEPS)
+        assert (source.step, source.updates) == (ours.step, ours.updates) == (STEPS, STEPS)
         assert [group["weight_decay"] for group in source.groups] == [group["weight_decay"] for group in ours.groups]
 
 
@@ -82,7 +82,7 @@ def test_deepspeeds_own_tools_read_the_same_of_it(saved, stage):
     universal = converted(native, native.with_name(f"universal{stage}"), "native")
     assert_bitwise(values(universal), state)
     with open_source(universal) as source:
-        assert (source.step, source.taken, len(source.groups)) == (STEPS, STEPS, 2)
+        assert (source.step, source.updates, len(source.groups)) == (STEPS, STEPS, 2)
 
 
 def test_stock_deepspeed_loads_what_is_made_for_it_and_trains_on_and_its_bf16_is_read(saved, tmp_path):

@@ -1,4 +1,4 @@
-"""One of several ranks is asked to stop: all leave after the same step with a checkpoint, and go on from it bitwise."""
+"""One of several ranks is asked to stop: all exit after the same step with a checkpoint, and resume from it bitwise."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def assert_stopped(ended: Ended, run: Path, why: str, code: int = 76) -> int:
 
 
 @pytest.mark.long
-def test_whatever_asks_one_rank_all_leave_and_go_on_bitwise(folder):
+def test_a_stop_request_to_one_rank_stops_all_and_the_run_resumes_bitwise(folder):
     run = folder / "run"
     for number, name, code in ((signal.SIGTERM, "SIGTERM", 76), (signal.SIGUSR2, "SIGUSR2", 75), (signal.SIGINT, "SIGINT", 76)):
         before = step_of(checkpoint_paths(run)[-1]) if run.exists() else 0
@@ -59,7 +59,7 @@ def test_whatever_asks_one_rank_all_leave_and_go_on_bitwise(folder):
         one = after_steps(run, count, lambda ranks, number=number: os.kill(ranks[1].pid, number))
         assert assert_stopped(train(folder, "run", meanwhile=one), run, f"{name} to rank 1", code) >= count
     file = after_steps(run, step_of(checkpoint_paths(run)[-1]) + 8, lambda ranks: (run / "STOP").touch())
-    assert_stopped(train(folder, "run", meanwhile=file), run, f"{run}/STOP is there")
+    assert_stopped(train(folder, "run", meanwhile=file), run, f"{run}/STOP exists")
     assert not (run / "STOP").exists()
     assert train(folder, "run").codes == [0, 0]
     assert train(folder, "undisturbed").codes == [0, 0]
@@ -69,6 +69,6 @@ def test_whatever_asks_one_rank_all_leave_and_go_on_bitwise(folder):
         assert set(names) <= {path.name for path in checkpoint_paths(run, kind)}
 
 
-def test_a_time_that_is_over_before_the_first_step_still_leaves_a_checkpoint_that_goes_on(folder):
-    step = assert_stopped(train(folder, "late", "--stop-after", "1s"), folder / "late", "--stop-after 1 s are over")
+def test_a_time_limit_shorter_than_the_first_step_still_leaves_a_checkpoint(folder):
+    step = assert_stopped(train(folder, "late", "--stop-after", "1s"), folder / "late", "--stop-after 1 s has passed")
     assert step == 1

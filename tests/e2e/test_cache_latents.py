@@ -1,4 +1,4 @@
-"""Images into latents by the command as typed: alone, under torchrun, killed, and with what it refuses."""
+"""Images into latents by the real command: in one process, under torchrun, killed, and with input that it refuses."""
 
 import os
 import shutil
@@ -56,7 +56,7 @@ def arguments(source: Path, out: Path, *more: str) -> list[str]:
 
 
 def wait_for_records(out: Path, count: int) -> None:
-    """Or until the set is there: a machine may be too busy to look in between."""
+    """Or until the set is complete: a busy machine may not check in between."""
     for _ in range(6000):
         if len(list(out.glob(".encoding/latents-*.json"))) >= count or (out / "dataset.json").exists():
             return
@@ -71,7 +71,7 @@ def test_the_set_is_whole_and_the_same_command_again_says_so(source, whole, tmp_
     assert files(out).keys() == whole.keys()
     again = images(source, out)
     assert again.returncode == 0 and again.stderr == ""
-    assert again.stdout == f"already there: 180 samples in 23 shards, 0 bad images skipped: {out}\n"
+    assert again.stdout == f"already complete: 180 samples in 23 shards, 0 bad images skipped: {out}\n"
     for other in (images(tmp_path / "copy", out), images(source, out, "--batch", "8"), images(source, out, "--no-flip")):
         assert other.returncode == 64 and other.stderr == (
             f"cache_latents: {out} already holds a data set; remove it or write elsewhere\n"
@@ -105,7 +105,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(source, whole, tmp_pa
             time.sleep(generator.uniform(0, 0.03))
         finally:
             kill(ranks)
-        if (out / "dataset.json").exists():  # on a machine that is faster than this moment
+        if (out / "dataset.json").exists():  # the machine was faster than this moment
             assert time_ > 0
             break
     made = {path: path.stat().st_mtime_ns for path in out.glob(".encoding/latents-*.json")}
@@ -117,7 +117,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(source, whole, tmp_pa
 
 
 def test_a_killed_decoder_ends_it_with_its_own_code_and_one_line(source, whole, tmp_path):
-    for attempt in range(5):  # on a busy machine it may be done before it is met
+    for attempt in range(5):  # on a busy machine it may be done before it is found
         out = tmp_path / f"set{attempt}"
         ranks = start(1, arguments(source, out), tmp_path / "logs")
 
@@ -132,7 +132,7 @@ def test_a_killed_decoder_ends_it_with_its_own_code_and_one_line(source, whole, 
     assert ended.codes == [71], ended.text
     assert "Traceback" not in ended.text
     assert ended.text.splitlines()[-1].startswith("cache_latents: a data worker died: ")
-    assert ended.text.splitlines()[-1].endswith("the same command goes on from here")
+    assert ended.text.splitlines()[-1].endswith("run the same command again to resume")
     assert launch(1, arguments(source, out), tmp_path / "more").codes == [0] and files(out) == whole
 
 
@@ -142,7 +142,7 @@ def test_bad_images_end_it_or_are_counted(source, tmp_path):
         (tmp_path / "copy" / name).write_bytes(b"no image")
     out = tmp_path / "set"
     ended = launch(2, arguments(tmp_path / "copy", out, "--max-bad", "1"), tmp_path / "logs")
-    assert 65 in ended.codes and set(ended.codes) <= {0, 65}, ended.text  # one may be done with its share by then
+    assert 65 in ended.codes and set(ended.codes) <= {0, 65}, ended.text  # one may have finished its shards by then
     assert "Traceback" not in ended.text and "2 bad images, --max-bad allows 1: " in ended.text
     for code, output in zip(ended.codes, ended.outputs, strict=True):
         assert (output.splitlines() or [""])[-1].startswith("cache_latents: ") == (code == 65)
@@ -157,7 +157,7 @@ def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16, kl16_weights):
     tars(tmp_path / "tars", [4, 0, 4])
     words = ["images", str(tmp_path / "tars"), "--out", str(tmp_path / "set"), "--weights", str(kl16_weights), "--size", "16"]
     bare = command(sys.executable, TOOL, *words)
-    assert bare.returncode == 64 and "which do not say how many classes there are: --classes does" in bare.stderr
+    assert bare.returncode == 64 and "which do not give the number of classes: set --classes" in bare.stderr
     done = command(sys.executable, TOOL, *words, "--classes", "5", "--precision", "bf16", "--batch", "2", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     info = LatentShards(tmp_path / "set").info
@@ -176,17 +176,17 @@ def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16, kl16_weights):
         (["nowhere", "--tokenizer", "pixel"], 64, "no folder at "),
         (["."], 64, "tokenizer kl16 needs --weights, the path of kl16.ckpt; --tokenizer is kl16"),
         ([".", "--weights", "nowhere.ckpt"], 64, "no weights at nowhere.ckpt"),
-        ([".", "--weights", "x", "--tokenizer", "pixel"], 64, "--weights are of tokenizer kl16"),
+        ([".", "--weights", "x", "--tokenizer", "pixel"], 64, "--weights is only for tokenizer kl16"),
         ([".", "--tokenizer", "vq"], 64, "--tokenizer: no tokenizer 'vq' with settings {}; there are: pixel, kl16"),
         ([".", "--tokenizer", "{torn"], 64, "--tokenizer '{torn' is not JSON"),
-        ([".", "--tokenizer", '{"patch": 2}'], 64, "is no object with a name"),
+        ([".", "--tokenizer", '{"patch": 2}'], 64, "is not a JSON object with a name"),
         ([".", "--tokenizer", '{"name": "pixel", "patch": 0}'], 64, "--tokenizer: tokenizer pixel: patch 0"),
         ([".", "--tokenizer", '{"name": "pixel", "image_channels": 2}'], 64, "image_channels 2"),
         ([".", "--tokenizer", "pixel", "--size", "15"], 78, "15x15 pixels do not fit"),
-        ([".", "--tokenizer", "pixel", "--size", "0"], 64, "--size is at least 1, not 0"),
-        ([".", "--tokenizer", "pixel", "--max-bad", "-1"], 64, "--max-bad is at least 0, not -1"),
-        ([".", "--tokenizer", "pixel", "--workers", "-1"], 64, "--workers is at least 0, not -1"),
-        ([".", "--tokenizer", "pixel", "--samples-per-shard", "0"], 64, "--samples-per-shard is at least 1, not 0"),
+        ([".", "--tokenizer", "pixel", "--size", "0"], 64, "--size must be at least 1, not 0"),
+        ([".", "--tokenizer", "pixel", "--max-bad", "-1"], 64, "--max-bad must be at least 0, not -1"),
+        ([".", "--tokenizer", "pixel", "--workers", "-1"], 64, "--workers must be at least 0, not -1"),
+        ([".", "--tokenizer", "pixel", "--samples-per-shard", "0"], 64, "--samples-per-shard must be at least 1, not 0"),
         ([".", "--tokenizer", "pixel", "--precision", "fp8"], 64, "invalid choice: 'fp8'"),
         ([".", "--tokenizer", "pixel", "--precision", "fp16"], 64, "invalid choice: 'fp16'"),
         ([".", "--tokenizer", "pixel", "--nosuch"], 64, "unrecognized arguments: --nosuch"),

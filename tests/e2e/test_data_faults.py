@@ -1,4 +1,4 @@
-"""Training through faults of its data: bad samples, a store behind a URL, killed workers, ranks and jobs."""
+"""Training with data faults: bad samples, a store behind a URL, killed workers, ranks and jobs."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def train(folder: Path, run: str, data: str | Path, *more: str, world: int = 1, 
 
 
 def log(run: Path, *names: str) -> list[tuple]:
-    """What was logged of every step, in order; none is missing and none comes twice."""
+    """What was logged for every step, in order; no step is missing or logged twice."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [tuple(line[name] for name in names) for line in lines]
@@ -68,16 +68,16 @@ def test_bad_samples_are_skipped_alike_on_any_number_of_ranks_and_counted_over_t
     alone = train(folder, "bad1", data, *SINGLE, budget, "train.checkpoint_every=10", "train.keep_last=9")
     assert alone.codes == [0], alone.text
     assert f"shard {data}/digits-000003.tar is missing: its 100 samples will be skipped" in alone.text
-    together = train(folder, "bad2", data, budget, "train.micro_batch=16", world=2)  # three passes a step
+    together = train(folder, "bad2", data, budget, "train.micro_batch=16", world=2)  # three micro-batches per step
     assert together.codes == [0, 0], together.text
     one, two = (log(folder / run, "loss", "bad_samples") for run in ("bad1", "bad2"))
     assert [count for _, count in one] == [count for _, count in two] and one[0][1] < one[-1][1] == 107  # an epoch is 19 steps
     np.testing.assert_allclose([loss for loss, _ in one], [loss for loss, _ in two], rtol=1e-5)
     assert said(alone) == said(together)
     assert sum(count for count, _ in said(alone)) == one[-1][1]
-    assert [what for _, what in said(alone)].count(f"shard {data}/digits-000003.tar is missing") <= 19  # a line a step
+    assert [what for _, what in said(alone)].count(f"shard {data}/digits-000003.tar is missing") <= 19  # one line per step
 
-    # A run that goes on knows them
+    # A resumed run knows them
     middle = folder / "bad1" / "checkpoints" / "step-00000010"
     known = read_manifest(middle).manifest.bad_samples
     assert len(known) == one[9][1] and {shard for shard, _ in known} == {"digits-000003", "digits-000005"}
@@ -92,7 +92,7 @@ def test_bad_samples_are_skipped_alike_on_any_number_of_ranks_and_counted_over_t
 
 def said(ended: Ended) -> list[tuple[int, str]]:
     """The numbers of samples that were skipped, and why, in the order of the lines."""
-    line = r"^bad samples skipped, (\d+): (.*) \(\d+ so far, of data.max_bad_samples 107\)$"
+    line = r"^skipped (\d+) bad samples: (.*) \(\d+ so far, data.max_bad_samples 107\)$"
     found = re.findall(line, ended.text, re.MULTILINE)
     return [(int(count), what) for count, what in found]
 
@@ -136,7 +136,7 @@ def test_a_worker_killed_in_training_is_not_noticed_in_the_losses(folder, undist
     ended = finish(ranks, logs, kill_workers)
     assert ended.codes == [0], ended.text
     assert log(folder / "worker", "loss", "grad_norm") == undisturbed
-    assert "rank 0: " in ended.text and "; starting its data workers again" in ended.text
+    assert "rank 0: " in ended.text and "; restarting its data workers" in ended.text
 
 
 @pytest.mark.long
@@ -160,4 +160,4 @@ def test_synthetic_latents_need_no_disk(folder):
     assert ended.codes == [0], ended.text
     assert "1,000 samples" in ended.text
     wrong = train(folder, "none", "synthetic:many", *SINGLE)
-    assert_one_line(wrong, 78, "data.path synthetic:many: after the colon comes the number of samples")
+    assert_one_line(wrong, 78, "data.path synthetic:many: the number of samples must follow the colon")

@@ -1,4 +1,4 @@
-"""The launchers on this machine: signals, and two nodes one of which loses a rank; each ends, or goes on, as it should."""
+"""The launchers on this machine: signals, and two nodes of which one loses a rank; the run exits or resumes correctly."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ SETTINGS += [f"train.steps={STEPS}", "train.checkpoint_every=1000", "data.worker
 
 
 class Launched:
-    """A launcher that runs; all that it has started is gone after the context."""
+    """A running launcher; all processes that it started are gone after the context."""
 
     def __init__(self, folder: Path, launcher: str, run: str, *words: str, log: str = "", **more: str) -> None:
         self.run, self.log = folder / run, folder / f"{log or run}.log"
@@ -51,7 +51,7 @@ class Launched:
             time.sleep(0.05)
 
     def steps(self, count: int, starts: int = 1) -> None:
-        """Wait for as many steps of the ``starts``-th start."""
+        """Wait for this many steps of the ``starts``-th start."""
         of_start = lambda: re.split(r"\d parameters, ", self.said)[starts:]  # noqa: E731
         self.until(lambda: of_start() and of_start()[0].count("\nstep ") >= count)
 
@@ -88,11 +88,11 @@ def test_signals_to_a_launcher_end_all_ranks_with_a_checkpoint(folder, launcher,
             said = f"stopped after step {newest(launched.run)} of {STEPS} ({signal.Signals(number).name} to rank"
             assert f"xar-scale: {said}" in launched.said
             launched.until(lambda: not ranks(launched.run))
-            assert "xar_scale/cli.py" not in launched.said  # no traceback of ours
+            assert "xar_scale/cli.py" not in launched.said  # none of our tracebacks
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed.sh", pytest.param("torchrun.sh", marks=pytest.mark.long)])
-def test_two_nodes_go_on_after_a_rank_of_one_is_killed(folder, launcher):
+def test_two_nodes_resume_after_a_rank_of_one_is_killed(folder, launcher):
     engine = "deepspeed" if launcher == "deepspeed.sh" else "fsdp2"
     run, words = f"{launcher}-nodes", [f"train.engine={engine}", "train.checkpoint_every=20"]
     (folder / "hostfile").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
@@ -112,5 +112,5 @@ def test_two_nodes_go_on_after_a_rank_of_one_is_killed(folder, launcher):
         os.kill(victim, signal.SIGKILL)
         codes = [first.code(), second.code()]
         assert codes == [0, 0], first.said + second.said
-    assert "start again, number 1" in first.said and "start again, number 1" in second.said
+    assert "restart 1 since" in first.said and "restart 1 since" in second.said
     assert losses(first.run) == undisturbed(folder, engine)

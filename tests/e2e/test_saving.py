@@ -9,7 +9,7 @@ import pytest
 
 from tests.dist.states import assert_bitwise, state
 from tests.processes import Ended, finish, kill, launch, start
-from xar_scale.checkpoint.manifest import AVERAGES, checkpoint_paths, newest_valid, verify
+from xar_scale.checkpoint.manifest import EMA_SNAPSHOTS, checkpoint_paths, newest_valid, verify
 
 STEPS = 60
 SMALL = ["model.width=16", "model.heads=2", "train.global_batch=8", "optim.warmup_steps=5", "train.log_every=5"]
@@ -34,10 +34,10 @@ def faulty(folder: Path, name: str, *faults: dict) -> Ended:
 
 def assert_same_end(run: Path, undisturbed: Path) -> None:
     assert_bitwise(state(run, STEPS), state(undisturbed, STEPS))
-    kept = [path.name for path in checkpoint_paths(undisturbed, AVERAGES)]
-    assert [path.name for path in checkpoint_paths(run, AVERAGES)] == kept and len(kept) == STEPS // 4
+    kept = [path.name for path in checkpoint_paths(undisturbed, EMA_SNAPSHOTS)]
+    assert [path.name for path in checkpoint_paths(run, EMA_SNAPSHOTS)] == kept and len(kept) == STEPS // 4
     for name in kept:
-        verify(run / AVERAGES / name)
+        verify(run / EMA_SNAPSHOTS / name)
 
 
 def test_a_rank_that_cannot_write_makes_all_ranks_try_again(folder, undisturbed):

@@ -1,4 +1,4 @@
-"""Under a real SLURM: two nodes, warnings, jobs queued again, killed ranks, another number of nodes; each goes on exactly."""
+"""Under a real SLURM: two nodes, preemption signals, requeues, killed ranks, other numbers of nodes; runs resume exactly."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def undisturbed(folder):
 
 
 class Job:
-    """One of launchers/slurm.sbatch, and what it has said."""
+    """A job of launchers/slurm.sbatch and its output."""
 
     def __init__(self, here, folder: Path, name: str, *more: str, nodes: int = 2, tasks: int = 1, **environment: str) -> None:
         self.here, self.run, self.out = here, folder / name, folder / f"{name}.out"
@@ -61,11 +61,11 @@ class Job:
         self.here.until(what, limit_s, lambda: self.said)
 
     def of_start(self, start: int) -> str:
-        """What was said since the ``start``-th, until the next."""
+        """The output of the ``start``-th start."""
         return self.said.partition(f", start {start}, ")[2].partition(", start ")[0]
 
     def steps(self, count: int) -> None:
-        """Wait for as many of the newest start."""
+        """Wait for this many steps of the newest start."""
         start = self.restarts() + 1
         self.until(lambda: self.of_start(start).count("\nstep ") >= count)
 
@@ -73,12 +73,12 @@ class Job:
         return int(self.here.state(self.number)["Restarts"])
 
     def ended(self, start: int) -> int:
-        """The run's code at the end of its ``start``-th start."""
+        """The exit code of the ``start``-th start."""
         self.until(lambda: "ended with" in self.of_start(start))
         return int(re.findall(r"ended with (\d+)", self.of_start(start))[0])
 
     def ranks(self) -> dict[int, int]:
-        """Their processes."""
+        """Process IDs by rank."""
         return ranks(self.run, "SLURM_PROCID", SLURM_STEP_NUM_TASKS="2")
 
     def rank(self, number: int) -> int:
@@ -94,7 +94,7 @@ def newest(run: Path) -> int:
 def test_a_job_that_is_warned_requeued_killed_and_given_fewer_nodes_is_the_undisturbed_run(here, folder, undisturbed):
     job = Job(here, folder, "one")
 
-    # the warning that its time is over
+    # the signal before the time limit
     job.steps(20)
     here.run("scancel", "--batch", "--signal=USR2", job.number)
     assert job.ended(1) == 75
@@ -104,14 +104,14 @@ def test_a_job_that_is_warned_requeued_killed_and_given_fewer_nodes_is_the_undis
     assert here.state(job.number)["Restarts"] == "1"
     here.now(job.number)
 
-    # queued again from outside
+    # requeued from outside
     job.steps(20)
     assert f"resumed from {job.run}/checkpoints/step-{step:08d} at step {step}" in job.said
     here.run("scontrol", "requeue", job.number)
     job.until(lambda: "(SIGTERM to rank" in job.said)
     here.now(job.number)
 
-    # a rank that is killed
+    # a killed rank
     job.steps(20)
     step = newest(job.run)
     assert f"resumed from {job.run}/checkpoints/step-{step:08d} at step {step}" in job.said
@@ -120,10 +120,10 @@ def test_a_job_that_is_warned_requeued_killed_and_given_fewer_nodes_is_the_undis
     code = job.ended(3)
     assert "rank 0 has lost another rank" in job.said and "Traceback" not in job.said
     assert code in (71, 137) and time.monotonic() - begun < 45
-    job.until(lambda: f"exit code {code}; start again, number 1 since checkpoint step-{step:08d} (RESTARTS=3)" in job.said)
+    job.until(lambda: f"exit code {code}; restart 1 since checkpoint step-{step:08d} (RESTARTS=3)" in job.said)
     here.until(lambda: here.state(job.number)["JobState"] == "PENDING")
 
-    # somebody has only one node
+    # only one node is available
     here.run("scancel", job.number)
     other = Job(here, folder, "one", nodes=1)
     other.until(lambda: "ended with 0" in other.said)
@@ -137,7 +137,7 @@ def test_a_job_that_is_warned_requeued_killed_and_given_fewer_nodes_is_the_undis
 
 @pytest.mark.long
 def test_one_launcher_a_node_does_the_same(here, folder, undisturbed):
-    job = Job(here, folder, "two", tasks=2, LAUNCH="torchrun", PROCESSES="1")  # tasks: as the other way to launch has them
+    job = Job(here, folder, "two", tasks=2, LAUNCH="torchrun", PROCESSES="1")  # tasks: as for LAUNCH=srun
     job.steps(20)
     here.run("scancel", "--batch", "--signal=USR2", job.number)
     assert job.ended(1) == 75
@@ -151,7 +151,7 @@ def test_one_launcher_a_node_does_the_same(here, folder, undisturbed):
 
 
 @pytest.mark.long
-def test_a_job_that_gets_no_further_is_given_up(here, folder):
+def test_a_job_without_progress_is_abandoned(here, folder):
     job = Job(here, folder, "five", RESTARTS="1")
     for start in (1, 2):
         job.steps(3)
@@ -159,12 +159,12 @@ def test_a_job_that_gets_no_further_is_given_up(here, folder):
         assert job.ended(start) in (71, 137)
         if start == 1:
             here.now(job.number)
-    job.until(lambda: "not started again: 1 restarts since checkpoint none" in job.said)
+    job.until(lambda: "not restarted: 1 restarts since checkpoint none" in job.said)
     here.until(lambda: here.state(job.number)["JobState"] == "FAILED")
     assert job.restarts() == 1 and not (job.run / "restarts").exists()
 
 
-def test_what_would_end_alike_is_not_queued_again_and_what_is_cancelled_is_written_first(here, folder):
+def test_a_job_that_would_end_alike_is_not_requeued_and_a_cancelled_one_writes_first(here, folder):
     job = Job(here, folder, "three", "train.global_batch=7")
     assert job.ended(1) == 78
     here.until(lambda: here.state(job.number)["JobState"] == "FAILED")
@@ -177,12 +177,12 @@ def test_what_would_end_alike_is_not_queued_again_and_what_is_cancelled_is_writt
     assert newest(job.run) > 0 and newest_valid(job.run).manifest.step == newest(job.run)
 
 
-def test_a_job_that_others_preempt_writes_first_and_goes_on_after_them(here, folder):
+def test_a_preempted_job_writes_first_and_resumes_afterwards(here, folder):
     job = Job(here, folder, "six")
     job.steps(5)
     urgent = here.submit(folder, "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     assert job.ended(1) == 76
-    job.until(lambda: "(SIGTERM to rank" in job.said and "exit code 75; start again" in job.said)
+    job.until(lambda: "(SIGTERM to rank" in job.said and "exit code 75; restart" in job.said)
     here.until(lambda: here.state(urgent)["JobState"] == "COMPLETED")
     here.now(job.number)
     job.steps(5)
@@ -191,10 +191,10 @@ def test_a_job_that_others_preempt_writes_first_and_goes_on_after_them(here, fol
     here.until(lambda: here.state(job.number)["JobState"] == "CANCELLED")
 
 
-def test_a_job_that_is_cancelled_as_it_starts_ends_by_itself(here, folder):
+def test_a_job_that_is_cancelled_as_it_starts_exits_by_itself(here, folder):
     job = Job(here, folder, "seven")
-    job.until(lambda: len(job.ranks()) == 2)  # earlier, srun would wait past KillWait for a step that it was launching
+    job.until(lambda: len(job.ranks()) == 2)  # any earlier, srun would wait past KillWait for the step that it is launching
     here.run("scancel", job.number)
     here.until(lambda: here.state(job.number)["JobState"] == "CANCELLED")
-    job.until(lambda: "ended with" in job.said)  # which it does not say where SLURM kills it after KillWait
+    job.until(lambda: "ended with" in job.said)  # not printed if SLURM kills it after KillWait
     assert job.restarts() == 0 and "Traceback" not in job.said

@@ -242,7 +242,7 @@ def test_mars_cache_becomes_shards(tmp_path):
     words = ["import_mar_cache", tmp_path / "cache", "--out", tmp_path / "set", "--weights", weights, "--samples-per-shard", 4]
     weights.write_bytes(b"weights")
     wrong = tool(*words)
-    assert wrong.returncode == 65 and wrong.stderr.startswith(f"import_mar_cache: {weights} is not plain weights: ")
+    assert wrong.returncode == 65 and wrong.stderr.startswith(f"import_mar_cache: {weights} is not a plain weights file: ")
     assert not (tmp_path / "set").exists()
     torch.save({"model": {name: torch.zeros(1).expand(shape) for name, shape in kl16_shapes().items()}}, weights)
     done = tool(*words)

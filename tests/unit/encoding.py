@@ -1,4 +1,4 @@
-"""What the tests of encoding share: images, a tokenizer that can be stopped, ranks."""
+"""Shared by the encoding tests: images, a tokenizer that can be stopped, ranks."""
 
 import io
 import shutil
@@ -8,7 +8,7 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from xar_scale.data.encode import EncodeSettings, Watcher, encode_set
+from xar_scale.data.encode import EncodeSettings, Reporter, encode_set
 from xar_scale.data.images import center_crop
 from xar_scale.tokenizers.pixel import PixelTokenizer
 
@@ -37,11 +37,11 @@ def tars(folder, labels, *, member="jpg", key="s{:02d}", per_tar=3):
     return folder
 
 
-class Told(Watcher):
+class Told(Reporter):
     def __init__(self):
         self.lines, self.steps = [], []
 
-    def say(self, line):
+    def log(self, line):
         self.lines.append(line)
 
     def progress(self, *numbers):
@@ -64,9 +64,9 @@ def settings_of(source, **changes) -> EncodeSettings:
     return EncodeSettings(**(values | changes))
 
 
-def encode(out, source, using=PIXEL, *, workers=0, max_bad=0, watcher=None, **changes):
-    watcher = Told() if watcher is None else watcher
-    return encode_set(out, settings_of(source, **changes), using, workers=workers, max_bad=max_bad, watcher=watcher)
+def encode(out, source, using=PIXEL, *, workers=0, max_bad=0, reporter=None, **changes):
+    reporter = Told() if reporter is None else reporter
+    return encode_set(out, settings_of(source, **changes), using, workers=workers, max_bad=max_bad, reporter=reporter)
 
 
 def as_rank(monkeypatch, rank, world):
@@ -79,7 +79,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def damage(source: Path, to: Path, *names: str) -> Path:
-    """A copy of the source whose named images are cut."""
+    """Copy the source, with the named images truncated."""
     shutil.copytree(source, to)
     for name in names:
         content = (to / name).read_bytes()
@@ -88,7 +88,7 @@ def damage(source: Path, to: Path, *names: str) -> Path:
 
 
 class StopError(Exception):
-    """Where a test stops the work."""
+    """Raised where a test stops the work."""
 
 
 def stop(*_):
@@ -117,7 +117,7 @@ def cropped(source, key: str) -> np.ndarray:
 
 
 def make_tree(root: Path) -> None:
-    """Smooth pictures of many sizes, in a folder a class."""
+    """Write smooth images of many sizes, one folder per class."""
     for number in range(CLASSES * PER_CLASS):
         folder = root / f"n{number % CLASSES}"
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of others in small: ZeRO-3's layout by hand, published weights, and what runs tools/reshard.py here."""
+"""Small checkpoints of other formats: ZeRO-3's layout by hand, published weights; and a call of tools/reshard.py."""
 
 import sys
 from pathlib import Path
@@ -18,13 +18,13 @@ GROUPS = [["one.weight"], ["one.bias", "two.weight"]]
 
 
 def reshard(*words: object) -> int:
-    """The exit code of the tool."""
+    """Run the tool; return its exit code."""
     with patch.object(sys, "argv", ["reshard", *map(str, words)]):
         return main()
 
 
 def values(path: Path) -> dict[str, Tensor]:
-    """All that a checkpoint holds."""
+    """Return all vectors of a checkpoint."""
     with open_source(path) as source:
         return {key: source.whole(key) for key in source.shapes}
 
@@ -44,7 +44,7 @@ def random_state(*kinds: str) -> dict[str, Tensor]:
 
 
 def write_zero3(folder: Path, state: dict[str, Tensor], world: int = 3, **common: Any) -> None:
-    """As DeepSpeed 0.19.8 lays it out; tests/dist/test_reshard.py has what DeepSpeed itself writes."""
+    """The layout of DeepSpeed 0.19.8; tests/dist/test_reshard.py tests what DeepSpeed itself writes."""
     folder.mkdir()
     shapes = [{name: torch.Size(SHAPES[name]) for name in group} for group in GROUPS]
     for rank in range(world):

@@ -1,11 +1,11 @@
-"""Reading a set that lies in an object store (fixtures ``store`` and ``url``) through the cache of a node."""
+"""Reading a set in an object store (fixtures ``store`` and ``url``) through the node cache."""
 
 from pathlib import Path
 
 from tests.conftest import digits_config
 from tests.object_store import ObjectStore
 from tests.unit.test_loader import CPU, assert_equal
-from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches
+from xar_scale.data.loader import Batch, LatentDataset, RankBatchSampler, batches
 from xar_scale.data.sources import open_shards
 from xar_scale.model.entities import create_layout
 
@@ -17,7 +17,7 @@ ROOM = 10**9
 def stream(path: str | Path, cache: Path, *more: str, workers: int = 0, steps: int = 10) -> list[Batch]:
     config = digits_config(f"data.path={path}", f"data.cache={cache}", f"data.workers={workers}", *SETTINGS, *more)
     dataset = LatentDataset(open_shards(config), config, create_layout(config.model))
-    numbers = RankNumbers(start=0, steps=steps, global_batch=8, micro_batch=8, rank=0, world=1)
+    numbers = RankBatchSampler(start=0, steps=steps, global_batch=8, micro_batch=8, rank=0, world=1)
     return list(batches(dataset, numbers, CPU))
 
 

@@ -1,4 +1,4 @@
-"""The cache of a node: bounded at every moment, shared by processes, safe from kills and from what else lies there."""
+"""The node cache: bounded at every moment, shared by processes, safe from kills and from other files in its folder."""
 
 import contextlib
 import errno
@@ -20,16 +20,16 @@ from tests.unit.remote_sets import PER_SHARD, ROOM, SETTINGS, assert_same_batche
 from tests.unit.test_loader import CPU
 from xar_scale.data import cache as cache_module
 from xar_scale.data.cache import NodeCache
-from xar_scale.data.loader import LatentDataset, RankNumbers, batches
+from xar_scale.data.loader import LatentDataset, RankBatchSampler, batches
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.remote import RemoteFolder
-from xar_scale.data.sources import most_lanes, open_shards
+from xar_scale.data.sources import max_lanes_read, open_shards
 from xar_scale.errors import ConfigError, DataError, FileError
 from xar_scale.model.entities import create_layout
 
 
 def test_the_processes_of_a_node_download_a_file_once(store, url, tmp_path):
-    store.fault = lambda path, times, answer: slow(0.3)(answer)  # they all come while the first is at it
+    store.fault = lambda path, times, answer: slow(0.3)(answer)  # all others arrive while the first downloads
     started = [multiprocessing.get_context("fork").Process(target=_read_all, args=(url, tmp_path / "cache")) for _ in range(4)]
     for process in started:
         process.start()
@@ -48,7 +48,7 @@ def _read_all(url: str, cache: Path, limit: int = ROOM) -> None:
 def test_the_cache_stays_within_its_bound_at_every_moment(store, stored, url, tmp_path):
     limit = 4 * (stored / "latents-000000.tar").stat().st_size
     largest, stop = [0], threading.Event()
-    cache = NodeCache(tmp_path / "cache", limit)  # less than what two windows need, which would be refused: it must do
+    cache = NodeCache(tmp_path / "cache", limit)  # less than two windows need, which a run refuses; it must work
 
     def watch() -> None:
         while not stop.is_set():
@@ -62,7 +62,7 @@ def test_the_cache_stays_within_its_bound_at_every_moment(store, stored, url, tm
     watcher.start()
     config = digits_config(f"data.path={url}", f"data.cache={tmp_path / 'cache'}", "data.workers=2", *SETTINGS)
     dataset = LatentDataset(LatentShards(RemoteFolder(url, cache)), config, create_layout(config.model))
-    numbers = RankNumbers(start=0, steps=10, global_batch=8, micro_batch=8, rank=0, world=1)
+    numbers = RankBatchSampler(start=0, steps=10, global_batch=8, micro_batch=8, rank=0, world=1)
     try:
         ours = list(batches(dataset, numbers, CPU))
     finally:
@@ -70,14 +70,14 @@ def test_the_cache_stays_within_its_bound_at_every_moment(store, stored, url, tm
         watcher.join()
     assert_same_batches(ours, stream(stored, tmp_path))
     assert 0 < largest[0] <= limit
-    assert sum(shard_gets(store)) > 10  # what made room came again
+    assert sum(shard_gets(store)) > 10  # evicted files were downloaded again
 
 
 def test_files_used_longest_ago_make_room(store, stored, url, tmp_path):
     index = sum((stored / f"latents-00000{n}.index.json").stat().st_size for n in range(4))
     cache = NodeCache(tmp_path / "cache", 3 * (stored / "latents-000000.tar").stat().st_size + index + 100)
     shards = LatentShards(RemoteFolder(url, cache))
-    for shard in (0, 1, 2, 0, 3):  # the fourth makes the second go, not the first, which was used since
+    for shard in (0, 1, 2, 0, 3):  # the fourth evicts the second, not the first, which was used since
         shards.read(shard, 1)
         time.sleep(0.01)
     for shard in (0, 2, 3):
@@ -100,12 +100,12 @@ def test_a_damaged_file_is_known_as_such_as_long_as_it_is_there(store, stored, u
             shards.read(shard, 1)
             time.sleep(0.01)
 
-    read(1, 0, 1, 2)  # the third makes the first go, which was used since the second was found to be damaged
+    read(1, 0, 1, 2)  # shard 2 evicts shard 0, not the damaged shard 1, which was used since
     with pytest.raises(DataError, match="checksum does not match"):
         shards.read(1, 0)
     assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 3
     read(3, 4)
-    assert not list(cache.folder.glob("*.damaged"))  # with the file it goes
+    assert not list(cache.folder.glob("*.damaged"))  # removed with the file
 
 
 def test_what_is_announced_does_not_make_room_for_what_else_is(store, stored, url, tmp_path):
@@ -115,7 +115,7 @@ def test_what_is_announced_does_not_make_room_for_what_else_is(store, stored, ur
     for shard in (0, 1, 2):
         shards.read(shard, 0)
         time.sleep(0.01)
-    shards.fetch_ahead([3, 0])  # the last makes the second go, not the first, which is wanted
+    shards.prefetch([3, 0])  # the last evicts the second, not the first, which is requested
     begun = time.monotonic()
     while store.gets[f"/{url[5:]}/latents-000003.tar"] == 0 or list(cache.folder.glob("*.part")):
         assert time.monotonic() - begun < 200
@@ -136,13 +136,13 @@ def test_a_download_that_is_killed_leaves_nothing_locked_or_lost(store, stored, 
     os.kill(child.pid, signal.SIGKILL)
     child.join()
     (part,) = (tmp_path / "cache" / "xar_scale-cache").glob("*.part")
-    limit = (stored / "latents-000003.tar").stat().st_size + 600  # what the dead one took is needed
+    limit = (stored / "latents-000003.tar").stat().st_size + 600  # needs the space that the killed process reserved
     assert part.stat().st_size + (stored / "latents-000003.tar").stat().st_size > limit
     store.fault = lambda path, times, answer: answer
     shards = LatentShards(RemoteFolder(url, NodeCache(tmp_path / "cache", limit)))
     assert shards.read(3, 0).key == "s0012"
     assert not list((tmp_path / "cache" / "xar_scale-cache").glob("*.part"))
-    assert shards.read(0, 0).key == "s0000"  # the one that was under way
+    assert shards.read(0, 0).key == "s0000"  # the one whose download was killed
 
 
 def test_a_copy_that_rots_is_fetched_again(store, url, cache):
@@ -157,7 +157,7 @@ def test_a_copy_that_rots_is_fetched_again(store, url, cache):
 
 
 def test_a_mark_that_outlived_its_file_is_not_the_next_one_s(store, url, cache):
-    """Left by a process that was killed between the two: a copy that rots would never be fetched again."""
+    """Left by a process killed between the two removals. With it, a corrupted copy would never be downloaded again."""
     folder = RemoteFolder(url, cache)
     shards = LatentShards(folder)
     info = shards.info.shards[0]
@@ -176,9 +176,9 @@ def test_copies_are_told_apart_by_whole_urls_and_content(store, tmp_path, cache)
         store.put(tmp_path / "a", bucket, prefix)
         assert (LatentShards(RemoteFolder(f"s3://{bucket}/{prefix}", cache)).read(1, 0).latent == first[4].latent).all()
     assert _tars(cache) == 2
-    store.put(tmp_path / "b", bucket, "x/set")  # written anew under the same URL
+    store.put(tmp_path / "b", bucket, "x/set")  # a new set under the same URL
     assert (LatentShards(RemoteFolder(f"s3://{bucket}/x/set", cache)).read(1, 0).latent == second[4].latent).all()
-    assert _tars(cache) == 3  # who still reads the old one finds it
+    assert _tars(cache) == 3  # a process that still reads the old set finds its copy
 
 
 def _tars(cache: NodeCache) -> int:
@@ -218,7 +218,7 @@ def test_another_users_copy_may_be_read(store, url, cache, monkeypatch):
 
 
 def test_processes_with_a_cache_of_one_shard_get_on(store, stored, url, tmp_path, monkeypatch):
-    """Each file is the next one's room: none may be gone before its reader has opened it."""
+    """Each file needs the space of the one before: none may be evicted before its reader has opened it."""
     monkeypatch.setattr(cache_module, "ROOM_WAIT_S", 0.001)
     limit = (stored / "latents-000003.tar").stat().st_size + 600
     context = multiprocessing.get_context("fork")
@@ -235,11 +235,11 @@ def test_processes_with_a_cache_of_one_shard_get_on(store, stored, url, tmp_path
     [(8, 1, 1, 8), (8, 4, 1, 2), (8, 4, 2, 4), (8, 5, 1, 3), (8, 16, 1, 1), (8, 16, 8, 4), (1, 16, 8, 1), (9, 6, 4, 6)],
 )
 def test_lanes_of_a_node_are_those_that_its_ranks_read(lanes, world, local, most):
-    batch = lanes * world  # each rank's slice is of whole samples then
+    batch = lanes * world  # then each rank's slice is a whole number of samples
     of_rank = [{number // world for number in range(rank * lanes, (rank + 1) * lanes)} for rank in range(world)]
     nodes = [set().union(*of_rank[first : first + local]) for first in range(0, world, local)]
     assert batch == lanes * world and max(map(len, nodes)) == most
-    assert most_lanes(lanes, world, local) == most
+    assert max_lanes_read(lanes, world, local) == most
 
 
 def test_a_cache_too_small_for_what_is_read_at_a_time_is_refused_with_the_numbers(url, tmp_path, monkeypatch):
@@ -270,13 +270,13 @@ def test_a_short_last_shard_is_not_taken_for_all_of_them(tmp_path):
         path = f"data.path=file://{tmp_path}/set", f"data.cache={tmp_path}", f"data.cache_gb={gigabytes}"
         return open_shards(digits_config(*path, *SETTINGS, "data.lanes=1"))
 
-    with pytest.raises(ConfigError, match=r"a node's 1 lanes .* 6 shards"):  # a window of 6: the short one, and two beside it
+    with pytest.raises(ConfigError, match=r"a node's 1 lanes .* 6 shards"):  # a window of 6: the short shard, two neighbours
         opened(1e-5)
     opened(7e-5)
 
 
 def test_a_file_larger_than_the_cache_is_named(url, tmp_path):
-    says = rf"the data cache {tmp_path}/xar_scale-cache holds 100 bytes, a file has [\d,]+: data.cache_gb"
+    says = rf"the data cache {tmp_path}/xar_scale-cache is limited to 100 bytes, a file has [\d,]+: data.cache_gb"
     with pytest.raises(FileError, match=says):
         LatentShards(RemoteFolder(url, NodeCache(tmp_path, 100))).read(0, 0)
 

@@ -1,4 +1,4 @@
-"""The command line: one line and a documented exit code for whatever is asked of it."""
+"""The command line: one error line and a documented exit code for every wrong request."""
 
 import dataclasses
 import errno
@@ -19,7 +19,7 @@ from tests.processes import ROOT
 from tests.unit.tiny_run import INFO, Run
 from xar_scale import cli, files
 from xar_scale.checkpoint.manifest import newest_valid
-from xar_scale.cli import ending, main
+from xar_scale.cli import exit_code_of, main
 from xar_scale.engines import replicated
 from xar_scale.engines.single import SingleEngine
 from xar_scale.errors import ProcessError, UsageError
@@ -60,14 +60,14 @@ def assert_ends(capsys, arguments: list, code: int, *parts: str) -> None:
         (["sample", "nowhere", "--out", "x.png"], 64, "no checkpoint at nowhere"),
         (["evaluate", "nowhere.npz", "--reference", "digits", "--out", "x"], 64, "no images at nowhere.npz"),
         (["evaluate", "nowhere", "--reference", "digits", "--out", "x"], 64, "no checkpoint at nowhere"),
-        (["evaluate", "nowhere", "--reference", "digits"], 64, "nowhere is no run: give --out, a folder for the numbers"),
+        (["evaluate", "nowhere", "--reference", "digits"], 64, "nowhere is not a run: give --out, a folder for the metrics"),
         (["evaluate", "nowhere", "--out", "x"], 64, "arguments are required: --reference"),
-        (["evaluate", "x", "--reference", "digits", "--out", "x", "--images", "1"], 64, "--images is at least 2"),
+        (["evaluate", "x", "--reference", "digits", "--out", "x", "--images", "1"], 64, "--images must be at least 2"),
         (["sample", "--out", "x.png", "sample.steps=3", "nowhere", "--seeds", "1"], 64, "no checkpoint at nowhere"),
         (["evaluate", "train.steps=1", "--out", "x"], 64, "arguments are required: what"),
     ],
 )
-def test_wrong_words(capsys, arguments, code, part):
+def test_wrong_arguments(capsys, arguments, code, part):
     assert_ends(capsys, arguments, code, part)
 
 
@@ -88,7 +88,7 @@ def test_print_config_prints_and_trains_nothing(capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_rank_that_deepspeed_puts_before_the_command_is_taken(capsys):
+def test_the_local_rank_that_deepspeed_passes_is_accepted(capsys):
     assert main(["--local_rank=0", "train", "--recipe", "digits", "--print-config"]) == 0
 
 
@@ -103,7 +103,7 @@ def test_samples_of_chosen_classes(capsys, run, tmp_path):
     assert out[0].exists() and out[2].exists() and len([*out[3].iterdir()]) == 4
     assert main(["sample", run, "--classes", "7", "--seeds", "9", "--out", str(out[1]), *FAST]) == 0
     with np.load(out[1]) as archive:
-        assert np.abs(archive["arr_0"][0].astype(int) - images[3]).max() <= 1  # a class and a seed are a picture
+        assert np.abs(archive["arr_0"][0].astype(int) - images[3]).max() <= 1  # class and seed determine the image
 
 
 def test_a_run_is_evaluated_in_its_own_folder_and_an_npz_elsewhere(capsys, run, tmp_path):
@@ -129,7 +129,7 @@ def test_a_run_is_evaluated_in_its_own_folder_and_an_npz_elsewhere(capsys, run, 
     words = ["--reference", "digits"]
     for more in ("sample.steps=2", "--images=30", "--seed=0"):
         wrong = ["evaluate", tmp_path / "x.npz", *words, "--out", tmp_path / "w", more]
-        assert_ends(capsys, wrong, 64, f"{more.partition('=')[0]}", "holds images, and none are drawn")
+        assert_ends(capsys, wrong, 64, f"{more.partition('=')[0]}", "holds images, so none are generated")
     np.savez(tmp_path / "y.npz", arr_0=every.transpose(0, 2, 3, 1))
     assert_ends(capsys, ["evaluate", tmp_path / "y.npz", *words, "--out", tmp_path / "of_npz"], 64, "is of another set")
     assert json.loads((tmp_path / "of_npz" / "digits" / "evaluation.json").read_text()) == again
@@ -145,25 +145,25 @@ def test_kernels_are_named_when_sampling(capsys, run, tmp_path):
 
 @pytest.fixture
 def train(tmp_path):
-    """Words of a training of two steps on one process."""
+    """Arguments that train two steps in one process."""
     cache_digits(tmp_path / "data", 1000)
     small = ["train.engine=single", "train.steps=2", "optim.warmup_steps=1", "train.global_batch=8", "data.workers=0"]
     where = ["--run-dir", str(tmp_path / "trained"), f"data.path={tmp_path / 'data'}"]
     return ["train", "--recipe", "digits", *where, *small, "train.checkpoint_every=1"]
 
 
-def test_kernels_named_are_trained_with_and_said(capsys, train):
+def test_named_kernels_are_used_in_training_and_logged(capsys, train):
     assert main([*train, "kernels.attention=prefix"]) == 0
     assert "fp32; attention prefix (PyTorch scaled_dot_product_attention), norms of torch" in capsys.readouterr().out
 
 
-def test_kernels_that_cannot_train_are_refused_before_the_run_is_begun(capsys, train, tmp_path):
+def test_kernels_that_cannot_train_are_refused_before_the_run_starts(capsys, train, tmp_path):
     assert_ends(capsys, [*train, "kernels.attention=flex"], 78, "flex has no backward pass on a CPU")
     assert not (tmp_path / "trained").exists()
 
 
-def test_a_step_played_from_a_record_is_logged_but_for_what_hooks_see(train, tmp_path, monkeypatch):
-    """A record needs a GPU: here its passes are computed."""
+def test_a_step_replayed_from_a_cuda_graph_is_logged_without_hook_metrics(train, tmp_path, monkeypatch):
+    """CUDA graphs need a GPU: here the passes are computed instead."""
     monkeypatch.setattr(SingleEngine, "replays_graphs", True)
     monkeypatch.setattr(replicated, "Graphs", lambda device: None)
     assert main([*train, "train.log_every=1"]) == 0
@@ -183,13 +183,13 @@ def test_compiled_blocks_are_one_graph_also_where_steps_are_logged(train, tmp_pa
     torch._dynamo.reset()
 
 
-def test_a_resumed_run_draws_no_weights(train, monkeypatch):
+def test_a_resumed_run_draws_no_initial_weights(train, monkeypatch):
     assert main(train) == 0
-    monkeypatch.setattr("xar_scale.beginning.initial_weights", None)  # not even called
+    monkeypatch.setattr("xar_scale.startup.initial_weights", None)  # not even called
     assert main([*train, "train.steps=3"]) == 0
 
 
-def test_pictures_come_after_the_checkpoint_of_their_step_and_not_before_an_end(capsys, train, tmp_path, monkeypatch):
+def test_previews_come_after_the_checkpoint_of_their_step_and_not_when_stopping(capsys, train, tmp_path, monkeypatch):
     assert main([*train, "sample.every=1", "--stop-after", "0s"]) == 76
     assert newest_valid(tmp_path / "trained").manifest.step == 1 and not (tmp_path / "trained" / "samples").exists()
 
@@ -221,13 +221,13 @@ def test_all_blocks_are_recomputed(train, monkeypatch):
         "evaluate RUN --out",
     ],
 )
-def test_an_empty_path_is_no_current_folder(capsys, run, words):
+def test_an_empty_path_is_not_the_current_folder(capsys, run, words):
     assert_ends(capsys, [*words.replace("RUN", run).split(), ""], 64, "the path is empty")
 
 
 @pytest.mark.parametrize("command", ["sample", "plan"])
-def test_what_cannot_be_written_is_known_before_the_work(capsys, run, tmp_path, monkeypatch, command):
-    """As on a disk that takes nothing: root is refused nothing else."""
+def test_an_unwritable_output_is_refused_before_the_work(capsys, run, tmp_path, monkeypatch, command):
+    """A full disk, because permissions do not stop root."""
 
     def full(dir):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(dir / "tmpx"))
@@ -266,7 +266,7 @@ def test_wrong_tokenizer_weights(capsys, run, tmp_path):
     of_kl16 = Run(tmp_path / "of_kl16", info=made)
     of_kl16.save()
     arguments = ["sample", tmp_path / "of_kl16", "--out", out]
-    assert_ends(capsys, arguments, 78, "kl16 needs its weights: sample.tokenizer_weights is the path of kl16.ckpt")
+    assert_ends(capsys, arguments, 78, "kl16 needs its weights: set sample.tokenizer_weights to the path of kl16.ckpt")
     assert_ends(capsys, [*arguments, "sample.tokenizer_weights=nowhere.ckpt"], 64, "no weights at nowhere.ckpt")
     digest = hashlib.sha256(b"other weights").hexdigest()
     assert_ends(capsys, [*arguments, given], 65, str(weights), digest[:12], "0123456789ab")
@@ -297,7 +297,7 @@ def test_a_run_folder_that_is_a_file(capsys, tmp_path):
 
 @pytest.fixture
 def launch(tmp_path):
-    """launchers/deepspeed.sh where ``deepspeed`` and ``nvidia-smi`` only say what they were asked."""
+    """launchers/deepspeed.sh where ``deepspeed`` and ``nvidia-smi`` only print their arguments."""
     for name, script in (("deepspeed", 'echo "deepspeed $* DS=${DS_ACCELERATOR:-}"'), ("nvidia-smi", "cat $GPU_LIST")):
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
@@ -327,7 +327,7 @@ def test_the_launcher_chooses_the_ranks(launch):
 
 
 @pytest.mark.parametrize("error", [ProcessError("workers died"), PermissionError(13, "Permission denied", "/a")])
-def test_a_rank_that_alone_meets_an_error_says_it(capsys, monkeypatch, error):
+def test_an_error_on_one_rank_is_printed_by_that_rank(capsys, monkeypatch, error):
     monkeypatch.setenv("RANK", "3")
     if isinstance(error, ProcessError):
         error.rank = 3  # as data/loader.py sets it
@@ -335,27 +335,29 @@ def test_a_rank_that_alone_meets_an_error_says_it(capsys, monkeypatch, error):
     def fail():
         raise error
 
-    assert ending("xar-scale", fail) in (71, 74)
+    assert exit_code_of("xar-scale", fail) in (71, 74)
     assert capsys.readouterr().err in ("xar-scale: workers died\n", "xar-scale: /a: Permission denied\n")
 
 
-def test_what_is_interrupted_says_so_in_a_line(capsys):
+def test_an_interrupted_command_prints_one_line(capsys):
     def run() -> None:
         raise KeyboardInterrupt
 
-    assert ending("sweep", run) == 130 and capsys.readouterr().err == "sweep: interrupted\n"
+    assert exit_code_of("sweep", run) == 130 and capsys.readouterr().err == "sweep: interrupted\n"
 
 
-def test_what_nobody_reads_on_ends_without_a_word():
-    program = "from xar_scale import cli, dist; dist.run(lambda: cli.ending('show', lambda: [*map(print, range(100_000))]))"
+def test_a_closed_output_pipe_ends_the_command_silently():
+    program = (
+        "from xar_scale import cli, dist; dist.run(lambda: cli.exit_code_of('show', lambda: [*map(print, range(100_000))]))"
+    )
     command = f'"{sys.executable}" -c "{program}" | head -n 1; exit "${{PIPESTATUS[0]}}"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
     assert (done.stdout, done.stderr, done.returncode) == ("0\n", "", 141)
 
 
 @pytest.mark.parametrize(("rank", "spoken", "waited"), [("0", "sweep: no such thing\n", []), ("1", "", [cli.PATIENCE_S])])
-def test_a_silent_rank_does_not_end_before_the_one_that_speaks(rank, spoken, waited, monkeypatch, capsys):
-    """A launcher would end that one at once, and nobody had said why."""
+def test_a_silent_rank_does_not_exit_before_the_reporting_one(rank, spoken, waited, monkeypatch, capsys):
+    """A launcher would end the reporting rank at once, and nothing would be printed."""
     naps = []
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(cli.time, "sleep", naps.append)
@@ -363,4 +365,4 @@ def test_a_silent_rank_does_not_end_before_the_one_that_speaks(rank, spoken, wai
     def run() -> None:
         raise UsageError("no such thing")
 
-    assert ending("sweep", run) == 64 and capsys.readouterr().err == spoken and naps == waited
+    assert exit_code_of("sweep", run) == 64 and capsys.readouterr().err == spoken and naps == waited

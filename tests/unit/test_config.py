@@ -1,4 +1,4 @@
-"""The configuration: where values come from, what is refused and how that is said, and that no field is dead."""
+"""The configuration: where values come from, what is refused with which message, and that every field is used."""
 
 import ast
 import copy
@@ -35,7 +35,7 @@ def test_unknown_recipe_and_model_are_refused_with_the_known_names():
         model_values("xar_z")
 
 
-def test_a_recipe_that_is_changed_leaves_the_table_as_it_was():
+def test_changing_a_recipe_leaves_the_table_unchanged():
     values = recipe("digits")
     values["seed"] = 1
     model_values("nano")["width"] = 1
@@ -59,7 +59,7 @@ def test_of_two_overrides_the_last_one_counts():
 
 
 @pytest.mark.parametrize("assignment", ["train.steps", "steps=3", "=3"])
-def test_an_override_that_is_no_assignment_is_refused(assignment):
+def test_an_override_that_is_not_an_assignment_is_refused(assignment):
     with pytest.raises(UsageError, match="is not of the form section.key=value"):
         override({}, [assignment])
 
@@ -82,7 +82,7 @@ def test_text_that_only_looks_like_a_number_stays_text(text):
     assert override({}, [f"data.path={text}"]) == {"data": {"path": text}}
 
 
-def test_a_yaml_file_is_laid_over_a_recipe_key_by_key(tmp_path):
+def test_a_yaml_file_overrides_a_recipe_key_by_key(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("optim: {lr: 3e-4}\ntrain:\n  steps: 123\n")
     config = Config.from_dict(merge(recipe("digits"), read_yaml(path)))
@@ -115,8 +115,8 @@ def test_config_files_that_cannot_be_read_are_refused_by_name(tmp_path):
         ("- 1\n- 2", " holds a list"),
         ("text", " holds a str"),
         ("train: 5", ": train is 5, not a section of keys"),
-        ("train: {steps: 1}\nmodel: {}\ntrain: {}", " is not YAML: train is there twice in line 3"),
-        ("train:\n  steps: 1\n  steps: 2", " is not YAML: steps is there twice in line 3"),
+        ("train: {steps: 1}\nmodel: {}\ntrain: {}", " is not YAML: train appears twice in line 3"),
+        ("train:\n  steps: 1\n  steps: 2", " is not YAML: steps appears twice in line 3"),
     ],
 )
 def test_a_config_file_that_is_not_sections_of_keys_is_refused_by_name(tmp_path, text, says):
@@ -127,23 +127,23 @@ def test_a_config_file_that_is_not_sections_of_keys_is_refused_by_name(tmp_path,
 
 
 def test_unknown_keys_are_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown key modle; known there: model, data, optim, train, sample"):
+    with pytest.raises(ConfigError, match="unknown key modle; known keys: model, data, optim, train, sample"):
         Config.from_dict(merge(recipe("digits"), {"modle": {"width": 64}}))
-    with pytest.raises(ConfigError, match="unknown key optim.learning_rate; known there: lr, final_lr"):
+    with pytest.raises(ConfigError, match="unknown key optim.learning_rate; known keys: lr, final_lr"):
         digits_config("optim.learning_rate=1")
 
 
 @pytest.mark.parametrize(
     "assignment",
     [
-        "optim.lr=true",  # a bool is no number
+        "optim.lr=true",  # a bool is not a number
         "train.steps=true",
-        "train.steps=100.0",  # a float is no int
+        "train.steps=100.0",  # a float is not an int
         "train.steps=1e3",
-        "optim.lr='0.1'",  # a text is no number
+        "optim.lr='0.1'",  # text is not a number
         "train.steps='100'",
-        "data.flip=1",  # a number is no bool
-        "data.path=3",  # nor a text
+        "data.flip=1",  # a number is not a bool
+        "data.path=3",  # nor text
         "model.grid=[4, 4, 4]",
         "model.width=",
         "train.engine=horovod",
@@ -182,7 +182,7 @@ def test_a_missing_key_or_section_is_named():
         (["train.global_batch=100", "data.lanes=8"], "train.global_batch 100 is not divisible by data.lanes 8"),
     ],
 )
-def test_combinations_that_cannot_be_are_refused_with_their_numbers(overrides, says):
+def test_impossible_combinations_are_refused_with_their_numbers(overrides, says):
     with pytest.raises(ConfigError, match=says):
         digits_config(*overrides)
 
@@ -226,7 +226,7 @@ def test_a_config_survives_its_yaml(tmp_path):
     assert Config.from_dict(config.to_dict()) == config
 
 
-def test_fp16_needs_the_guard_whose_loss_scale_it_has():
+def test_fp16_needs_the_guard_which_manages_its_loss_scale():
     digits_config("train.precision=fp16")
     with pytest.raises(ConfigError, match=r"train\.precision fp16 needs guard\.enabled"):
         digits_config("train.precision=fp16", "guard.enabled=false")
@@ -280,7 +280,7 @@ def test_an_interval_of_times_is_taken(interval):
 
 
 @pytest.mark.parametrize("interval", [[-0.1, 1], [0, 1.1], [0.5, 0.2], [0.5]])
-def test_an_interval_that_is_none_is_refused(interval):
+def test_an_invalid_interval_is_refused(interval):
     with pytest.raises(ConfigError, match="sample.guidance_interval"):
         digits_config(f"sample.guidance_interval={interval}")
 
@@ -312,7 +312,7 @@ def test_text_that_looks_like_a_number_survives_yaml(tmp_path):
     assert Config.from_dict(read_yaml(tmp_path / "config.yaml")) == config
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path):
+def test_a_file_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="is not UTF-8 text"):
         read_yaml(tmp_path / "config.yaml")
@@ -339,7 +339,7 @@ def test_the_imagenet_recipes_are_the_published_ones(name, steps, guidance):
 
 
 @pytest.mark.parametrize("value", ["2024-13-45", "1" * 5000])
-def test_a_value_that_yaml_cannot_make_is_refused(value):
+def test_a_value_that_yaml_cannot_construct_is_refused(value):
     with pytest.raises(ConfigError, match="cannot be read"):
         override({}, [f"optim.lr={value}"])
 

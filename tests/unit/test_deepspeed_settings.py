@@ -82,7 +82,7 @@ def test_selective_recomputation_turns_deepspeeds_linear_off(tmp_path):
         (None, "no DeepSpeed config at", UsageError),
         ("{", "is not JSON", ConfigError),
         ("[]", "holds a list", ConfigError),
-        ('{"zero_optimization": {"stage": 3, "stage": 1}}', "stage is there twice", ConfigError),
+        ('{"zero_optimization": {"stage": 3, "stage": 1}}', "stage appears twice", ConfigError),
     ],
 )
 def test_an_unreadable_deepspeed_config_is_named(tmp_path, content, complaint, error):

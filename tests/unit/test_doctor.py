@@ -1,4 +1,4 @@
-"""What the doctor shows of a machine, and of machines that are not here."""
+"""What the doctor reports about this machine, and about simulated ones."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ def rows():
     return {row.mode: row for row in doctor.modes(HERE)}
 
 
-def test_every_mode_is_timed_and_found_to_be_what_it_says(rows):
+def test_every_mode_is_timed_and_verified(rows):
     assert list(rows) == list(MODES)
     assert all(float(row.tflops) > 0 for row in rows.values())
     for mode in ("bf16", "fp16", "fp32"):
@@ -44,14 +44,14 @@ def test_deepspeed_takes_all_but_fp16(rows):
     assert "deepspeed refused: its ranks disagree on skipping a step" in rows["fp16"].finding
 
 
-def test_an_old_gpu_is_refused_what_it_lacks():
-    assert refusal("bf16", OLD) == "compute capability 7.5 has no bfloat16, 8.0 has: use fp16"
-    assert refusal("tf32", OLD) == "compute capability 7.5 has no TF32, 8.0 has: it would be plain float32"
+def test_modes_that_an_old_gpu_lacks_are_refused():
+    assert refusal("bf16", OLD) == "compute capability 7.5 lacks bfloat16, which needs 8.0: use fp16"
+    assert refusal("tf32", OLD) == "compute capability 7.5 lacks TF32, which needs 8.0: it would run as plain float32"
     assert refusal("fp16", OLD) == refusal("fp32", OLD) == ""
     assert not any(refusal(mode, machine) for mode in MODES for machine in (NEW, HERE))
 
 
-def test_what_is_refused_is_not_run(monkeypatch):
+def test_refused_modes_are_not_run(monkeypatch):
     ran = []
     monkeypatch.setattr(doctor, "_teraflops", lambda mode, device: ran.append(mode) or 1.0)
     monkeypatch.setattr(doctor, "_error", lambda mode, device: 3e-7 if mode == "fp32" else 3e-4)
@@ -73,12 +73,12 @@ def test_what_is_refused_is_not_run(monkeypatch):
         ("bf16", float("nan"), "is NOT bf16"),
     ],
 )
-def test_arithmetic_that_is_another_is_found_out(mode, error, said):
+def test_wrong_arithmetic_is_detected(mode, error, said):
     assert judge(mode, error, NEW).startswith(said)
 
 
-def test_arithmetic_that_is_another_is_found_out_by_running_it(monkeypatch):
-    """Products that engines would make in bfloat16 where the table says float32."""
+def test_wrong_arithmetic_is_detected_by_running_it(monkeypatch):
+    """Engines would compute in bfloat16 although the table says float32."""
     monkeypatch.setitem(doctor.MODES, "fp32", MODES["bf16"])
     finding = next(row.finding for row in doctor.modes(HERE) if row.mode == "fp32")
     assert finding.startswith("is NOT fp32: error 3e-03")
@@ -118,7 +118,7 @@ def test_facts_name_what_is_there_and_what_is_not(monkeypatch):
     assert dict(doctor.facts(HERE))["deepspeed"] == "not installed"
 
 
-def test_another_package_that_is_called_apex_is_told(monkeypatch, tmp_path):
+def test_another_package_named_apex_is_reported(monkeypatch, tmp_path):
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(tmp_path)
@@ -129,13 +129,13 @@ def test_columns_stand_under_their_titles():
     assert doctor.table(("a", "b"), [("long", "x"), ("s", "")]) == "a     b\nlong  x\ns"
 
 
-def test_the_command_prints_both_tables_and_ends_well(capsys):
+def test_the_command_prints_both_tables_and_exits_with_0(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     first = lines.index(next(line for line in lines if line.startswith("mode "))) + 1
     assert [line.split()[0] for line in lines[first : first + 4]] == list(MODES)
-    assert lines[first + 4] == "" and lines[first + 5].startswith("around it")
+    assert lines[first + 4] == "" and lines[first + 5].startswith("environment")
     assert lines[0].split() == ["what", "found"] and any(line.startswith("deepspeed") for line in lines)
     assert printed.err == ""
     assert main(["doctor", "train.steps=1"]) == 64

@@ -1,4 +1,4 @@
-"""Images into a set of latents: what is stored, by how many processes, and what dies on the way."""
+"""Encode images into a set of latents: what is stored, any number of processes, and processes that die."""
 
 import os
 import shutil
@@ -139,13 +139,13 @@ def test_kl16_stores_its_moments_and_what_a_dtype_cannot_hold_is_that_images_fau
     def overflowing(images):
         found = moments(images)
         seen.append(len(images))
-        if sum(seen[1:]) <= 2 and len(seen) > 1:  # the first batch behind the blank image
+        if sum(seen[1:]) <= 2 and len(seen) > 1:  # the first batch after the blank image
             found[1, 3] = 1e5
         return found
 
     monkeypatch.setattr(kl16, "moments", overflowing)
     told = Told()
-    info = encode(tmp_path / "lossy", few, kl16, max_bad=1, watcher=told, **changes)
+    info = encode(tmp_path / "lossy", few, kl16, max_bad=1, reporter=told, **changes)
     [name] = info.images["skipped"]
     assert info.samples == 2 and name.removesuffix(".jpg").replace("/", "-") not in {
         s.key for s in read_set(tmp_path / "lossy")
@@ -180,7 +180,7 @@ def test_a_size_that_does_not_fit_the_tokenizer_is_refused_before_anything_is_wr
 def test_a_set_is_not_made_in_its_source(source, tmp_path, where):
     copy, before = shutil.copytree(source, tmp_path / "copy"), files(source)
     (tmp_path / "link").symlink_to(copy)
-    with pytest.raises(UsageError, match=f"^{copy / where} is the source {copy}, or lies in it: write elsewhere$"):
+    with pytest.raises(UsageError, match=f"^{copy / where} is the source {copy}, or inside it: write elsewhere$"):
         encode(copy / where, copy)
     assert files(copy) == before and encode(tmp_path / "copy-set", copy).samples == CLASSES * PER_CLASS
 
@@ -199,7 +199,7 @@ def test_a_description_that_kl16_cannot_bear_is_refused(source, tmp_path):
 def test_the_number_of_processes_changes_no_byte(source, tmp_path, whole, monkeypatch, world, workers):
     out = tmp_path / "set"
     as_rank(monkeypatch, 0, 1)
-    with pytest.raises(StopError):  # who makes the plan
+    with pytest.raises(StopError):  # makes the plan
         encode(out, source, Stopping(0))
     for rank in reversed(range(world)):
         as_rank(monkeypatch, rank, world)
@@ -216,7 +216,7 @@ def test_rank_0_waits_for_the_others_and_they_for_its_plan(source, tmp_path, who
     monkeypatch.setattr(encode_module.dist, "rank", lambda: int(threading.current_thread().name))
     monkeypatch.setattr(encode_module, "POLL_S", 0.05)
     ranks = {
-        rank: threading.Thread(target=encode, args=(out, source), kwargs={"watcher": told[rank]}, name=str(rank))
+        rank: threading.Thread(target=encode, args=(out, source), kwargs={"reporter": told[rank]}, name=str(rank))
         for rank in (1, 0)
     }
     ranks[1].start()
@@ -235,7 +235,7 @@ def test_rank_0_says_what_it_waits_for(source, tmp_path, whole, monkeypatch):
     as_rank(monkeypatch, 0, 2)
     monkeypatch.setattr(encode_module.time, "sleep", stop)
     with pytest.raises(StopError):
-        encode(out, source, watcher=told)
+        encode(out, source, reporter=told)
     assert told.lines[-1] == "waiting for 2 shards of other ranks, the first latents-000001"
     assert not (out / DATASET_FILE).exists()
 
@@ -243,7 +243,7 @@ def test_rank_0_says_what_it_waits_for(source, tmp_path, whole, monkeypatch):
 @pytest.mark.parametrize(("rank", "world"), [(4, 4), (-1, 2)])
 def test_ranks_that_are_counted_from_1_are_refused(source, tmp_path, monkeypatch, rank, world):
     as_rank(monkeypatch, rank, world)
-    with pytest.raises(UsageError, match=f"RANK {rank} is not one of WORLD_SIZE {world}, which count from 0"):
+    with pytest.raises(UsageError, match=f"RANK {rank} is not from 0 to WORLD_SIZE - 1, WORLD_SIZE is {world}"):
         encode(tmp_path / "set", source)
 
 
@@ -255,7 +255,7 @@ def test_a_decoder_that_dies_ends_it_in_one_line(source, tmp_path, whole, monkey
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(decode, "load_image", die)
-    with pytest.raises(ProcessError, match=r"a data worker died: .*the same command goes on from here") as caught:
+    with pytest.raises(ProcessError, match=r"a data worker died: .*run the same command again to resume") as caught:
         encode(tmp_path / "set", source, workers=1)
     assert len(str(caught.value).splitlines()) == 1
     monkeypatch.undo()
@@ -276,7 +276,7 @@ def test_a_decoder_without_memory_is_no_bad_image(source, tmp_path, monkeypatch,
 def test_a_device_without_memory_and_other_failures_are_what_they_are(source, tmp_path):
     tokenizer = Stopping(2)
     tokenizer.error = torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(ConfigError, match="batch 2: the device has no memory for that many images a pass"):
+    with pytest.raises(ConfigError, match="batch 2: not enough device memory for that many images per forward pass"):
         encode(tmp_path / "set", source, tokenizer)
     tokenizer = Stopping(2)
     tokenizer.error = RuntimeError("a defect")
@@ -286,6 +286,8 @@ def test_a_device_without_memory_and_other_failures_are_what_they_are(source, tm
 
 def test_how_images_were_made_is_no_part_of_which_samples_a_set_has():
     info = small_info()
-    assert info.fingerprint == "0faa5968a5a9b0de57c018dfcf3b190a9790a421918582a731d7dcc6e76506eb"  # of before it was recorded
+    assert (
+        info.fingerprint == "0faa5968a5a9b0de57c018dfcf3b190a9790a421918582a731d7dcc6e76506eb"
+    )  # from before images were recorded
     assert replace(info, images={"size": 256}).fingerprint == info.fingerprint
     assert replace(info, classes=11).fingerprint != info.fingerprint

@@ -1,4 +1,4 @@
-"""Encoding that is stopped or meets bad images: what goes on, to the same bytes, and what does not."""
+"""Encoding that is stopped or meets bad images: it resumes to the same bytes, or is refused."""
 
 import errno
 import fcntl
@@ -41,7 +41,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(source, tmp_path, whole, 
     with pytest.raises(StopError):
         encode(out, source, Stopping(passes))
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert len(done) == passes // 6  # passes a shard: three batches and their mirror images
+    assert len(done) == passes // 6  # forward passes per shard: three batches and their mirror images
     encode(out, source)
     assert files(out) == whole
     assert {name: (out / name).stat().st_mtime_ns for name in done} == done
@@ -104,20 +104,20 @@ def test_a_recorded_shard_whose_files_are_not_as_written_is_made_again(source, t
         encode(out, source, Stopping(20))
     damaged(out / name)
     done = (out / "latents-000000.tar").stat().st_mtime_ns
-    encode(out, source, watcher=told)
-    assert len([line for line in told.lines if f"{out / name} {says}" in line and "made again" in line]) == 1
+    encode(out, source, reporter=told)
+    assert len([line for line in told.lines if f"{out / name} {says}" in line and "encoding the shard again" in line]) == 1
     assert files(out) == whole and (out / "latents-000000.tar").stat().st_mtime_ns == done
 
 
 def test_a_set_is_not_whole_before_the_files_of_all_ranks_are_as_written(source, tmp_path, whole, monkeypatch):
     out = tmp_path / "set"
     with pytest.raises(StopError):
-        encode(out, source, Stopping(0))  # who makes the plan
+        encode(out, source, Stopping(0))  # makes the plan
     as_rank(monkeypatch, 1, 2)
     encode(out, source)
     (out / "latents-000003.tar").unlink()
     as_rank(monkeypatch, 0, 2)
-    with pytest.raises(DataError, match=f"{out}/latents-000003.tar is missing .1 such shards.; the same command makes"):
+    with pytest.raises(DataError, match=f"{out}/latents-000003.tar is missing .1 such shards.; run the same command again"):
         encode(out, source)
     assert not (out / DATASET_FILE).exists()
     as_rank(monkeypatch, 1, 2)
@@ -145,7 +145,7 @@ def test_a_torn_record_is_named_and_without_it_the_shard_is_made_again(source, t
         encode(out, copy, Stopping(25), max_bad=bad)
     record = next((out / WORK).glob("latents-*.bad.json" if bad else "latents-*.json"))
     record.write_text(content)
-    with pytest.raises(DataError, match=f"{record} is torn; without the file, its shard is made again"):
+    with pytest.raises(DataError, match=f"{record} is torn; remove it to encode its shard again"):
         encode(out, copy, max_bad=bad)
     record.unlink()
     assert encode(out, copy, max_bad=bad).samples == 21 - bad
@@ -157,7 +157,7 @@ def test_a_torn_plan_is_named_and_without_the_folder_all_is_made_anew(source, tm
     with pytest.raises(StopError):
         encode(out, source, Stopping(7))
     (out / WORK / PLAN).write_text(content)
-    with pytest.raises(DataError, match=f"{out / WORK / PLAN} is torn; without {out / WORK}, all is made anew"):
+    with pytest.raises(DataError, match=f"{out / WORK / PLAN} is torn; remove {out / WORK} to start over"):
         encode(out, source)
     shutil.rmtree(out / WORK)
     encode(out, source)
@@ -168,13 +168,13 @@ def test_a_torn_note_of_a_rank_that_ended_is_named(source, tmp_path, monkeypatch
     out, note = tmp_path / "set", tmp_path / "set" / WORK / "ended-rank-1"
     as_rank(monkeypatch, 0, 2)
     monkeypatch.setattr(encode_module.time, "sleep", lambda seconds: note.write_text(""))
-    with pytest.raises(DataError, match=f"{note} is torn; rank 1 has ended"):
+    with pytest.raises(DataError, match=f"{note} is torn; rank 1 failed"):
         encode(out, source)
 
 
 def test_a_record_is_written_behind_what_it_speaks_of(source, tmp_path, whole, monkeypatch):
     out = tmp_path / "set"
-    monkeypatch.setattr(encode_module, "sync_folder", stop)  # between the two
+    monkeypatch.setattr(encode_module, "sync_folder", stop)  # between the shard and its record
     with pytest.raises(StopError):
         encode(out, source)
     work = {f"{WORK}/{name}" for name in (PLAN, "ended-rank-0", "rank-0.lock")}
@@ -187,22 +187,25 @@ def test_a_record_is_written_behind_what_it_speaks_of(source, tmp_path, whole, m
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"size": 16}, "size 8, this is size 16"),
-        ({"dtype": "float32"}, "dtype 'float16', this is dtype 'float32'"),
-        ({"flipped": False}, "flipped True, this is flipped False"),
-        ({"precision": "bf16"}, "precision 'fp32', this is precision 'bf16'"),
-        ({"batch": 4}, "batch 2, this is batch 4"),
-        ({"samples_per_shard": 6}, "samples_per_shard 5, this is samples_per_shard 6"),
-        ({"classes": 4}, "classes None, this is classes 4"),
-        ({"image": "png"}, "image 'jpg', this is image 'png'"),
-        ({"tokenizer": {"name": "pixel", "patch": 4}, "size": 16}, "tokenizer {'name': 'pixel', 'patch': 2, .* this is"),
+        ({"size": 16}, "size 8, this command has size 16"),
+        ({"dtype": "float32"}, "dtype 'float16', this command has dtype 'float32'"),
+        ({"flipped": False}, "flipped True, this command has flipped False"),
+        ({"precision": "bf16"}, "precision 'fp32', this command has precision 'bf16'"),
+        ({"batch": 4}, "batch 2, this command has batch 4"),
+        ({"samples_per_shard": 6}, "samples_per_shard 5, this command has samples_per_shard 6"),
+        ({"classes": 4}, "classes None, this command has classes 4"),
+        ({"image": "png"}, "image 'jpg', this command has image 'png'"),
+        (
+            {"tokenizer": {"name": "pixel", "patch": 4}, "size": 16},
+            "tokenizer {'name': 'pixel', 'patch': 2, .* this command has",
+        ),
     ],
 )
 def test_other_settings_are_refused_with_both_values(source, tmp_path, changes, says):
     out = tmp_path / "set"
     with pytest.raises(StopError):
         encode(out, source, Stopping(7))
-    with pytest.raises(UsageError, match=f"{out} was begun with {says}"):
+    with pytest.raises(UsageError, match=f"{out} was started with {says}"):
         encode(out, source, **changes)
     encode(out, source)
     before = files(out)
@@ -223,9 +226,9 @@ def test_a_second_process_of_a_rank_is_refused_and_harms_nothing(source, tmp_pat
 
     as_rank(monkeypatch, 0, 2)
     with pytest.raises(StopError):
-        encode(out, source, Stopping(0))  # who makes the plan
+        encode(out, source, Stopping(0))  # makes the plan
     as_rank(monkeypatch, rank, rank + 1)
-    encode(out, source, watcher=Meanwhile())
+    encode(out, source, reporter=Meanwhile())
     assert set(refused) == {f"another process is writing {out} as rank {rank}"}
     as_rank(monkeypatch, 0, 1)
     encode(out, source)
@@ -239,8 +242,8 @@ def test_where_nothing_can_be_locked_it_goes_on(source, tmp_path, whole, monkeyp
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    encode(out, source, watcher=told)
-    assert f"{out} cannot be locked, so that another process as rank 0 would go unnoticed: No locks available" in told.lines
+    encode(out, source, reporter=told)
+    assert f"{out} cannot be locked, so a second process with rank 0 would go unnoticed: No locks available" in told.lines
     assert files(out) == whole
 
 
@@ -274,7 +277,7 @@ BAD = ("n0/i06.jpg", "n1/i13.jpg", "n2/i02.jpg")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_images_within_the_allowance_are_named_and_left_out(source, tmp_path, workers):
     copy, told = damage(source, tmp_path / "copy", *BAD), Told()
-    info = encode(tmp_path / "set", copy, max_bad=3, workers=workers, watcher=told)
+    info = encode(tmp_path / "set", copy, max_bad=3, workers=workers, reporter=told)
     assert info.samples == 18 and sorted(info.images["skipped"]) == sorted(BAD)
     for name in BAD:
         assert any(line.startswith(f"skipped {copy / name}: ") for line in told.lines)
@@ -301,7 +304,7 @@ def test_one_too_many_ends_it_and_a_larger_allowance_goes_on(source, tmp_path):
 
 def test_a_smaller_allowance_than_what_was_skipped_is_refused_at_the_start(source, tmp_path, monkeypatch):
     copy, out = damage(source, tmp_path / "copy", *BAD), tmp_path / "set"
-    monkeypatch.setattr(encode_module, "end_set", stop)
+    monkeypatch.setattr(encode_module, "write_dataset_file", stop)
     with pytest.raises(StopError):
         encode(out, copy, max_bad=3)
     with pytest.raises(DataError, match="3 bad images, --max-bad allows 2: "):
@@ -327,7 +330,7 @@ def test_bad_images_are_counted_over_all_processes(source, tmp_path, monkeypatch
         bad_in.setdefault(number // 5, []).extend([row[0]] if row[0] in BAD else [])
     holders = [shard for shard, names in bad_in.items() if names]
     assert len(holders) > 1
-    as_rank(monkeypatch, holders[0], 5)  # a shard a rank
+    as_rank(monkeypatch, holders[0], 5)  # one shard per rank
     if holders[0] == 0:
         monkeypatch.setattr(encode_module.time, "sleep", stop)
         with pytest.raises(StopError):
@@ -348,7 +351,7 @@ def test_bad_images_are_counted_over_all_processes(source, tmp_path, monkeypatch
         (DataError("is torn"), 65, "is torn"),
         (OSError(28, "No space left on device", "a.tar"), 74, "a.tar: No space left on device"),
         (RuntimeError(), 1, "RuntimeError"),
-        (UsageError("is odd"), None, ""),  # of a command line, which need not be the others'
+        (UsageError("is odd"), None, ""),  # about a command line, and those of the others may differ
     ],
 )
 def test_who_waits_for_a_rank_that_ends_with_an_error_ends_too(source, tmp_path, whole, monkeypatch, error, code, says):
@@ -356,7 +359,7 @@ def test_who_waits_for_a_rank_that_ends_with_an_error_ends_too(source, tmp_path,
     as_rank(monkeypatch, 0, 2)
     sleeps = []
 
-    def meanwhile(seconds):  # once the other rank fails, and from then on nothing
+    def meanwhile(seconds):  # at first the other rank fails, then nothing more happens
         sleeps.append(seconds)
         if len(sleeps) > 3:
             raise StopError
@@ -372,9 +375,9 @@ def test_who_waits_for_a_rank_that_ends_with_an_error_ends_too(source, tmp_path,
     with pytest.raises(XarScaleError if code else StopError) as caught:
         encode(out, source)
     if code:
-        assert str(caught.value) == f"rank 1 ended: {says}" and caught.value.exit_code == code
+        assert str(caught.value) == f"rank 1 failed: {says}" and caught.value.exit_code == code
     sleeps[:] = [0]
-    with pytest.raises(StopError):  # started again, it waits for the other to be started again too
+    with pytest.raises(StopError):  # restarted, it waits for the other to be restarted too
         encode(out, source)
     monkeypatch.setattr(encode_module.time, "sleep", lambda seconds: None)
     as_rank(monkeypatch, 0, 1)
@@ -395,12 +398,12 @@ def test_a_rank_that_ends_a_second_time_is_noticed_again(source, tmp_path, monke
 
     as_rank(monkeypatch, 0, 2)
     with pytest.raises(StopError):
-        encode(out, source, Stopping(0))  # who makes the plan
+        encode(out, source, Stopping(0))  # makes the plan
     fail("was torn")
     os.utime(note, (0, 0))
-    waits = iter([lambda: None, lambda: fail("is torn again"), stop])  # at first the note is of the start before
+    waits = iter([lambda: None, lambda: fail("is torn again"), stop])  # at first the note is from the earlier start
     monkeypatch.setattr(encode_module.time, "sleep", lambda seconds: next(waits)())
-    with pytest.raises(XarScaleError, match="^rank 1 ended: is torn again$"):
+    with pytest.raises(XarScaleError, match="^rank 1 failed: is torn again$"):
         encode(out, source)
 
 
@@ -416,14 +419,14 @@ def test_who_waits_for_the_plan_hears_that_the_listing_failed(source, tmp_path, 
 
     as_rank(monkeypatch, 1, 2)
     monkeypatch.setattr(encode_module.time, "sleep", meanwhile)
-    with pytest.raises(XarScaleError, match="rank 0 ended: .*empty holds neither tars nor a folder a class") as caught:
+    with pytest.raises(XarScaleError, match="rank 0 failed: .*empty contains neither tars nor class folders") as caught:
         encode(out, tmp_path / "empty")
     assert caught.value.exit_code == 65
 
 
 def test_what_another_process_has_recorded_counts_before_a_shard_is_done(source, tmp_path, monkeypatch):
     copy, out = damage(source, tmp_path / "copy", BAD[0]), tmp_path / "set"
-    monkeypatch.setattr(encode_module, "LOOK_S", 1000)
+    monkeypatch.setattr(encode_module, "SCAN_S", 1000)
 
     class Meanwhile(Told):
         def progress(self, *numbers):
@@ -431,14 +434,14 @@ def test_what_another_process_has_recorded_counts_before_a_shard_is_done(source,
             (out / WORK / "latents-000001.bad.json").write_text(json.dumps(fake))
 
     with pytest.raises(DataError, match=f"2 bad images, --max-bad allows 1: {copy / BAD[0]}"):
-        encode(out, copy, max_bad=1, samples_per_shard=21, watcher=Meanwhile())
+        encode(out, copy, max_bad=1, samples_per_shard=21, reporter=Meanwhile())
     assert not (out / "latents-000000.tar").exists()
 
 
 def test_two_processes_that_record_in_the_same_moment_see_each_other(source, tmp_path, monkeypatch):
     copy, out = damage(source, tmp_path / "copy", BAD[0]), tmp_path / "set"
 
-    def meanwhile(folder):  # this process has found its bad image, and has not written its record
+    def meanwhile(folder):  # this process has found its bad image, but has not written its record
         (out / WORK / "latents-000001.bad.json").write_text(json.dumps({"shard": None, "bad": [["n0/x.jpg", "is torn"]]}))
 
     monkeypatch.setattr(encode_module, "sync_folder", meanwhile)
@@ -450,7 +453,7 @@ def test_rank_0_sees_while_it_waits_that_the_others_found_too_many(source, tmp_p
     out = tmp_path / "set"
     as_rank(monkeypatch, 0, 2)
 
-    def meanwhile(seconds):  # another rank, which was allowed more
+    def meanwhile(seconds):  # another rank, with a larger budget
         (out / WORK / "latents-000001.bad.json").write_text(json.dumps({"shard": None, "bad": [["n0/x.jpg", "is torn"]]}))
 
     monkeypatch.setattr(encode_module.time, "sleep", meanwhile)
@@ -483,8 +486,8 @@ def test_looks_at_what_others_have_done_take_little_of_the_time(source, tmp_path
     monkeypatch.setattr(os, "listdir", slow)
     monkeypatch.setattr(encode_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     with pytest.raises(StopError):
-        encode(out, source, watcher=Working())
-    assert looks == [0, 51, 114, 183]  # at the start, and while it waits; none between, at a shard's end either
+        encode(out, source, reporter=Working())
+    assert looks == [0, 51, 114, 183]  # at the start, and while it waits; none in between, not even at the end of a shard
     assert pauses == [60] * 3
 
 
@@ -500,7 +503,7 @@ def test_a_shard_without_a_good_image_is_left_out_and_all_bad_is_no_set(source, 
         assert sorted(info.images["skipped"]) == names[1:]
         assert read_set(out)[0].key == names[0].removesuffix(".jpg").replace("/", "-")
     (copy / names[0]).write_bytes(b"")
-    with pytest.raises(DataError, match=f"all 21 images are bad, the first {copy}/n./i..[.]jpg: is none of JPEG"):
+    with pytest.raises(DataError, match=f"all 21 images are bad, the first {copy}/n./i..[.]jpg: is not one of JPEG"):
         encode(tmp_path / "none", copy, max_bad=21)
     assert not (tmp_path / "none" / DATASET_FILE).exists()
 
@@ -511,7 +514,7 @@ def test_a_bad_image_in_a_tar_is_named_by_tar_and_sample(tmp_path):
     content = path.read_bytes()
     at = content.index(b"\x89PNG", content.index(b"s01.jpg"))
     path.write_bytes(content[:at] + b"\0\0\0\0" + content[at + 4 :])
-    with pytest.raises(DataError, match=f"1 bad images, --max-bad allows 0: {path}, sample s01: is none of"):
+    with pytest.raises(DataError, match=f"1 bad images, --max-bad allows 0: {path}, sample s01: is not one of"):
         encode(tmp_path / "set", tmp_path / "tars", classes=2)
     info = encode(tmp_path / "set", tmp_path / "tars", classes=2, max_bad=1)
     assert info.images["skipped"] == ["part-00.tar, sample s01"]

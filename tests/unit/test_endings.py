@@ -1,4 +1,4 @@
-"""How programs end: with their code, and without taking the interpreter down around PyTorch's threads, which may abort."""
+"""How programs exit: with their code, and without a normal interpreter shutdown, which PyTorch's threads may abort."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def ended(program: str, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_program_s_code_is_the_process_s():
-    assert ended("sys.exit(0)").returncode == -6  # what is to be seen here can be seen
+    assert ended("sys.exit(0)").returncode == -6  # a normal shutdown does abort here
     done = ended("import atexit; from xar_scale.dist import run; atexit.register(print, 'at last'); run(lambda: 75)")
     assert done.returncode == 75 and done.stdout == "at last\n"
     done = ended("from xar_scale.dist import run; run(lambda: 1 // 0)")

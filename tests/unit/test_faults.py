@@ -1,4 +1,4 @@
-"""Samples that cannot be read: each fault is detected, named, counted and made up for, the same on any number of ranks."""
+"""Bad samples: each is detected, named, counted and replaced, the same way on any number of ranks."""
 
 import json
 import os
@@ -18,13 +18,13 @@ from tests.unit.conftest import write_set
 from tests.unit.test_loader import CPU, assert_equal, open_set
 from xar_scale.data import shards as shards_module
 from xar_scale.data.faults import BadSamples, Fault
-from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches
+from xar_scale.data.loader import Batch, LatentDataset, RankBatchSampler, batches
 from xar_scale.data.shards import DATASET_FILE
 from xar_scale.errors import ConfigError, DataError, FileError
 
 COUNT, PER_SHARD = 12, 4
 BAD = "latents-000001"  # the shard that is damaged, the middle one of three
-SAMPLE = 1  # the sample of it, where the damage is one sample's
+SAMPLE = 1  # the damaged sample in it, if the damage is to one sample
 TAR = f"{BAD}.tar"
 
 
@@ -40,11 +40,11 @@ def overwrite(folder: Path, at: int, content: bytes) -> None:
 
 
 def rewrite(folder: Path, change) -> None:
-    """The shard written anew with other samples, its index and checksums right: only its content is at fault."""
+    """Rewrite the shard with other samples and a correct index and checksums: only the content is wrong."""
     reader = open_set(folder).shards
     samples = [reader.read(1, position) for position in range(PER_SHARD)]
     info = reader.info
-    shard = shards_module.Shard(info)
+    shard = shards_module.ShardBuilder(info)
     for sample in change(samples):
         shard.add(*sample)
     describe(folder, shard.write(folder, BAD))
@@ -71,7 +71,7 @@ def infinite(samples):
 
 
 def other_shape(folder: Path) -> None:
-    """An index and checksums that fit a sample of another shape."""
+    """Write an index and checksums that match a sample of another shape."""
     content = bytearray((folder / TAR).read_bytes())
     array = members(folder)[2 * SAMPLE + 1]
     begin, end = array.offset_data, array.offset_data + array.size
@@ -87,10 +87,10 @@ def other_shape(folder: Path) -> None:
 
 
 def older_index(folder: Path) -> None:
-    """The shard was written again, with its samples in another order and all sizes the same; its index was not."""
+    """Rewrite the shard with its samples in another order and the same sizes, but not its index."""
     old = (folder / f"{BAD}.index.json").read_bytes()
     reader = open_set(folder).shards
-    shard = shards_module.Shard(reader.info)
+    shard = shards_module.ShardBuilder(reader.info)
     for position in reversed(range(PER_SHARD)):
         shard.add(*reader.read(1, position))
     shard.write(folder, BAD)
@@ -104,7 +104,7 @@ def at(number: int, offset: str = "offset") -> Callable[[Path], int]:
 ARRAY = 2 * SAMPLE + 1  # its number among the tar's members
 ALL = set(range(PER_SHARD))
 DAMAGES = {
-    # name: (what is done, the positions that are bad then, what is said)
+    # name: (the damage, the positions that are bad afterwards, the message)
     "truncated header": (lambda f: os.truncate(f / TAR, at(ARRAY)(f) + 100), ALL, f"{TAR} is truncated"),
     "garbled header": (lambda f: overwrite(f, at(ARRAY)(f), b"\xff" * 300), {SAMPLE}, "sample s0005 .*checksum"),
     "zeroed block": (lambda f: overwrite(f, at(ARRAY, "offset_data")(f), bytes(512)), {SAMPLE}, "sample s0005 .*checksum"),
@@ -129,13 +129,13 @@ def folder(tmp_path):
 
 
 def read(folder: Path, allowed: int, *, workers=0, world=1, epochs=2) -> list[Batch]:
-    """Whole batches of six, put together from all ranks' parts."""
+    """Global batches of six, concatenated from all ranks' parts."""
     more = (f"data.max_bad_samples={allowed}", f"data.workers={workers}", "train.global_batch=6", "data.lanes=2")
     streams = []
     for rank in range(world):
-        numbers = RankNumbers(start=0, steps=2 * epochs, global_batch=6, micro_batch=6 // world, rank=rank, world=world)
+        numbers = RankBatchSampler(start=0, steps=2 * epochs, global_batch=6, micro_batch=6 // world, rank=rank, world=world)
         streams.append(batches(open_set(folder, *more), numbers, CPU))
-    return [Batch.together(parts) for parts in zip(*streams, strict=True)]
+    return [Batch.concatenate(parts) for parts in zip(*streams, strict=True)]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -151,7 +151,7 @@ def test_damage_is_found_named_counted_and_made_up_for(folder, damage):
         met.add(is_.faults)
         for row, key in enumerate(was.keys):
             if key in bad_keys:
-                assert is_.keys[row] not in bad_keys  # another, whole and of its own label
+                assert is_.keys[row] not in bad_keys  # another sample, intact and with its own label
             else:
                 assert is_.keys[row] == key and torch.equal(is_.latents[row], was.latents[row])
             assert torch.equal(is_.noise[row], was.noise[row]) and torch.equal(is_.t[row], was.t[row])
@@ -197,7 +197,7 @@ def open_epoch(folder: Path, *more: str) -> LatentDataset:
 
 
 def test_a_substitute_is_good_itself_and_may_lie_before_in_the_shard(folder):
-    """The only good sample of the set stands for its neighbours after it, and for those of other shards."""
+    """The only good sample of the set replaces the ones after it, and those of other shards."""
 
     def all_but_the_first(samples):
         return [samples[0], *(s._replace(latent=np.full_like(s.latent, np.nan)) for s in samples[1:])]
@@ -243,7 +243,7 @@ def test_a_substitute_that_is_bad_one_way_round_is_one_the_other_way(tmp_path):
 
 
 def test_without_a_budget_no_other_is_looked_for(folder):
-    """A lost disk must not have every sample of the set tried. The step is not taken: see what BadSamples does with it."""
+    """A lost disk must not cause every sample of the set to be tried. The step is not taken: BadSamples sees to that."""
     for tar in folder.glob("*.tar"):
         tar.unlink()
     dataset = open_set(folder)
@@ -256,14 +256,14 @@ def test_without_a_budget_no_other_is_looked_for(folder):
 
 
 def test_many_bad_samples_are_tried_once_each(folder, monkeypatch):
-    """Else a batch takes the longer, the more is lost, by the square of it."""
+    """Otherwise the time of a batch grows with the square of the number of bad samples."""
     rewrite(folder, lambda samples: [s._replace(latent=np.full_like(s.latent, np.nan)) for s in samples])
     dataset = open_epoch(folder)
     tried, read = [], dataset.shards.read_array
     monkeypatch.setattr(dataset.shards, "read_array", lambda *at, flipped: tried.append(at) or read(*at, flipped=flipped))
     for _ in range(5):
         dataset.__getitems__(range(COUNT))
-    # each sample in its turn, and what stands for four bad ones; but on the way there each bad one once, ever
+    # each sample once, and the substitutes of four bad ones; each bad one is tried as a substitute only once
     assert len(tried) <= 5 * (COUNT + 4) + 4
 
 
@@ -285,7 +285,7 @@ def test_a_store_that_fails_is_no_bad_sample_and_is_asked_once(folder, monkeypat
     monkeypatch.setattr(dataset.shards, "read_array", fail)
     dataset.quarantine([(0, 0)])
     count = LatentDataset.CHUNK + 10
-    for numbers in (range(count), range(count, 2 * count)):  # passes of a step, which are all awaited
+    for numbers in (range(count), range(count, 2 * count)):  # micro-batches of a step, which waits for all of them
         batch = dataset.__getitems__(numbers)
         assert len(asked) == 1  # each attempt may take minutes
         assert batch.latents.abs().sum() == 0 and len(batch.keys) == count
@@ -322,7 +322,7 @@ def fault(position: int, shard: str = "a", **more) -> Fault:
 def test_a_bad_sample_counts_once():
     bad = BadSamples(2, known=[("a", 7)])
     assert [f.position for f in bad.add([fault(1), fault(1), fault(7)])] == [1]
-    assert bad.add([fault(1), fault(7)]) == bad.news([fault(1), fault(7)]) == []
+    assert bad.add([fault(1), fault(7)]) == bad.new_faults([fault(1), fault(7)]) == []
     assert bad.known == {("a", 1), ("a", 7)}
     with pytest.raises(DataError, match=r"sample 3 \(bad samples: 3, data.max_bad_samples is 2\)"):
         bad.add([fault(1), fault(3)])
@@ -337,7 +337,7 @@ def test_ranks_that_are_told_in_another_order_say_the_same():
 def test_what_is_fatal_ends_the_run_known_or_not():
     bad = BadSamples(9, known=[("a", 1)])
     lost = Fault("a", 1, FileError("gone"), fatal=True)
-    assert bad.news([lost]) == [lost]
+    assert bad.new_faults([lost]) == [lost]
     with pytest.raises(FileError, match="gone"):
         bad.add([lost])
 
@@ -345,12 +345,12 @@ def test_what_is_fatal_ends_the_run_known_or_not():
 def test_what_is_fatal_is_not_hidden_by_another_fault_of_the_sample():
     lost = Fault("a", 1, FileError("gone"), fatal=True)
     for faults in ([fault(1), lost], [lost, fault(1)]):
-        assert BadSamples(9).news(faults) == [lost]
+        assert BadSamples(9).new_faults(faults) == [lost]
 
 
 def test_a_budget_below_what_the_run_has_met_is_refused():
     BadSamples(1, known=[("a", 1)])
-    with pytest.raises(ConfigError, match="data.max_bad_samples is 0, but the run has met 1 already"):
+    with pytest.raises(ConfigError, match="data.max_bad_samples is 0, but the run has already met 1"):
         BadSamples(0, known=[("a", 1)])
 
 

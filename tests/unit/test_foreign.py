@@ -1,4 +1,4 @@
-"""Sets that others wrote: stock webdataset's tars, and MAR's cache."""
+"""Sets made by other tools: stock webdataset's tars, and MAR's cache."""
 
 import json
 
@@ -26,7 +26,7 @@ THEIRS = Members(latent="z.npy", flipped="zf.npy", label="y")
 
 
 def stock_set(folder, samples, **arrays):
-    """As webdataset's own ShardWriter writes them, four a shard, with a member that is no business of ours."""
+    """As webdataset's own ShardWriter writes them, four per shard, with a member that is to be ignored."""
     with wds.ShardWriter(f"{folder}/theirs-%02d.tar", maxcount=4, verbose=0) as writer:
         for sample in samples:
             own = {"z.npy": sample.latent, "zf.npy": sample.flipped, "y": str(sample.label), "info.json": {"from": sample.key}}
@@ -61,7 +61,7 @@ def test_damage_to_a_set_of_others_is_named_by_their_names(tmp_path, samples):
     content[at] ^= 1
     (tmp_path / "theirs-00.tar").write_bytes(content)
     [line] = [fault for _, faults in verify_set(LatentShards(tmp_path), 1) for fault in faults]
-    assert line.endswith("theirs-00.tar, sample s0002 (number 2): is not what the index says")
+    assert line.endswith("theirs-00.tar, sample s0002 (number 2): differs from the index")
 
 
 def test_a_set_is_not_indexed_twice_and_an_empty_folder_not_at_all(tmp_path, samples):
@@ -108,7 +108,7 @@ def test_tars_that_kl16_cannot_have_made_are_refused_and_get_no_index(tmp_path, 
         ({"s0006": {"zf.npy": np.full((4, 4, 4), np.nan, np.float16)}}, "01.tar, sample s0006: an array is not finite"),
         ({"s0000": {"z.npy": np.zeros((4, 0, 4), np.float16)}}, "sample s0000: z.npy is float16"),
         ({"s0007": {"y": "10"}}, "theirs-01.tar, sample s0007: label 10 is outside 0..9"),
-        ({"s0007": {"y": "x"}}, "theirs-01.tar, sample s0007: its label b'x' is no number"),
+        ({"s0007": {"y": "x"}}, "theirs-01.tar, sample s0007: its label b'x' is not a number"),
     ],
 )
 def test_a_sample_of_another_kind_is_named_and_no_set_is_left(tmp_path, samples, arrays, says):
@@ -121,7 +121,7 @@ def test_a_sample_of_another_kind_is_named_and_no_set_is_left(tmp_path, samples,
 def test_an_array_that_is_no_npy_is_refused(tmp_path, samples):
     with wds.ShardWriter(f"{tmp_path}/theirs-%02d.tar", verbose=0) as writer:
         writer.write({"__key__": "a", "z.npy": b"no array", "y": "1"})
-    with pytest.raises(DataError, match=r"theirs-00.tar, sample a: z.npy is no .npy array"):
+    with pytest.raises(DataError, match=r"theirs-00.tar, sample a: z.npy is not a .npy array"):
         index_set(tmp_path, Members(latent="z.npy", label="y"), **{**SETTINGS, "flipped": False})
 
 
@@ -148,7 +148,7 @@ def test_samples_of_mars_cache_keep_their_class_and_are_mixed(tmp_path, samples)
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", "bad.npz is no sample"), (b"PK\3\4torn", "bad.npz is no sample"), (None, "no folders of .npz")],
+    [(b"", "bad.npz is not a sample"), (b"PK\3\4torn", "bad.npz is not a sample"), (None, "no folders of .npz")],
 )
 def test_what_is_no_cache_is_refused_by_name(tmp_path, content, says):
     (tmp_path / "n0000").mkdir()
@@ -161,17 +161,17 @@ def test_what_is_no_cache_is_refused_by_name(tmp_path, content, says):
 def test_a_cache_that_would_be_read_wrongly_is_refused(tmp_path, samples):
     mar_cache(tmp_path, samples)
     (tmp_path / ".hidden").mkdir()
-    with pytest.raises(DataError, match=r"\.hidden is no class, for it holds no .npz: the labels after it would shift"):
+    with pytest.raises(DataError, match=r"\.hidden contains no .npz, so it is not a class: the labels after it would shift"):
         list(mar_samples(tmp_path, "float16"))
     (tmp_path / ".hidden").rmdir()
     folder = tmp_path / f"n{samples[0].label:04d}"
     (folder / "deeper").mkdir()
-    with pytest.raises(DataError, match="deeper lies deeper than"):
+    with pytest.raises(DataError, match="deeper is nested deeper than"):
         list(mar_samples(tmp_path, "float16"))
     (folder / "deeper").rmdir()
     for moments in (np.full((4, 4, 4), 1e6, np.float32), np.zeros((1, 4, 4, 4), np.float32)):
         np.savez(folder / "bad.npz", moments=moments, moments_flip=moments)
-        with pytest.raises(DataError, match=r"bad.npz: its moments are .* not finite in float16, or not 3-D"):
+        with pytest.raises(DataError, match=r"bad.npz: its moments .* are not 3-D, or not finite in float16"):
             list(mar_samples(tmp_path, "float16"))
     for name in ("a.1.npz", "a.2.npz"):
         np.savez(folder / name, moments=samples[0].latent, moments_flip=samples[0].latent)
@@ -183,7 +183,7 @@ def test_a_pickle_in_a_cache_is_never_loaded(tmp_path):
     (tmp_path / "n0000").mkdir()
     objects = np.array([{"a": 1}], dtype=object)
     np.savez(tmp_path / "n0000" / "bad.npz", moments=objects, moments_flip=objects)
-    with pytest.raises(DataError, match=r"n0000/bad.npz is no sample .*allow_pickle"):
+    with pytest.raises(DataError, match=r"n0000/bad.npz is not a sample .*allow_pickle"):
         list(mar_samples(tmp_path, "float16"))
 
 

@@ -1,4 +1,4 @@
-"""Which images a source holds, under which labels and keys; ADM's crop; what is told of a bad image."""
+"""The images of a source, with labels and keys; ADM's crop; messages about bad images."""
 
 import os
 import warnings
@@ -15,7 +15,7 @@ from xar_scale.errors import DataError, UsageError
 
 
 def tree(root, *names: str):
-    """A PNG at each of the paths, each of its own colours."""
+    """Write a PNG at each of the paths, each with its own colours."""
     for seed, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         smooth(8, 8, seed).save(root / name, "PNG")
@@ -120,8 +120,8 @@ def test_a_bad_image_is_told_in_one_line(tmp_path, monkeypatch):
     content = (tmp_path / "good.jpg").read_bytes()
     for name, bytes_, says in (
         ("cut.jpg", content[: len(content) // 2], "image file is truncated"),
-        ("empty.jpg", b"", "is none of JPEG, PNG, WEBP, BMP, GIF"),
-        ("text.jpg", b"no image", "is none of JPEG, PNG, WEBP, BMP, GIF"),
+        ("empty.jpg", b"", "is not one of JPEG, PNG, WEBP, BMP, GIF"),
+        ("text.jpg", b"no image", "is not one of JPEG, PNG, WEBP, BMP, GIF"),
         ("torn.png", png()[:40] + b"\0" * 40, "."),
     ):
         (tmp_path / name).write_bytes(bytes_)
@@ -130,11 +130,11 @@ def test_a_bad_image_is_told_in_one_line(tmp_path, monkeypatch):
         assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(BadImageError, match="No such file"):
         load_image(tmp_path, SourceImage("absent.jpg", 0, "key"), 16, 3)
-    smooth(64, 64).save(tmp_path / "a.jpg", "TIFF")  # known to PIL, and not one of ours
-    with pytest.raises(BadImageError, match="is none of"):
+    smooth(64, 64).save(tmp_path / "a.jpg", "TIFF")  # known to PIL, but not in FORMATS
+    with pytest.raises(BadImageError, match="is not one of"):
         load_image(tmp_path, SourceImage("a.jpg", 0, "key"), 16, 3)
     sliver = save(tmp_path / "sliver.png", smooth(3000, 1))
-    with pytest.raises(BadImageError, match="3000x1 pixels would be 768000x256 with a shorter side of 256"):
+    with pytest.raises(BadImageError, match="3000x1 pixels would become 768000x256 at a shorter side of 256"):
         load_image(tmp_path, sliver, 256, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(BadImageError, match="decompression bomb"):
@@ -185,10 +185,10 @@ def test_linked_folders_are_followed(tmp_path):
 @pytest.mark.parametrize(
     ("names", "says"),
     [
-        (["a/x.png", ".hidden/x.txt"], r"\.hidden is no class, for it holds no image .*: the labels after it would shift"),
-        (["a/x.png", "b/x.tiff"], "/b is no class"),
-        (["a/x.png", "stray.JPG"], "stray.JPG lies in no class's folder"),
-        (["notes.txt"], "holds neither tars nor a folder a class"),
+        (["a/x.png", ".hidden/x.txt"], r"\.hidden contains no image .*, so it is not a class: the labels after it would shift"),
+        (["a/x.png", "b/x.tiff"], "/b contains no image"),
+        (["a/x.png", "stray.JPG"], "stray.JPG is not in a class folder"),
+        (["notes.txt"], "contains neither tars nor class folders"),
         (["a/x.png", "a/x.jpg"], r"a/x.jpg and .*/a/x.png would both have the key a-x"),
         (["a/x/y.png", "a/x-y.png"], "a/x-y.png and .*/a/x/y.png would both have the key a-x-y"),
         (["a/b.c.png", "a/b_c.png"], "would both have the key a-b_c"),
@@ -197,7 +197,7 @@ def test_linked_folders_are_followed(tmp_path):
 )
 def test_what_would_shift_labels_or_merge_samples_is_refused_by_name(tmp_path, names, says):
     tree(tmp_path, *names)
-    with pytest.raises(DataError if says else UsageError, match=says or r"holds both tars \(b.tar\) and folders \(a\)"):
+    with pytest.raises(DataError if says else UsageError, match=says or r"contains both tars \(b.tar\) and folders \(a\)"):
         list_images(tmp_path, "jpg", None)
 
 
@@ -255,7 +255,7 @@ def test_the_same_key_in_two_tars_is_two_samples(tmp_path):
 
 def test_tars_that_are_not_images_with_labels_are_refused(tmp_path):
     tars(tmp_path, [4, 0, 4, 2, 1])
-    with pytest.raises(UsageError, match="holds tars, which do not say how many classes there are: --classes does"):
+    with pytest.raises(UsageError, match="contains tars, which do not give the number of classes: set --classes"):
         list_images(tmp_path, "jpg", None)
     with pytest.raises(DataError, match="part-00.tar, sample s00: label 4 is outside 0..3"):
         list_images(tmp_path, "jpg", 4)

@@ -1,4 +1,4 @@
-"""Weights that a new run begins with: what is taken from another, what positions become on another grid, and what is said."""
+"""Initial weights from another run: what is taken, how positions are converted to another grid, and what is reported."""
 
 import dataclasses
 from pathlib import Path
@@ -42,7 +42,7 @@ def initialised(path: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """A checkpoint, whose averages are not its weights."""
+    """A checkpoint whose EMA weights differ from its weights."""
     run = Run(tmp_path / "before")
     run.train(3)
     return run.save()
@@ -67,10 +67,10 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def test_the_averages_of_another_run(saved):
+def test_the_ema_weights_of_another_run(saved):
     weights, report = initialised(saved, small())
     assert_same(weights, load_weights(read_manifest(saved), "ema"))
-    assert len(report) == 1 and report[0].startswith(f"initialised from the averages of {saved} (")
+    assert len(report) == 1 and report[0].startswith(f"initialised from the EMA weights of {saved} (")
     assert report[0].endswith(f"{len(weights)} of {len(weights)} parameters, 24,884 of 24,884 elements")
 
 
@@ -89,43 +89,43 @@ def test_a_folder_of_safetensors(saved, tmp_path):
     assert_same(initialised(tmp_path / "folder", small())[0], averages)
 
 
-def test_what_does_not_fit_begins_anew_and_is_named(saved):
+def test_what_does_not_match_is_newly_initialised_and_listed(saved):
     weights, report = initialised(saved, small("model.classes=7", "model.depth_encoder=3"))
     averages = load_weights(read_manifest(saved), "ema")
     drawn = create_model("nano", **dataclasses.asdict(small("model.classes=7", "model.depth_encoder=3"))).state_dict()
     for name in ("class_embed.weight", "encoder.2.attn.qkv.weight"):
         assert torch.equal(weights[name], drawn[name])
     assert torch.equal(weights["encoder.1.ada.weight"], averages["encoder.1.ada.weight"])
-    assert "  begins anew: class_embed.weight: (11, 16) there, (8, 16) here" in report
-    assert "  begins anew: encoder.2.attn.qkv.weight: not there" in report
+    assert "  newly initialised: class_embed.weight: (11, 16) in the source, (8, 16) here" in report
+    assert "  newly initialised: encoder.2.attn.qkv.weight: not in the source" in report
 
 
-def test_what_is_left_over_is_counted(saved):
+def test_unused_parameters_of_the_source_are_counted(saved):
     _, report = initialised(saved, small("model.depth_encoder=1"))
-    assert report[-1] == "  not used: 12, first encoder.1.ada.bias"
+    assert report[-1] == "  not used: 12 parameters of the source, first encoder.1.ada.bias"
 
 
 @pytest.mark.parametrize("entity", ["patch", "subsample", "image", "scale"])
-def test_positions_follow_their_tokens_into_another_order(saved, entity):
+def test_positions_are_reordered_with_their_tokens(saved, entity):
     weights, report = initialised(saved, small(f"model.entity={entity}"))
     before, after = layout("cell", 4, 2), layout(entity, 4)
     averages = load_weights(read_manifest(saved), "ema")
     done = "resized" if entity == "scale" else "reordered"
     for name in ("encoder_pos", "decoder_pos"):
         assert torch.equal(after.from_entities(weights[name][None]), before.from_entities(averages[name][None]))
-        assert f"  {done}: {name}: 4 entities on 4x4 there, {after.entities} entities on 4x4 here" in report
+        assert f"  {done}: {name}: 4 entities on 4x4 in the source, {after.entities} entities on 4x4 here" in report
     assert torch.equal(weights["in_proj.weight"], averages["in_proj.weight"])
 
 
 def ramp(layout: EntityLayout) -> torch.Tensor:
-    """Positions (T, 2) that say where on the unit square their token's centre is."""
+    """Positions (T, 2) that hold the centre of their token on the unit square."""
     rows, columns = layout.grid
     return (layout.coordinates + 0.5) / torch.tensor([rows, columns])
 
 
 @pytest.mark.parametrize("kinds", [("cell", "cell"), ("cell", "subsample"), ("subsample", "patch"), ("patch", "cell")])
 @pytest.mark.parametrize("sides", [(8, 16), (16, 8)])
-def test_on_another_grid_positions_are_where_they_were_on_the_image(kinds, sides):
+def test_on_another_grid_positions_stay_where_they_were_on_the_image(kinds, sides):
     before, after = (layout(kind, side) for kind, side in zip(kinds, sides, strict=True))
     wanted = ramp(after)
     found = resize_positions(ramp(before), before, after)
@@ -134,7 +134,7 @@ def test_on_another_grid_positions_are_where_they_were_on_the_image(kinds, sides
     assert ((found - wanted).abs() < 0.05).all()  # at the edges
 
 
-def test_of_a_pyramid_the_grids_that_both_have_keep_their_positions():
+def test_pyramid_levels_that_both_layouts_have_keep_their_positions():
     before, after = layout("scale", 8), layout("scale", 16)
     positions = torch.randn(before.tokens, 3)
     found = resize_positions(positions, before, after)
@@ -142,22 +142,22 @@ def test_of_a_pyramid_the_grids_that_both_have_keep_their_positions():
     assert found.shape == (after.tokens, 3)
 
 
-def test_the_published_ones_are_cells_whatever_they_become(published):
+def test_published_positions_are_taken_as_cells(published):
     config = dataclasses.replace(TINY, grid=(32, 32), entity="subsample")
     weights, report = initialised(published, config)
     theirs = named_ours(torch.load(published))["encoder_pos"]
     expected = resize_positions(theirs, create_layout(TINY), create_layout(config))
     assert torch.equal(weights["encoder_pos"], expected)
-    assert "  resized: encoder_pos: 4 entities on 16x16 there, 4 entities on 32x32 here" in report
+    assert "  resized: encoder_pos: 4 entities on 16x16 in the source, 4 entities on 32x32 here" in report
 
 
-def test_nothing_that_fits_is_an_error(saved):
-    message = r"step-00000003 holds 4 of this model's 51,732 elements: it is of another \(.*: \(.*16\) there, \(.*24\) here\)"
+def test_a_source_of_another_model_is_an_error(saved):
+    message = r"matches 4 of this model's 51,732 elements: it is another model \(.*: \(.*16\) in the source, \(.*24\) here\)"
     with pytest.raises(DataError, match=message):
         initialised(saved, small("model.width=24"))
 
 
-def test_the_command_line_begins_a_run_with_another_ones_averages_and_only_begins_it(tmp_path, saved, capsys):
+def test_init_from_starts_a_run_and_is_ignored_when_it_resumes(tmp_path, saved, capsys):
     cache_digits(tmp_path / "data", samples_per_shard=500)
 
     def train(*more: str) -> int:
@@ -166,12 +166,12 @@ def test_the_command_line_begins_a_run_with_another_ones_averages_and_only_begin
         return cli.main(["train", "--recipe", "digits", "--run-dir", str(tmp_path / "run"), *settings, *more])
 
     assert train("--init-from", str(saved), "train.steps=1") == 0
-    assert f"initialised from the averages of {saved}" in capsys.readouterr().out
+    assert f"initialised from the EMA weights of {saved}" in capsys.readouterr().out
     averages = load_weights(read_manifest(saved), "ema")
     first = state(tmp_path / "run", 1)
     assert_same({name: first[f"model/{name}"] for name in averages}, averages)
     assert f"init_from: {saved}" in (tmp_path / "run" / "config.yaml").read_text()
-    assert train("--init-from", str(tmp_path / "gone"), "train.steps=2") == 0  # goes on
+    assert train("--init-from", str(tmp_path / "gone"), "train.steps=2") == 0  # resumes
     assert "resumed from" in capsys.readouterr().out
     assert_bitwise(
         {key: value for key, value in state(tmp_path / "run", 2).items() if key.startswith("model")},
@@ -187,7 +187,7 @@ def test_the_command_line_begins_a_run_with_another_ones_averages_and_only_begin
         (lambda path: path.rename(path.with_name("elsewhere")), 64, "no checkpoint at"),
     ],
 )
-def test_what_cannot_be_read_ends_before_anything_is_written(tmp_path, saved, capsys, damage, code, complaint):
+def test_an_unreadable_source_is_refused_before_anything_is_written(tmp_path, saved, capsys, damage, code, complaint):
     cache_digits(tmp_path / "data", samples_per_shard=500)
     damage(saved)
     settings = [f"data.path={tmp_path / 'data'}", "data.workers=0", *SMALL]

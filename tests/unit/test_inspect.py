@@ -1,4 +1,4 @@
-"""tools/inspect_checkpoint.py: what it says of whole, damaged, non-finite and differing checkpoints, and how it ends."""
+"""tools/inspect_checkpoint.py: output and exit codes for intact, damaged, non-finite and differing checkpoints."""
 
 import json
 import os
@@ -35,7 +35,7 @@ WEIGHT = "model/in_proj.weight"
 
 @pytest.fixture
 def tool(monkeypatch, capsys):
-    """Runs the tool on words: exit code, what it printed, what it complained of."""
+    """Runs the tool on words: returns exit code, stdout and stderr."""
 
     def run(*words) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["inspect_checkpoint", *map(str, words)])
@@ -68,17 +68,17 @@ def test_a_checkpoint_is_described(tmp_path, tool):
         "model": f"nano, {sum(p.numel() for p in run.engine.model.parameters()):,} parameters, entity cell",
         "kinds": "model, ema, exp_avg, exp_avg_sq",
         "written": f"by 1 ranks, engine single, {size:.3g} GB: shard-00001-model-00001-of-00001.safetensors ({size:.3g} GB)",
-        "precision": "fp32, the run's fp32",
+        "precision": "fp32, configured fp32",
         "guard": "lowered until step 9; holds 2, discarded 3, skipped 1, transients 0, quarantined 0, rollbacks 1",
-        "data": "epoch 1, 4 samples of it; 104 of the run",
+        "data": "epoch 1, 4 samples into it; 104 in total",
         "bad samples": "10: " + ", ".join(f"{place} of b.tar" for place in range(8)) + " and 2 more",
         "quarantined": "1: 7 of a.tar",
-        "files": "as written",
+        "files": "intact",
         "values": "finite",
     }
 
 
-def test_a_run_is_a_table_and_damage_ends_with_65_after_all_is_shown(tmp_path, tool):
+def test_a_run_is_shown_as_a_table_and_damage_exits_with_65_after_everything_is_shown(tmp_path, tool):
     run = Run(tmp_path, config=CONFIG, keep_last=9)
     paths = []
     for step in range(1, 6):
@@ -106,24 +106,24 @@ def test_a_run_is_a_table_and_damage_ends_with_65_after_all_is_shown(tmp_path, t
         ["DAMAGED", "finite"],
         ["DAMAGED", "unreadable"],
         ["DAMAGED", "unreadable"],
-        ["as written", "NOT FINITE"],
-        ["as written", "finite"],
-        ["as written", "finite"],
+        ["intact", "NOT FINITE"],
+        ["intact", "finite"],
+        ["intact", "finite"],
     ]
     assert words[0][3:7] == ["width 16", "fp32", "single", "1"]
     shard = "shard-00001-model-00001-of-00001.safetensors"
-    assert f"{names[0]}: DAMAGED: checkpoint {paths[0]}: {shard} is not as it was written (size or checksum differs)" in lines
+    assert f"{names[0]}: DAMAGED: checkpoint {paths[0]}: {shard} is corrupt (size or checksum differs)" in lines
     assert f"{names[1]}: DAMAGED: checkpoint {paths[1]}: manifest.json is torn or changed" in lines
     assert f"{names[2]}: unreadable: {paths[2] / shard}: No such file or directory" in lines
     found = next(line for line in lines if line.startswith(f"{names[3]}: NOT FINITE"))
     assert found.startswith(f"{names[3]}: NOT FINITE: 2 elements in 1 vectors: exp_avg/{spoilt.name} (2 of ")
     assert (code, complaint) == (65, f"inspect_checkpoint: {tmp_path}: 4 of 6 damaged or not finite\n")
-    code, shown, complaint = tool("show", paths[1])  # one alone is shown as far as it can be
+    code, shown, complaint = tool("show", paths[1])  # a single one is shown as far as possible
     assert code == 65 and "torn or changed" in shown and complaint.endswith("1 of 1 damaged or not finite\n")
 
 
 @pytest.mark.parametrize("moment", ["verify", "not_finite"])
-def test_a_checkpoint_that_a_run_drops_while_it_is_looked_at_is_not_shown(tmp_path, tool, monkeypatch, moment):
+def test_a_checkpoint_that_a_run_drops_during_the_check_is_not_shown(tmp_path, tool, monkeypatch, moment):
     run = Run(tmp_path, config=CONFIG)
     run.train()
     first = run.save()
@@ -140,7 +140,7 @@ def test_a_checkpoint_that_a_run_drops_while_it_is_looked_at_is_not_shown(tmp_pa
     assert code == 0 and len(shown.splitlines()) == 2 and first.name not in shown
 
 
-def test_what_was_made_of_another_format_is_shown_without_its_run(tmp_path, tool):
+def test_a_converted_checkpoint_is_shown_without_a_run(tmp_path, tool):
     Run(tmp_path / "run", config=CONFIG).save()
     assert reshard(tmp_path / "run", tmp_path / "universal", "--to", "universal") == 0
     made = tmp_path / "made"
@@ -148,15 +148,15 @@ def test_what_was_made_of_another_format_is_shown_without_its_run(tmp_path, tool
     code, shown, complaint = tool("show", made)
     assert (code, complaint) == (0, "")
     found = facts(shown)
-    assert found["step"] == "0; of a run that is not known: it was made of another format"
+    assert found["step"] == "0; run unknown: converted from another format"
     assert found["model"] == "24,884 parameters" and found["values"] == "finite" and "engine" not in found["written"]
     (tmp_path / "imported" / "checkpoints").mkdir(parents=True)
     made.rename(tmp_path / "imported" / "checkpoints" / "step-00000000")
     code, shown, _ = tool("show", tmp_path / "imported")
-    assert code == 0 and re.split("  +", shown.splitlines()[1])[3] == "not known"
+    assert code == 0 and re.split("  +", shown.splitlines()[1])[3] == "unknown"
 
 
-def test_of_runs_the_newest_are_compared(tmp_path, tool):
+def test_diff_of_a_run_takes_its_newest_checkpoint(tmp_path, tool):
     run = Run(tmp_path, config=CONFIG)
     for _ in range(2):
         run.train()
@@ -168,15 +168,15 @@ def test_of_runs_the_newest_are_compared(tmp_path, tool):
 def test_wrong_paths_end_with_64(tmp_path, tool):
     assert tool("show", tmp_path / "nowhere")[0] == 64
     (tmp_path / "checkpoints").mkdir()
-    assert tool("show", tmp_path) == (64, "", f"inspect_checkpoint: no checkpoint of ours in {tmp_path}\n")
+    assert tool("show", tmp_path) == (64, "", f"inspect_checkpoint: no xar-scale checkpoint in {tmp_path}\n")
     assert tool("diff", tmp_path / "nowhere", tmp_path)[0] == 64
     assert tool("show")[0] == 64
 
 
-def test_what_differs_is_named_with_its_size(tmp_path, tool):
+def test_differences_are_listed_with_their_size(tmp_path, tool):
     run = Run(tmp_path / "one", config=CONFIG)
     run.train(2)
-    run.ema.averages["ema"][1][0] = float("inf")  # and so in the other
+    run.ema.averages["ema"][1][0] = float("inf")  # in both checkpoints
     one = run.save()
     weight = next(shard.master for shard in run.engine.shards() if shard.name == "in_proj.weight")
     before = weight.clone()
@@ -208,10 +208,10 @@ def test_what_differs_is_named_with_its_size(tmp_path, tool):
     assert spoilt[1:3] == ["nan", "nan"] and spoilt[3].startswith("1 of ")
     assert infinite[1] == "1" and infinite[3].startswith("1 of ")
     code, shown, _ = tool("diff", two, two)
-    assert (code, shown.splitlines()[0]) == (0, "manifest: identical") and "differ" not in shown  # NaN is itself, too
+    assert (code, shown.splitlines()[0]) == (0, "manifest: identical") and "differ" not in shown  # NaN equals itself, too
 
 
-def test_what_only_one_holds_is_named(tmp_path, tool):
+def test_vectors_that_only_one_checkpoint_holds_are_listed(tmp_path, tool):
     off = replace(CONFIG, optim=replace(CONFIG.optim, ema_snapshots_every=None))
     one, two = Run(tmp_path / "one", config=CONFIG).save(), Run(tmp_path / "two", config=off).save()
     code, shown, _ = tool("diff", one, two)
@@ -221,17 +221,17 @@ def test_what_only_one_holds_is_named(tmp_path, tool):
     _, shown, _ = tool("diff", two, wider)
     assert f"  only in {two}: {WEIGHT}, 64 elements\n" in shown
     assert f"  only in {wider}: {WEIGHT}, 128 elements\n" in shown and "shapes.in_proj.weight: [16, 4] -> [32, 4]" in shown
-    assert f"\n  {WEIGHT} " not in shown  # sizes that differ are not compared
+    assert f"\n  {WEIGHT} " not in shown  # vectors of different sizes are not compared
     torn = next(two.glob("*.safetensors"))
     os.truncate(torn, size := torn.stat().st_size - 4)
     code, _, complaint = tool("diff", one, two)
-    assert code == 65 and f"{torn} has {size} bytes" in complaint and "it is torn" in complaint
-    os.truncate(torn, 500)  # not even its header is there
+    assert code == 65 and f"{torn} has {size} bytes" in complaint and "it is truncated" in complaint
+    os.truncate(torn, 500)  # not even the header is complete
     code, _, complaint = tool("diff", one, two)
     assert code == 65 and f"{torn} is not a file of flat float32 vectors" in complaint
 
 
-def test_an_average_is_made_shown_and_sampled_and_not_gone_on_from(tmp_path, tool, capsys):
+def test_a_post_hoc_ema_is_made_shown_and_sampled(tmp_path, tool, capsys):
     run = Run(tmp_path / "run", config=CONFIG)
     for _ in range(4):
         run.train(2)
@@ -240,17 +240,17 @@ def test_an_average_is_made_shown_and_sampled_and_not_gone_on_from(tmp_path, too
     made = tmp_path / "made"
     code, shown, _ = tool("ema", tmp_path / "run", "--std", "0.07", "--out", made)
     assert code == 0 and re.fullmatch(
-        rf"{made}: average of sigma_rel 0.07 at step 8, of 4 snapshots; its profile is off by \d\.\d\d%\n", shown
+        rf"{made}: EMA of sigma_rel 0.07 at step 8, from 4 snapshots; profile error \d\.\d\d%\n", shown
     )
     code, shown, _ = tool("show", made)
-    assert code == 0 and facts(shown)["average"] == "sigma_rel 0.07, made of snapshots" and facts(shown)["kinds"] == "ema"
+    assert code == 0 and facts(shown)["EMA"] == "sigma_rel 0.07, made from snapshots" and facts(shown)["kinds"] == "ema"
     images = ["sample", str(made), "--classes", "3", "--seeds", "0,1", "--out", str(tmp_path / "grid.npz"), "sample.steps=1"]
     assert xar_scale(images) == 0
     with np.load(tmp_path / "grid.npz") as archive:
         assert archive["arr_0"].shape == (2, 8, 8, 3)
     assert tool("ema", tmp_path / "run", "--std", "0.07", "--out", made)[0] == 64
     code, _, complaint = tool("ema", tmp_path / "run", "--std", "0.01", "--out", tmp_path / "short")
-    assert code == 64 and "--std 0.01 cannot be made of 4 snapshots" in complaint and not (tmp_path / "short").exists()
+    assert code == 64 and "--std 0.01 cannot be made from 4 snapshots" in complaint and not (tmp_path / "short").exists()
     assert tool("ema", tmp_path / "run", "--std", "0.07", "--step", "4", "--out", tmp_path / "earlier")[0] == 0
     assert read_manifest(tmp_path / "earlier").manifest.step == 4
     assert not torch.equal(*(load_weights(read_manifest(tmp_path / at))["in_proj.weight"] for at in ("made", "earlier")))
@@ -269,7 +269,7 @@ def test_a_file_that_a_full_disk_does_not_take_is_named(tmp_path, tool, largest_
 
 
 def sparse_checkpoint(like: Path, path: Path, elements: int, kinds: tuple[str, ...]) -> None:
-    """One vector a kind, of zeros that take no room on the disk."""
+    """One vector per kind, of zeros that take no space on disk."""
     path.mkdir(parents=True)
     name = "shard-00001-model-00001-of-00001.safetensors"
     header = header_of({f"{kind}/w": (0, elements) for kind in kinds})
@@ -297,7 +297,7 @@ def test_memory_stays_flat_whatever_the_size(tmp_path):
 
 
 def peak(commands: list[list[str]]) -> int:
-    """KB of memory that the tool took at most, in one process after another command."""
+    """Peak memory in KB of one process that runs the commands one after another."""
     program = (
         "import json, resource, sys; from tools import inspect_checkpoint\n"
         "for words in json.loads(sys.argv.pop()):\n"

@@ -1,4 +1,4 @@
-"""Checkpoints of others: what is recognised, how it is named, and what is refused, by which line."""
+"""Other checkpoint formats: what is recognised, how it is named, and what is refused with which message."""
 
 import argparse
 import contextlib
@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.unit.foreign_checkpoints import SHAPES, assert_bitwise, published, random_state, values, write_zero3
 from tests.unit.tiny_run import CONFIG, Run
+from xar_scale.checkpoint.chunks import Chunk, ChunkReader
 from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.load import load_weights
 from xar_scale.checkpoint.manifest import KINDS, read_manifest
-from xar_scale.checkpoint.pieces import Piece, Pieces
 from xar_scale.errors import DataError, UsageError
 
 STATE = random_state("model", "exp_avg", "exp_avg_sq")
@@ -27,7 +27,7 @@ STATE = random_state("model", "exp_avg", "exp_avg_sq")
 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory):
-    """A run of ours after two steps, and its checkpoint."""
+    """The checkpoint of an xar-scale run after two steps."""
     run = Run(tmp_path_factory.mktemp("own"))
     run.train(2)
     return run.save()
@@ -49,17 +49,17 @@ class Evil:
         return os.mkdir, ("unpickled",)
 
 
-def test_ours_by_checkpoint_or_by_run(own):
+def test_an_own_checkpoint_by_its_folder_or_its_run(own):
     with open_source(own) as source, open_source(own.parent.parent) as of_run:
         assert source.path == of_run.path == own
-        assert (source.step, source.taken, source.kinds) == (2, 2, KINDS)
+        assert (source.step, source.updates, source.kinds) == (2, 2, KINDS)
         assert [group["weight_decay"] for group in source.groups] == [CONFIG.optim.weight_decay, 0.0]
         expected = load_weights(read_manifest(own), "exp_avg_sq")
         assert_bitwise({name: source.whole(f"exp_avg_sq/{name}") for name in expected}, expected)
 
 
-def test_of_a_run_the_newest_checkpoint_is_meant_whatever_its_pointer_says(own, tmp_path):
-    """It is written after the checkpoint, and may be behind."""
+def test_a_run_means_its_newest_checkpoint_whatever_its_pointer_says(own, tmp_path):
+    """The pointer is written after the checkpoint and may be stale."""
     shutil.copytree(own, tmp_path / "checkpoints" / "step-00000001")
     shutil.copytree(own, tmp_path / "checkpoints" / own.name)
     (tmp_path / "checkpoints" / "latest").write_text("step-00000001\n")
@@ -67,9 +67,9 @@ def test_of_a_run_the_newest_checkpoint_is_meant_whatever_its_pointer_says(own, 
         assert source.path == tmp_path / "checkpoints" / own.name
 
 
-def test_any_range_of_a_vector_that_lies_on_three_ranks(zero):
+def test_any_range_of_a_vector_sharded_over_three_ranks(zero):
     with open_source(zero) as source:
-        assert (source.format, source.step, source.taken) == ("DeepSpeed ZeRO-3, 3 ranks", 5, 4)
+        assert (source.format, source.step, source.updates) == ("DeepSpeed ZeRO-3, 3 ranks", 5, 4)
         assert source.groups == [{"lr": 0.1}]
         for key, expected in STATE.items():
             flat = expected.flatten()
@@ -94,7 +94,7 @@ def test_published_weights_have_our_names_and_no_constants(tmp_path, weights, le
     assert_bitwise(values(path), expected)
     whole_rows = state["encoder_pos_embed_learned"]
     torch.save(state | {"encoder_pos_embed_learned": torch.cat([whole_rows, whole_rows])}, path)
-    with open_source(path) as source:  # nothing is taken for its first part
+    with open_source(path) as source:  # the first row is not taken for the whole
         assert source.shapes["model/encoder_pos"] == (2, *weights["encoder_pos"].shape)
     del state["pred.bias"]
     torch.save(state, path, _use_new_zipfile_serialization=not legacy)
@@ -115,9 +115,9 @@ def test_weights_of_any_names_in_16_or_32_bits(tmp_path, dtype):
             assert torch.equal(out, expected["model/two.weight"].flatten()[5:25])
 
 
-def test_weights_that_float32_does_not_hold_are_refused(tmp_path):
+def test_dtypes_that_float32_cannot_represent_are_refused(tmp_path):
     save_file({"a": torch.zeros(2, dtype=torch.float64)}, tmp_path / "a.safetensors")
-    with pytest.raises(DataError, match="a is F64; F32, BF16, F16 are read"):
+    with pytest.raises(DataError, match="a is F64; only F32, BF16, F16 are supported"):
         open_source(tmp_path / "a.safetensors")
     torch.save({"a": torch.zeros(2, dtype=torch.float64)}, tmp_path / "a.pth")
     with pytest.raises(DataError, match="a is torch.float64"):
@@ -128,12 +128,12 @@ def test_weights_that_float32_does_not_hold_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_what_would_have_to_be_unpickled_is_refused_by_class_and_not_run(tmp_path, monkeypatch, legacy):
+def test_a_pickled_class_is_refused_by_name_and_not_run(tmp_path, monkeypatch, legacy):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": torch.ones(2), "evil": Evil()}, "a.pth", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(
         DataError,
-        match=r"a.pth asks for .*mkdir, which unpickling would run; --trust-pickle \(in Python, trust_pickle\) lets it",
+        match=r"a.pth needs .*mkdir, which unpickling would run; --trust-pickle \(in Python, trust_pickle\) allows it",
     ):
         open_source(tmp_path / "a.pth")
     assert not (tmp_path / "unpickled").exists()
@@ -170,35 +170,35 @@ def test_ranks_that_are_missing_or_torn_are_named(zero):
         open_source(zero)
     second.write_bytes(content)
     (zero / "zero_pp_rank_2_mp_rank_00_optim_states.pt").unlink()
-    with pytest.raises(DataError, match="was written by one of 3 ranks, beside it are files of 2"):
+    with pytest.raises(DataError, match="was written by one of 3 ranks, but there are files of 2"):
         open_source(zero)
     second.rename(zero / "zero_pp_rank_1_mp_rank_01_optim_states.pt")
     with pytest.raises(DataError, match="model-parallel"):
         open_source(zero)
 
 
-def test_ranks_of_several_checkpoints_or_too_short_for_the_parameters_are_refused(zero, tmp_path):
+def test_rank_files_of_different_checkpoints_or_too_short_are_refused(zero, tmp_path):
     write_zero3(tmp_path / "other", STATE, world=2)
     name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     content = torch.load(zero / name)
     shutil.copy(tmp_path / "other" / name, zero / name)
-    with pytest.raises(DataError, match=f"{name} was written by one of 2 ranks, beside it are files of 3"):
+    with pytest.raises(DataError, match=f"{name} was written by one of 2 ranks, but there are files of 3"):
         open_source(zero)
     content["optimizer_state_dict"]["optimizer_state_dict"]["state"][0]["step"] += 1
     torch.save(content, zero / name)
-    with pytest.raises(DataError, match=f"{name} is of 5 steps, zero_pp_rank_0_mp_rank_00_optim_states.pt of 4"):
+    with pytest.raises(DataError, match=f"{name} is at step 5, zero_pp_rank_0_mp_rank_00_optim_states.pt at 4"):
         open_source(zero)
     content["optimizer_state_dict"]["optimizer_state_dict"]["state"][0]["step"] -= 1
     content["optimizer_state_dict"]["fp32_flat_groups"][1] = torch.zeros(11)  # of 12
     torch.save(content, zero / name)
-    with pytest.raises(DataError, match=f"{name}: elements 1 to 12 of a tensor that has 11"):
+    with pytest.raises(DataError, match=f"{name}: needs elements 1 to 12 of a tensor that has 11"):
         open_source(zero)
 
 
 @pytest.mark.parametrize("key", ["frozen_param_shapes", "shared_params"])
-def test_what_xar_has_none_of_is_refused(tmp_path, key):
+def test_features_that_xar_does_not_have_are_refused(tmp_path, key):
     write_zero3(tmp_path / "zero", STATE, **{key: {"a": 1}})
-    with pytest.raises(DataError, match=f"{key} are not read; xAR has none"):
+    with pytest.raises(DataError, match=f"{key} are not supported; xAR has none"):
         open_source(tmp_path / "zero")
 
 
@@ -208,7 +208,7 @@ def test_zero_before_its_first_step_has_weights_alone(tmp_path, zero):
         content["optimizer_state_dict"]["optimizer_state_dict"]["state"] = {}
         torch.save(content, path)
     with open_source(zero) as source:
-        assert (source.kinds, source.taken) == (("model",), 0)
+        assert (source.kinds, source.updates) == (("model",), 0)
 
 
 def test_a_layout_that_is_not_deepspeeds_is_refused(zero):
@@ -217,14 +217,14 @@ def test_a_layout_that_is_not_deepspeeds_is_refused(zero):
         open_source(zero)
 
 
-def test_what_is_not_there_or_of_no_format(tmp_path, own):
+def test_missing_paths_and_unknown_formats(tmp_path, own):
     with pytest.raises(UsageError, match="no checkpoint at"):
         open_source(tmp_path / "nothing")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(DataError, match="folder is no checkpoint of a known format"):
+    with pytest.raises(DataError, match="folder is not a checkpoint of a known format"):
         open_source(tmp_path / "folder")
     (tmp_path / "latest").write_text("global_step7")
-    with pytest.raises(DataError, match="latest names global_step7, which is not there"):
+    with pytest.raises(DataError, match="latest names global_step7, which does not exist"):
         open_source(tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b'\x08\0\0\0\0\0\0\0{"a":')
     with pytest.raises(DataError, match="a.safetensors is torn, or not a safetensors file"):
@@ -232,7 +232,7 @@ def test_what_is_not_there_or_of_no_format(tmp_path, own):
     shutil.copytree(own, tmp_path / "own")
     shard = next((tmp_path / "own").glob("*.safetensors"))
     os.truncate(shard, shard.stat().st_size - 1)
-    with pytest.raises(DataError, match=f"{shard.name} has .* bytes, it was written with"):
+    with pytest.raises(DataError, match=f"{shard.name} has .* bytes, its manifest says"):
         open_source(tmp_path / "own")
     shard.unlink()
     with pytest.raises(DataError, match=f"{shard.name} is missing"):
@@ -240,8 +240,8 @@ def test_what_is_not_there_or_of_no_format(tmp_path, own):
 
 
 @pytest.mark.parametrize("how", ["compressed", "in another order", "without room between", "with folders"])
-def test_a_pth_that_was_packed_anew_is_refused_and_not_read_askew(tmp_path, weights, how):
-    """torch.load reads it; where its values lie is not where torch.save would have put them."""
+def test_a_repacked_pth_is_refused_and_not_misread(tmp_path, weights, how):
+    """torch.load reads it, but its values are not where torch.save would have put them."""
     torch.save(weights, tmp_path / "saved.pth")
     with zipfile.ZipFile(tmp_path / "saved.pth") as saved:
         names = saved.namelist()
@@ -253,7 +253,7 @@ def test_a_pth_that_was_packed_anew_is_refused_and_not_read_askew(tmp_path, weig
         for name, content in contents.items():
             anew.writestr(name, content)
     assert_bitwise(torch.load(tmp_path / "anew.pth"), weights)
-    with pytest.raises(DataError, match="anew.pth was packed anew: its values are not where torch.save has them"):
+    with pytest.raises(DataError, match="anew.pth was repacked: its values are not where torch.save puts them"):
         open_source(tmp_path / "anew.pth")
     with open_source(tmp_path / "saved.pth") as source:
         assert_bitwise({name: source.whole(f"model/{name}") for name in weights}, weights)
@@ -267,7 +267,7 @@ def test_a_pth_of_the_other_byte_order_is_refused(tmp_path, weights):
     with zipfile.ZipFile(io.BytesIO(content)) as saved, zipfile.ZipFile(tmp_path / "other.pth", "w") as other:
         for entry in saved.namelist():
             other.writestr(entry, b"big" if entry == name else saved.read(entry))
-    with pytest.raises(DataError, match="other.pth is of a machine of the other byte order"):
+    with pytest.raises(DataError, match="other.pth was written on a machine of the other byte order"):
         open_source(tmp_path / "other.pth")
 
 
@@ -275,17 +275,17 @@ def test_a_pth_of_the_other_byte_order_is_refused(tmp_path, weights):
 def test_weights_in_float64_are_refused_and_not_rounded(tmp_path, weights, old):
     doubles = {name: tensor.double() for name, tensor in weights.items()}
     torch.save(doubles, tmp_path / "doubles.pth", _use_new_zipfile_serialization=not old)
-    with pytest.raises(DataError, match="is torch.float64; float32, bfloat16 and float16 are read"):
+    with pytest.raises(DataError, match="is torch.float64; only float32, bfloat16 and float16 are supported"):
         open_source(tmp_path / "doubles.pth")
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_pth_damaged_anywhere_is_a_line(tmp_path, old):
+def test_damage_anywhere_in_a_pth_is_a_one_line_error(tmp_path, old):
     torch.save({"model": {"a": torch.zeros(3), "b": [1, 2]}}, tmp_path / "saved.pth", _use_new_zipfile_serialization=not old)
     content, draw = (tmp_path / "saved.pth").read_bytes(), random.Random(0)
     for _ in range(150):
         damaged = bytearray(content)
-        if old:  # a size that is wrong would be taken from the memory
+        if old:  # a wrong size would be allocated
             del damaged[draw.randrange(len(damaged)) :]
         else:
             damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
@@ -294,13 +294,13 @@ def test_a_pth_damaged_anywhere_is_a_line(tmp_path, old):
             open_source(tmp_path / "damaged.pth").reader.close()
 
 
-def test_safetensors_that_are_cut_short_or_lack_what_their_index_lists(tmp_path):
+def test_safetensors_that_are_truncated_or_lack_what_their_index_lists(tmp_path):
     save_file({"a": torch.zeros(100), "b": torch.zeros(3)}, tmp_path / "one.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "one.safetensors", "c": "one.safetensors"}}')
     with pytest.raises(DataError, match="lists 1 tensors that its files lack, first c"):
         open_source(tmp_path)
     os.truncate(tmp_path / "one.safetensors", (tmp_path / "one.safetensors").stat().st_size - 1)
-    with pytest.raises(DataError, match="it is torn"):
+    with pytest.raises(DataError, match="it is truncated"):
         open_source(tmp_path / "one.safetensors")
     content = (tmp_path / "one.safetensors").read_bytes()
     (tmp_path / "one.safetensors").write_bytes(content.replace(b'"shape":[3]', b'"shape":[4]'))
@@ -309,17 +309,17 @@ def test_safetensors_that_are_cut_short_or_lack_what_their_index_lists(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("pieces", "line"),
+    ("chunks", "line"),
     [
-        ([(0, 2), (3, 4)], "a goes on at element 3, the pieces before end at 2"),
-        ([(0, 3), (2, 4)], "a goes on at element 2, the pieces before end at 3"),
-        ([(0, 3)], "a ends at element 4, what its files hold of it at 3"),
+        ([(0, 2), (3, 4)], "a continues at element 3, the chunks before it end at 2"),
+        ([(0, 3), (2, 4)], "a continues at element 2, the chunks before it end at 3"),
+        ([(0, 3)], "a must end at element 4, but its files end at 3"),
     ],
 )
-def test_pieces_that_leave_a_gap_overlap_or_end_early(tmp_path, pieces, line):
+def test_chunks_that_leave_a_gap_overlap_or_end_early(tmp_path, chunks, line):
     (tmp_path / "file").write_bytes(bytes(16))
     with pytest.raises(DataError, match=line):
-        Pieces({"a": [Piece(*ends, tmp_path / "file", 0) for ends in pieces]}, {"a": (0, 4)})
+        ChunkReader({"a": [Chunk(*ends, tmp_path / "file", 0) for ends in chunks]}, {"a": (0, 4)})
 
 
 def test_shapes_are_known_without_reading_values(tmp_path):

@@ -1,4 +1,4 @@
-"""The KL-16 autoencoder as a tokenizer: what files it takes, what it stores, what it draws."""
+"""The KL-16 autoencoder as a tokenizer: the files it accepts, what it stores, what it decodes."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ def latents(count: int) -> torch.Tensor:
 
 
 def small_state() -> dict[str, torch.Tensor]:
-    """A state dict of the published names and shapes that takes no room: every entry is one zero, repeated."""
+    """A state dict with the published names and shapes that takes no memory: every entry is one zero, repeated."""
     return {name: torch.zeros(1).expand(shape) for name, shape in kl16_shapes().items()}
 
 
@@ -48,7 +48,7 @@ def test_a_set_made_with_other_weights_is_refused_with_both_hashes_and_the_path(
 @pytest.mark.parametrize("settings", [{}, {"sha256": None}, {"sha256": ""}])
 def test_a_set_that_does_not_say_which_weights_made_it_is_refused(settings, tmp_path):
     path = write(tmp_path / "kl16.ckpt", {"model": small_state()})
-    with pytest.raises(DataError, match="does not say which kl16 weights made it: its tokenizer has no sha256"):
+    with pytest.raises(DataError, match="does not record which kl16 weights made it: its tokenizer has no sha256"):
         create_tokenizer({"name": "kl16", **settings}, path)
 
 
@@ -65,7 +65,7 @@ def test_torn_files_are_refused_by_path(tmp_path, keep, zipped):
     torch.save({"model": small_state()}, path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
     path.write_bytes(content[: keep if isinstance(keep, int) else int(keep * len(content))])
-    with pytest.raises(DataError, match=f"{path} is not plain weights: torn, or with objects in it"):
+    with pytest.raises(DataError, match=f"{path} is not a plain weights file: torn, or it contains objects"):
         KL16Tokenizer(path)
 
 
@@ -82,7 +82,7 @@ def test_objects_in_a_file_are_not_unpickled(tmp_path, zipped):
     path = tmp_path / "kl16.ckpt"
     values = {"model": small_state(), "extra": MakesAFolder(tmp_path / "made")}
     torch.save(values, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(DataError, match=f"{path} is not plain weights: .* objects in it, which are not unpickled"):
+    with pytest.raises(DataError, match=f"{path} is not a plain weights file: .* contains objects, which are not unpickled"):
         KL16Tokenizer(path)
     assert not (tmp_path / "made").exists()
 
@@ -134,7 +134,7 @@ def test_stored_are_mean_and_log_variance_of_levels_as_minus_1_to_1(kl16):
 
 
 def encode_to(kl16, monkeypatch, channel: int, value: float) -> np.ndarray:
-    """What is stored of two images where the network gives moments of 1 and, for the second, ``value`` in one channel."""
+    """What is stored for two images if the network returns moments of 1 and, for the second, ``value`` in one channel."""
     moments = torch.ones(2, 32, 4, 4)
     moments[1, channel] = value
     monkeypatch.setattr(kl16, "moments", lambda images: moments)

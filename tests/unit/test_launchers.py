@@ -1,4 +1,4 @@
-"""What the launchers' shell code decides: the run's folder, its exit code, whether to start again. And that it is clean."""
+"""What the launchers' shell code decides: the run folder, the exit code, whether to restart. And that shellcheck passes."""
 
 import os
 import re
@@ -36,11 +36,11 @@ def test_the_scripts_are_clean():
         (["train", "--recipe=digits", "train.steps=3"], "runs/digits"),
     ],
 )
-def test_the_runs_folder_is_that_of_train(words, folder):
+def test_the_run_folder_is_the_one_that_train_uses(words, folder):
     assert bash('run_folder "$@"', *words).stdout == f"{folder}\n"
 
 
-def test_the_code_is_what_the_ranks_wrote_down(tmp_path):
+def test_the_exit_code_is_the_one_that_the_ranks_wrote(tmp_path):
     note = tmp_path / "note"
     script = f'XAR_SCALE_EXIT_FILE={note}; code=$1; take_exit_code; echo "$code"'
     assert bash(script, 137).stdout == "137\n"
@@ -48,19 +48,19 @@ def test_the_code_is_what_the_ranks_wrote_down(tmp_path):
     assert bash(script, 1).stdout == "75\n"
 
 
-def test_a_process_that_ends_in_the_moment_of_a_signal_has_its_code_or_the_signals():
+def test_a_process_that_exits_during_a_signal_has_its_code_or_the_signals():
     script = "trap : TERM; for _ in {1..40}; do bash -c 'kill -TERM $PPID; exit 76' & wait_for $!; echo $code; done"
     done = bash(script)
     assert done.returncode == 0 and set(done.stdout.split()) <= {"76", "143"} and len(done.stdout.split()) == 40
 
 
 @pytest.mark.parametrize("of_a_job", [True, False])
-def test_launchers_of_a_job_share_what_its_ranks_wrote_down(tmp_path, of_a_job):
-    """One launcher a node: the first that ends has the others sent SIGTERM, before they have ended with the ranks' code."""
+def test_launchers_of_a_job_share_the_exit_code_of_its_ranks(tmp_path, of_a_job):
+    """One launcher per node: when the first exits, the others get SIGTERM before they have read the ranks' exit code."""
     note, told = tmp_path / "note", tmp_path / "told"
     given = f"XAR_SCALE_EXIT_FILE={note}" if of_a_job else "unset XAR_SCALE_EXIT_FILE"
     rank = f'[ ! -s "$XAR_SCALE_EXIT_FILE" ] || exit 9; echo "$XAR_SCALE_EXIT_FILE" >{told}; echo 75 >"$XAR_SCALE_EXIT_FILE"'
-    note.write_text("78")  # of the start before
+    note.write_text("78")  # from the previous start
     script = f"{given}; RUN={tmp_path} RESTARTS=0; launch bash -c '{rank}; exit 1'"
     assert bash(script).returncode == 75
     assert note.read_text() == ("75\n" if of_a_job else "78")
@@ -71,29 +71,29 @@ AGAIN = 'RESTARTS=$1; run=$2; shift 2; for code; do start_again "$run" "$code" >
 
 
 @pytest.mark.parametrize("code", [0, 64, 65, 70, 76, 78, 130])
-def test_what_would_end_alike_is_not_started_again(tmp_path, code):
+def test_a_run_that_would_end_alike_is_not_restarted(tmp_path, code):
     assert bash(AGAIN, 3, tmp_path, code).stdout == "no\n"
 
 
 @pytest.mark.parametrize("code", [1, 69, 71, 74, 75, 137, 143, 247])
-def test_others_are_as_often_as_is_allowed(tmp_path, code):
+def test_others_are_restarted_up_to_the_limit(tmp_path, code):
     assert bash(AGAIN, 2, tmp_path, code, code, code).stdout == "yes\nyes\nno\n"
     assert bash(AGAIN, 0, tmp_path, code).stdout == "no\n"
 
 
-def test_a_newer_checkpoint_begins_the_count_anew(tmp_path):
+def test_a_newer_checkpoint_resets_the_count(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     point = f"echo step-$n >{tmp_path}/checkpoints/latest"
     script = f"RESTARTS=1; for n in 1 2 3 3 3; do {point}; start_again {tmp_path} 1; done"
     done = bash(script)
     said = done.stdout.splitlines()
-    assert [line.split(";")[1].split()[0] for line in said] == ["start", "start", "start", "not"]
-    assert said[-1] == "exit code 1; not started again: 1 restarts since checkpoint step-3" and done.returncode == 1
+    assert [line.split(";")[1].split()[0] for line in said] == ["restart", "restart", "restart", "not"]
+    assert said[-1] == "exit code 1; not restarted: 1 restarts since checkpoint step-3" and done.returncode == 1
 
 
 @pytest.mark.parametrize("place", ["/nowhere/note", "{}/made/it's"])
-def test_a_note_that_cannot_be_written_or_has_a_strange_name_is_no_obstacle(tmp_path, place):
-    """Not the job's in a container that has another folder; and one of its own in any TMPDIR."""
+def test_an_exit_file_that_is_unwritable_or_oddly_named_is_no_obstacle(tmp_path, place):
+    """The job's file, in a container that lacks its folder; and the launcher's own file in any TMPDIR."""
     folder = Path(place.format(tmp_path))
     if own := str(tmp_path) in place.format(tmp_path):
         folder.mkdir(parents=True)
@@ -104,34 +104,34 @@ def test_a_note_that_cannot_be_written_or_has_a_strange_name_is_no_obstacle(tmp_
     assert not own or not list(folder.iterdir())
 
 
-def test_a_code_that_is_being_written_is_not_taken_for_none(tmp_path):
-    """A rank of another node empties the file before it writes to it."""
+def test_an_exit_file_that_is_being_written_is_no_empty_code(tmp_path):
+    """A rank on another node truncates the file before it writes to it."""
     (tmp_path / "note").write_text("")
     script = f"XAR_SCALE_EXIT_FILE={tmp_path}/note; code=78; take_exit_code; echo $code; printf 75 >{tmp_path}/note; "
     assert bash(script + "take_exit_code; echo $code").stdout == "78\n75\n"
 
 
-def test_asked_to_end_before_it_has_begun_it_does_not_begin(tmp_path):
-    asked = 'trap() { builtin trap "$@"; [ "${*: -1}" != TERM ] || kill -TERM $$; }'  # as soon as it listens
+def test_a_stop_before_the_launcher_starts_prevents_the_start(tmp_path):
+    asked = 'trap() { builtin trap "$@"; [ "${*: -1}" != TERM ] || kill -TERM $$; }'  # as soon as the handler is installed
     done = bash(f"{asked}; RUN={tmp_path} RESTARTS=3; launch touch {tmp_path}/begun")
     assert done.returncode == 76 and not (tmp_path / "begun").exists()
 
 
-def test_asked_to_end_while_it_waits_to_start_again_it_ends(tmp_path):
+def test_a_stop_during_the_pause_prevents_the_restart(tmp_path):
     script = (
         f"source launchers/common.sh; RUN={tmp_path} RESTARTS=3 PAUSE=600; launch bash -c 'echo >>{tmp_path}/starts; exit 3'"
     )
     shell = subprocess.Popen(["bash", "-euo", "pipefail", "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert "start again, number 1" in shell.stdout.readline()
+    assert "restart 1 since" in shell.stdout.readline()
     shell.send_signal(signal.SIGTERM)
-    assert shell.wait(timeout=100) == 3 and (tmp_path / "starts").read_text() == "\n"  # not once more
+    assert shell.wait(timeout=100) == 3 and (tmp_path / "starts").read_text() == "\n"  # no restart
     shell.stdout.close()
 
 
-def test_asked_to_end_it_waits_for_what_its_launcher_left_running(tmp_path):
+def test_a_stop_waits_for_the_ranks_that_the_launcher_left_running(tmp_path):
     rank = f"trap 'sleep 1; echo written >{tmp_path}/checkpoint; exit' TERM; echo up; while true; do sleep 0.1; done"
     launcher = 'trap "exit 76" TERM; bash -c "$RANK" & while true; do sleep 0.1; done'
-    late = 'kill() { builtin kill "$@" || return; [ "$1" = -0 ] || sleep 1; }'  # it ends before the next wait
+    late = 'kill() { builtin kill "$@" || return; [ "$1" = -0 ] || sleep 1; }'  # the process exits before the next wait
     script = f"source launchers/common.sh; {late}; RUN={tmp_path} RESTARTS=3 PAUSE=0; launch bash -c '{launcher}'"
     command = ["env", f"RANK={rank}", "bash", "-euo", "pipefail", "-c", script]
     shell = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -141,7 +141,7 @@ def test_asked_to_end_it_waits_for_what_its_launcher_left_running(tmp_path):
     shell.stdout.close()
 
 
-def test_a_process_that_ended_unnoticed_is_not_waited_for():
+def test_a_zombie_is_not_waited_for():
     ended = subprocess.Popen([sys.executable, "-c", ""])
     while "State:\tZ" not in Path(f"/proc/{ended.pid}/status").read_text():
         time.sleep(0.01)
@@ -154,7 +154,7 @@ def test_a_process_that_ended_unnoticed_is_not_waited_for():
 
 
 class Batch:
-    """launchers/slurm.sbatch beside a SLURM that does nothing: an srun that ends with ``code``, a job that ``preempted``."""
+    """launchers/slurm.sbatch with a fake SLURM: srun exits with ``code``; ``preempted`` is the job's PreemptTime."""
 
     SRUN = """echo "srun CPUS=${SRUN_CPUS_PER_TASK-} $*" >>"$CALLS"
 [ "$CODE" -gt 128 ] || echo "$CODE" >"$XAR_SCALE_EXIT_FILE" # as ranks do
@@ -188,7 +188,7 @@ esac"""
         self.requeued = "scontrol requeue 7" in self.calls
 
 
-def test_a_job_is_a_task_a_rank_or_one_launcher_a_node_that_has_its_cores(tmp_path):
+def test_a_job_is_one_task_per_rank_or_one_launcher_per_node_with_its_cores(tmp_path):
     assert Batch(tmp_path, 0).calls == [f"srun CPUS=12 --kill-on-bad-exit=1 python -m xar_scale train --run-dir {tmp_path}/run"]
     (_, call) = Batch(tmp_path, 0, LAUNCH="torchrun").calls
     assert call.startswith("srun CPUS= --kill-on-bad-exit=1 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none ")
@@ -201,34 +201,34 @@ def test_a_job_is_a_task_a_rank_or_one_launcher_a_node_that_has_its_cores(tmp_pa
     [
         (75, False, "None", True),
         (76, True, "None", False),
-        (143, True, "None", False),  # it was cancelled before its ranks listened
+        (143, True, "None", False),  # cancelled before its ranks had signal handlers
         (143, False, "None", True),
         (76, True, "2026-01-01T10:00:30", True),
-        (143, True, "2026-01-01T10:00:30", True),  # preempted before they did
-        (76, True, "2026-01-01T09:00:00", False),  # an earlier start was
+        (143, True, "2026-01-01T10:00:30", True),  # preempted before they had
+        (76, True, "2026-01-01T09:00:00", False),  # an earlier start was preempted
         (78, True, "2026-01-01T10:00:30", False),
     ],
 )
-def test_a_job_is_queued_again_unless_somebody_asked_for_its_end(tmp_path, code, asked, preempted, again):
+def test_a_job_is_requeued_unless_a_stop_was_requested(tmp_path, code, asked, preempted, again):
     batch = Batch(tmp_path, code, asked=asked, preempted=preempted)
     assert batch.requeued == again and f"ended with {code}" in batch.done.stdout
     assert batch.done.returncode == (75 if again and code == 76 else code)
     assert (batch.run / "restarts").exists() == again
 
 
-def test_a_job_whose_restarts_cannot_be_counted_is_not_queued_again_for_ever(tmp_path):
+def test_a_job_whose_restarts_cannot_be_counted_is_not_requeued_for_ever(tmp_path):
     for restarts in (1, 2, 3):
         assert Batch(tmp_path, 71).requeued and (tmp_path / "run" / "restarts").read_text() == f"none {restarts}\n"
         (tmp_path / "calls").unlink()
     batch = Batch(tmp_path, 71)
-    assert not batch.requeued and "not started again: 3 restarts since checkpoint none" in batch.done.stdout
+    assert not batch.requeued and "not restarted: 3 restarts since checkpoint none" in batch.done.stdout
     batch.run.rmdir()
-    batch.run.touch()  # no folder can be made, as on a disk that is full
+    batch.run.touch()  # no folder can be created, as on a full disk
     batch = Batch(tmp_path, 71)
-    assert not batch.requeued and f"not started again: {batch.run}/restarts cannot be written" in batch.done.stdout
+    assert not batch.requeued and f"not restarted: {batch.run}/restarts cannot be written" in batch.done.stdout
 
 
-def test_jobs_of_no_run_count_their_restarts_apart(tmp_path):
+def test_jobs_without_a_run_folder_count_their_restarts_separately(tmp_path):
     of_others = ROOT / "runs" / "restarts"
     for number, restarts in (("700001", 1), ("700002", 1), ("700001", 2)):
         counted = ROOT / f".restarts-{number}"
@@ -242,23 +242,27 @@ def test_jobs_of_no_run_count_their_restarts_apart(tmp_path):
 def test_a_job_that_is_submitted_from_elsewhere_says_so(tmp_path):
     batch = Batch(tmp_path, 0, SLURM_SUBMIT_DIR=str(tmp_path))
     assert batch.done.returncode == 64 and batch.calls == []
-    assert batch.done.stdout == f"{tmp_path} is no checkout: sbatch is called from one\n"
+    assert batch.done.stdout == f"{tmp_path} is not a checkout: run sbatch from one\n"
 
 
 @pytest.mark.parametrize(
     ("launcher", "given", "said"),
     [
-        ("deepspeed.sh", {"HOSTFILE": "/nowhere/hosts"}, "HOSTFILE=/nowhere/hosts: no such file"),  # DeepSpeed would not say it
+        (
+            "deepspeed.sh",
+            {"HOSTFILE": "/nowhere/hosts"},
+            "HOSTFILE=/nowhere/hosts: no such file",
+        ),  # DeepSpeed ignores it
         (
             "deepspeed.sh",
             {"HOSTFILE": "launchers/hostfile.example", "NODE_RANK": "0"},
-            "MASTER_ADDR is not set: with NODE_RANK, the address of the first machine",
+            "MASTER_ADDR is not set: NODE_RANK needs the address of the first machine",
         ),
-        ("torchrun.sh", {"NODES": "2"}, "MASTER_ADDR is not set: with NODES, the address of one that all reach"),
-        ("slurm.sbatch", {}, "SLURM_SUBMIT_DIR is not set: this is run by sbatch"),
+        ("torchrun.sh", {"NODES": "2"}, "MASTER_ADDR is not set: NODES above 1 needs the address of a node that all can reach"),
+        ("slurm.sbatch", {}, "SLURM_SUBMIT_DIR is not set: submit this script with sbatch"),
     ],
 )
-def test_machines_that_are_not_described_are_refused(launcher, given, said):
+def test_missing_addresses_and_hostfiles_are_refused(launcher, given, said):
     command = ["bash", f"launchers/{launcher}", "train", "--recipe", "digits"]
     done = subprocess.run(command, env=environment() | given, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr, done.stdout) == (64, f"xar-scale: {said}\n", "")
@@ -266,13 +270,13 @@ def test_machines_that_are_not_described_are_refused(launcher, given, said):
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 @pytest.mark.parametrize("given", ["PROCESSES=0", "PROCESSES=all", "RESTARTS=x", "PAUSE=-1", "MASTER_PORT=1e4"])
-def test_what_is_no_number_is_refused_before_anything_starts(launcher, given):
-    """RESTARTS=x would otherwise be starts without an end."""
+def test_settings_that_are_not_numbers_are_refused_before_anything_starts(launcher, given):
+    """RESTARTS=x would otherwise restart for ever."""
     least = "0" if given.startswith(("RESTARTS", "PAUSE")) else "1"
     command = ["env", given, f"launchers/{launcher}.sh", "train"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (64, "")
-    assert done.stderr == f"xar-scale: {given} is no whole number from {least} on\n"
+    assert done.stderr == f"xar-scale: {given}: must be a whole number of at least {least}\n"
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -280,7 +284,7 @@ def test_more_processes_than_gpus_are_refused(launcher):
     given = {"CUDA_VISIBLE_DEVICES": "0,1", "PROCESSES": "3"}
     kept = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"} | given
     done = subprocess.run([f"launchers/{launcher}.sh"], env=kept, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (64, "xar-scale: PROCESSES=3, but there are GPUs 0,1\n")
+    assert (done.returncode, done.stderr) == (64, "xar-scale: PROCESSES=3, but the GPUs are only 0,1\n")
 
 
 def test_processes_on_a_cpu_are_as_many_as_wanted():
@@ -288,21 +292,21 @@ def test_processes_on_a_cpu_are_as_many_as_wanted():
 
 
 @pytest.mark.parametrize(("shown", "here"), [("0,3", "0,3\n"), ("-1", ""), ("", "\n")])
-def test_gpus_are_those_that_cuda_is_shown(shown, here):
+def test_gpus_are_those_in_cuda_visible_devices(shown, here):
     done = bash(f"export CUDA_VISIBLE_DEVICES={shown}; gpus_here")
     assert (done.returncode, done.stdout) == (0, here)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_an_environment_that_is_not_activated_is_said(launcher, tmp_path):
+def test_a_missing_python_is_reported(launcher, tmp_path):
     for name in ("bash", "dirname"):
         (tmp_path / name).symlink_to(f"/usr/bin/{name}")
     kept = environment() | {"PATH": str(tmp_path)}
     done = subprocess.run([f"launchers/{launcher}.sh"], env=kept, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 64 and done.stderr.startswith("xar-scale: there is no python here")
+    assert done.returncode == 64 and done.stderr.startswith("xar-scale: python not found")
 
 
-def test_what_the_launchers_set_for_torch_is_known_to_it():
+def test_the_variables_that_launchers_set_for_torch_exist_there():
     headers = Path(torch.__file__).parent / "include" / "torch" / "csrc" / "distributed" / "c10d"
     known = "".join(path.read_text() for path in headers.glob("*.hpp"))
     names = set(re.findall(r"TORCH_[A-Z_]+", (ROOT / "launchers" / "common.sh").read_text()))

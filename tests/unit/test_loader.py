@@ -1,4 +1,4 @@
-"""Batches: self-contained, the same for every number of workers and ranks, random as promised."""
+"""Batches: self-contained, the same for every number of workers and ranks, with the documented randomness."""
 
 import multiprocessing
 import os
@@ -18,11 +18,11 @@ from tests.conftest import digits_config
 from tests.processes import wait_until_gone
 from tests.unit.conftest import write_set
 from xar_scale.data import loader, reader
-from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches, check_fits
+from xar_scale.data.loader import Batch, LatentDataset, RankBatchSampler, batches, check_fits
 from xar_scale.data.order import SampleOrder
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import Sample
-from xar_scale.data.workers import is_death
+from xar_scale.data.workers import is_worker_death
 from xar_scale.errors import ConfigError, ProcessError
 from xar_scale.flow import sample_time
 from xar_scale.model.entities import create_layout
@@ -41,14 +41,14 @@ def read(*of, **more) -> list[Batch]:
 
 def stream(folder, workers=0, *, start=0, steps=3, batch=6, micro=None, rank=0, world=1) -> Iterator[Batch]:
     micro = micro or batch // world
-    numbers = RankNumbers(start=start, steps=steps, global_batch=batch, micro_batch=micro, rank=rank, world=world)
+    numbers = RankBatchSampler(start=start, steps=steps, global_batch=batch, micro_batch=micro, rank=rank, world=world)
     more = (f"data.workers={workers}", f"train.global_batch={batch}", "data.lanes=3")
     dataset = open_set(folder, *more, "data.flip=true", "train.label_drop=0.3")
     return batches(dataset, numbers, CPU)
 
 
 def joined(parts: list[Batch]) -> Batch:
-    return Batch.together(parts)
+    return Batch.concatenate(parts)
 
 
 def assert_equal(one: Batch, two: Batch):
@@ -201,11 +201,11 @@ def test_flip_takes_the_mirrored_array_half_of_the_time_and_only_when_on(tmp_pat
         assert np.array_equal(plain.latents[number].numpy(), image)
         assert mirrored[key][-1] or np.array_equal(got, image)
     assert sum(map(sum, mirrored.values())) / 1000 == pytest.approx(0.5, abs=0.06)
-    assert all(0 < sum(times) < len(times) for times in mirrored.values())  # drawn anew each epoch, not by sample
+    assert all(0 < sum(times) < len(times) for times in mirrored.values())  # drawn anew each epoch, not once per sample
 
 
 def posterior(tmp_path, mean: float, log_variance: float, scale: float) -> LatentDataset:
-    """A set of one stored posterior of 4 channels, all of the mean and log variance given."""
+    """A set of one stored posterior of 4 channels, with the given mean and log variance everywhere."""
     stored = np.concatenate([np.full((4, 4, 4), value, np.float32) for value in (mean, log_variance)])
     samples = [Sample("s", 0, stored, None)]
     write_set(tmp_path, samples=samples, shape=(8, 4, 4), dtype="float32", stored="moments", latent_scale=scale)
@@ -243,16 +243,16 @@ def test_a_set_that_does_not_fit_the_model_is_refused_with_both_numbers(tmp_path
     write_set(tmp_path)
     info = LatentShards(tmp_path).info
     path = f"data.path={tmp_path}"
-    with pytest.raises(ConfigError, match=rf"latents in {tmp_path} are \(4, 4, 4\) .*, the model takes \(16, 4, 4\)"):
+    with pytest.raises(ConfigError, match=rf"latents in {tmp_path} are \(4, 4, 4\) .*, the model expects \(16, 4, 4\)"):
         check_fits(info, digits_config(path, "model.channels=16"))
-    with pytest.raises(ConfigError, match=r"are \(4, 4, 4\) .*, the model takes \(4, 8, 4\)"):
+    with pytest.raises(ConfigError, match=r"are \(4, 4, 4\) .*, the model expects \(4, 8, 4\)"):
         check_fits(info, digits_config(path, "model.grid=[8, 4]"))
     with pytest.raises(ConfigError, match=r"10 classes, model.classes is 9"):
         check_fits(info, digits_config(path, "model.classes=9"))
     with pytest.raises(ConfigError, match=f"data.flip is on, but {tmp_path} holds no mirrored latents"):
         check_fits(info, digits_config(path, "data.flip=true"))
     check_fits(info, digits_config(path, "model.classes=11"))
-    with pytest.raises(ConfigError, match="model.classes is 9"):  # and opening it asks
+    with pytest.raises(ConfigError, match="model.classes is 9"):  # also checked when it is opened
         open_set(tmp_path, "model.classes=9")
 
 
@@ -264,7 +264,7 @@ def kill_one() -> None:
 
 
 def test_a_killed_worker_loses_nothing_and_repeats_nothing(folder, capfd):
-    """Killed again and again, at moments that differ by chance: the batches are those of an undisturbed run."""
+    """Killed repeatedly, at random moments: the batches are those of an undisturbed run."""
     more = dict(steps=40, batch=6)
     undisturbed = read(folder, **more)
     seen, kills = [], random.Random().sample(range(1, 38), 3)
@@ -275,11 +275,11 @@ def test_a_killed_worker_loses_nothing_and_repeats_nothing(folder, capfd):
     assert len(seen) == 40
     for one, two in zip(seen, undisturbed, strict=True):
         assert_equal(one, two)
-    assert 1 <= capfd.readouterr().err.count("; starting its data workers again") <= 3  # two that die together are one death
+    assert 1 <= capfd.readouterr().err.count("; restarting its data workers") <= 3  # two that die together count once
 
 
 def test_workers_that_die_now_and_then_do_not_end_it(folder, monkeypatch):
-    """Nor is the process disturbed at what it does then, whichever loaders were there before."""
+    """Nor is the process interrupted in what it does then, whichever loaders existed before."""
     list(DataLoader([1], num_workers=1))
     monkeypatch.setattr(loader, "MAX_DEATHS", 2)
     seen = 0
@@ -292,7 +292,7 @@ def test_workers_that_die_now_and_then_do_not_end_it(folder, monkeypatch):
 
 
 def test_starting_workers_draws_from_no_generator_that_dropout_draws_from(folder):
-    """They may be started in the middle of a step, and again when one dies."""
+    """They may be started in the middle of a step, and restarted when one dies."""
     torch.manual_seed(5)
     before = torch.get_rng_state()
     read(folder, workers=1)
@@ -300,7 +300,7 @@ def test_starting_workers_draws_from_no_generator_that_dropout_draws_from(folder
 
 
 def test_a_killed_rank_leaves_no_workers(folder, monkeypatch):
-    # after which they look for their parent by themselves
+    # the interval after which they check for their parent by themselves
     monkeypatch.setattr("torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL", 1000.0)
 
     def rank() -> None:
@@ -320,7 +320,7 @@ def test_a_killed_rank_leaves_no_workers(folder, monkeypatch):
 
 
 def test_a_worker_that_starts_after_its_rank_was_killed_ends(folder, monkeypatch):
-    """PyTorch takes whoever has adopted it for its parent, and waits for that to end."""
+    """PyTorch takes the process that adopted the worker for its parent, and waits for that to end."""
     monkeypatch.setattr(os, "getppid", lambda: 1)
     with pytest.raises(ProcessError, match="a data worker died"):
         read(folder, workers=1)
@@ -338,8 +338,8 @@ def test_workers_that_die_again_and_again_end_the_run(folder, monkeypatch, capfd
     monkeypatch.setattr(LatentDataset, "__getitems__", lambda self, numbers: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(ProcessError, match=r"rank 2: a data worker died: DataLoader worker .*, 2 times in a row") as caught:
         read(folder, workers=1, rank=2, world=3)
-    assert caught.value.rank == 2  # who alone has met it says so
-    assert capfd.readouterr().err.count("starting its data workers again") == 1
+    assert caught.value.rank == 2  # only this rank has met it, so it reports it
+    assert capfd.readouterr().err.count("restarting its data workers") == 1
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, OSError, EOFError])
@@ -357,7 +357,7 @@ def test_a_defect_in_a_worker_is_no_death(folder, monkeypatch, kind):
     ("where", "dead"), [("in pin memory thread for device 0", True), ("in DataLoader worker process 1", False)]
 )
 def test_a_thread_that_pins_meets_deaths_too(where, dead):
-    """As PyTorch passes errors on, from the thread that fetches batches on CUDA and from a worker itself."""
+    """As PyTorch forwards errors, from the thread that fetches batches on CUDA and from a worker itself."""
     for kind in (EOFError, ConnectionRefusedError):
         try:
             raise kind
@@ -365,11 +365,11 @@ def test_a_thread_that_pins_meets_deaths_too(where, dead):
             wrapped = torch._utils.ExceptionWrapper(where=where)
         with pytest.raises(kind) as caught:
             wrapped.reraise()
-        assert is_death(caught.value) is dead
+        assert is_worker_death(caught.value) is dead
 
 
 def test_as_many_shards_stay_open_as_the_lanes_go_around(tmp_path, monkeypatch):
-    """A shard that is closed between two visits costs an index each time."""
+    """A shard that is closed between two visits must read its index each time."""
     write_set(tmp_path, 400, per_shard=2)
     monkeypatch.setattr(LatentShards, "open_shards", 1)
     opened = []
@@ -409,7 +409,7 @@ def test_moving_a_batch_keeps_everything(folder, monkeypatch):
     assert_equal(batch.to(CPU), batch)
     moved = batch.to(torch.device("meta"))
     on = {name: tensor.device.type for name, tensor in vars(moved).items() if torch.is_tensor(tensor)}
-    assert on.pop("places") == "cpu"  # whom the host asks after
+    assert on.pop("places") == "cpu"  # used on the host
     assert set(on.values()) == {"meta"}
     assert moved.keys == batch.keys
     monkeypatch.setattr("xar_scale.data.loader.Tensor.pin_memory", lambda tensor: tensor.clone())  # pinning needs a GPU

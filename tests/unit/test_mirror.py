@@ -1,4 +1,4 @@
-"""A copy of a run's checkpoints in an object store: complete or not there, kept as the run keeps its own, and gone on from."""
+"""A copy of a run's checkpoints in an object store: atomic, with the run's retention, and used to resume."""
 
 import errno
 import os
@@ -15,17 +15,17 @@ import pytest
 from tests.unit.test_saving import poll_until
 from tests.unit.tiny_run import Run
 from xar_scale import background
-from xar_scale.beginning import mirror_of
 from xar_scale.checkpoint import mirror
 from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid, read_manifest
 from xar_scale.checkpoint.mirror import Mirror, newest_valid_of
 from xar_scale.errors import ConfigError, DataError, FileError
+from xar_scale.startup import mirror_of
 
 
 @pytest.fixture
 def bucket(store, monkeypatch):
-    """Of an empty folder in the store."""
-    monkeypatch.setattr(store, "fault", store.fault)  # put back afterwards
+    """The URL of an empty folder in the store."""
+    monkeypatch.setattr(store, "fault", store.fault)  # restored afterwards
     name = f"bucket{time.monotonic_ns()}"
     boto3.client("s3", endpoint_url=store.url).create_bucket(Bucket=name)
     return f"s3://{name}/runs/one"
@@ -33,7 +33,7 @@ def bucket(store, monkeypatch):
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Copies are made while it is set."""
+    """An event: copies are made while it is set."""
     gate, exact = threading.Event(), Mirror.upload
 
     def gated(*arguments):
@@ -74,11 +74,11 @@ def trained(folder: Path, url: str, steps: int = 3, **settings) -> Run:
     return run
 
 
-def gone_on_from(folder: Path, url: str) -> Checkpoint | None:
+def resumed_from(folder: Path, url: str) -> Checkpoint | None:
     return newest_valid_of(folder, Mirror(url), lambda found: None)
 
 
-def test_what_is_written_is_copied_and_kept_as_the_run_keeps_its_own(store, bucket, tmp_path, capsys):
+def test_checkpoints_are_copied_with_the_retention_of_the_run(store, bucket, tmp_path, capsys):
     run = trained(tmp_path, bucket, 5, keep_last=2, keep_every=2)
     assert objects(store, bucket) == copied([2, 4, 5])
     assert [path.name for path in checkpoint_paths(tmp_path)] == [f"step-{step:08d}" for step in (2, 4, 5)]
@@ -86,62 +86,62 @@ def test_what_is_written_is_copied_and_kept_as_the_run_keeps_its_own(store, buck
     assert f"copy of checkpoint {run.store.newest} to {bucket}: done" in capsys.readouterr().out
 
 
-def test_a_run_that_has_lost_its_folder_goes_on_from_the_copy(bucket, tmp_path):
+def test_a_run_that_has_lost_its_folder_resumes_from_the_copy(bucket, tmp_path):
     run = trained(tmp_path / "lost", bucket)
     shutil.move(tmp_path / "lost", tmp_path / "kept")
-    checkpoint = gone_on_from(tmp_path / "lost", bucket)
+    checkpoint = resumed_from(tmp_path / "lost", bucket)
     assert checkpoint.path == run.store.newest
     for path in (tmp_path / "kept" / "checkpoints" / checkpoint.path.name).iterdir():
         assert path.read_bytes() == (checkpoint.path / path.name).read_bytes()
     assert newest_valid(tmp_path / "lost").path == checkpoint.path
 
 
-def test_what_the_run_has_itself_is_not_fetched(store, bucket, tmp_path):
+def test_a_checkpoint_that_the_run_has_is_not_downloaded(store, bucket, tmp_path):
     run = trained(tmp_path, bucket)
     store.gets.clear()
-    assert gone_on_from(tmp_path, bucket).path == run.store.newest
+    assert resumed_from(tmp_path, bucket).path == run.store.newest
     assert sum(store.gets.values()) == 0
 
 
-def test_the_copy_stands_in_for_what_is_damaged(bucket, tmp_path):
+def test_the_copy_replaces_a_damaged_checkpoint(bucket, tmp_path):
     run = trained(tmp_path, bucket)
     (run.store.newest / FILES[1]).write_bytes(b"")
-    assert gone_on_from(tmp_path, bucket).path == run.store.newest
+    assert resumed_from(tmp_path, bucket).path == run.store.newest
     assert (tmp_path / "checkpoints" / f"damaged-{run.store.newest.name}").is_dir()
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_copy_that_is_damaged_or_not_complete_gives_way_to_the_one_before(store, bucket, tmp_path, capsys, file):
+def test_a_damaged_or_incomplete_copy_is_skipped_for_the_one_before(store, bucket, tmp_path, capsys, file):
     trained(tmp_path / "lost", bucket, keep_last=3)
     spoil(store, bucket, f"step-00000003/{file}")
-    store.delete(bucket, f"checkpoints/step-00000002/{FILES[0]}")  # as if it had been cut short
-    found = gone_on_from(tmp_path / "new", bucket)
+    store.delete(bucket, f"checkpoints/step-00000002/{FILES[0]}")  # as if it had been interrupted
+    found = resumed_from(tmp_path / "new", bucket)
     assert found.path.name == "step-00000001"
     assert file in capsys.readouterr().out
     spoil(store, bucket, f"step-00000001/{file}")
     with pytest.raises(DataError, match=file):
-        gone_on_from(tmp_path / "newer", bucket)
+        resumed_from(tmp_path / "newer", bucket)
 
 
-def test_a_store_that_does_not_answer_is_an_error_unless_the_run_has_its_own(bucket, tmp_path, capsys, monkeypatch):
+def test_an_unreachable_store_is_an_error_unless_the_run_has_a_checkpoint(bucket, tmp_path, capsys, monkeypatch):
     run = trained(tmp_path, bucket)
 
     def silent(*_arguments, **_options):
         raise TimeoutError
 
-    monkeypatch.setattr(mirror, "WAITS_S", (0, 0))
+    monkeypatch.setattr(mirror, "RETRY_DELAYS_S", (0, 0))
     monkeypatch.setattr(fsspec.url_to_fs(bucket)[0], "ls", silent)
-    assert gone_on_from(tmp_path, bucket).path == run.store.newest
+    assert resumed_from(tmp_path, bucket).path == run.store.newest
     said = capsys.readouterr().out
-    assert f"{bucket}/checkpoints cannot be listed: TimeoutError: no more was said; going on with" in said
-    assert said.count("; again in 0 s") == 2
+    assert f"{bucket}/checkpoints cannot be listed: TimeoutError: no message; continuing with" in said
+    assert said.count("; retrying in 0 s") == 2
     with pytest.raises(FileError, match="cannot be listed"):
-        gone_on_from(tmp_path / "new", bucket)
+        resumed_from(tmp_path / "new", bucket)
 
 
 @pytest.mark.parametrize("work", ["ls", "cat_file", "get_file"])
-def test_what_the_store_fails_to_give_once_is_asked_for_again(bucket, tmp_path, monkeypatch, work):
-    """And for want of it nothing older is gone on from."""
+def test_a_failed_request_is_retried(bucket, tmp_path, monkeypatch, work):
+    """A failure does not lead to an older checkpoint."""
     newest = trained(tmp_path / "lost", bucket).store.newest
     system, left = fsspec.url_to_fs(bucket)[0], [1]
     exact = getattr(system, work)
@@ -153,26 +153,26 @@ def test_what_the_store_fails_to_give_once_is_asked_for_again(bucket, tmp_path, 
         return exact(*arguments, **options)
 
     monkeypatch.setattr(system, work, failing)
-    monkeypatch.setattr(mirror, "WAITS_S", (0,))
-    assert gone_on_from(tmp_path / "new", bucket).path.name == newest.name
+    monkeypatch.setattr(mirror, "RETRY_DELAYS_S", (0,))
+    assert resumed_from(tmp_path / "new", bucket).path.name == newest.name
     left[0] = 99
     with pytest.raises(FileError, match="TimeoutError"):
-        gone_on_from(tmp_path / "newer", bucket)
+        resumed_from(tmp_path / "newer", bucket)
 
 
-def test_copies_of_later_steps_stay_unless_the_run_has_gone_back_from_them(store, bucket, tmp_path):
-    """Its store was silent when it began again: they are of the same course."""
+def test_copies_of_later_steps_stay_unless_the_run_has_rolled_back(store, bucket, tmp_path):
+    """The store was unreachable when the run restarted: these copies belong to the same trajectory."""
     trained(tmp_path / "lost", bucket, 4, keep_last=9)
     again = trained(tmp_path / "again", bucket, 3, keep_last=9)
-    again.store.go_back(1)
+    again.store.roll_back(1)
     again.step = 1
     again.train()
     again.save()
     assert objects(store, bucket) == copied([1, 2, 4])
 
 
-def test_a_checkpoint_is_not_removed_for_want_of_an_answer(bucket, tmp_path, monkeypatch):
-    """That it lacks its manifest was not seen."""
+def test_a_checkpoint_is_not_removed_if_the_listing_fails(bucket, tmp_path, monkeypatch):
+    """The listing did not show that its manifest is missing."""
     run = trained(tmp_path, bucket, 1, keep_last=9)
     system = fsspec.url_to_fs(bucket)[0]
     exact = system.ls
@@ -193,14 +193,14 @@ def test_a_checkpoint_is_not_removed_for_want_of_an_answer(bucket, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["up[2]", "what?", "a*"])
-def test_copies_in_a_place_whose_name_is_a_pattern_are_found(tmp_path, name):
+def test_copies_at_a_path_that_looks_like_a_pattern_are_found(tmp_path, name):
     url = f"file://{tmp_path}/{name}/run"
     newest = trained(tmp_path / "lost", url, 2, keep_last=1).store.newest
     assert Mirror(url).steps() == [2]
-    assert gone_on_from(tmp_path / "new", url).path.name == newest.name
+    assert resumed_from(tmp_path / "new", url).path.name == newest.name
 
 
-def test_a_copy_is_elsewhere(tmp_path):
+def test_the_run_s_own_folder_is_refused_as_the_copy(tmp_path):
     run = tmp_path / "run"
     (tmp_path / "link").symlink_to(run)
     run.mkdir()
@@ -210,7 +210,7 @@ def test_a_copy_is_elsewhere(tmp_path):
     assert mirror_of(run, f"file://{run}/copy").url == f"file://{run}/copy"
 
 
-def test_a_copy_that_fails_is_tried_again_while_training_goes_on(store, bucket, tmp_path, capsys, monkeypatch):
+def test_a_failed_copy_is_retried_while_training_continues(store, bucket, tmp_path, capsys, monkeypatch):
     system, left = fsspec.url_to_fs(bucket)[0], [2]
     exact = system.put_file
 
@@ -229,7 +229,7 @@ def test_a_copy_that_fails_is_tried_again_while_training_goes_on(store, bucket, 
     assert objects(store, bucket) == copied([1])
 
 
-def test_what_an_upload_that_was_given_up_leaves_goes_when_the_next_is_there(store, bucket, tmp_path, monkeypatch):
+def test_leftovers_of_an_abandoned_upload_are_removed_by_the_next(store, bucket, tmp_path, monkeypatch):
     system = fsspec.url_to_fs(bucket)[0]
     exact = system.put_file
 
@@ -250,7 +250,7 @@ def test_what_an_upload_that_was_given_up_leaves_goes_when_the_next_is_there(sto
     assert objects(store, bucket) == copied([1, 3])
 
 
-def test_a_removal_that_is_cut_short_leaves_nothing_that_counts(store, bucket, tmp_path, monkeypatch):
+def test_an_interrupted_removal_leaves_no_complete_copy(store, bucket, tmp_path, monkeypatch):
     trained(tmp_path, bucket, 2)
     system = fsspec.url_to_fs(bucket)[0]
 
@@ -263,8 +263,8 @@ def test_a_removal_that_is_cut_short_leaves_nothing_that_counts(store, bucket, t
     assert objects(store, bucket) == [*copied([1]), f"step-00000002/{FILES[1]}"] and Mirror(bucket).steps() == [1]
 
 
-def test_what_another_process_has_copied_or_removed_is_seen(store, bucket, tmp_path):
-    """Not what a listing of before is remembered to have said."""
+def test_changes_by_another_process_are_seen(store, bucket, tmp_path):
+    """Listings are not cached."""
     mirror = Mirror(bucket)
     trained(tmp_path, bucket, 1)
     assert mirror.steps() == [1]
@@ -277,22 +277,22 @@ def test_what_another_process_has_copied_or_removed_is_seen(store, bucket, tmp_p
     assert mirror.steps() == [2]
 
 
-def test_what_is_left_of_a_fetch_that_was_cut_short_is_in_nobodys_way(bucket, tmp_path):
+def test_leftovers_of_an_interrupted_download_do_no_harm(bucket, tmp_path):
     run = trained(tmp_path / "lost", bucket, 1)
     left = tmp_path / "new" / "checkpoints" / ".step-00000001.tmp"
     left.mkdir(parents=True)
     (left / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"of more ranks")
-    found = gone_on_from(tmp_path / "new", bucket)
+    found = resumed_from(tmp_path / "new", bucket)
     assert found.path.name == run.store.newest.name and sorted(path.name for path in found.path.iterdir()) == FILES
 
 
-def test_what_is_there_already_is_not_lost_by_what_a_store_lists(store, bucket, tmp_path, monkeypatch):
+def test_a_stale_listing_loses_nothing(store, bucket, tmp_path, monkeypatch):
     name, _, prefix = bucket.removeprefix("s3://").partition("/")
     client = boto3.client("s3", endpoint_url=store.url)
     client.put_object(Bucket=name, Key=f"{prefix}/checkpoints/step-00000001-best/notes.txt", Body=b"mine")
     exact = Mirror.steps
 
-    def late(self, **files):  # a listing that has not heard of the newest manifest
+    def late(self, **files):  # a listing without the newest manifest
         return exact(self, **files) if files else exact(self)[:-1]
 
     monkeypatch.setattr(Mirror, "steps", late)
@@ -300,7 +300,7 @@ def test_what_is_there_already_is_not_lost_by_what_a_store_lists(store, bucket, 
     assert objects(store, bucket) == sorted(["step-00000001-best/notes.txt", *copied([1, 2])])
 
 
-def test_the_end_of_a_run_waits_for_the_copy_and_says_when_there_is_none(bucket, tmp_path, monkeypatch):
+def test_the_end_of_a_run_waits_for_the_copy_and_reports_its_failure(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(background.time, "sleep", lambda seconds: None)
     run = Run(tmp_path, mirror=Mirror(f"{bucket.rsplit('/', 2)[0]}-that-is-not-there/run"))
     run.train()
@@ -310,7 +310,7 @@ def test_the_end_of_a_run_waits_for_the_copy_and_says_when_there_is_none(bucket,
     assert newest_valid(tmp_path).manifest.step == 1
 
 
-def test_a_run_that_is_stopped_does_without_the_copy_and_not_without_the_checkpoint(bucket, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_needs_its_checkpoint_but_not_the_copy(bucket, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(background.time, "sleep", lambda seconds: None)
     run = Run(tmp_path, mirror=Mirror(f"{bucket.rsplit('/', 2)[0]}-that-is-not-there/run"))
     run.train()
@@ -329,7 +329,7 @@ def test_a_run_that_is_stopped_does_without_the_copy_and_not_without_the_checkpo
         run.store.finish(stopped=True)
 
 
-def test_one_that_is_being_copied_is_not_dropped_and_the_newest_comes_next(store, bucket, tmp_path, gate):
+def test_a_checkpoint_under_copy_is_not_dropped_and_the_newest_is_copied_next(store, bucket, tmp_path, gate):
     run = Run(tmp_path, mirror=Mirror(bucket), keep_last=1)
     for step in range(1, 5):
         run.train()
@@ -341,19 +341,19 @@ def test_one_that_is_being_copied_is_not_dropped_and_the_newest_comes_next(store
     assert objects(store, bucket) == copied([4])  # 2 and 3 were never copied, 1 was dropped as too old
 
 
-def test_what_is_gone_back_from_is_not_copied_after_all(store, bucket, tmp_path, gate):
+def test_a_rollback_cancels_the_copy_of_a_later_step(store, bucket, tmp_path, gate):
     run = Run(tmp_path, mirror=Mirror(bucket))
     for step in (1, 2):
         run.train()
         run.store.save(run.manifest())
         poll_until(run, lambda step=step: run.store.newest and run.store.newest.name.endswith(str(step)))
-    run.store.go_back(1)
+    run.store.roll_back(1)
     gate.set()
     run.store.finish()
     assert objects(store, bucket) == copied([1])
 
 
-def test_a_step_that_is_taken_again_replaces_its_copy(store, bucket, tmp_path):
+def test_a_step_that_is_repeated_replaces_its_copy(store, bucket, tmp_path):
     run = trained(tmp_path, bucket, 2)
     name, _, prefix = bucket.removeprefix("s3://").partition("/")
     of_more_ranks = f"{prefix}/checkpoints/step-00000002/shard-00002-model-00001-of-00001.safetensors"
@@ -363,40 +363,40 @@ def test_a_step_that_is_taken_again_replaces_its_copy(store, bucket, tmp_path):
     run.step = 2
     run.save()
     assert objects(store, bucket) == copied([1, 2])
-    fetched = gone_on_from(tmp_path / "new", bucket)
+    fetched = resumed_from(tmp_path / "new", bucket)
     assert fetched.manifest.files == newest_valid(tmp_path).manifest.files
 
 
-def test_any_url_that_fsspec_opens_will_do_and_no_other(tmp_path):
+def test_only_urls_that_fsspec_opens_are_accepted(tmp_path):
     run = trained(tmp_path / "run", f"file://{tmp_path}/copy", 1)
     assert newest_valid(tmp_path / "copy").manifest == newest_valid(tmp_path / "run").manifest
     assert run.store.newest.name == "step-00000001"
     with pytest.raises(ConfigError, match=r"train.upload nosuch://x/y cannot be opened: .*nosuch"):
         Mirror("nosuch://x/y")
     for path in ("s3:/bucket/x", "backup/x", str(tmp_path), "s3://", "file:///", "://x"):
-        with pytest.raises(ConfigError, match=f"train.upload {path} is no URL, such as s3://bucket/runs/h"):
+        with pytest.raises(ConfigError, match=f"train.upload {path} is not a URL such as s3://bucket/runs/h"):
             Mirror(path)
 
 
-def test_a_place_is_tried_out_and_nothing_is_left_there(store, bucket, tmp_path, monkeypatch):
-    Mirror(bucket).try_out()
-    Mirror(f"file://{tmp_path}/copy").try_out()
+def test_check_writable_leaves_nothing_behind(store, bucket, tmp_path, monkeypatch):
+    Mirror(bucket).check_writable()
+    Mirror(f"file://{tmp_path}/copy").check_writable()
     assert objects(store, bucket) == [] and not [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
     (tmp_path / "file").touch()
     missing = f"{bucket.rsplit('/', 2)[0]}-that-is-not-there/run"
     for url, said in ((f"file://{tmp_path}/file/x", "NotADirectory"), ("file:///proc/nope", "FileNotFound"), (missing, "File")):
         with pytest.raises(FileError, match=f"{url}/checkpoints cannot be written: {said}"):
-            Mirror(url).try_out()
+            Mirror(url).check_writable()
 
     def forbidden(*_arguments, **_options):
         raise PermissionError("Access Denied")
 
     monkeypatch.setattr(fsspec.url_to_fs(bucket)[0], "pipe_file", forbidden)
     with pytest.raises(FileError, match=f"{bucket}/checkpoints cannot be written: PermissionError: Access Denied"):
-        Mirror(bucket).try_out()
+        Mirror(bucket).check_writable()
 
 
-def test_what_the_run_cannot_go_on_from_is_not_fetched(bucket, tmp_path, capsys):
+def test_a_checkpoint_that_the_run_cannot_resume_from_is_not_downloaded(bucket, tmp_path, capsys):
     trained(tmp_path / "other", bucket)
 
     def refuse(found: Checkpoint) -> None:
@@ -404,19 +404,19 @@ def test_what_the_run_cannot_go_on_from_is_not_fetched(bucket, tmp_path, capsys)
 
     with pytest.raises(ConfigError, match=f"train.upload {bucket}: step-00000003 has taken 3"):
         newest_valid_of(tmp_path / "new", Mirror(bucket), refuse)
-    assert not (tmp_path / "new").exists() and "fetching" not in capsys.readouterr().out
+    assert not (tmp_path / "new").exists() and "downloading" not in capsys.readouterr().out
 
 
-def test_a_run_that_has_gone_back_keeps_its_new_copies_and_drops_those_of_the_course_it_left(store, bucket, tmp_path):
+def test_after_a_rollback_new_copies_are_kept_and_those_of_undone_steps_removed(store, bucket, tmp_path):
     run = trained(tmp_path, bucket, 4, keep_last=2)
     assert Mirror(bucket).steps() == [3, 4]
-    run.store.go_back(1)
+    run.store.roll_back(1)
     run.step = 2
     run.save()
     assert objects(store, bucket) == copied([2])
 
 
-def test_at_the_end_the_newest_is_copied_though_one_before_it_could_not_be(bucket, tmp_path, monkeypatch):
+def test_at_the_end_the_newest_is_copied_even_if_one_before_it_failed(bucket, tmp_path, monkeypatch):
     monkeypatch.setattr(background.time, "sleep", lambda seconds: None)
     exact, refused = Mirror.upload, "step-00000001"
 
@@ -435,7 +435,7 @@ def test_at_the_end_the_newest_is_copied_though_one_before_it_could_not_be(bucke
     assert Mirror(bucket).steps() == [2]
 
 
-def test_at_the_end_a_copy_that_a_newer_one_waits_for_is_not_tried_again(bucket, tmp_path, monkeypatch, gate):
+def test_at_the_end_a_failed_copy_is_not_retried_if_a_newer_one_waits(bucket, tmp_path, monkeypatch, gate):
     gated, pauses, failures = Mirror.upload, [], [FileError("refused")]
 
     def upload(*arguments):
@@ -455,7 +455,7 @@ def test_at_the_end_a_copy_that_a_newer_one_waits_for_is_not_tried_again(bucket,
     assert pauses == [] and Mirror(bucket).steps() == [2]
 
 
-def test_however_often_a_copy_failed_before_the_end_gives_it_six_attempts(bucket, tmp_path, monkeypatch):
+def test_the_end_gives_a_copy_six_attempts_however_often_it_failed_before(bucket, tmp_path, monkeypatch):
     pauses: list[float] = []
     run, refused = Run(tmp_path, mirror=Mirror(bucket)), [True]
     exact = Mirror.upload
@@ -480,8 +480,8 @@ def test_however_often_a_copy_failed_before_the_end_gives_it_six_attempts(bucket
 
 
 @pytest.mark.parametrize("name", ["../../../escaped.safetensors", "/escaped.safetensors", "latest"])
-def test_a_copy_that_names_files_elsewhere_is_none(tmp_path, name):
-    """Whoever may write to the mirror could have it write over any file of the user."""
+def test_a_copy_whose_manifest_names_files_elsewhere_is_refused(tmp_path, name):
+    """Otherwise whoever can write to the mirror could overwrite any file of the user."""
     url = f"file://{tmp_path}/copy"
     path = trained(tmp_path / "run", url, 1).store.newest
     manifest = read_manifest(path).manifest
@@ -490,6 +490,6 @@ def test_a_copy_that_names_files_elsewhere_is_none(tmp_path, name):
     (entry,) = manifest.files.values()
     (copy / "manifest.json").write_bytes(replace(manifest, files={name: entry}).to_json())
     (tmp_path / "escaped.safetensors").write_text("mine")
-    with pytest.raises(DataError, match=f"names '{name}', which is no file of a checkpoint's"):
-        gone_on_from(tmp_path / "new" / "run", url)
+    with pytest.raises(DataError, match=f"names '{name}', which is not a checkpoint file"):
+        resumed_from(tmp_path / "new" / "run", url)
     assert (tmp_path / "escaped.safetensors").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""The global order, and the slice of it that each rank reads."""
+"""The global order, and each rank's slice of it."""
 
 import pickle
 from itertools import chain, combinations
@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xar_scale.data.loader import RankNumbers
+from xar_scale.data.loader import RankBatchSampler
 from xar_scale.data.order import Position, SampleOrder, Window
 
-COUNTS = [5, 1, 8, 3]  # samples a shard
+COUNTS = [5, 1, 8, 3]  # samples per shard
 
 
 @st.composite
@@ -42,7 +42,7 @@ def lane_streams(order: SampleOrder, steps: int) -> list[list[tuple[int, int]]]:
 
 
 def epochs(order: SampleOrder, count: int) -> list[list[list[tuple[int, int]]]]:
-    """What each lane reads in each of the first epochs, by the promise about their lengths."""
+    """What each lane reads in each of the first epochs, from the documented lane lengths."""
     steps = (count + 1) * order.samples // order.global_batch + 2
     streams, found = lane_streams(order, steps), []
     for epoch in range(count):
@@ -63,7 +63,7 @@ def test_every_sample_comes_exactly_once_an_epoch_whatever_divides_what(order):
 @settings(deadline=None, max_examples=50)
 @given(orders(), st.integers(1, 40))
 def test_no_sample_is_ever_more_than_two_ahead_of_another(order, steps):
-    """At every step of the run, not at the end of epochs alone."""
+    """At every step of the run, not only at the end of epochs."""
     read = places(order, range(steps * order.global_batch))
     times = [read.count((shard, place)) for shard, count in enumerate(order.counts.tolist()) for place in range(count)]
     assert max(times) - min(times) <= 2  # lanes differ by one sample, so a few may be in the next epoch already
@@ -109,7 +109,7 @@ def test_shards_lanes_and_windows_are_each_shuffled_by_epoch_and_seed():
 @settings(deadline=None, max_examples=100)
 @given(orders())
 def test_windows_and_their_shards_are_those_that_samples_are_found_in(order):
-    """Followed from the first window of each lane, ``after`` leads through everything that the lane reads."""
+    """From the first window of each lane, ``next_window`` visits everything that the lane reads."""
     steps = 3 * order.samples // order.global_batch + 2
     for lane, read in enumerate(lane_streams(order, steps)):
         share = order.global_batch // order.lanes
@@ -120,7 +120,7 @@ def test_windows_and_their_shards_are_those_that_samples_are_found_in(order):
         for (of_sample,), (shard, _) in zip(own, read, strict=True):
             if of_sample != window:
                 assert found[window] == set(order.shards_in(window))
-                window = order.after(window)
+                window = order.next_window(window)
             assert of_sample == window
             found.setdefault(window, set()).add(shard)
         assert order.windows(numbers) == set(found)
@@ -175,7 +175,7 @@ def test_ranks_together_read_every_global_batch_in_order_at_any_world_size(start
     expected = list(range(start * 48, 7 * 48))
     for world in WORLDS:
         ranks = [
-            list(RankNumbers(start=start, steps=7, global_batch=48, micro_batch=micro_batch, rank=rank, world=world))
+            list(RankBatchSampler(start=start, steps=7, global_batch=48, micro_batch=micro_batch, rank=rank, world=world))
             for rank in range(world)
         ]
         passes = 48 // world // micro_batch
@@ -197,7 +197,7 @@ def test_a_thousand_ranks_read_the_batches_that_one_reads_and_the_shards_of_thei
     whole = places(order, range(5 * 24_000, 6 * 24_000))
     share, of_rank = 24_000 // world, {}
     for rank in {0, 1, world // 2, world - 1} & set(range(world)):
-        [numbers] = RankNumbers(start=5, steps=6, global_batch=24_000, micro_batch=share, rank=rank, world=world)
+        [numbers] = RankBatchSampler(start=5, steps=6, global_batch=24_000, micro_batch=share, rank=rank, world=world)
         of_rank[rank] = places(order, numbers)
         assert of_rank[rank] == whole[rank * share : (rank + 1) * share]
         lanes = -(-240 // world) + 1
@@ -205,5 +205,5 @@ def test_a_thousand_ranks_read_the_batches_that_one_reads_and_the_shards_of_thei
 
 
 def test_a_rank_knows_how_many_batches_it_has():
-    numbers = RankNumbers(start=2, steps=7, global_batch=48, micro_batch=4, rank=1, world=3)
+    numbers = RankBatchSampler(start=2, steps=7, global_batch=48, micro_batch=4, rank=1, world=3)
     assert len(numbers) == len(list(numbers)) == 5 * 4

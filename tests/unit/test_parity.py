@@ -134,7 +134,7 @@ def test_our_own_runs_name_their_network(tmp_path):
     assert_bitwise(dict(model.state_dict()), load_weights(newest_valid(tmp_path), "ema"))
     run.store.save(run.manifest(kinds=("ema",)))
     run.store.finish()
-    with pytest.raises(UsageError, match="holds ema, and no model"):
+    with pytest.raises(UsageError, match="holds ema, but no model"):
         load_official(tmp_path / "ema" / "step-00000001", ema=False)
 
 
@@ -146,14 +146,14 @@ def test_published_weights_that_do_not_fit_are_refused_by_name(tmp_path, nano):
         load_official(state | {"extra": torch.zeros(1)})
     with pytest.raises(DataError, match=r"the state dict: out_proj.bias is \(3,\), the model's is \(16,\)"):
         load_official(state | {"pred.bias": torch.zeros(3)})
-    with pytest.raises(DataError, match="of no preset: its width is 8, it has 2 encoder blocks"):
+    with pytest.raises(DataError, match="matches no preset: its width is 8, it has 2 encoder blocks"):
         load_official(state | {"class_emb.weight": torch.zeros(1001, 8)})
-    with pytest.raises(DataError, match="the state dict is of no preset: its width is None"):
+    with pytest.raises(DataError, match="the state dict matches no preset: its width is None"):
         load_official({"weight": torch.zeros(3)})
     unknown = named_ours(state) | {"extra": torch.zeros(1)}
-    with pytest.raises(DataError, match=r"the state dict: extra is \(1,\), the model's is not there"):
+    with pytest.raises(DataError, match=r"the state dict: extra is \(1,\), the model's is missing"):
         load_official(unknown)
-    with pytest.raises(DataError, match="the state dict is of no preset: its width is None"):
+    with pytest.raises(DataError, match="the state dict matches no preset: its width is None"):
         load_official({"class_embed.weight": torch.zeros(())})
     for nothing in ({}, {"model": 3}):
         with pytest.raises(DataError, match="the state dict holds no weights"):

@@ -1,4 +1,4 @@
-"""Power-function averages in training: in checkpoints, snapshots, roll backs and the look for what is not finite."""
+"""Power-function EMAs in training: in checkpoints, snapshots, rollbacks and the check for non-finite values."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from tests.unit.guarded_run import Guarded
 from tests.unit.test_store import same
 from tests.unit.tiny_run import Run
 from xar_scale.checkpoint import store
-from xar_scale.checkpoint.load import check_continues, load, load_weights
+from xar_scale.checkpoint.load import check_resumable, load, load_weights
 from xar_scale.checkpoint.manifest import KINDS, checkpoint_paths, newest_valid, read_manifest, verify
 from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.cli import main
@@ -41,7 +41,7 @@ def test_the_first_update_takes_the_weights_and_later_ones_less_and_less():
     assert seen == pytest.approx([1, 0.5**power, (1 / 3) ** power], rel=2e-2)
 
 
-def test_checkpoints_have_them_and_training_goes_on_bitwise(tmp_path):
+def test_checkpoints_hold_them_and_a_resumed_run_continues_bitwise(tmp_path):
     run, other = Run(tmp_path, config=CONFIG), Run(tmp_path, seed=1, config=CONFIG)
     run.train(3)
     checkpoint = verify(run.save())
@@ -53,34 +53,34 @@ def test_checkpoints_have_them_and_training_goes_on_bitwise(tmp_path):
     assert len(run.state()) == 6 * len(run.engine.shapes) and same(run.state(), other.state())
 
 
-def test_that_snapshots_cannot_be_written_is_known_at_the_start(tmp_path):
-    """They come first: without them a step's checkpoint would not be written either."""
+def test_an_unwritable_snapshot_folder_is_refused_at_the_start(tmp_path):
+    """They are written first: without them a step's checkpoint would not be written either."""
     (tmp_path / "ema").touch()
     run = Run(tmp_path, config=CONFIG)
     with pytest.raises(OSError, match=f"{tmp_path}/ema"):
         run.store.open(0)
-    Run(tmp_path).store.open(0)  # which has none
+    Run(tmp_path).store.open(0)  # this run has no snapshots
 
 
-def test_without_the_option_nothing_is_more_than_before(tmp_path):
+def test_without_the_option_checkpoints_do_not_hold_them(tmp_path):
     run = Run(tmp_path)
     run.train()
     checkpoint = verify(run.save())
     assert checkpoint.manifest.kinds == KINDS and list(run.ema.averages) == ["ema"]
-    with pytest.raises(ConfigError, match="ema_snapshots_every is 2, checkpoint .* holds no ema-0.05: such averages begin"):
-        check_continues(checkpoint, CONFIG, run.info)
+    with pytest.raises(ConfigError, match="ema_snapshots_every is 2, but .* holds no ema-0.05: these EMAs must start"):
+        check_resumable(checkpoint, CONFIG, run.info)
 
 
-def test_with_the_option_turned_off_a_run_goes_on(tmp_path):
+def test_a_run_resumes_with_the_option_turned_off(tmp_path):
     run = Run(tmp_path, config=CONFIG)
     run.train(2)
     checkpoint, off = verify(run.save()), Run(tmp_path)
-    check_continues(checkpoint, off.config, off.info)
+    check_resumable(checkpoint, off.config, off.info)
     load(checkpoint, off.engine, off.ema)
     assert same(off.ema.tensors, run.ema.averages["ema"])
 
 
-def test_a_snapshot_and_a_checkpoint_of_one_step_are_both_written_the_snapshot_first(tmp_path, capsys):
+def test_for_one_step_the_snapshot_is_written_before_the_checkpoint(tmp_path, capsys):
     written = []
     run = Run(tmp_path, config=CONFIG, keep_last=1)
     for _ in range(3):
@@ -97,7 +97,7 @@ def test_a_snapshot_and_a_checkpoint_of_one_step_are_both_written_the_snapshot_f
     snapshot = verify(tmp_path / "ema" / "step-00000003")
     assert snapshot.manifest.kinds == ("ema-0.05", "ema-0.10")
     with open_vectors(snapshot) as files:
-        assert {key.split("/")[0] for key in files.pieces} == {"ema-0.05", "ema-0.10"}
+        assert {key.split("/")[0] for key in files.chunks} == {"ema-0.05", "ema-0.10"}
     for kind, averages in run.ema.averages.items():
         if kind != "ema":
             loaded = load_weights(snapshot, kind)
@@ -105,7 +105,7 @@ def test_a_snapshot_and_a_checkpoint_of_one_step_are_both_written_the_snapshot_f
                 assert torch.equal(loaded[shard.name], average.view(shard.shape))
 
 
-def test_a_snapshot_that_fails_is_tried_again_and_the_checkpoint_follows(tmp_path, monkeypatch):
+def test_a_failed_snapshot_is_retried_and_the_checkpoint_follows(tmp_path, monkeypatch):
     run, exact, failures = Run(tmp_path, config=CONFIG), store.write_file, [OSError(28, "No space left on device")] * 2
     monkeypatch.setattr(store.time, "sleep", lambda _: None)
 
@@ -122,7 +122,7 @@ def test_a_snapshot_that_fails_is_tried_again_and_the_checkpoint_follows(tmp_pat
     verify(tmp_path / "checkpoints" / "step-00000001")
 
 
-def test_only_a_checkpoint_that_could_not_be_written_is_lacking(tmp_path, monkeypatch):
+def test_checkpoint_failed_is_true_for_checkpoints_and_not_for_snapshots(tmp_path, monkeypatch):
     run, failing, exact = Run(tmp_path, config=CONFIG), [True], store.write_file
 
     def write(*arguments):
@@ -135,13 +135,13 @@ def test_only_a_checkpoint_that_could_not_be_written_is_lacking(tmp_path, monkey
     for manifests, lacking in (([snapshot], False), ([run.manifest().kinds], True), ([snapshot, run.manifest().kinds], True)):
         run.train()
         run.store.save(*(run.manifest(kinds=kinds) for kinds in manifests))
-        assert run.store.lacks_checkpoint() is lacking
+        assert run.store.checkpoint_failed() is lacking
     failing[0] = False
     run.store.finish()
-    assert not run.store.lacks_checkpoint()
+    assert not run.store.checkpoint_failed()
 
 
-def test_snapshots_of_steps_that_are_gone_behind_are_set_aside_and_leftovers_cleared(tmp_path):
+def test_snapshots_of_later_steps_are_set_aside_and_leftovers_removed(tmp_path):
     run = Run(tmp_path, config=CONFIG)
     for _ in range(2):
         run.train()
@@ -153,11 +153,11 @@ def test_snapshots_of_steps_that_are_gone_behind_are_set_aside_and_leftovers_cle
     run.store.save(run.manifest(kinds=tuple(POWER_KINDS)))
     run.store.finish()
     assert [path.name for path in checkpoint_paths(tmp_path, "ema")] == ["step-00000001", "step-00000002"]
-    assert run.store.newest is None and not (tmp_path / "checkpoints" / "latest").exists()  # a snapshot is no checkpoint
+    assert run.store.newest is None and not (tmp_path / "checkpoints" / "latest").exists()  # a snapshot is not a checkpoint
 
 
 @pytest.mark.parametrize("kind", POWER_KINDS)
-def test_the_guard_looks_at_them_and_takes_them_back(tmp_path, kind, monkeypatch):
+def test_the_guard_checks_them_and_rolls_them_back(tmp_path, kind, monkeypatch):
     run = Guarded(tmp_path, "guard.snapshot_every=2", ON)
     run.train(2)
     assert run.recovery.check_and_snapshot(2, checkpoint_due=False)
@@ -174,7 +174,7 @@ def test_the_guard_looks_at_them_and_takes_them_back(tmp_path, kind, monkeypatch
     assert run.resolve().action is Action.ROLL_BACK
 
 
-def test_their_memory_is_reckoned():
+def test_their_memory_is_estimated():
     off = replace(CONFIG, optim=replace(CONFIG.optim, ema_snapshots_every=None))
     device = torch.device("cpu")
     more = rank_memory(CONFIG, "fp32", 8, 1, device).total - rank_memory(off, "fp32", 8, 1, device).total
@@ -184,7 +184,7 @@ def test_their_memory_is_reckoned():
 
 @pytest.fixture
 def words(tmp_path):
-    """Of a training of 12 steps on one process, a checkpoint every 4 and a snapshot every 5."""
+    """Arguments for 12 steps of training on one process, with a checkpoint every 4 and a snapshot every 5."""
     cache_digits(tmp_path / "data", 1000)
     small = ["train.engine=single", "train.steps=12", "optim.warmup_steps=1", "train.global_batch=8", "data.workers=0"]
     small += ["model.width=16", "model.heads=2", "train.checkpoint_every=4", "train.keep_last=9", "optim.ema_snapshots_every=5"]
@@ -192,7 +192,7 @@ def words(tmp_path):
 
 
 def test_training_counts_updates_and_not_steps_across_a_resume(tmp_path, words, monkeypatch, capsys):
-    """A step that is gone without is no update; 8 and 4 steps are 12, bitwise."""
+    """A skipped step is not an update; 8 and 4 steps equal 12, bitwise."""
     resolve, update, numbers = Recovery.resolve, EMA.update, []
 
     def skip_the_third(self, step, batches, verdict):
@@ -222,13 +222,13 @@ def test_training_counts_updates_and_not_steps_across_a_resume(tmp_path, words, 
     assert complaint == ""
 
 
-def test_no_run_goes_on_from_averages_alone(tmp_path, words, capsys):
+def test_no_run_resumes_from_a_snapshot(tmp_path, words, capsys):
     assert main([*words, str(tmp_path / "whole")]) == 0
     capsys.readouterr()
     snapshot = tmp_path / "whole" / "ema" / "step-00000010"
     for more in ([], ["optim.ema_snapshots_every=null"]):
         assert main([*words, str(tmp_path / "resumed"), *more, "--resume", str(snapshot)]) == 65
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and f"checkpoint {snapshot} holds ema-0.05, ema-0.10, and no" in error
+        assert error.count("\n") == 1 and f"checkpoint {snapshot} holds ema-0.05, ema-0.10, but no" in error
     assert not (tmp_path / "resumed").exists()
     assert read_manifest(snapshot).manifest.guard == GuardState()

@@ -1,4 +1,4 @@
-"""Sets behind URLs: exactly what is stored, through faults of a real store."""
+"""Sets behind URLs: exactly what is stored, in spite of faults of a real store."""
 
 import functools
 import http.server
@@ -30,7 +30,7 @@ def test_a_remote_set_is_read_as_a_local_one_each_file_once(store, stored, url, 
     assert [times for path, times in store.gets.items() if path.endswith(".index.json")] == [1] * 10
     before = sum(store.gets.values())
     stream(url, tmp_path / "cache", workers=workers)  # another job on the node
-    assert sum(store.gets.values()) == before + 1  # the description alone
+    assert sum(store.gets.values()) == before + 1  # only the description
 
 
 def test_nothing_is_lost_or_doubled_when_the_store_fails_stalls_and_cuts(store, stored, url, tmp_path):
@@ -69,13 +69,13 @@ def test_of_a_damaged_object_only_the_damaged_sample_is_lost(store, stored, url,
                 shards.read(1, 0)
         for position in (1, 2, 3):
             assert shards.read(1, position).key == f"s{4 + position:04d}"
-    assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 3  # it came so three times, and is not asked for again
+    assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 3  # downloaded three times, and not again
     assert capfd.readouterr().err.count("its checksum is not") == 2
 
 
 @pytest.mark.parametrize("size", [0, 4096, 5000, 8192])
 def test_a_truncated_object_is_no_store_that_fails(store, stored, url, cache, size, monkeypatch):
-    """Also where it ends before a later block begins, so that a range of nothing is asked for."""
+    """Also if it ends before a later block starts, so that the requested range is empty."""
     monkeypatch.setattr(remote, "BLOCK", 4096)
     tar = stored / "latents-000001.tar"
     tar.write_bytes(tar.read_bytes()[:size])
@@ -106,13 +106,13 @@ def test_what_is_not_there_is_named(store, url, cache):
         shards.read(1, 0)
     with pytest.raises(DataError, match="s3://no-such-bucket/set/dataset.json is missing: not a data set"):
         LatentShards(RemoteFolder("s3://no-such-bucket/set", cache))
-    assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 1  # no use in asking again
+    assert store.gets[f"/{url[5:]}/latents-000001.tar"] == 1  # retrying is useless
 
 
 def test_a_store_that_is_gone_is_an_error_of_files_not_of_data(cache, monkeypatch, capfd):
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
     where = "http://127.0.0.1:9/set"
-    with pytest.raises(FileError, match=f"{where}/dataset.json cannot be read, after 4 attempts: ClientConnectorError"):
+    with pytest.raises(FileError, match=f"{where}/dataset.json cannot be read after 4 attempts: ClientConnectorError"):
         LatentShards(RemoteFolder(where, cache))
     assert capfd.readouterr().err.count("attempt 4 of 4 in 0 s") == 1
 
@@ -125,7 +125,7 @@ def test_shards_of_coming_windows_are_fetched_before_they_are_asked_for(store, u
     dataset = LatentDataset(open_shards(config), config, create_layout(config.model))
     windows = dataset.order.windows([0, 4])
     coming = {
-        shard for window in windows for w in (window, dataset.order.after(window)) for shard in dataset.order.shards_in(w)
+        shard for window in windows for w in (window, dataset.order.next_window(window)) for shard in dataset.order.shards_in(w)
     }
     dataset.__getitems__([0, 4])
     names = [dataset.shards.info.shards[n].name for n in coming]
@@ -143,7 +143,7 @@ def test_no_name_leads_out_of_the_folder(store, stored, cache, name):
     values["shards"][0]["name"] = name
     (stored / "dataset.json").write_text(json.dumps(values))
     for where in (stored, RemoteFolder(store.put(stored, f"names{time.monotonic_ns()}"), cache)):
-        with pytest.raises(DataError, match="is in another folder, or no name of a file"):
+        with pytest.raises(DataError, match="is in another folder, or not a file name"):
             LatentShards(where)
 
 
@@ -156,7 +156,7 @@ def test_what_fails_ahead_of_need_does_not_end_the_fetching(store, url, cache):
     for name in ("latents-000001.tar", "latents-000002.tar", "latents-000003.tar", "latents-000004.tar", "latents-000005.tar"):
         store.delete(url, name)
     shards = LatentShards(RemoteFolder(url, cache))
-    shards.fetch_ahead(range(1, 10))
+    shards.prefetch(range(1, 10))
     begun = time.monotonic()
     while not all(store.gets[f"/{url[5:]}/latents-00000{n}.tar"] for n in (6, 7, 8, 9)):
         assert time.monotonic() - begun < 200
@@ -166,7 +166,7 @@ def test_what_fails_ahead_of_need_does_not_end_the_fetching(store, url, cache):
 def test_windows_are_announced_once(store, url, tmp_path, monkeypatch):
     config = digits_config(f"data.path={url}", f"data.cache={tmp_path / 'cache'}", *SETTINGS)
     dataset, announced = LatentDataset(open_shards(config), config, create_layout(config.model)), []
-    monkeypatch.setattr(dataset.shards, "fetch_ahead", announced.extend)
+    monkeypatch.setattr(dataset.shards, "prefetch", announced.extend)
     dataset.__getitems__([0, 4])
     count = len(announced)
     dataset.__getitems__([1, 5])
@@ -183,9 +183,9 @@ def test_waits_between_attempts_grow(monkeypatch):
 
 
 def test_who_waited_for_another_s_attempts_does_not_begin_them_anew(cache, monkeypatch):
-    """Else one of many workers would take so long that it counts as a hang."""
+    """Otherwise one of many workers would take so long that it counts as a hang."""
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.01)
-    monkeypatch.setattr(remote, "LONGEST_WAIT_S", 0.3)
+    monkeypatch.setattr(remote, "MAX_WAIT_S", 0.3)
     folder, said = RemoteFolder("http://127.0.0.1:9/set", cache), []
 
     def ask() -> None:
@@ -214,7 +214,7 @@ def test_denied_access_is_said_at_once(monkeypatch):
 
 
 def test_a_plain_web_server_without_ranges_will_do(stored, cache, monkeypatch):
-    monkeypatch.setattr(remote, "BLOCK", 1000)  # several requests a file, were they honoured
+    monkeypatch.setattr(remote, "BLOCK", 1000)  # several requests per file, if ranges were honoured
     handler = functools.partial(_Quiet, directory=str(stored))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

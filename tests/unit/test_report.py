@@ -25,7 +25,7 @@ from xar_scale.report import curves, kept, trouble
 from xar_scale.report.curves import Curve, draw
 from xar_scale.report.page import build_page
 from xar_scale.report.read import read_run
-from xar_scale.watchdog import Seen
+from xar_scale.watchdog import RankState
 
 STEPS = CONFIG.train.steps
 CALM = GuardState()
@@ -173,13 +173,15 @@ def test_reports_of_the_guard_also_without_their_batch_and_torn(tmp_path, monkey
 def test_hangs_name_whom_the_others_waited_for(run):
     (run / "hangs").mkdir()
     for rank, count in ((0, 40), (1, 39)):
-        seen = Seen(rank, f"node-{rank}", 7, 70, "wait (x.py:3)", {"0 world": count}, {"0 world": f"all_reduce number {count}"})
+        seen = RankState(
+            rank, f"node-{rank}", 7, 70, "wait (x.py:3)", {"0 world": count}, {"0 world": f"all_reduce number {count}"}
+        )
         text = json.dumps(vars(seen), indent=1) + "\n\nThread 0x1\n"
         (run / "hangs" / f"step-00000070-rank-{rank}.txt").write_text(text)
     (run / "hangs" / "step-00000070-rank-2.txt").write_text("")
     (hang,) = trouble.hangs(run)
     assert hang.step == 70 and hang.lines[0] == "step-00000070-rank-2.txt cannot be read"
-    assert "rank 1 (node-1, process 7) has not begun all_reduce number 40, in which others wait" in hang.lines[1]
+    assert "rank 1 (node-1, process 7) has not entered all_reduce number 40, where other ranks wait" in hang.lines[1]
     assert "rank 1 (node-1" in text_of(build_page(run))
 
 

@@ -1,4 +1,4 @@
-"""tools/reshard.py: what comes out is what went in, to the bit; whole or not there, resumed after a kill, in little memory."""
+"""tools/reshard.py: bitwise equal output, atomic, resumed after a kill, in little memory."""
 
 import argparse
 import errno
@@ -34,13 +34,13 @@ from tests.unit.test_store import flip_byte
 from tests.unit.tiny_run import CONFIG, Run
 from xar_scale.bench import reshard as bench
 from xar_scale.checkpoint import vectors
+from xar_scale.checkpoint.chunks import read_header
 from xar_scale.checkpoint.files import fingerprint
 from xar_scale.checkpoint.interop import Source, official_names, open_source
 from xar_scale.checkpoint.interop import source as sources
 from xar_scale.checkpoint.interop.source import InMemory
 from xar_scale.checkpoint.load import load
 from xar_scale.checkpoint.manifest import KINDS, read_manifest, verify
-from xar_scale.checkpoint.pieces import read_header
 from xar_scale.checkpoint.reshard import plan, writer
 from xar_scale.errors import DataError
 
@@ -62,7 +62,7 @@ def own(run):
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory):
-    """ZeRO-3's, of 5 steps, of which its moments have seen 4."""
+    """A ZeRO-3 checkpoint after 5 steps, of which its moments have seen 4."""
     folder = tmp_path_factory.mktemp("foreign") / "zero"
     write_zero3(folder, random_state("model", "exp_avg", "exp_avg_sq"))
     return folder
@@ -84,20 +84,20 @@ def check_sums(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["universal", "xar-scale"])
-def test_there_and_back(tmp_path, own, state, target):
+def test_round_trip(tmp_path, own, state, target):
     assert reshard(own, tmp_path / "there", "--to", target) == 0
     assert reshard(tmp_path / "there", tmp_path / "back", "--to", "xar-scale", "--files", 1) == 0
     assert_bitwise(values(tmp_path / "back"), state)
     again = tmp_path / "again"
     assert reshard(tmp_path / "back", again, "--to", target) == 0
-    if target == "universal":  # the groups' settings are those of a config, which the way back has lost
+    if target == "universal":  # the groups' settings come from a config, which the way back loses
         assert_bitwise(values(again), values(tmp_path / "there"))
     else:
         assert contents(again) == contents(tmp_path / "there")
 
 
 @pytest.mark.parametrize("target", ["safetensors", "pth"])
-def test_weights_there_and_back(tmp_path, own, state, target):
+def test_round_trip_of_weights(tmp_path, own, state, target):
     assert reshard(own, tmp_path / "there", "--to", target) == 0
     assert reshard(tmp_path / "there", tmp_path / "back", "--to", "xar-scale") == 0
     assert reshard(tmp_path / "back", tmp_path / "again", "--to", target) == 0
@@ -108,7 +108,7 @@ def test_weights_there_and_back(tmp_path, own, state, target):
     assert_bitwise(values(tmp_path / "back"), expected)
 
 
-def test_ours_cut_again_resumes_as_before_and_its_manifest_differs_in_files_alone(tmp_path, run, own):
+def test_a_resharded_checkpoint_resumes_and_its_manifest_differs_only_in_files(tmp_path, run, own):
     assert reshard(own, tmp_path / "cut", "--to", "xar-scale", "--files", 3) == 0
     cut, before = verify(tmp_path / "cut"), read_manifest(own).manifest
     assert {**vars(cut.manifest), "files": None} == {**vars(before), "files": None}
@@ -143,26 +143,26 @@ def test_torch_safetensors_zip_and_sha256sum_read_what_is_written(tmp_path, own,
     for path in archives:
         archive, content = zipfile.ZipFile(path), path.read_bytes()
         assert archive.testzip() is None
-        for entry in archive.infolist():  # after its content each has its checksum once more
+        for entry in archive.infolist():  # each has its checksum again after its content
             end = content.index(b"PK\x07\x08", entry.header_offset + entry.file_size)
             assert int.from_bytes(content[end + 4 : end + 8], "little") == entry.CRC, entry
 
 
-def test_one_set_of_weights_where_one_is_asked_for(tmp_path, own, state):
+def test_one_set_of_weights_if_requested(tmp_path, own, state):
     assert reshard(own, tmp_path / "pth", "--to", "pth", "--weights", "ema") == 0
     assert_bitwise(named_ours(torch.load(tmp_path / "pth" / "model.pth", weights_only=True)), only(state, "ema"))
     assert reshard(own, tmp_path / "safetensors", "--to", "safetensors", "--weights", "model") == 0
     assert_bitwise(only(values(tmp_path / "safetensors"), "model"), only(state, "model"))
 
 
-def test_large_safetensors_are_cut_between_tensors(tmp_path, own, state, monkeypatch):
+def test_large_safetensors_are_split_between_tensors(tmp_path, own, state, monkeypatch):
     monkeypatch.setattr("xar_scale.checkpoint.reshard.targets.SAFETENSORS_BYTES", 10_000)
     assert reshard(own, tmp_path / "cut", "--to", "safetensors", "--weights", "model") == 0
     assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 3
     assert_bitwise(only(values(tmp_path / "cut"), "model"), only(state, "model"))
 
 
-def test_published_weights_become_a_checkpoint_of_ours(tmp_path, state):
+def test_published_weights_become_an_xar_scale_checkpoint(tmp_path, state):
     torch.save(published(only(state, "model"), CONFIG.model), tmp_path / "xAR.pth")
     assert reshard(tmp_path / "xAR.pth", tmp_path / "own", "--to", "xar-scale") == 0
     manifest = verify(tmp_path / "own").manifest
@@ -170,18 +170,18 @@ def test_published_weights_become_a_checkpoint_of_ours(tmp_path, state):
     assert_bitwise(only(values(tmp_path / "own"), "model"), only(state, "model"))
 
 
-def test_steps_that_were_gone_without_stay_known(tmp_path, zero):
+def test_the_number_of_skipped_steps_is_kept(tmp_path, zero):
     assert reshard(zero, tmp_path / "own", "--to", "xar-scale") == 0
     manifest = read_manifest(tmp_path / "own").manifest
     assert (manifest.step, manifest.guard.skipped) == (5, 1)
     assert reshard(tmp_path / "own", tmp_path / "universal", "--to", "universal") == 0
     with open_source(tmp_path / "universal") as source:
-        assert (source.step, source.taken) == (5, 4)
+        assert (source.step, source.updates) == (5, 4)
     assert_bitwise(values(tmp_path / "universal"), random_state("model", "exp_avg", "exp_avg_sq"))
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, own, target, capsys):
+def test_a_dry_run_shows_the_plan_and_writes_nothing(tmp_path, own, target, capsys):
     before = contents(own)
     assert reshard(own, tmp_path / "new", "--to", target, "--dry-run") == 0
     out = capsys.readouterr().out
@@ -189,7 +189,8 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, own, target, 
     assert reshard(own, tmp_path / "new", "--to", target) == 0
     written = contents(tmp_path / "new")
     last = written.pop("manifest.json" if target == "xar-scale" else "SHA256SUMS")
-    assert last and f"would be {target}: {len(written) + 1} files, {sum(map(len, written.values())):,} bytes" in out
+    size = sum(map(len, written.values()))
+    assert last and f"would write {tmp_path / 'new'} as {target}: {len(written) + 1} files, {size:,} bytes" in out
     for line in out.splitlines()[2:18]:
         if not line.endswith("more"):
             size, name = line.split()
@@ -199,15 +200,15 @@ def test_a_dry_run_says_what_would_be_and_writes_nothing(tmp_path, own, target, 
 @pytest.mark.parametrize(
     ("words", "code", "line"),
     [
-        (["--to", "pth", "--files", "2"], 64, "--files is for xar-scale, not for pth"),
-        (["--to", "xar-scale", "--files", "0"], 64, "--files 0 is not at least 1"),
-        (["--to", "universal", "--weights", "ema"], 64, "--weights is for safetensors and pth, not for universal"),
+        (["--to", "pth", "--files", "2"], 64, "--files applies to xar-scale, not to pth"),
+        (["--to", "xar-scale", "--files", "0"], 64, "--files is 0, must be at least 1"),
+        (["--to", "universal", "--weights", "ema"], 64, "--weights applies to safetensors and pth, not to universal"),
         (["--to", "safetensors", "--weights", "ema"], 64, "zero holds model, exp_avg, exp_avg_sq; --to safetensors needs ema"),
         (["--to", "pth"], 65, "weights under our names lack 16 entries, first class_embed.weight"),
         (["--to", "nothing"], 64, "invalid choice: 'nothing'"),
     ],
 )
-def test_what_cannot_be_is_refused_in_a_line(tmp_path, zero, capsys, words, code, line):
+def test_impossible_requests_are_refused_in_one_line(tmp_path, zero, capsys, words, code, line):
     assert reshard(zero, tmp_path / "new", *words) == code
     said = capsys.readouterr().err
     assert line in said and said.count("\n") == 1
@@ -227,22 +228,22 @@ def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, capsys):
         content["param_shapes"][0] = {"../../out": torch.Size([5, 7])}
         torch.save(content, path)
     assert reshard(tmp_path / "zero", tmp_path / "new", "--to", "universal") == 65
-    assert "parameter '../../out' cannot name a folder" in capsys.readouterr().err
+    assert "parameter '../../out' is not a valid folder name" in capsys.readouterr().err
 
 
 def test_pickles_are_trusted_only_when_told_to(tmp_path, capsys):
     torch.save({"a": torch.ones(2), "options": types.SimpleNamespace()}, tmp_path / "a.pth")
     words = [tmp_path / "a.pth", tmp_path / "new", "--to", "safetensors"]
     assert reshard(*words) == 65
-    assert "a.pth asks for types.SimpleNamespace, which unpickling would run" in capsys.readouterr().err
+    assert "a.pth needs types.SimpleNamespace, which unpickling would run" in capsys.readouterr().err
     assert reshard(*words, "--trust-pickle") == 0
     assert torch.equal(values(tmp_path / "new")["model/a"], torch.ones(2))
 
 
-def test_nothing_is_written_over(tmp_path, own, capsys):
+def test_nothing_is_overwritten(tmp_path, own, capsys):
     (tmp_path / "new").mkdir()
     assert reshard(own, tmp_path / "new", "--to", "pth") == 64
-    assert "new exists; nothing is written over" in capsys.readouterr().err
+    assert "new exists already; nothing is overwritten" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("target", ["xar-scale", "universal", "safetensors", "pth"])
@@ -252,18 +253,18 @@ def test_a_source_that_has_changed_since_its_checksums_is_refused(tmp_path, own,
     (path,) = (tmp_path / "source").glob(places.get(target, f"*.{target}"))
     flip_byte(path)
     assert reshard(tmp_path / "source", tmp_path / "new", "--to", "xar-scale") == 65
-    assert f"{path} is not as it was written (its SHA-256 differs)" in capsys.readouterr().err
+    assert f"{path} is corrupt (its SHA-256 differs)" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
 
 
-def test_a_pth_that_has_changed_is_found_out_by_what_its_archive_says(tmp_path, capsys):
+def test_a_changed_pth_is_detected_by_its_archive_s_crc(tmp_path, capsys):
     torch.save({"a": torch.ones(1000)}, tmp_path / "a.pth")
     flip_byte(tmp_path / "a.pth")
     assert reshard(tmp_path / "a.pth", tmp_path / "new", "--to", "safetensors") == 65
-    assert "a.pth: a/data/0 is not as it was written (its CRC-32 differs)" in capsys.readouterr().err
+    assert "a.pth: a/data/0 is corrupt (its CRC-32 differs)" in capsys.readouterr().err
 
 
-def test_a_disk_that_is_full_beforehand_or_meanwhile(tmp_path, own, monkeypatch, capsys):
+def test_a_disk_that_is_full_before_or_during_the_write(tmp_path, own, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
@@ -298,7 +299,7 @@ def test_a_disk_that_is_full_beforehand_or_meanwhile(tmp_path, own, monkeypatch,
         ("pth", 10_000, "model.pth cannot be written; is the disk of .* full?"),
     ],
 )
-def test_the_file_that_a_full_disk_does_not_take_is_named(tmp_path, own, capsys, largest_file, target, size, file):
+def test_the_file_that_does_not_fit_on_the_disk_is_named(tmp_path, own, capsys, largest_file, target, size, file):
     largest_file(size)
     assert reshard(own, tmp_path / "new", "--to", target) == 74
     largest_file(resource.RLIM_INFINITY)
@@ -325,7 +326,7 @@ KILLED = """
 
 
 @pytest.mark.parametrize(("target", "after"), [("pth", 150), ("universal", 150)])
-def test_killed_in_the_middle_it_goes_on_and_makes_the_same(tmp_path, own, zero, target, after, monkeypatch):
+def test_after_a_kill_it_resumes_and_the_result_is_the_same(tmp_path, own, zero, target, after, monkeypatch):
     source, block = (zero, 64) if target == "universal" else (own, 4096)
     program = textwrap.dedent(KILLED.format(sync=12 * block, block=block, after=after))
     words = [source, tmp_path / "new", "--to", target]
@@ -353,7 +354,7 @@ def test_killed_in_the_middle_it_goes_on_and_makes_the_same(tmp_path, own, zero,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "undisturbed"]
 
 
-def test_what_was_interrupted_is_begun_anew_for_another_source_or_target(tmp_path, own, state):
+def test_another_source_or_target_starts_over(tmp_path, own, state):
     program = textwrap.dedent(KILLED.format(sync=40960, block=4096, after=60))
     words = [sys.executable, "-c", program, str(own), str(tmp_path / "new"), "--to", "xar-scale"]
     assert subprocess.run(words, cwd=ROOT, env=environment(), timeout=400).returncode == -signal.SIGKILL
@@ -362,7 +363,7 @@ def test_what_was_interrupted_is_begun_anew_for_another_source_or_target(tmp_pat
     assert_bitwise(values(tmp_path / "new"), state)
 
 
-def test_what_is_recorded_after_a_torn_line_is_known_at_the_next_start(tmp_path):
+def test_a_record_after_a_torn_line_of_the_journal_is_read_at_the_next_start(tmp_path):
     with writer._Work(tmp_path / "new", "digest"):
         pass
     with (tmp_path / ".new.partial" / "journal").open("a") as journal:
@@ -373,7 +374,7 @@ def test_what_is_recorded_after_a_torn_line_is_known_at_the_next_start(tmp_path)
         assert work.verified
 
 
-def test_two_at_once_do_not_write_the_same(tmp_path, own, capsys):
+def test_two_processes_do_not_write_the_same_destination(tmp_path, own, capsys):
     with open_source(own) as source:
         digest = writer._digest(source, plan(source, "pth"))
     with writer._Work(tmp_path / "new", digest):
@@ -391,7 +392,7 @@ MEASURED = """
 
 
 def peak_mib(source: Path, destination: Path) -> float:
-    """Of a process that makes all targets."""
+    """Peak memory of a process that makes all targets."""
     words = [sys.executable, "-c", textwrap.dedent(MEASURED), str(source), str(destination), *TARGETS]
     done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
@@ -400,7 +401,7 @@ def peak_mib(source: Path, destination: Path) -> float:
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory):
-    """Two checkpoints of ours whose files are holes, of 16 and of 80 MiB; the network is but one tensor, under all names."""
+    """Two xar-scale checkpoints of 16 and 80 MiB whose files are holes; one tensor of the network has nearly all elements."""
     folder = tmp_path_factory.mktemp("sparse")
     names = official_names(CONFIG.model).values()
     for scale in (1, 5):
@@ -435,7 +436,7 @@ def test_the_benchmark_measures_time_and_memory_and_leaves_nothing(tmp_path, mon
 @pytest.mark.parametrize(
     ("rank", "world", "files"), [(0, 1, 8), (1, 4, 2), (3, 4, 2), (1, 8, 1), (5, 8, 1), (15, 16, 1), (1, 3, 4)]
 )
-def test_a_rank_looks_into_as_few_files_as_hold_what_is_its(tmp_path, own, state, monkeypatch, rank, world, files):
+def test_a_rank_opens_as_few_files_as_hold_what_it_owns(tmp_path, own, state, monkeypatch, rank, world, files):
     assert reshard(own, tmp_path / "cut", "--to", "xar-scale", "--files", 8) == 0
     looked = []
     monkeypatch.setattr(vectors, "read_header", lambda path: looked.append(path.name) or read_header(path))
@@ -450,11 +451,11 @@ def test_a_rank_looks_into_as_few_files_as_hold_what_is_its(tmp_path, own, state
     assert len(looked) == files
 
 
-def test_what_is_not_in_the_files_is_named(tmp_path, own):
+def test_missing_vectors_and_ranges_are_named(tmp_path, own):
     key = "model/in_proj.weight"
-    with pytest.raises(DataError, match=f"{key} ends at element 999, what its files hold of it at"):
+    with pytest.raises(DataError, match=f"{key} must end at element 999, but its files end at"):
         vectors.open_ranges(read_manifest(own), {key: (3, 999)}, 0, 1)
     with pytest.raises(DataError, match="lack 1 vectors, first model/nothing"):
         vectors.open_ranges(read_manifest(own), {"model/nothing": (0, 1)}, 0, 1)
-    with pytest.raises(DataError, match="and no other"):
+    with pytest.raises(DataError, match="but no other"):
         vectors.open_ranges(read_manifest(own), {"other/in_proj.weight": (0, 1)}, 0, 1)

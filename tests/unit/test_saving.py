@@ -1,4 +1,4 @@
-"""Writing checkpoints while training goes on: what is written, what training waits for, and what a disk that fails does."""
+"""Writing checkpoints while training continues: what is written, what training waits for, and failures of the disk."""
 
 import errno
 import os
@@ -40,7 +40,7 @@ def poll_until(run: Run, what) -> None:
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Files are written while it is set."""
+    """An event: files are written while it is set."""
     gate, write = threading.Event(), store.write_file
 
     def gated(*arguments):
@@ -59,7 +59,7 @@ def no_pauses(monkeypatch):
 
 
 def failing(monkeypatch, times: int, number: int = errno.ENOSPC) -> list[int]:
-    """The next ``times`` files fail when they are flushed, half written."""
+    """The next ``times`` files fail when they are flushed."""
     exact, left = os.fsync, [times]
 
     def fsync(descriptor: int) -> None:
@@ -72,7 +72,7 @@ def failing(monkeypatch, times: int, number: int = errno.ENOSPC) -> list[int]:
     return left
 
 
-def test_training_goes_on_and_what_is_written_is_the_state_at_the_time_of_the_save(tmp_path, gate):
+def test_training_continues_and_the_state_at_the_time_of_the_save_is_written(tmp_path, gate):
     run, other = Run(tmp_path), Run(tmp_path, seed=1)
     begin(run)
     then = run.state()
@@ -86,30 +86,30 @@ def test_training_goes_on_and_what_is_written_is_the_state_at_the_time_of_the_sa
     assert same(other.state(), then)
 
 
-def test_a_save_waits_for_the_one_before_it_so_that_one_is_under_way_at_a_time(tmp_path, gate):
+def test_a_save_waits_for_the_one_before_it(tmp_path, gate):
     run = Run(tmp_path)
     begin(run)
     run.train()
-    waited = run.store.stalled
+    waited = run.store.stall_s
     threading.Timer(0.3, gate.set).start()
     run.store.save(run.manifest())
-    assert run.store.stalled - waited > 0.2
+    assert run.store.stall_s - waited > 0.2
     assert names(run) == ["step-00000001"]
     run.store.finish()
     assert names(run) == ["step-00000001", "step-00000002"]
 
 
-def test_what_training_waits_for_is_counted_and_is_not_the_writing(tmp_path, gate):
+def test_the_stall_is_counted_without_the_writing(tmp_path, gate):
     run = Run(tmp_path)
     begin(run)
-    waited = run.store.stalled
+    waited = run.store.stall_s
     run.store.poll()
     gate.set()
     run.store.finish()
-    assert 0 < waited == run.store.stalled
+    assert 0 < waited == run.store.stall_s
 
 
-def test_nothing_older_goes_before_the_newer_one_is_there(tmp_path, gate):
+def test_an_older_checkpoint_is_removed_only_after_a_newer_one_is_published(tmp_path, gate):
     run = Run(tmp_path, keep_last=1)
     gate.set()
     run.train()
@@ -124,7 +124,7 @@ def test_nothing_older_goes_before_the_newer_one_is_there(tmp_path, gate):
     assert names(run) == ["step-00000002"]
 
 
-def test_keeps_every_nth_for_good(tmp_path):
+def test_keep_every(tmp_path):
     run = Run(tmp_path, keep_last=2, keep_every=3)
     for _ in range(8):
         run.train()
@@ -133,7 +133,7 @@ def test_keeps_every_nth_for_good(tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EIO, errno.EDQUOT])
-def test_an_error_of_the_disk_is_said_and_the_same_state_written_later(tmp_path, monkeypatch, capsys, number):
+def test_a_disk_error_is_reported_and_the_same_state_written_later(tmp_path, monkeypatch, capsys, number):
     run, other = Run(tmp_path), Run(tmp_path, seed=1)
     failing(monkeypatch, 2, number)
     begin(run)
@@ -151,7 +151,7 @@ def test_an_error_of_the_disk_is_said_and_the_same_state_written_later(tmp_path,
     assert same(other.state(), then)
 
 
-def test_attempts_come_less_and_less_often(tmp_path, monkeypatch):
+def test_retries_back_off(tmp_path, monkeypatch):
     run, left = Run(tmp_path), failing(monkeypatch, 100)
     begin(run)
     for _ in range(200):
@@ -162,7 +162,7 @@ def test_attempts_come_less_and_less_often(tmp_path, monkeypatch):
     assert 100 - left[0] == 7  # the first, and 2, 4, 8, ... polls after the one before
 
 
-def test_what_cannot_be_written_gives_way_to_the_next(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_that_cannot_be_written_is_given_up_for_the_next(tmp_path, monkeypatch, capsys):
     run, left = Run(tmp_path), failing(monkeypatch, 100)
     begin(run)
     poll_until(run, lambda: "attempt 1 failed" in capsys.readouterr().out)
@@ -174,7 +174,7 @@ def test_what_cannot_be_written_gives_way_to_the_next(tmp_path, monkeypatch, cap
     assert [path.name for path in (tmp_path / "checkpoints").glob(".*")] == []
 
 
-def test_the_last_one_is_tried_some_times_and_then_the_run_ends_with_what_the_disk_said(tmp_path, monkeypatch, no_pauses):
+def test_the_last_checkpoint_gets_six_attempts_then_the_run_ends_with_the_disk_error(tmp_path, monkeypatch, no_pauses):
     run = Run(tmp_path)
     run.train()
     first = run.save()
@@ -187,7 +187,7 @@ def test_the_last_one_is_tried_some_times_and_then_the_run_ends_with_what_the_di
 
 
 def failing_in_turn(monkeypatch, name: str, times: int) -> None:
-    """A function of the store's fails with what the disk says, the next ``times``."""
+    """The next ``times`` calls of a function of the store fail with a disk error."""
     exact, left = getattr(store, name), [times]
 
     def fails(*arguments):
@@ -199,7 +199,7 @@ def failing_in_turn(monkeypatch, name: str, times: int) -> None:
     monkeypatch.setattr(store, name, fails)
 
 
-def test_each_stage_has_as_many_attempts(tmp_path, monkeypatch, no_pauses):
+def test_each_stage_has_six_attempts(tmp_path, monkeypatch, no_pauses):
     run = Run(tmp_path)
     failing(monkeypatch, 5)
     failing_in_turn(monkeypatch, "sync_folder", 5)
@@ -208,7 +208,7 @@ def test_each_stage_has_as_many_attempts(tmp_path, monkeypatch, no_pauses):
     assert names(run) == ["step-00000001"] and no_pauses == 2 * [1, 2, 4, 8, 16]
 
 
-def test_failures_of_one_stage_give_the_next_no_more_attempts(tmp_path, monkeypatch, capsys):
+def test_failures_of_one_stage_do_not_add_attempts_to_the_next(tmp_path, monkeypatch, capsys):
     run = Run(tmp_path)
     failing(monkeypatch, 4)
     failing_in_turn(monkeypatch, "sync_folder", 100)
@@ -222,7 +222,7 @@ def test_failures_of_one_stage_give_the_next_no_more_attempts(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
-def test_what_is_visible_already_is_not_made_again_when_what_follows_fails(tmp_path, monkeypatch, no_pauses, times):
+def test_a_published_checkpoint_is_not_written_again_if_a_later_step_fails(tmp_path, monkeypatch, no_pauses, times):
     run, pointed = Run(tmp_path), store.write_atomically
     left = [times]
 
@@ -239,7 +239,7 @@ def test_what_is_visible_already_is_not_made_again_when_what_follows_fails(tmp_p
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000001\n"
 
 
-def test_a_file_that_cannot_be_finished_leaves_its_room_to_others(tmp_path, monkeypatch):
+def test_an_unfinished_file_is_removed_to_free_its_space(tmp_path, monkeypatch):
     run = Run(tmp_path)
     failing(monkeypatch, 1)
     begin(run)
@@ -262,8 +262,8 @@ def test_a_disk_that_is_really_full(small_disk, capsys):
 
 
 @pytest.mark.parametrize("spoil", [lambda path: os.truncate(path, 100), os.unlink])
-def test_a_file_that_is_not_to_be_seen_as_it_was_written_is_no_checkpoint(tmp_path, monkeypatch, capsys, spoil):
-    """Another rank's, on a folder that is not the same one everywhere."""
+def test_nothing_is_published_if_rank_0_does_not_see_a_file_as_it_was_written(tmp_path, monkeypatch, capsys, spoil):
+    """As with another rank's file if the ranks do not share the folder."""
     run, exact = Run(tmp_path), store.write_file
 
     def cut(path, ranges):
@@ -273,11 +273,11 @@ def test_a_file_that_is_not_to_be_seen_as_it_was_written_is_no_checkpoint(tmp_pa
 
     monkeypatch.setattr(store, "write_file", cut)
     begin(run)
-    poll_until(run, lambda: "not as it was written: the folder must be one for all ranks" in capsys.readouterr().out)
+    poll_until(run, lambda: "as it was written: all ranks must share the folder" in capsys.readouterr().out)
     assert names(run) == []
 
 
-def test_leftovers_of_a_run_that_was_cut_short_are_cleared_away(tmp_path):
+def test_leftovers_of_an_interrupted_run_are_removed(tmp_path):
     run = Run(tmp_path)
     run.train()
     first = run.save()
@@ -285,7 +285,7 @@ def test_leftovers_of_a_run_that_was_cut_short_are_cleared_away(tmp_path):
     for name in (".step-00000002.tmp", ".step-00000000.old"):
         shutil.copytree(first, folder / name)
     (tmp_path / "elsewhere").mkdir()
-    (folder / ".step-00000003.old").symlink_to(tmp_path / "elsewhere")  # of one that lay on another disk
+    (folder / ".step-00000003.old").symlink_to(tmp_path / "elsewhere")  # a checkpoint that was on another disk
     (folder / ".step-00000004.tmp").touch()
     (folder / "latest").write_text("step-00000000\n")
     run.store.open(1)
@@ -293,7 +293,7 @@ def test_leftovers_of_a_run_that_was_cut_short_are_cleared_away(tmp_path):
     assert (folder / "latest").read_text() == "step-00000001\n"
 
 
-def test_what_a_run_goes_back_from_is_not_written_after_all(tmp_path, monkeypatch, capsys):
+def test_a_rollback_cancels_the_save_of_a_later_step(tmp_path, monkeypatch, capsys):
     run = Run(tmp_path)
     run.train()
     run.save()
@@ -301,7 +301,7 @@ def test_what_a_run_goes_back_from_is_not_written_after_all(tmp_path, monkeypatc
     begin(run)
     poll_until(run, lambda: "attempt 1 failed" in capsys.readouterr().out)
     run.store.newest_on_disk()
-    run.store.go_back(1)
+    run.store.roll_back(1)
     left[0] = 0
     for _ in range(20):
         run.store.poll()
@@ -313,12 +313,12 @@ def test_what_a_run_goes_back_from_is_not_written_after_all(tmp_path, monkeypatc
     assert names(run) == ["step-00000001", "step-00000002"]
 
 
-def test_going_back_takes_the_pointer_along(tmp_path):
+def test_a_rollback_moves_the_pointer(tmp_path):
     run = Run(tmp_path)
     for _ in range(2):
         run.train()
         run.save()
-    run.store.go_back(1)
+    run.store.roll_back(1)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000001\n"
-    run.store.go_back(0)
+    run.store.roll_back(0)
     assert not (tmp_path / "checkpoints" / "latest").exists()

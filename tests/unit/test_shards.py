@@ -1,4 +1,4 @@
-"""Shards: what is written is read, by us and by stock webdataset; every fault is found and named."""
+"""Shards: what is written is read back, also by stock webdataset; every fault is found and named."""
 
 import errno
 import gc
@@ -63,7 +63,7 @@ def test_the_most_shards_that_samples_in_a_row_lie_in(counts, samples):
     row = range(min(samples, info.samples))
     orders = ([shard for shard in order for _ in range(counts[shard])] for order in permutations(range(len(counts))))
     met = [len(set(order[first : first + len(row)])) for order in orders for first in range(info.samples - len(row) + 1)]
-    assert info.most_shards(samples) == max(met)
+    assert info.max_shards_spanned(samples) == max(met)
 
 
 def test_samples_are_read_in_any_order(tmp_path):
@@ -94,7 +94,7 @@ def test_the_same_samples_give_the_same_bytes(tmp_path):
     for name in ("one", "two"):
         write_set(tmp_path / name, flipped=True)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
-    with tarfile.open(tmp_path / "one" / TAR) as tar:  # nothing of when and by whom
+    with tarfile.open(tmp_path / "one" / TAR) as tar:  # no time, no owner
         assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
 
 
@@ -162,7 +162,7 @@ def test_a_set_not_written_to_its_end_is_no_set(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         breaks()
     assert (tmp_path / "latents-000000.tar").exists() and not (tmp_path / DATASET_FILE).exists()
-    with pytest.raises(DataError, match=f"{tmp_path}/dataset.json is missing: not a data set, or one not written to its end"):
+    with pytest.raises(DataError, match=f"{tmp_path}/dataset.json is missing: not a data set, or an incomplete one"):
         LatentShards(tmp_path)
     written = write_set(tmp_path, 5)  # and can be written again
     assert_same(read_set(tmp_path), written)
@@ -191,7 +191,7 @@ def test_the_longest_key_is_written_and_read(tmp_path):
 def test_a_key_that_comes_twice_is_refused(tmp_path):
     writer, array = ShardWriter(tmp_path, small_info()), np.zeros((4, 4, 4), np.float16)
     writer.add("a", 0, array)
-    with pytest.raises(DataError, match="sample key 'a' comes twice"):
+    with pytest.raises(DataError, match="sample key 'a' appears twice"):
         writer.add("a", 1, array)
 
 
@@ -259,7 +259,7 @@ def test_a_torn_description_is_named(tmp_path, text):
 def test_a_description_of_another_format_is_refused_with_both(tmp_path):
     write_set(tmp_path)
     edit_json(tmp_path / DATASET_FILE, lambda values: values.update(format=99))
-    with pytest.raises(DataError, match=r"dataset.json is of format 99, this version reads 2"):
+    with pytest.raises(DataError, match=r"dataset.json has format 99, this version reads 2"):
         LatentShards(tmp_path)
 
 
@@ -311,7 +311,9 @@ def test_a_shard_that_cannot_be_opened_is_not_tried_again_for_each_sample(tmp_pa
     assert tried == [INDEX]
 
 
-@pytest.mark.parametrize(("name", "says"), [("latents-000001", "comes twice"), ("../latents-000000", "is in another folder")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("latents-000001", "is listed twice"), ("../latents-000000", "is in another folder")]
+)
 def test_shards_are_listed_once_and_in_the_folder(tmp_path, name, says):
     write_set(tmp_path)
     edit_json(tmp_path / DATASET_FILE, lambda values: values["shards"][0].update(name=name))
@@ -416,7 +418,7 @@ def test_the_index_of_another_shard_is_refused(tmp_path):
 
 
 class Marker:
-    """Unpickling one is seen."""
+    """Unpickling one is detected."""
 
     def __reduce__(self):
         return _unpickled.append, (1,)

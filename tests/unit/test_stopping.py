@@ -1,4 +1,4 @@
-"""Signals, the clock and a file become wishes to stop; srun's variables become torch's."""
+"""Signals, the clock and a file become stop requests; srun's variables become torch's."""
 
 import os
 import signal
@@ -10,14 +10,14 @@ import torch
 
 from xar_scale import cli, dist, slurm, stopping
 from xar_scale.errors import ConfigError, PreemptedError, StoppedError, UsageError
-from xar_scale.stopping import Stops
+from xar_scale.stopping import StopRequests
 
 
 @pytest.fixture
 def stops(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
-    yield Stops(tmp_path)
+    yield StopRequests(tmp_path)
     signal.signal(signal.SIGHUP, hangup)
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -28,69 +28,71 @@ def stops(tmp_path):
         (signal.SIGUSR2, PreemptedError),
         (signal.SIGTERM, StoppedError),
         (signal.SIGINT, StoppedError),
-        (signal.SIGHUP, StoppedError),  # its terminal has gone
+        (signal.SIGHUP, StoppedError),  # its terminal was closed
     ],
 )
-def test_a_signal_is_a_wish(stops, number, kind):
-    assert not stops.asked()
+def test_a_signal_is_a_stop_request(stops, number, kind):
+    assert not stops.requested()
     with stops.listening():
         os.kill(os.getpid(), number)
-    assert stops.asked()
-    error = stops.reason("stopped after step 3 of 9")
+    assert stops.requested()
+    error = stops.error("stopped after step 3 of 9")
     assert type(error) is kind and error.exit_code == (75 if kind is PreemptedError else 76)
     name = signal.Signals(number).name
-    assert str(error) == f"stopped after step 3 of 9 ({name} to rank 0): a checkpoint is written, the same command goes on"
+    assert (
+        str(error) == f"stopped after step 3 of 9 ({name} to rank 0): a checkpoint is written, the same command resumes from it"
+    )
 
 
-def test_under_nohup_a_terminal_that_goes_is_no_wish(stops):
+def test_under_nohup_a_terminal_that_closes_is_no_stop_request(stops):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with stops.listening():
         os.kill(os.getpid(), signal.SIGHUP)
-    assert not stops.asked() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    assert not stops.requested() and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_a_wish_to_be_queued_again_counts_before_others(stops):
+def test_preemption_takes_precedence_over_other_stop_requests(stops):
     with stops.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR2)
-    assert type(stops.reason("")) is PreemptedError
+    assert type(stops.error("")) is PreemptedError
 
 
-def test_the_file_is_seen_and_taken_away_and_looked_for_once_a_second(stops, monkeypatch):
+def test_the_stop_file_is_checked_once_a_second_and_removed(stops, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
-    assert not stops.asked()
+    assert not stops.requested()
     stops.file.touch()
     now[0] += 0.9
-    assert not stops.asked()
+    assert not stops.requested()
     now[0] += 0.2
-    assert stops.asked()
-    assert "STOP is there" in str(stops.reason(""))
-    stops.obeyed()
+    assert stops.requested()
+    assert "STOP exists" in str(stops.error(""))
+    stops.remove_file()
     assert not stops.file.exists()
-    assert stops.asked()  # what was asked remains so
+    assert stops.requested()  # a request stays
 
 
-def test_the_clock_is_rank_0s(stops, monkeypatch, tmp_path):
+def test_only_rank_0_checks_the_time_limit(stops, monkeypatch, tmp_path):
     now = [100.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
-    late = Stops(tmp_path, after=5)
+    late = StopRequests(tmp_path, after=5)
     now[0] += 4.9
-    assert not late.asked()
+    assert not late.requested()
     now[0] += 0.2
-    assert late.asked() and "--stop-after 5 s" in str(late.reason(""))
+    assert late.requested() and "--stop-after 5 s" in str(late.error(""))
     monkeypatch.setattr(dist, "rank", lambda: 1)
-    assert not late.asked()
+    assert not late.requested()
 
 
-def test_a_second_ctrl_c_ends_it_at_once_but_not_the_same_one_passed_on(tmp_path):
+def test_a_second_ctrl_c_ends_it_at_once_but_not_the_first_one_forwarded(tmp_path):
     program = """
 import os, signal, sys, time
 from pathlib import Path
 from xar_scale import stopping
 now = [100.0]
 stopping.time.monotonic = lambda: now[0]
-stops = stopping.Stops(Path("."))
+stops = stopping.StopRequests(Path("."))
 with stops.listening():
     os.kill(os.getpid(), signal.SIGINT)
     now[0] += stopping.AGAIN_S
@@ -112,8 +114,8 @@ def test_durations(said, seconds):
 
 
 @pytest.mark.parametrize("said", ["", "5", "h", "5 m", "-5m", "5m3"])
-def test_what_is_no_duration(said):
-    with pytest.raises(UsageError, match="is no time such as"):
+def test_invalid_durations(said):
+    with pytest.raises(UsageError, match="is not a duration such as"):
         cli._seconds(said)
 
 
@@ -129,7 +131,7 @@ TASK = {
 }
 
 
-def test_a_task_of_sruns_is_a_rank():
+def test_a_task_of_srun_is_a_rank():
     assert slurm.rank_variables(TASK) == {
         "RANK": "5",
         "LOCAL_RANK": "1",
@@ -140,7 +142,7 @@ def test_a_task_of_sruns_is_a_rank():
     }
 
 
-def test_a_batch_script_and_a_shell_are_none():
+def test_a_batch_script_and_a_shell_are_no_ranks():
     assert slurm.rank_variables({name: TASK[name] for name in ("SLURM_JOB_ID", "SLURM_PROCID", "SLURM_LOCALID")}) == {}
     assert slurm.rank_variables({}) == {}
 
@@ -154,7 +156,7 @@ def test_more_ranks_than_gpus_on_a_node_are_refused_with_the_numbers(monkeypatch
     os.environ |= {"RANK": "13", "LOCAL_RANK": "4"}
     with pytest.raises(ConfigError, match="^node16 has 8 ranks and 4 GPUs: none for local rank 4$") as raised:
         dist.local_device()
-    assert raised.value.rank == 13  # which says it
+    assert raised.value.rank == 13  # the rank that reports it
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_more_ranks_than_gpus_on_a_node_are_refused_with_the_numbers(monkeypatch
         ("n[5,7-9].site.org", "n5.site.org"),
     ],
 )
-def test_the_first_of_many_nodes(nodes, first):
+def test_the_first_host_of_a_node_list(nodes, first):
     assert slurm.first_host(nodes) == first
 
 
@@ -176,7 +178,7 @@ def test_tasks_of_each_node():
     assert slurm.tasks_per_node("2(x3),1") == [2, 2, 2, 1] and slurm.tasks_per_node("4") == [4]
 
 
-def test_what_a_launcher_has_set_stays(monkeypatch):
+def test_variables_that_a_launcher_has_set_are_kept(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in TASK.items():

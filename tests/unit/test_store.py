@@ -1,4 +1,4 @@
-"""Checkpoints of one process: whole or absent, checked, kept and replaced as promised; and what resuming refuses."""
+"""Checkpoints of one process: atomic writes, verification, retention, and what resuming refuses."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from tests.conftest import digits_config
 from tests.unit.tiny_run import CONFIG, INFO, Run
 from xar_scale.checkpoint import files, manifest, store
 from xar_scale.checkpoint.interop import open_source
-from xar_scale.checkpoint.load import check_continues, load, load_weights, state_vectors
+from xar_scale.checkpoint.load import check_resumable, load, load_weights, state_vectors
 from xar_scale.checkpoint.manifest import FORMAT, checkpoint_paths, newest_valid, read_manifest, verify
 from xar_scale.checkpoint.store import Store
 from xar_scale.checkpoint.vectors import open_vectors
@@ -39,7 +39,7 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def test_what_is_saved_comes_back_into_another_engine_and_trains_on_the_same(tmp_path):
+def test_a_saved_state_loads_into_another_engine_and_trains_on_identically(tmp_path):
     run, other = Run(tmp_path), Run(tmp_path, seed=1)
     run.train(3)
     load(verify(run.save()), other.engine, other.ema)
@@ -50,7 +50,7 @@ def test_what_is_saved_comes_back_into_another_engine_and_trains_on_the_same(tmp
     assert same(run.state(), other.state())
 
 
-def test_the_manifest_says_what_is_inside(tmp_path):
+def test_the_manifest_describes_the_checkpoint(tmp_path):
     run = Run(tmp_path)
     run.train(13)
     path = run.save()
@@ -65,7 +65,7 @@ def test_the_manifest_says_what_is_inside(tmp_path):
     assert not [name for name in manifest.files if not name.endswith(".safetensors")]  # no pickle
 
 
-def test_averages_and_weights_load_whole(tmp_path):
+def test_ema_weights_and_weights_load_unsharded(tmp_path):
     run = Run(tmp_path)
     run.train(2)
     checkpoint = verify(run.save())
@@ -78,7 +78,7 @@ def test_averages_and_weights_load_whole(tmp_path):
     )
 
 
-def test_another_model_is_not_filled_with_what_happens_to_fit(tmp_path):
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     saved = verify(Run(tmp_path).save())
     wider = Run(tmp_path / "wide", config=digits_config("train.engine=single", "model.width=32", "model.heads=2"))
     with pytest.raises(DataError, match=r"encoder_pos is \[16, 16\], the model's is \[16, 32\]"):
@@ -89,8 +89,8 @@ def test_another_model_is_not_filled_with_what_happens_to_fit(tmp_path):
                 opened.read(key, start, torch.empty(7))
 
 
-def test_a_checkpoint_of_positions_in_one_row_is_gone_on_with(tmp_path):
-    """As they were: (1, T, D). Vectors are flat, only the manifest says it."""
+def test_a_checkpoint_with_the_old_shape_of_positions_resumes(tmp_path):
+    """(1, T, D), as it was once. Vectors are flat, so only the manifest differs."""
     run = Run(tmp_path)
     run.train(2)
     saved = run.save()
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_positions_in_one_row_is_gone_on_with(tmp_path):
         assert source.whole("model/encoder_pos").shape == positions
 
 
-def test_keeps_the_last_and_names_the_newest(tmp_path):
+def test_keep_last_and_the_pointer_to_the_newest(tmp_path):
     run = Run(tmp_path, keep_last=2)
     for _ in range(4):
         run.train()
@@ -118,7 +118,7 @@ def test_keeps_the_last_and_names_the_newest(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["write", "manifest", "publish", "pointer"])
-def test_a_save_cut_short_leaves_the_one_before_and_nothing_half(tmp_path, monkeypatch, moment):
+def test_an_interrupted_save_leaves_the_previous_checkpoint_and_nothing_partial(tmp_path, monkeypatch, moment):
     run = Run(tmp_path)
     run.train()
     first = run.save()
@@ -138,16 +138,16 @@ def test_a_save_cut_short_leaves_the_one_before_and_nothing_half(tmp_path, monke
         with pytest.raises(KeyboardInterrupt):
             run.save()
     assert (newest_valid(tmp_path).path == first) is (moment != "pointer")
-    assert (checkpoint_paths(tmp_path) == [first]) is (moment != "pointer")  # what is not whole has no name of a checkpoint
+    assert (checkpoint_paths(tmp_path) == [first]) is (moment != "pointer")  # a partial one has another name
     rest = Run(tmp_path)
     rest.train(2)
     rest.store.open(1)
-    again = rest.save()  # and the leftovers are in nobody's way
+    again = rest.save()  # the leftovers do no harm
     assert newest_valid(tmp_path).path == again
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_a_save_is_on_disk_before_it_is_visible_and_visible_for_good_before_an_older_one_goes(tmp_path, monkeypatch):
+def test_a_save_is_flushed_before_it_is_published_and_published_before_an_older_one_is_removed(tmp_path, monkeypatch):
     run, calls = Run(tmp_path, keep_last=1), []
     run.train()
     run.save()
@@ -184,18 +184,18 @@ def test_a_save_is_on_disk_before_it_is_visible_and_visible_for_good_before_an_o
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
-        (lambda path: flip_byte(next(path.glob("*.safetensors"))), "is not as it was written"),
+        (lambda path: flip_byte(next(path.glob("*.safetensors"))), "is corrupt"),
         (lambda path: next(path.glob("*.safetensors")).unlink(), "is missing"),
-        (lambda path: os.truncate(next(path.glob("*.safetensors")), 100), "is not as it was written"),
+        (lambda path: os.truncate(next(path.glob("*.safetensors")), 100), "is corrupt"),
         (lambda path: os.truncate(path / "manifest.json", 50), "manifest.json is torn or changed"),
         (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
-        (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "is of format 99"),
+        (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "has format 99"),
         (lambda path: (path / "manifest.json").write_text(f'{{"format": {FORMAT}}}'), "manifest.json is torn or changed"),
         (lambda path: edit(path / "manifest.json", '"seed": 0', '"seed": 1'), "manifest.json is torn or changed"),
-        (lambda path: (path / "junk.safetensors").write_bytes(b""), "junk.safetensors is not one of its files"),
+        (lambda path: (path / "junk.safetensors").write_bytes(b""), "junk.safetensors is not listed in its manifest"),
     ],
 )
-def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, damage, complaint):
+def test_damage_is_reported_and_the_checkpoint_before_is_used(tmp_path, capsys, damage, complaint):
     run = Run(tmp_path)
     run.train()
     first = run.save()
@@ -208,12 +208,12 @@ def test_damage_is_named_and_the_checkpoint_before_is_used(tmp_path, capsys, dam
     said = capsys.readouterr().out
     assert complaint in said and str(second) in said and "trying the checkpoint before it" in said
     damage(first)
-    with pytest.raises(DataError, match="none of the 2 checkpoints"):  # never a silent start from nothing
+    with pytest.raises(DataError, match="none of the 2 checkpoints"):  # never a silent start from step 0
         newest_valid(tmp_path)
 
 
 @pytest.mark.parametrize("moment", ["read_manifest", "fingerprint"])
-def test_one_that_a_run_drops_while_it_is_looked_at_gives_way_to_a_newer_one(tmp_path, capsys, monkeypatch, moment):
+def test_if_a_run_drops_a_checkpoint_during_its_check_a_newer_one_is_used(tmp_path, capsys, monkeypatch, moment):
     run = Run(tmp_path)
     run.train()
     first, newer, exact = run.save(), [], getattr(manifest, moment)
@@ -247,21 +247,21 @@ def test_no_checkpoint_is_not_an_error_but_a_wrong_path_is(tmp_path):
         ("data", {"flip": True}, "data.flip is True, .* was made with False"),
     ],
 )
-def test_a_config_that_would_not_continue_is_refused(tmp_path, section, change, complaint):
+def test_a_config_that_cannot_continue_exactly_is_refused(tmp_path, section, change, complaint):
     run = Run(tmp_path)
     checkpoint = verify(run.save())
-    check_continues(checkpoint, CONFIG, INFO)
+    check_resumable(checkpoint, CONFIG, INFO)
     changed = dataclasses.replace(CONFIG, **{section: dataclasses.replace(getattr(CONFIG, section), **change)})
     with pytest.raises(ConfigError, match=complaint):
-        check_continues(checkpoint, changed, INFO)
+        check_resumable(checkpoint, changed, INFO)
 
 
 @pytest.mark.parametrize("samples", [(101,), (60, 40)])
-def test_other_data_or_the_same_cut_otherwise_is_refused(tmp_path, samples):
+def test_other_data_or_other_shards_of_it_are_refused(tmp_path, samples):
     checkpoint = verify(Run(tmp_path).save())
     shards = tuple(ShardInfo(name, count, 1, 0, 0) for name, count in zip("ab", samples, strict=False))
     with pytest.raises(ConfigError, match="is not the data set that checkpoint .* was made with"):
-        check_continues(checkpoint, CONFIG, dataclasses.replace(INFO, shards=shards))
+        check_resumable(checkpoint, CONFIG, dataclasses.replace(INFO, shards=shards))
 
 
 def test_fewer_steps_than_taken_are_refused(tmp_path):
@@ -271,11 +271,11 @@ def test_fewer_steps_than_taken_are_refused(tmp_path):
     shorter = dataclasses.replace(
         CONFIG, train=dataclasses.replace(CONFIG.train, steps=2), optim=dataclasses.replace(CONFIG.optim, warmup_steps=0)
     )
-    with pytest.raises(ConfigError, match="train.steps is 2, .* has taken 3"):
-        check_continues(checkpoint, shorter, INFO)
+    with pytest.raises(ConfigError, match="train.steps is 2, .* is at step 3"):
+        check_resumable(checkpoint, shorter, INFO)
 
 
-def test_folders_that_are_no_checkpoints_are_neither_used_nor_removed(tmp_path):
+def test_other_folders_are_neither_used_nor_removed(tmp_path):
     run = Run(tmp_path, keep_last=1)
     run.train()
     first = run.save()
@@ -292,7 +292,7 @@ def test_later_checkpoints_are_set_aside_and_do_not_count(tmp_path):
     for _ in range(2):
         run.train()
         run.save()
-    for _ in range(2):  # twice the same name
+    for _ in range(2):  # the same name twice
         run.store.set_aside_after(1)
         run.save()
     assert sorted(os.listdir(tmp_path / "checkpoints")) == [
@@ -304,7 +304,7 @@ def test_later_checkpoints_are_set_aside_and_do_not_count(tmp_path):
     ]
 
 
-def test_what_need_not_be_kept_any_more_makes_room_at_the_start(tmp_path):
+def test_checkpoints_beyond_keep_last_are_removed_at_the_start(tmp_path):
     run = Run(tmp_path, keep_last=3)
     for _ in range(3):
         run.train()
@@ -318,10 +318,10 @@ def test_a_longer_run_or_another_rate_continues(tmp_path):
     longer = digits_config(
         "train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8", "train.steps=5000", "optim.lr=1e-5"
     )
-    check_continues(checkpoint, longer, INFO)
+    check_resumable(checkpoint, longer, INFO)
 
 
-def test_the_format_is_read_back_by_safetensors_alone(tmp_path):
+def test_the_safetensors_library_reads_the_files(tmp_path):
     from safetensors.torch import load_file
 
     run = Run(tmp_path)
@@ -333,7 +333,7 @@ def test_the_format_is_read_back_by_safetensors_alone(tmp_path):
     assert {(tensor.dtype, tensor.ndim) for tensor in tensors.values()} == {(torch.float32, 1)}
 
 
-def test_the_format_is_read_back_by_torch_s_own_distributed_checkpoints(tmp_path):
+def test_torch_s_own_dcp_reads_the_files(tmp_path):
     run = Run(tmp_path)
     run.train()
     path = run.save()

@@ -1,4 +1,4 @@
-"""Latents without a disk: of the right kind, always the same, read as stored ones are."""
+"""Synthetic latents: of the right kind, deterministic, read like stored ones."""
 
 import pickle
 
@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import digits_config
 from tests.unit.conftest import write_set
 from tests.unit.test_loader import CPU, assert_equal
-from xar_scale.data.loader import LatentDataset, RankNumbers, batches
+from xar_scale.data.loader import LatentDataset, RankBatchSampler, batches
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.sources import open_shards
 from xar_scale.data.synthetic import SyntheticShards
@@ -40,7 +40,7 @@ def test_they_are_the_same_in_every_process_and_run():
     alone = LatentDataset(SyntheticShards(CONFIG.model, 2500), CONFIG, create_layout(CONFIG.model))
     copy = pickle.loads(pickle.dumps(alone))
     assert_equal(alone.__getitems__(range(50)), copy.__getitems__(range(50)))
-    numbers = RankNumbers(start=0, steps=2, global_batch=128, micro_batch=64, rank=0, world=1)
+    numbers = RankBatchSampler(start=0, steps=2, global_batch=128, micro_batch=64, rank=0, world=1)
     streams = [
         list(batches(LatentDataset(open_shards(config), config, create_layout(config.model)), numbers, CPU))
         for config in (CONFIG, digits_config(*_words(CONFIG), "data.workers=0"))
@@ -60,7 +60,7 @@ def test_the_path_says_how_many():
     assert opened("synthetic").info.samples == 1_281_167
     assert opened("synthetic:1").info.samples == 1
     for wrong in ("synthetic:0", "synthetic:-1", "synthetic:1e3"):
-        with pytest.raises(ConfigError, match=f"data.path {wrong}: after the colon comes the number of samples"):
+        with pytest.raises(ConfigError, match=f"data.path {wrong}: the number of samples must follow the colon"):
             opened(wrong)
 
 
@@ -68,5 +68,5 @@ def test_a_folder_is_a_folder_and_no_path_is_named(tmp_path):
     write_set(tmp_path / "synthetic")
     shards = open_shards(digits_config(f"data.path={tmp_path / 'synthetic'}"))
     assert isinstance(shards, LatentShards) and not shards.remote
-    with pytest.raises(ConfigError, match="data.path is not set: the folder of latents"):
+    with pytest.raises(ConfigError, match="data.path is not set: name the folder of latents"):
         open_shards(digits_config("data.path=''"))

@@ -1,4 +1,4 @@
-"""The pixel tokenizer is exact; tokenizers are made again from what a data set's index says."""
+"""The pixel tokenizer is exact; tokenizers are recreated from a data set's description."""
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_synthetic_latents_have_no_pictures():
 
 @pytest.mark.parametrize("settings", [{"patch": 0}, {"patch": "2"}, {"patch": True}, {"patch": 2, "image_channels": 1.0}])
 def test_a_pixel_tokenizer_of_nonsense_is_refused(settings):
-    with pytest.raises(DataError, match="patch .* and image_channels .* are numbers from 1 on"):
+    with pytest.raises(DataError, match="patch .* and image_channels .* must be positive integers"):
         create_tokenizer({"name": "pixel", **settings})
 
 
@@ -113,7 +113,7 @@ def test_latents_are_of_the_dtype_asked_for(dtype):
 def test_weights_are_for_tokenizers_that_have_some():
     with pytest.raises(ConfigError, match=r"sample.tokenizer_weights is kl16.ckpt, but tokenizer pixel has no weights"):
         create_tokenizer({"name": "pixel", "patch": 2, "image_channels": 1}, weights="kl16.ckpt")
-    with pytest.raises(ConfigError, match=r"kl16 needs its weights: sample.tokenizer_weights is the path of kl16.ckpt"):
+    with pytest.raises(ConfigError, match=r"kl16 needs its weights: set sample.tokenizer_weights to the path of kl16.ckpt"):
         create_tokenizer({"name": "kl16", "sha256": "0" * 64})
 
 

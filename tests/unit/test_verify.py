@@ -1,4 +1,4 @@
-"""Every kind of damage is found, and its sample named: by verification always, by reading where it is used."""
+"""Every kind of damage is found, and its sample named: by verification always, by reading if the bytes are used."""
 
 import contextlib
 import io
@@ -43,7 +43,7 @@ def damage(folder, change) -> None:
 
 
 def describe_again(folder) -> None:
-    """Give the shard the size and checksum it has now, as a set would have that was damaged before it was indexed."""
+    """Record the shard's current size and checksum, as in a set that was damaged before it was indexed."""
     content = (folder / f"{SHARD}.tar").read_bytes()
     values = json.loads((folder / DATASET_FILE).read_text())
     values["shards"][1] |= {"bytes": len(content), "crc32": zlib.crc32(content)}
@@ -87,7 +87,7 @@ def test_a_set_as_written_has_no_faults(folder):
         (zeroed("s0006.latent.npy"), ["sample s0006 (number 2): checksum", "after sample s0006, at byte"]),
         (flipped_bit("s0006.flipped.npy", 148), ["sample s0006 (number 2): checksum", "after sample s0006, at byte"]),
         (flipped_bit("s0006.cls", 148), ["after sample s0005, at byte"]),  # a garbled header
-        (flipped_bit("s0006.cls", BLOCK), ["sample s0006 (number 2): is not what the index says"]),  # another label
+        (flipped_bit("s0006.cls", BLOCK), ["sample s0006 (number 2): differs from the index"]),  # another label
         (flipped_bit("s0007.cls", BLOCK + 100), ["has changed, in bytes that belong to no sample"]),
     ],
 )
@@ -126,7 +126,7 @@ def test_a_missing_shard_and_an_index_of_another_are_found(folder):
 
 
 def test_an_index_older_than_its_shard_is_found(folder, tmp_path_factory):
-    """The shard was written anew, of the same size, with other samples."""
+    """The shard was rewritten with other samples, at the same size."""
     other = tmp_path_factory.mktemp("other")
     info = small_info(flipped=True)
     samples = [Sample(s.key, s.label, -s.latent, s.flipped) for s in small_samples(10, info)]
@@ -195,10 +195,10 @@ def test_members_may_have_other_names():
     [
         ([("a.cls", b"3"), ("b.cls", b"3")], r"shard x.tar, sample a \(number 0\): latent.npy is missing"),
         ([*TWO, ("c.latent.npy", ARRAY)], r"shard x.tar, sample c \(number 2\): cls is missing"),
-        ([("a.cls", b"3"), ("a.cls", b"4")], "shard x.tar, sample a: cls comes twice"),
-        ([*TWO, *TWO[:2]], "shard x.tar, sample a: comes twice"),
-        ([("a.cls", b"cat"), ("a.latent.npy", ARRAY)], "shard x.tar, sample a: its label b'cat' is no number"),
-        ([("a.cls", b"-1"), ("a.latent.npy", ARRAY)], "its label b'-1' is no number"),
+        ([("a.cls", b"3"), ("a.cls", b"4")], "shard x.tar, sample a: cls appears twice"),
+        ([*TWO, *TWO[:2]], "shard x.tar, sample a: appears twice"),
+        ([("a.cls", b"cat"), ("a.latent.npy", ARRAY)], "shard x.tar, sample a: its label b'cat' is not a number"),
+        ([("a.cls", b"-1"), ("a.latent.npy", ARRAY)], "its label b'-1' is not a number"),
     ],
 )
 def test_samples_that_are_not_whole_are_refused_by_name(entries, says):
@@ -212,7 +212,7 @@ def test_a_sample_without_its_mirrored_array_is_refused():
 
 
 def test_keys_are_those_of_webdataset():
-    """Up to the first dot behind the last slash; what has no array and no label is no sample."""
+    """Up to the first dot after the last slash. A group without array and label is not a sample."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for name, content in (
@@ -234,21 +234,21 @@ def test_keys_are_those_of_webdataset():
 
 
 def test_a_tar_that_is_zeros_from_somewhere_on_is_refused():
-    """As a crash may leave one, with many samples lost behind what looks like its end."""
+    """A crash may leave such a tar, with many samples lost behind what looks like its end."""
     content = bytearray(
         tar_of(*[(f"{n}.{m}", c) for n in range(30) for m, c in (("cls", b"1"), ("latent.npy", ARRAY))]).getvalue()
     )
     content[10 * 4 * BLOCK :] = bytes(len(content) - 10 * 4 * BLOCK)
-    with pytest.raises(DataError, match="lie .* zeros, more than a tar's end has"):
+    with pytest.raises(DataError, match="at byte .* zeros, more than the end of a tar has"):
         index_tar(io.BytesIO(bytes(content)), "x.tar", Members(), flipped=False)
 
 
-# Tars of 10,240 bytes a record; 163,840 are 5 of 32,768 too, of which the last holds the end of 64 samples, and not of 63
+# Tars with records of 10,240 bytes; 163,840 is also 5 of 32,768, of which the last holds the end of 64 samples, not of 63
 @pytest.mark.parametrize(("records", "samples", "whole"), [(7, 24, False), (7, 25, True), (16, 63, False), (16, 64, True)])
 def test_an_end_of_zeros_is_as_large_as_a_record_makes_it(records, samples, whole):
     content = tar_of(*[(f"{n}.{m}", c) for n in range(samples) for m, c in (("cls", b"1"), ("latent.npy", ARRAY))]).getvalue()
     file = io.BytesIO(content[: samples * 4 * BLOCK].ljust(records * tarfile.RECORDSIZE, b"\0"))
-    with contextlib.nullcontext() if whole else pytest.raises(DataError, match="more than a tar's end has"):
+    with contextlib.nullcontext() if whole else pytest.raises(DataError, match="more than the end of a tar has"):
         assert len(index_tar(file, "x.tar", Members(), flipped=False).keys) == samples
 
 
@@ -272,7 +272,9 @@ def test_a_count_that_is_not_the_index_s_is_found(folder, change):
         LatentShards(folder).read(1, 0)
 
 
-@pytest.mark.parametrize(("name", "says"), [("latents-000000", "comes twice"), ("../latents-000001", "is in another folder")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("latents-000000", "is listed twice"), ("../latents-000001", "is in another folder")]
+)
 def test_shards_are_in_the_folder_and_each_once(folder, name, says):
     values = json.loads((folder / DATASET_FILE).read_text())
     values["shards"][1]["name"] = name
@@ -284,7 +286,7 @@ def test_shards_are_in_the_folder_and_each_once(folder, name, says):
 @pytest.mark.parametrize("position", range(5))
 @pytest.mark.parametrize("kind", ["garbled", "zeroed", "cut header", "cut before", "cut content"])
 def test_no_damage_to_a_tar_loses_samples_in_silence(kind, position):
-    """Python's tarfile ends at most of these without a word."""
+    """Python's tarfile silently stops at most of these."""
     file = tar_of(*TWO)
     with tarfile.open(fileobj=io.BytesIO(file.getvalue())) as tar:
         member = tar.getmembers()[position]

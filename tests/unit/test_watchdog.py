@@ -1,4 +1,4 @@
-"""Hangs and stragglers on one process: when a step has taken too long, whom the others wait for, and how it is measured."""
+"""Hangs and stragglers in one process: when a step has taken too long, which rank the others wait for, how it is measured."""
 
 import json
 import os
@@ -17,41 +17,41 @@ from tests.conftest import digits_config
 from tests.processes import environment
 from xar_scale import dist, stragglers, watchdog
 from xar_scale.stragglers import ForwardTime, Stragglers
-from xar_scale.watchdog import Seen, Watchdog, verdict
+from xar_scale.watchdog import RankState, Watchdog, diagnose
 
 SETTINGS = digits_config("train.engine=single", "train.hang_after=4", "train.hang_seconds=0.5").train
 
 
-def seen(rank: int, begun: dict[str, int], where: str = "wait (x.py:1)") -> Seen:
+def seen(rank: int, begun: dict[str, int], where: str = "wait (x.py:1)") -> RankState:
     last = {group: f"all_reduce number {count} of group {group}" for group, count in begun.items()}
-    return Seen(rank, f"host{rank}", 100 + rank, 7, where, begun, last)
+    return RankState(rank, f"host{rank}", 100 + rank, 7, where, begun, last)
 
 
-def test_who_has_begun_fewer_collectives_is_whom_the_others_wait_for():
+def test_the_others_wait_for_the_rank_that_has_entered_fewer_collectives():
     ranks = {0: seen(0, {"all": 9}), 1: seen(1, {"all": 8}, "sleep (loader.py:3)"), 2: seen(2, {"all": 9})}
-    assert list(verdict(ranks, 3)) == [
-        "rank 1 (host1, process 101) has not begun all_reduce number 9 of group all, in which others wait: it is in "
+    assert list(diagnose(ranks, 3)) == [
+        "rank 1 (host1, process 101) has not entered all_reduce number 9 of group all, where other ranks wait: it is in "
         "sleep (loader.py:3)",
         "rank 0 (host0, process 100) is in wait (x.py:1); its last collective: all_reduce number 9 of group all",
         "rank 2 (host2, process 102) is in wait (x.py:1); its last collective: all_reduce number 9 of group all",
     ]
 
 
-def test_groups_of_which_a_rank_is_no_part_do_not_count():
+def test_groups_that_a_rank_does_not_belong_to_do_not_count():
     ranks = {0: seen(0, {"all": 9, "left": 5}), 1: seen(1, {"all": 9, "left": 4}), 2: seen(2, {"all": 9, "right": 2})}
-    lines = list(verdict(ranks, 3))
-    assert lines[0].startswith("rank 1 (host1, process 101) has not begun all_reduce number 5 of group left")
-    assert len([line for line in lines if "has not begun" in line]) == 1
+    lines = list(diagnose(ranks, 3))
+    assert lines[0].startswith("rank 1 (host1, process 101) has not entered all_reduce number 5 of group left")
+    assert len([line for line in lines if "has not entered" in line]) == 1
 
 
 def test_a_rank_that_does_not_answer_is_named_and_so_is_a_hang_of_all():
-    assert next(verdict({0: seen(0, {"all": 9})}, 2)) == "rank 1 does not answer: its process is stopped or its node gone"
-    assert next(verdict({3: seen(3, {"all": 9})}, 6)).startswith("rank 0 does not answer: ")  # through whom the others would
+    assert next(diagnose({0: seen(0, {"all": 9})}, 2)) == "rank 1 does not answer: its process is stopped or its node is down"
+    assert next(diagnose({3: seen(3, {"all": 9})}, 6)).startswith("rank 0 does not answer: ")  # it hosts the store
     both = {rank: seen(rank, {"all": 9}) for rank in range(2)}
-    assert next(verdict(both, 2)) == "all ranks have begun the same collectives: the network, or a device, does not get on"
+    assert next(diagnose(both, 2)) == "all ranks have entered the same collectives: the network or a device is stuck"
 
 
-def test_the_limit_is_many_medians_and_there_is_none_before_there_is_a_median(tmp_path, monkeypatch):
+def test_the_limit_is_a_multiple_of_the_median_and_needs_a_median(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     dog = Watchdog(tmp_path, SETTINGS)
@@ -59,10 +59,10 @@ def test_the_limit_is_many_medians_and_there_is_none_before_there_is_a_median(tm
         dog.begin(step)
         assert dog.limit is None
         now[0] += seconds
-    dog.rest()
+    dog.pause()
     now[0] += 1000  # a disk
     dog.begin(5)
-    assert dog.limit is None  # the last of them was not a step alone
+    assert dog.limit is None  # the time that includes the pause does not count
     now[0] += 1
     dog.begin(6)
     assert dog.limit == 4
@@ -70,14 +70,14 @@ def test_the_limit_is_many_medians_and_there_is_none_before_there_is_a_median(tm
     assert dog.limit == 0.5
 
 
-def test_a_process_that_was_stopped_itself_is_not_taken_for_one_that_hangs(tmp_path, monkeypatch):
+def test_a_process_that_was_suspended_does_not_count_as_hanging(tmp_path, monkeypatch):
     now, ended = [0.0], []
     dog = Watchdog(tmp_path, SETTINGS)
     dog.seconds.extend([0.1] * 10)  # the limit is half a second
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(dog, "_end", lambda current: ended.append(now[0]))
-    monkeypatch.setattr(watchdog, "LOOK_S", 0.1)
-    pauses = iter([0.1, 500.0, 0.2, 0.2, 0.2])  # the second is a sleep of the whole process
+    monkeypatch.setattr(watchdog, "POLL_S", 0.1)
+    pauses = iter([0.1, 500.0, 0.2, 0.2, 0.2])  # in the second the whole process is suspended
     dog._current = (3, 0.05)
 
     def wait(seconds):
@@ -86,7 +86,7 @@ def test_a_process_that_was_stopped_itself_is_not_taken_for_one_that_hangs(tmp_p
 
     monkeypatch.setattr(dog._ended, "wait", wait)
     dog._watch()
-    assert [round(at, 3) for at in ended] == [500.5, 500.7]  # as long after it as was left
+    assert [round(at, 3) for at in ended] == [500.5, 500.7]  # after the time that was left before the suspension
     dog.begin(4)
     assert dog.seconds[-1] == pytest.approx(0.75)  # of the 500.7 s since 0.05
 
@@ -97,12 +97,12 @@ from dataclasses import replace
 from pathlib import Path
 from tests.unit.test_watchdog import SETTINGS
 from xar_scale import watchdog
-watchdog.LOOK_S = 0.05
+watchdog.POLL_S = 0.05
 with watchdog.Watchdog(Path("."), replace(SETTINGS, hang_seconds=2.0)) as dog:
     for step in range(8):
         dog.begin(step)
         time.sleep(0.02)
-    dog.rest()
+    dog.pause()
     time.sleep(2.5)
     print("rested", flush=True)
     dog.begin(8)
@@ -112,7 +112,7 @@ with watchdog.Watchdog(Path("."), replace(SETTINGS, hang_seconds=2.0)) as dog:
 """
 
 
-def test_a_process_that_hangs_ends_with_69_and_its_stacks_and_one_that_rests_does_not(tmp_path):
+def test_a_process_that_hangs_exits_with_69_and_its_stacks_and_one_that_pauses_does_not(tmp_path):
     note = tmp_path / "note"
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM],
@@ -124,7 +124,7 @@ def test_a_process_that_hangs_ends_with_69_and_its_stacks_and_one_that_rests_doe
     )
     assert (done.returncode, done.stdout) == (69, "rested\n"), done.stderr
     assert note.read_text() == "69"
-    assert re.match(r"xar-scale: hang: step 8 takes [2-9] s, the median step 0.\d s\n", done.stderr)
+    assert re.match(r"xar-scale: hang: step 8 has taken [2-9] s, the median step 0.\d s\n", done.stderr)
     assert "is in stuck (<string>:17)" in done.stderr
     report = (tmp_path / "hangs" / "step-00000008-rank-0.txt").read_text()
     assert "in stuck" in report and "Thread 0x" in report
@@ -133,7 +133,7 @@ def test_a_process_that_hangs_ends_with_69_and_its_stacks_and_one_that_rests_doe
 
 
 class CountingStore(dict):
-    """What ranks exchange through, as far as they use it."""
+    """The part of the TCPStore interface that ranks use."""
 
     def __init__(self) -> None:
         super().__init__(answers=0)
@@ -157,7 +157,7 @@ class CountingStore(dict):
 
 
 @pytest.mark.parametrize("silent", [0, 5, None])
-def test_the_lowest_rank_that_answers_reads_what_all_see_and_the_others_only_who_it_is(tmp_path, monkeypatch, silent):
+def test_the_lowest_rank_that_answers_reads_all_states_and_the_others_only_its_own(tmp_path, monkeypatch, silent):
     world, store = 40, CountingStore()
     monkeypatch.setattr(dist, "world", lambda: world)
     monkeypatch.setattr(watchdog, "REPLY_S", 0.5 if silent is not None else 100.0)
@@ -171,13 +171,13 @@ def test_the_lowest_rank_that_answers_reads_what_all_see_and_the_others_only_who
         thread.join()
     lowest = min(found)
     assert list(found[lowest]) == list(found) and all(set(of) == {rank, lowest} for rank, of in found.items() if rank != lowest)
-    assert store.read == 2 * (len(found) - 1)  # not a square
-    assert store.check(["alarm"])  # for those that do not find out themselves
+    assert store.read == 2 * (len(found) - 1)  # linear in the ranks, not quadratic
+    assert store.check(["alarm"])  # for ranks that do not notice by themselves
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_rank_that_tells_leaves_first(tmp_path, monkeypatch, capsys, rank):
-    """Launchers end all others when it does: what it tells, it has told by then."""
+def test_the_reporting_rank_exits_first(tmp_path, monkeypatch, capsys, rank):
+    """Launchers end all other ranks when it exits, so it must have reported by then."""
     slept, codes = [], []
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -192,23 +192,23 @@ def test_the_rank_that_tells_leaves_first(tmp_path, monkeypatch, capsys, rank):
     finally:
         for timer in threading.enumerate():
             if isinstance(timer, threading.Timer):
-                timer.cancel()  # its last resort
+                timer.cancel()  # the last-resort timer
     assert codes == [69] and ("hang: step 7" in capsys.readouterr().err) is (rank == 0)
-    assert slept == [watchdog.LOOK_S * (1 + rank)]
+    assert slept == [watchdog.POLL_S * (1 + rank)]
 
 
-def test_the_heartbeat_is_rank_0s(tmp_path, monkeypatch):
-    monkeypatch.setattr(watchdog, "LOOK_S", 0.01)
+def test_only_rank_0_writes_the_heartbeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
     monkeypatch.setenv("RANK", "1")
     with Watchdog(tmp_path, SETTINGS) as dog:
         dog.begin(3)
-        dog._threads[-1].join(2)  # it has nothing to do
+        dog._threads[-1].join(2)  # the heartbeat thread exits at once
         assert not dog._threads[-1].is_alive()
     assert not (tmp_path / watchdog.HEARTBEAT_FILE).exists()
 
 
-def test_what_ranks_send_each_other_is_no_collective(monkeypatch):
-    """In a record as PyTorch's recorder gives it."""
+def test_point_to_point_operations_are_not_counted_as_collectives(monkeypatch):
+    """In a dump as PyTorch's flight recorder writes it."""
 
     def entry(name, number, **more):
         return {"process_group": ["0", "all"], "collective_seq_id": number, "profiling_name": name, "is_p2p": False} | more
@@ -222,8 +222,8 @@ def test_what_ranks_send_each_other_is_no_collective(monkeypatch):
         torch.distributed.destroy_process_group()
 
 
-def test_an_alarm_of_before_a_restart_is_none_after_it(monkeypatch):
-    """torchrun's restarted ranks meet in the store of those that it has ended."""
+def test_an_alarm_from_before_a_restart_is_not_seen_after_it(monkeypatch):
+    """Ranks that torchrun restarts use the same store as the ones it has ended."""
     met = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(met.port))
@@ -239,13 +239,13 @@ def test_an_alarm_of_before_a_restart_is_none_after_it(monkeypatch):
         torch.distributed.destroy_process_group()
 
 
-def test_an_alarm_of_another_rank_ends_one_that_rests_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(watchdog, "LOOK_S", 0.01)
+def test_an_alarm_from_another_rank_also_ends_one_that_pauses(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "POLL_S", 0.01)
     dog, ended = Watchdog(tmp_path, SETTINGS), []
     dog._store = CountingStore()
     monkeypatch.setattr(dog, "_end", lambda current: ended.append(current) or dog._ended.set())
     with dog:
-        dog.rest()  # while it saves, say
+        dog.pause()  # for example while it saves
         time.sleep(0.1)
         assert ended == []
         dog._store.set("alarm", "1")
@@ -253,7 +253,7 @@ def test_an_alarm_of_another_rank_ends_one_that_rests_too(tmp_path, monkeypatch)
     assert ended == [None]
 
 
-def test_the_time_of_layers_is_theirs_alone(monkeypatch):
+def test_the_forward_time_covers_the_layers_alone(monkeypatch):
     clock = [0]
     monkeypatch.setattr(stragglers.time, "perf_counter", lambda: clock[0])
 
@@ -277,12 +277,12 @@ def test_the_time_of_layers_is_theirs_alone(monkeypatch):
 @pytest.mark.parametrize("often", [2, 3])
 def test_a_rank_is_named_once_when_it_is_slow_several_times_in_a_row(monkeypatch, capsys, often):
     times = [1.0, 1.1, 1.0, 2.0]
-    monkeypatch.setattr(stragglers, "OFTEN", often)
+    monkeypatch.setattr(stragglers, "CONSECUTIVE", often)
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [(value, 0.5, f"host{rank}") for rank, value in enumerate(times)])
     compared = Stragglers()
     for _ in range(often + 2):
         assert compared.compare(1.0, 0.5, 2.0) == times
-    assert capsys.readouterr().out == "rank 3 (host3) is slow: its layers compute 2.0 times as long as the median rank's\n"
+    assert capsys.readouterr().out == "rank 3 (host3) is slow: its layers take 2.0 times as long as the median rank's\n"
     times[3] = 1.2
     compared.compare(1.0, 0.5, 2.0)
     times[3] = 2.0
@@ -294,24 +294,24 @@ def test_a_rank_is_named_once_when_it_is_slow_several_times_in_a_row(monkeypatch
 
 
 def test_a_rank_that_waits_for_data_while_others_wait_for_it_is_named(monkeypatch, capsys):
-    waits = [0.0, 0.01, 0.35]  # of a second, which the step takes
+    waits = [0.0, 0.01, 0.35]  # of a step of one second
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [(1.0, wait, f"host{rank}") for rank, wait in enumerate(waits)])
     compared = Stragglers()
-    for _ in range(stragglers.OFTEN + 2):
+    for _ in range(stragglers.CONSECUTIVE + 2):
         compared.compare(1.0, 0.0, 1.0)
     assert capsys.readouterr().out == "rank 2 (host2) is slow: it waits 0.35 s a step for data, the median rank 0.01 s\n"
     waits[:] = [0.9, 0.9, 0.9]  # all wait for the same storage: the metrics show it
-    for _ in range(stragglers.OFTEN):
+    for _ in range(stragglers.CONSECUTIVE):
         compared.compare(1.0, 0.0, 1.0)
     assert capsys.readouterr().out == ""
 
 
-def test_a_report_that_cannot_be_written_keeps_nobody_alive(tmp_path):
+def test_a_report_that_cannot_be_written_keeps_no_process_alive(tmp_path):
     (tmp_path / watchdog.FOLDER).mkdir()
-    os.mkfifo(tmp_path / watchdog.FOLDER / "step-00000008-rank-0.txt")  # as a disk that hangs: to open it waits for a reader
-    quick = PROGRAM.replace("watchdog.LOOK_S = 0.05", "watchdog.LOOK_S, watchdog.REPLY_S = 0.05, 0.3").replace(
+    os.mkfifo(tmp_path / watchdog.FOLDER / "step-00000008-rank-0.txt")  # as a disk that hangs: opening waits for a reader
+    quick = PROGRAM.replace("watchdog.POLL_S = 0.05", "watchdog.POLL_S, watchdog.REPLY_S = 0.05, 0.3").replace(
         "sleep(2.5)", "sleep(0)"
     )
     command = [sys.executable, "-c", quick]
     done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 69 and "hang: step 8 takes" in done.stderr
+    assert done.returncode == 69 and "hang: step 8 has taken" in done.stderr

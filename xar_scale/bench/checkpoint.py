@@ -53,12 +53,12 @@ def _ours(engine: Engine, ema: EMA, config: Config, folder: Path) -> tuple[float
     dist.on_rank_0(lambda: store.open(0))
     waits, saves = [], []
     for step in range(1, REPEATS + 2):  # the first is a warm-up
-        before = store.stalled
+        before = store.stall_s
         manifest = bare_manifest(
             step=step, world=dist.world(), shapes={key: list(shape) for key, shape in engine.shapes.items()}
         )
         saves.append(_slowest(lambda manifest=manifest: _saved(store, manifest)))  # type: ignore[misc]
-        waits.append(dist.largest(store.stalled - before))
+        waits.append(dist.max_over_ranks(store.stall_s - before))
     assert store.newest is not None
     checkpoint = read_manifest(store.newest)
     loads, read = _loads(lambda: load(checkpoint, engine, ema))
@@ -108,4 +108,4 @@ def _slowest(work: Callable[[], Any]) -> float:
     dist.gather_objects(None)  # all begin together
     begun = time.perf_counter()
     work()
-    return dist.largest(time.perf_counter() - begun)
+    return dist.max_over_ranks(time.perf_counter() - begun)

@@ -16,7 +16,7 @@ from xar_scale.config import Config, merge
 from xar_scale.data.loader import LatentDataset
 from xar_scale.data.order import SampleOrder
 from xar_scale.data.reader import LatentShards
-from xar_scale.data.shards import DATASET_FILE, DatasetInfo, ShardInfo, ShardWriter, end_set
+from xar_scale.data.shards import DATASET_FILE, DatasetInfo, ShardInfo, ShardWriter, write_dataset_file
 from xar_scale.errors import UsageError
 from xar_scale.model.entities import create_layout
 from xar_scale.presets import recipe
@@ -61,7 +61,7 @@ def bench_order(options: argparse.Namespace) -> None:
         raise UsageError("--shards and --samples-per-shard are at least 1")
     shards = [ShardInfo(f"latents-{n:06d}", options.samples_per_shard, 2**30, n, n) for n in range(options.shards)]
     with TemporaryDirectory() as folder:
-        end_set(Path(folder), INFO, shards)
+        write_dataset_file(Path(folder), INFO, shards)
         del shards
         before, begun = resident(), time.perf_counter()
         opened = LatentShards(folder)

@@ -126,7 +126,7 @@ def bench_scaling(options: argparse.Namespace) -> None:
     world = dist.world()
     config = config_of(options, world)
     alone = dist.on_rank_0(lambda: _computed(options, device))
-    together = [dist.largest(seconds) for seconds in _computed(options, device)]
+    together = [dist.max_over_ranks(seconds) for seconds in _computed(options, device)]
     weights, shared = weights_of(config.model), max(1.0, world / cores)
     single = dataclasses.replace(config, train=dataclasses.replace(config.train, engine="single"))
 
@@ -188,7 +188,7 @@ def _collective_seconds(collective: Collective, device: torch.device) -> float:
     call: Callable[[], object] = (
         partial(dist.reduce_scatter, piece, whole) if collective.name == "reduce" else partial(dist.all_gather, whole, piece)
     )
-    return dist.largest(median_ms(call, device) / 1e3)
+    return dist.max_over_ranks(median_ms(call, device) / 1e3)
 
 
 def _step_seconds(config: Config, device: torch.device) -> float:
@@ -199,4 +199,4 @@ def _step_seconds(config: Config, device: torch.device) -> float:
         engine.step(1e-4, engine.attempt(0, [batch]))
         averages.update(1)
 
-    return dist.largest(median_ms(step, device) / 1e3)
+    return dist.max_over_ranks(median_ms(step, device) / 1e3)

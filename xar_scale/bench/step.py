@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xar_scale import dist
-from xar_scale.beginning import open_data
 from xar_scale.bench.memory import peak_resident
 from xar_scale.bench.published import Published
 from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, Record, check_same_work, compare, markdown, read_record
@@ -31,6 +30,7 @@ from xar_scale.plan.hardware import GPUS
 from xar_scale.precision import FP32, MODES, apply_matmul_mode
 from xar_scale.presets import model_values, recipe
 from xar_scale.sampler import sample
+from xar_scale.startup import open_data
 
 BASELINE_LAYERS = 2
 PUBLISHED_GRID = 16
@@ -78,11 +78,11 @@ def bench_step(options: argparse.Namespace) -> None:
         "step",
         settings,
         images=config.train.global_batch,
-        seconds={name: [dist.largest(each) for each in taken] for name, taken in seconds.items()},
+        seconds={name: [dist.max_over_ranks(each) for each in taken] for name, taken in seconds.items()},
         flops=float(training_flops(config.model) * options.batch),
         peak=_peak(device, options.precision),
-        memory_gb=dist.largest(memory) / 1e9,
-        data_wait_s=dist.largest(waited),
+        memory_gb=dist.max_over_ranks(memory) / 1e9,
+        data_wait_s=dist.max_over_ranks(waited),
         communication_s=found.communication_s,  # rank 0's
         hidden_s=found.hidden_s,
     )

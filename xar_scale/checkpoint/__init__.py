@@ -1,1 +1,1 @@
-"""Checkpoints: the store of a run, and the formats of others."""
+"""Checkpoints: the store of a run, and conversion from and to other formats."""

@@ -1,7 +1,7 @@
-"""Flat float32 vectors in safetensors files, cut anywhere: written while they are hashed.
+"""Write ranges of flat float32 vectors to safetensors files, and hash them while writing.
 
-A file holds ranges of vectors, as PyTorch's DCP writes them with safetensors storage: a one-dimensional entry a vector, and
-under ``DCP_SHARDING_INFO`` where in the vector it begins. So DCP's own reader reads these files too (torch 2.11 to 2.15).
+The layout is that of PyTorch's DCP with safetensors storage: one one-dimensional entry per vector, and under
+``DCP_SHARDING_INFO`` its offset in the vector. So DCP's own reader reads these files too (torch 2.11 to 2.15).
 """
 
 import hashlib
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from xar_scale.files import naming
+from xar_scale.files import path_in_errors
 
 SUFFIX = ".safetensors"
-BLOCK = 1 << 23  # bytes hashed or written at once
+BLOCK = 1 << 23  # bytes hashed or written at a time
 FLOAT32 = 4  # bytes
 
 
@@ -39,21 +39,21 @@ class Fingerprint:
 
 
 def file_name(number: int) -> str:
-    """Of the file that rank ``number`` writes; DCP counts them from 1."""
+    """Return the name of the file that rank ``number`` writes. DCP counts from 1."""
     return f"shard-{number + 1:05d}-model-00001-of-00001{SUFFIX}"
 
 
-def header_of(cuts: Mapping[str, tuple[int, int]]) -> bytes:
-    """The header of a file with elements [start, stop) of each vector, one after another in the order of ``cuts``."""
+def header_of(spans: Mapping[str, tuple[int, int]]) -> bytes:
+    """Return the header of a file that holds elements [start, stop) of each vector, in the order of ``spans``."""
     entries: dict[str, Any] = {
         "__metadata__": {
             "format": "pt",
             "DCP_VERSION": "1.0",
-            "DCP_SHARDING_INFO": json.dumps({key: {"saved_offsets": [start]} for key, (start, _) in cuts.items()}),
+            "DCP_SHARDING_INFO": json.dumps({key: {"saved_offsets": [start]} for key, (start, _) in spans.items()}),
         }
     }
     offset = 0
-    for key, (start, stop) in cuts.items():
+    for key, (start, stop) in spans.items():
         end = offset + FLOAT32 * (stop - start)
         entries[key] = {"dtype": "F32", "shape": [stop - start], "data_offsets": [offset, end]}
         offset = end
@@ -63,20 +63,20 @@ def header_of(cuts: Mapping[str, tuple[int, int]]) -> bytes:
 
 
 def write_file(path: Path, ranges: Sequence[Range]) -> Fingerprint:
-    """Write and flush to disk. The fingerprint is of what was meant to be written, not of what the disk made of it."""
-    cuts = {part.key: (part.start, part.start + part.values.numel()) for part in ranges}
-    return write_blocks(path, cuts, (part.values for part in ranges))
+    """Write ``ranges`` and flush them to disk. The fingerprint is of the bytes given, not of what the disk stored."""
+    spans = {part.key: (part.start, part.start + part.values.numel()) for part in ranges}
+    return write_blocks(path, spans, (part.values for part in ranges))
 
 
-def write_blocks(path: Path, cuts: Mapping[str, tuple[int, int]], values: Iterable[Tensor]) -> Fingerprint:
-    """The same of ``values`` that come one after another, in blocks of any size, as ``header_of`` has it."""
+def write_blocks(path: Path, spans: Mapping[str, tuple[int, int]], values: Iterable[Tensor]) -> Fingerprint:
+    """The same for ``values`` that arrive one after another, in blocks of any size, in the order of ``spans``."""
     digest = hashlib.sha256()
-    with naming(path), path.open("wb", buffering=0) as file:
-        for view in chain([memoryview(header_of(cuts))], map(_bytes_of, values)):
+    with path_in_errors(path), path.open("wb", buffering=0) as file:
+        for view in chain([memoryview(header_of(spans))], map(_bytes_of, values)):
             for begin in range(0, len(view), BLOCK):
                 block = view[begin : begin + BLOCK]
                 digest.update(block)
-                while block:  # a write may be cut short
+                while block:  # a write may be partial
                     block = block[file.write(block) :]
         size = file.tell()
         os.fsync(file.fileno())
@@ -84,7 +84,7 @@ def write_blocks(path: Path, cuts: Mapping[str, tuple[int, int]], values: Iterab
 
 
 def fingerprint(path: Path, progress: Callable[[int], object] = lambda count: None) -> Fingerprint:
-    """Of a file as it is now. ``progress`` is told of each block's bytes."""
+    """Return the fingerprint of a file as it is now. ``progress`` gets the number of bytes of each block."""
     with path.open("rb", buffering=0) as file:
         digest, size = hashlib.sha256(), 0
         while block := file.read(BLOCK):
@@ -95,5 +95,5 @@ def fingerprint(path: Path, progress: Callable[[int], object] = lambda count: No
 
 
 def _bytes_of(vector: Tensor) -> memoryview:
-    """Its memory."""
+    """The vector's memory, without a copy."""
     return memoryview(vector.numpy()).cast("B")  # type: ignore[arg-type]

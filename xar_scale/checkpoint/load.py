@@ -1,4 +1,4 @@
-"""From a checkpoint into an engine on any number of ranks, each reading what it owns; or whole, for one process."""
+"""Load a checkpoint into an engine on any number of ranks, each reading what it owns; or unsharded, into one process."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,32 +15,32 @@ from xar_scale.engines import Engine
 from xar_scale.errors import ConfigError, DataError
 
 
-def check_continues(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -> None:
-    """Raises ConfigError when ``config`` cannot continue the checkpoint exactly, with both values."""
+def check_resumable(checkpoint: Checkpoint, config: Config, info: DatasetInfo) -> None:
+    """Raise ConfigError, with both values, if ``config`` cannot continue the checkpoint exactly."""
     manifest = checkpoint.manifest
     if not manifest.config:
         raise ConfigError(
-            f"checkpoint {checkpoint.path} was made of another format and knows no run: begin one, with --init-from"
+            f"checkpoint {checkpoint.path} was converted from another format and has no run to resume: use --init-from"
         )
     others = ("train.seed", "train.global_batch", "train.label_drop", "data.lanes", "data.window", "data.flip")
-    if differs := difference(checkpoint, config, others):
-        raise ConfigError(f"{differs}: it would not continue")
+    if differs := config_difference(checkpoint, config, others):
+        raise ConfigError(f"{differs}: not an exact continuation")
     if manifest.dataset["fingerprint"] != info.fingerprint:
         raise ConfigError(
             f"{config.data.path} ({info.samples} samples) is not the data set that checkpoint {checkpoint.path} was made "
-            f"with ({manifest.dataset['samples']} samples): its data position would mean another sample"
+            f"with ({manifest.dataset['samples']} samples): its data position would refer to other samples"
         )
     if manifest.step > config.train.steps:
-        raise ConfigError(f"train.steps is {config.train.steps}, checkpoint {checkpoint.path} has taken {manifest.step}")
+        raise ConfigError(f"train.steps is {config.train.steps}, but checkpoint {checkpoint.path} is at step {manifest.step}")
     if config.optim.ema_snapshots_every and (missing := sorted(set(POWER_KINDS) - set(manifest.kinds))):
         raise ConfigError(
-            f"optim.ema_snapshots_every is {config.optim.ema_snapshots_every}, checkpoint {checkpoint.path} was made without "
-            f"and holds no {missing[0]}: such averages begin with a run"
+            f"optim.ema_snapshots_every is {config.optim.ema_snapshots_every}, but checkpoint {checkpoint.path} was made "
+            f"without it and holds no {missing[0]}: these EMAs must start with the run"
         )
 
 
-def difference(checkpoint: Checkpoint, config: Config, others: Sequence[str] = ()) -> str | None:
-    """The first setting of the model, or of ``others``, that the checkpoint was made with another value of, and both values."""
+def config_difference(checkpoint: Checkpoint, config: Config, others: Sequence[str] = ()) -> str | None:
+    """Describe the first setting of the model, or in ``others``, that differs from the checkpoint's; None if none does."""
     old, new = checkpoint.manifest.config, config.to_dict()
     for key in (*(f"model.{name}" for name in new["model"]), *others):
         section, name = key.split(".")
@@ -51,7 +51,7 @@ def difference(checkpoint: Checkpoint, config: Config, others: Sequence[str] = (
 
 
 def check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raises DataError that names the first parameter that is not as in ``shapes``."""
+    """Raise DataError naming the first parameter whose shape differs from ``shapes``."""
     theirs, ours = checkpoint.manifest.shapes, {name: list(shape) for name, shape in shapes.items()}
     for name in ours | theirs:
         if (there := theirs.get(name)) != (here := ours.get(name)):
@@ -59,7 +59,7 @@ def check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) ->
 
 
 def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
-    """Fill weights, moments and averages. Every rank calls this, and reads what it owns: returns how many bytes it read."""
+    """Load weights, Adam moments and EMAs. Every rank calls this and reads what it owns. Returns the bytes that it read."""
 
     def read() -> int:
         check_shapes(checkpoint, engine.shapes)
@@ -76,25 +76,25 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
                     tensor.copy_(host)
             return files.bytes_read
 
-    count = dist.together(read)
+    count = dist.on_all_ranks(read)
     engine.shards_written(checkpoint.manifest.updates)
     return count
 
 
 def load_weights(checkpoint: Checkpoint, which: str = "ema") -> dict[str, Tensor]:
-    """Whole weights for one process: ``which`` is one of the checkpoint's kinds."""
+    """Return unsharded weights for one process. ``which``: one of the checkpoint's kinds."""
     with open_vectors(checkpoint, which) as files:
         shapes = checkpoint.manifest.shapes
         return {name: files.whole(f"{which}/{name}", shape) for name, shape in shapes.items()}
 
 
 def state_kinds(ema: EMA) -> tuple[str, ...]:
-    """Of the vectors that a checkpoint of the run holds: ``KINDS``, and further averages after the first."""
+    """Return the kinds of vectors in a checkpoint of the run: ``KINDS``, with any further EMAs after ``ema``."""
     return "model", *ema.averages, "exp_avg", "exp_avg_sq"
 
 
 def state_vectors(engine: Engine, ema: EMA) -> list[tuple[str, int, Tensor]]:
-    """What this rank owns of everything that a checkpoint holds: key, first element, and a view of those from it on."""
+    """Return what this rank owns of all that a checkpoint holds: key, first element, and a view of the values from there."""
     vectors = []
     for shard, averages in zip(engine.shards(), zip(*ema.averages.values(), strict=True), strict=True):
         tensors = (shard.master, *averages, shard.exp_avg, shard.exp_avg_sq)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and whether that is so: one that is torn, changed or not whole is found out here."""
+"""The manifest of a checkpoint, and checks of its files: detects checkpoints that are torn, changed or incomplete."""
 
 import hashlib
 import json
@@ -16,57 +16,57 @@ from xar_scale.guard import GuardState
 
 FORMAT = 4
 FOLDER, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"
-AVERAGES = "ema"  # the folder of snapshots of the averages, which are no checkpoints: no run goes on from them
-KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")  # of the vectors that training goes on from
+EMA_SNAPSHOTS = "ema"  # the folder of EMA snapshots; these are not checkpoints: no run resumes from them
+KINDS = ("model", "ema", "exp_avg", "exp_avg_sq")  # of vectors that training resumes from
 
-POSITIONS = ("encoder_pos", "decoder_pos")  # (T, D) each; published, and once ours, as (1, T, D)
+POSITIONS = ("encoder_pos", "decoder_pos")  # (T, D) each; (1, T, D) in published files and our older ones
 
 
 def our_shape(name: str, shape: Sequence[int]) -> list[int]:
-    """Of the parameter that we call ``name``, there of ``shape``: vectors are flat, so that it is a matter of words."""
+    """Return our shape of parameter ``name``, stored as ``shape``. Vectors are flat, so the values are the same."""
     return [*shape[1:]] if name in POSITIONS and len(shape) == 3 and shape[0] == 1 else [*shape]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint holds. There is no generator state: every draw of a run follows from (seed, step, sample number)."""
+    """What a checkpoint holds. There is no generator state: every draw is a function of (seed, step, sample number)."""
 
     step: int  # steps taken
     seed: int
-    samples_consumed: int  # of the run
-    position: Position  # epoch, samples consumed of it
-    bad_samples: list[tuple[str, int]]  # that the run has met, by shard and position in it
-    quarantined: list[tuple[str, int]]  # samples that the guard has taken out, likewise
+    samples_consumed: int  # in total
+    position: Position  # epoch, samples consumed in it
+    bad_samples: list[tuple[str, int]]  # met so far, as (shard, position in it)
+    quarantined: list[tuple[str, int]]  # samples excluded by the guard, likewise
     guard: GuardState
-    dataset: dict[str, Any]  # samples and fingerprint; tokenizer and latent scale, which decoding needs
+    dataset: dict[str, Any]  # samples and fingerprint; tokenizer and latent scale, for decoding
     world: int  # ranks that wrote it
     engine: str
     precision: str
     config: dict[str, Any]
     shapes: dict[str, list[int]]
     kinds: tuple[str, ...] = KINDS
-    sigma_rel: float | None = None  # of an average that was made afterwards (xar_scale.posthoc)
+    sigma_rel: float | None = None  # width of a post-hoc EMA (xar_scale.posthoc)
     files: dict[str, Fingerprint] = field(default_factory=dict)
     format: int = FORMAT
 
     def to_json(self) -> bytes:
-        """With a SHA-256 of all the rest."""
+        """Serialise, with a SHA-256 of everything else."""
         values = {**asdict(self), "guard": self.guard.to_dict()}
         return json.dumps({"sha256": _digest(values), **values}, indent=1).encode()
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Total size of the files."""
         return sum(entry.bytes for entry in self.files.values())
 
     @property
     def updates(self) -> int:
-        """Of the weights: steps that were taken, and not gone without."""
+        """Updates of the weights: steps taken, minus those skipped."""
         return self.step - self.guard.skipped
 
 
 def bare_manifest(**known: Any) -> Manifest:
-    """Of a state whose run is not known, but for what is given: the step and the shapes at the least."""
+    """Return the manifest of a state whose run is unknown. ``known``: at least the step and the shapes."""
     unknown: dict[str, Any] = {
         "seed": 0,
         "samples_consumed": 0,
@@ -95,13 +95,13 @@ def step_of(path: Path) -> int:
 
 
 def checkpoint_paths(run: Path, folder: str = FOLDER) -> list[Path]:
-    """The run's checkpoints by name (or snapshots, in another ``folder``), oldest first, whole or damaged."""
+    """Return the run's checkpoints (or snapshots, in another ``folder``) by name, oldest first, valid or damaged."""
     paths = [path for path in (run / folder).glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()]
     return sorted(paths, key=step_of)
 
 
 def read_manifest(path: Path) -> Checkpoint:
-    """Raises UsageError when there is no checkpoint, DataError when its manifest is torn, changed or of another format."""
+    """Raises UsageError if there is no checkpoint, DataError if its manifest is torn, changed or of another format."""
     if not path.is_dir():
         raise UsageError(f"no checkpoint at {path}")
     try:
@@ -111,14 +111,14 @@ def read_manifest(path: Path) -> Checkpoint:
     return Checkpoint(path, parse_manifest(content, path))
 
 
-def parse_manifest(content: bytes, place: Path | str) -> Manifest:
-    """Of the checkpoint at ``place``. Raises DataError when it is torn, changed or of another format."""
+def parse_manifest(content: bytes, location: Path | str) -> Manifest:
+    """Parse the manifest of the checkpoint at ``location``. Raises DataError if it is torn, changed or of another format."""
     try:
         values = json.loads(content)
         if values["format"] != FORMAT:
-            raise DataError(f"checkpoint {place} is of format {values['format']}, this version reads {FORMAT}")
+            raise DataError(f"checkpoint {location} has format {values['format']}, this version reads {FORMAT}")
         if values.pop("sha256") != _digest(values):
-            raise DataError(f"checkpoint {place}: {MANIFEST} is torn or changed")
+            raise DataError(f"checkpoint {location}: {MANIFEST} is torn or changed")
         typed = {
             "position": Position(*values["position"]),
             "guard": GuardState.from_dict(values["guard"]),
@@ -127,56 +127,56 @@ def parse_manifest(content: bytes, place: Path | str) -> Manifest:
             "files": {name: Fingerprint(**entry) for name, entry in values["files"].items()},
         }
         if elsewhere := [name for name in values["files"] if Path(name).name != name or not name.endswith(SUFFIX)]:
-            # what is fetched is written by these names, and whoever may write to a mirror is not this user
-            raise DataError(f"checkpoint {place}: {MANIFEST} names {elsewhere[0]!r}, which is no file of a checkpoint's")
+            # downloads are written under these names, and others may be able to write to the mirror
+            raise DataError(f"checkpoint {location}: {MANIFEST} names {elsewhere[0]!r}, which is not a checkpoint file")
         return Manifest(**(values | typed))
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"checkpoint {place}: {MANIFEST} is torn or changed") from None
+        raise DataError(f"checkpoint {location}: {MANIFEST} is torn or changed") from None
 
 
 def verify(path: Path) -> Checkpoint:
-    """Check this rank's share of the files, by size and SHA-256. Raises DataError naming the first that differs."""
+    """Check this rank's share of the files by size and SHA-256. Raises DataError naming the first that differs."""
     checkpoint = read_manifest(path)
     files = checkpoint.manifest.files
     if extra := {file.name for file in path.glob(f"*{SUFFIX}")} - set(files):
-        raise DataError(f"checkpoint {path}: {min(extra)} is not one of its files")
+        raise DataError(f"checkpoint {path}: {min(extra)} is not listed in its manifest")
     for name in dist.mine(list(files)):
         if not (path / name).is_file():
             raise DataError(f"checkpoint {path}: {name} is missing")
         if fingerprint(path / name) != files[name]:
-            raise DataError(f"checkpoint {path}: {name} is not as it was written (size or checksum differs)")
+            raise DataError(f"checkpoint {path}: {name} is corrupt (size or checksum differs)")
     return checkpoint
 
 
 def newest_valid(run: Path) -> Checkpoint | None:
-    """The newest checkpoint whose files are all as written; None when there is none at all.
+    """Return the newest checkpoint whose files all match its manifest; None if the run has no checkpoint at all.
 
-    A damaged one is reported and the one before it tried; where one is dropped meanwhile, by a run that goes on, there is a
-    newer one, which is looked for. Raises DataError when there are some and none is valid.
-    Every rank calls this, and checks a share of the files.
+    A damaged checkpoint is reported, and the one before it is tried. If a running job drops one during the check, there is a
+    newer one, so the search starts over. Raises DataError if there are checkpoints but none is valid.
+    Every rank calls this and checks a share of the files.
     """
     paths = dist.on_rank_0(lambda: checkpoint_paths(run))
     for path in reversed(paths):
         try:
-            return dist.together(lambda at=path: verify(at))  # type: ignore[misc]
-        except (DataError, UsageError, FileError) as error:  # a defect leaves at once, and is in no collective any more
+            return dist.on_all_ranks(lambda at=path: verify(at))  # type: ignore[misc]
+        except (DataError, UsageError, FileError) as error:  # other exceptions are bugs: this rank joins no more collectives
             if not dist.on_rank_0(path.is_dir):
                 return newest_valid(run)
             if not isinstance(error, DataError):
                 raise
             dist.say(f"{error}; trying the checkpoint before it")
     if paths:
-        raise DataError(f"none of the {len(paths)} checkpoints in {run / FOLDER} is valid; another --run-dir starts anew")
+        raise DataError(f"none of the {len(paths)} checkpoints in {run / FOLDER} is valid; use another --run-dir to start anew")
     return None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """A run's newest valid checkpoint, or one by its own folder. Every rank calls this, and checks a share of the files.
+    """Return a run's newest valid checkpoint, or the one in ``path`` itself. Every rank calls this and checks a share of it.
 
-    Raises UsageError when there is none, DataError when none is valid.
+    Raises UsageError if there is none, DataError if none is valid.
     """
     if not (path / FOLDER).is_dir():
-        return dist.together(lambda: verify(path))
+        return dist.on_all_ranks(lambda: verify(path))
     newest = newest_valid(path)
     if newest is None:
         raise UsageError(f"no checkpoint in {path}")
@@ -184,5 +184,5 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _digest(values: dict[str, Any]) -> str:
-    """SHA-256 of plain values, the same after a trip through a file."""
+    """SHA-256 of plain values, unchanged by a round trip through JSON."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

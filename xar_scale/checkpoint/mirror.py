@@ -1,4 +1,4 @@
-"""A copy of a run's checkpoints behind a URL: complete once its manifest is there, which is written last and goes first."""
+"""A copy of a run's checkpoints behind a URL. A copy is complete once its manifest is there: written last, removed first."""
 
 import os
 import re
@@ -26,35 +26,35 @@ from xar_scale.errors import ConfigError, DataError, FileError, XarScaleError
 from xar_scale.files import free_name, remove, sync_folder
 
 T = TypeVar("T")
-Check = Callable[[Checkpoint], None]  # raises ConfigError where a run cannot go on from it
-TRIED = "tried"  # a file, for a moment
-WAITS_S = 2, 4, 8  # between attempts at the start
+Check = Callable[[Checkpoint], None]  # raises ConfigError if the run cannot resume from it
+PROBE = "tried"  # name of a file that is written and removed again
+RETRY_DELAYS_S = 2, 4, 8  # between attempts at the start of a run
 
 
 class Mirror:
-    """``URL/checkpoints/step-.../``, of whatever fsspec opens. All methods raise FileError that names the URL, and DataError
-    where what is read lacks a file."""
+    """Checkpoints in ``URL/checkpoints/step-.../``, for any URL that fsspec opens. All methods raise FileError naming the URL,
+    and DataError if a file to be read is missing."""
 
     def __init__(self, url: str) -> None:
-        """Raises ConfigError where it is no URL, or no installed library speaks its protocol."""
-        protocol, separator, place = url.partition("://")
-        if not (protocol and separator and place.strip("/")):  # fsspec would take it for a path
-            raise ConfigError(f"train.upload {url} is no URL, such as s3://bucket/runs/h or file:///backup/runs/h")
+        """Raises ConfigError if ``url`` is not a URL, or no installed library supports its protocol."""
+        protocol, separator, path = url.partition("://")
+        if not (protocol and separator and path.strip("/")):  # fsspec would treat it as a path
+            raise ConfigError(f"train.upload {url} is not a URL such as s3://bucket/runs/h or file:///backup/runs/h")
         self.url = url.rstrip("/")
         try:
             fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
         except (ImportError, ValueError) as error:
             raise ConfigError(f"train.upload {url} cannot be opened: {error}") from None
 
-    def is_of(self, run: Path) -> bool:
-        """Whether it is the run's own folder, under another name."""
-        kind = fsspec.get_filesystem_class(fsspec.utils.get_protocol(self.url))  # a store may be silent, and is not asked
+    def is_run_folder(self, run: Path) -> bool:
+        """Whether the URL is the run's own folder under another name."""
+        kind = fsspec.get_filesystem_class(fsspec.utils.get_protocol(self.url))  # without contacting the store
         if not issubclass(kind, LocalFileSystem):
             return False
         return bool((Path(kind._strip_protocol(self.url)) / FOLDER).resolve() == (run / FOLDER).resolve())
 
     def listing(self) -> dict[int, bool]:
-        """Whether each checkpoint that something is there of is complete, by steps, oldest first."""
+        """For each step of which anything is there, oldest first: whether its checkpoint is complete."""
 
         def found(system: fsspec.AbstractFileSystem, root: str) -> dict[int, bool]:
             system.invalidate_cache()
@@ -64,21 +64,21 @@ class Mirror:
         return dict(sorted(self._do("listed", "", found).items()))
 
     def steps(self) -> list[int]:
-        """Of the checkpoints that are complete, oldest first."""
+        """Steps of the complete checkpoints, oldest first."""
         return [step for step, complete in self.listing().items() if complete]
 
-    def try_out(self) -> None:
-        """Write a file and remove it: before the work whose copies are to be there."""
+    def check_writable(self) -> None:
+        """Write a file and remove it: called before the work whose copies go here."""
 
-        def try_out(system: fsspec.AbstractFileSystem, root: str) -> None:
+        def check_writable(system: fsspec.AbstractFileSystem, root: str) -> None:
             _make_folder(system, root)
-            system.pipe_file(f"{root}/{TRIED}", b"tried")
-            system.rm_file(f"{root}/{TRIED}")
+            system.pipe_file(f"{root}/{PROBE}", b"tried")
+            system.rm_file(f"{root}/{PROBE}")
 
-        self._do("written", "", try_out)
+        self._do("written", "", check_writable)
 
     def upload(self, folder: Path, names: Iterable[str]) -> None:
-        """Files of the checkpoint ``folder``."""
+        """Upload files of the checkpoint ``folder``."""
 
         def put(system: fsspec.AbstractFileSystem, root: str) -> None:
             _make_folder(system, root)
@@ -88,24 +88,24 @@ class Mirror:
         self._do("written", folder.name, put)
 
     def manifest(self, step: int) -> Manifest:
-        """Of the checkpoint of ``step``. Raises DataError where it is not as it was written."""
+        """Read the manifest of the checkpoint of ``step``. Raises DataError if it is torn or changed."""
         name = checkpoint_name(step)
         content = self._do("read", name, lambda system, root: bytes(system.cat_file(f"{root}/{MANIFEST}")))
         return parse_manifest(content, f"{self.url}/{FOLDER}/{name}")
 
     def download(self, step: int, names: Iterable[str], folder: Path) -> None:
-        """Files of the checkpoint of ``step``, into ``folder``."""
+        """Download files of the checkpoint of ``step`` into ``folder``."""
 
         def get(system: fsspec.AbstractFileSystem, root: str) -> None:
             if not folder.is_dir():
-                raise OSError(f"{folder} is not there on this node")
+                raise OSError(f"{folder} does not exist on this node")
             for name in names:
                 system.get_file(f"{root}/{name}", str(folder / name))
 
         self._do("read", checkpoint_name(step), get)
 
     def remove(self, step: int) -> None:
-        """The checkpoint of ``step``, if it is there."""
+        """Remove the checkpoint of ``step``, if there is one."""
 
         def remove(system: fsspec.AbstractFileSystem, root: str) -> None:
             system.invalidate_cache()
@@ -121,10 +121,10 @@ class Mirror:
         try:
             system, root = fsspec.url_to_fs(url)
             return work(system, root)
-        except Exception as error:  # each store and library has its own kinds
+        except Exception as error:  # each store and library raises its own types
             kind = DataError if what == "read" and isinstance(error, FileNotFoundError) else FileError
-            said = f"{type(error).__name__}: {str(error) or 'no more was said'}".splitlines()[0]
-            raise kind(f"{url} cannot be {what}: {said}") from None
+            reason = f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]
+            raise kind(f"{url} cannot be {what}: {reason}") from None
 
 
 def _listed(system: fsspec.AbstractFileSystem, folder: str) -> list[str]:
@@ -140,17 +140,17 @@ def _name(path: str) -> str:
 
 def _make_folder(system: fsspec.AbstractFileSystem, root: str) -> None:
     bucket, *_ = root.split("/")
-    if bucket and not system.exists(bucket):  # or it would be made: a misspelt one too
+    if bucket and not system.exists(bucket):  # makedirs would create it, even if it is misspelt
         raise FileNotFoundError(f"{bucket} does not exist")
     system.makedirs(root, exist_ok=True)
 
 
 def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | None:
-    """The newest valid checkpoint of ``run``, or a newer one of the mirror, which is fetched to the run's folder first, unless
-    ``check`` refuses it: then nothing is.
+    """Return the newest valid checkpoint of ``run``, or a newer one of the mirror, which is downloaded into the run's folder.
+    If ``check`` refuses that one, nothing is downloaded.
 
-    Every rank calls this. Raises DataError where there are some and none is valid. A mirror that does not answer is asked
-    again, and reported, and raises FileError where the run's folder has none: nobody would know what is lost by beginning anew.
+    Every rank calls this. Raises DataError if there are checkpoints but none is valid. An unreachable mirror is reported and
+    retried. If it stays unreachable and the run has no checkpoint, FileError: a new start could lose work unnoticed.
     """
     local: Checkpoint | None = None
     damaged: XarScaleError | None = None
@@ -159,7 +159,7 @@ def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | Non
     except DataError as error:
         damaged = error
     try:
-        for step in reversed(dist.on_rank_0(lambda: _asked(mirror.steps))):
+        for step in reversed(dist.on_rank_0(lambda: _with_retries(mirror.steps))):
             if local is not None and step <= local.manifest.step:
                 break
             try:
@@ -170,31 +170,31 @@ def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | Non
     except FileError as error:
         if local is None:
             raise
-        dist.say(f"{error}; going on with {local.path}")
+        dist.say(f"{error}; continuing with {local.path}")
         return local
     if local is None and damaged is not None:
         raise damaged
     return local
 
 
-def _asked(work: Callable[[], T]) -> T:
-    """What ``work`` of a mirror returns. Without an answer it is tried again."""
-    for seconds in WAITS_S:
+def _with_retries(work: Callable[[], T]) -> T:
+    """Return what ``work`` on a mirror returns. It is retried on FileError."""
+    for seconds in RETRY_DELAYS_S:
         try:
             return work()
         except FileError as error:
-            dist.say(f"{error}; again in {seconds} s")
+            dist.say(f"{error}; retrying in {seconds} s")
             time.sleep(seconds)
     return work()
 
 
 def _fetch(mirror: Mirror, step: int, run: Path, check: Check) -> Checkpoint:
-    """Each rank fetches a share of the files."""
+    """Download a checkpoint, each rank a share of the files, verify it and publish it in the run's folder."""
     final = run / FOLDER / checkpoint_name(step)
     temporary = final.with_name(f".{final.name}.tmp")
 
     def begin() -> list[str]:
-        manifest = _asked(lambda: mirror.manifest(step))
+        manifest = _with_retries(lambda: mirror.manifest(step))
         try:
             check(Checkpoint(Path(final.name), manifest))
         except ConfigError as error:
@@ -205,14 +205,14 @@ def _fetch(mirror: Mirror, step: int, run: Path, check: Check) -> Checkpoint:
         return [MANIFEST, *manifest.files]
 
     def publish() -> None:
-        if final.exists():  # damaged, or it would not be fetched
+        if final.exists():  # it is damaged, or there would be no download
             final.rename(free_name(final.with_name(f"damaged-{final.name}")))
         temporary.rename(final)
         sync_folder(final.parent)
 
     names = dist.on_rank_0(begin)
-    dist.say(f"fetching {final.name} from {mirror.url}")
-    dist.together(lambda: _asked(lambda: mirror.download(step, dist.mine(names), temporary)))
-    checkpoint = dist.together(lambda: verify(temporary))
+    dist.say(f"downloading {final.name} from {mirror.url}")
+    dist.on_all_ranks(lambda: _with_retries(lambda: mirror.download(step, dist.mine(names), temporary)))
+    checkpoint = dist.on_all_ranks(lambda: verify(temporary))
     dist.on_rank_0(publish)
     return replace(checkpoint, path=final)

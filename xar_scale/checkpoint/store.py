@@ -1,7 +1,7 @@
-"""Writes the checkpoints of a run while it goes on: whole or not at all, and no older one goes before a newer one is there.
+"""Write the checkpoints of a run while it trains. Each is published atomically, and only then is an older one removed.
 
-Each rank copies what it owns to the host's memory, which is all that training waits for; a thread writes it. What the ranks'
-threads have come to, all ranks learn together between two steps (``poll``), and go on to the next stage or try again together.
+Each rank copies what it owns to host memory, which is all that training waits for; a thread writes the copy. Between two steps
+(``poll``) all ranks learn how the threads fared, and together start the next stage or retry.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from xar_scale.background import Background, Stage
 from xar_scale.checkpoint.files import Fingerprint, Range, file_name, write_file
 from xar_scale.checkpoint.load import state_vectors
 from xar_scale.checkpoint.manifest import (
-    AVERAGES,
+    EMA_SNAPSHOTS,
     FOLDER,
     LATEST,
     MANIFEST,
@@ -34,110 +34,110 @@ from xar_scale.errors import FileError
 from xar_scale.files import free_name, make_folder, remove, sync_folder, write_atomically
 from xar_scale.staging import Staging
 
-ATTEMPTS_AT_THE_END = 6  # of writing the last checkpoint, 1, 2, 4, ... seconds apart
+FINAL_ATTEMPTS = 6  # to write the last checkpoint, 1, 2, 4, ... seconds apart
 
 
 class Store:
-    """The checkpoints of one run, in ``RUN/checkpoints``, and snapshots of averages, in ``RUN/ema``, of which none is dropped.
+    """The checkpoints of one run, in ``RUN/checkpoints``, and its EMA snapshots, in ``RUN/ema``, which are never removed.
 
     Every rank makes the same calls, in the same order.
 
-    A failure to write is reported, and tried again, by training while it goes on and at its end a few times more; one that
-    lasts until the next checkpoint is due gives way to that.
+    A failed write is reported and retried, during training (``poll``) and a few more times at its end (``finish``). If it still
+    fails when the next checkpoint is due, that one is written instead.
     """
 
     def __init__(self, run: Path, engine: Engine, ema: EMA, settings: TrainConfig, mirror: Mirror | None = None) -> None:
-        """``mirror``: what each checkpoint is copied to, once it is written.
+        """``mirror``: where each checkpoint is copied once it is written.
 
-        All the host's memory that saving takes is taken here.
+        All host memory that saving needs is allocated here.
         """
         self.run, self.folder = run, run / FOLDER
         self.engine, self.ema, self.settings, self.mirror = engine, ema, settings, mirror
         self.newest: Path | None = None  # written by this run
-        self.stalled = 0.0  # seconds that training has waited, since whoever counts them set this to 0
-        self._staging = Staging([tensor for _, _, tensor in _own_vectors(engine, ema)])
+        self.stall_s = 0.0  # seconds that training has waited; the caller resets it
+        self._staging = Staging([tensor for _, _, tensor in _vectors_to_write(engine, ema)])
         self._writing: Background | None = None
-        self._begun: Path | None = None  # what that is about
+        self._writing_path: Path | None = None  # what ``_writing`` writes (last)
         self._uploading: Background | None = None
-        self._uploaded: Path | None = None  # what that is about
-        self._to_upload: Path | None = None  # after that: the newest one that is written
-        self._copied = set[int]()  # steps, of this run's start and since
+        self._uploading_path: Path | None = None  # what ``_uploading`` copies
+        self._to_upload: Path | None = None  # next: the newest one written
+        self._copied = set[int]()  # steps copied by this run, and that of its start
 
     def open(self, start: int) -> None:
-        """Rank 0's part of beginning at step ``start``: make the folder, and put in order what an earlier run left in it."""
+        """Rank 0's part of starting at step ``start``: make the folder and tidy up what an earlier run left in it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._copied.add(start)
-        if len(self.ema.averages) > 1:  # snapshots are due, and come before the checkpoints of their steps
-            make_folder(self.run / AVERAGES)
-        self._set_in_order(start)
+        if len(self.ema.averages) > 1:  # snapshots will be due, before the checkpoints of their steps
+            make_folder(self.run / EMA_SNAPSHOTS)
+        self._tidy(start)
         with contextlib.suppress(OSError):
-            self._drop_older()  # the run goes on from the newest, which is valid; the next save may need the room
-        for folder in (FOLDER, AVERAGES):
+            self._drop_older()  # the run resumes from the newest, which is valid; the next save may need the space
+        for folder in (FOLDER, EMA_SNAPSHOTS):
             for leftover in (self.run / folder).glob(".step-*"):
                 remove(leftover)
 
     def set_aside_after(self, step: int) -> None:
-        """Rename what is of later steps, so that it neither counts nor blocks: checkpoints, damaged ones that resuming passed
-        over, and snapshots, which will be taken again."""
-        for folder, prefix in ((FOLDER, "damaged"), (AVERAGES, "superseded")):
+        """Rename what is from later steps, so that it neither counts nor blocks: checkpoints, damaged ones that resuming passed
+        over, and snapshots, which will be written again."""
+        for folder, prefix in ((FOLDER, "damaged"), (EMA_SNAPSHOTS, "superseded")):
             for path in checkpoint_paths(self.run, folder):
                 if step_of(path) > step:
                     aside = free_name(path.with_name(f"{prefix}-{path.name}"))
                     path.rename(aside)
-                    print(f"{path} is now {aside.name}", flush=True)
+                    print(f"{path} renamed to {aside.name}", flush=True)
 
     def save(self, *manifests: Manifest) -> None:
-        """Begin to write the state as it is now, of which each manifest describes some kinds of vectors, but for its files:
-        a snapshot of averages, a checkpoint, or one after the other."""
-        self.lacks_checkpoint()
+        """Start to write the current state. Each manifest describes some kinds of its vectors, but not yet the files: an EMA
+        snapshot, a checkpoint, or a snapshot and then a checkpoint."""
+        self.checkpoint_failed()
         if self._writing is not None:
             dist.say(f"{self._writing.name}: given up for the next one")
         begun = time.perf_counter()
-        vectors = _own_vectors(self.engine, self.ema)
+        vectors = _vectors_to_write(self.engine, self.ema)
         self._staging.take([tensor for _, _, tensor in vectors])
         parts = [Range(key, start, copy) for (key, start, _), copy in zip(vectors, self._staging.copies, strict=True)]
         stages = [stage for manifest in manifests for stage in self._stages(manifest, parts)]
-        self._begun = self._final(manifests[-1])
+        self._writing_path = self._final(manifests[-1])
         name = " and ".join(f"{_kind(manifest)} {self._final(manifest)}" for manifest in manifests)
         self._writing = Background(name, stages, self.engine.device)
-        self.stalled += time.perf_counter() - begun
+        self.stall_s += time.perf_counter() - begun
 
     def _stages(self, manifest: Manifest, parts: Sequence[Range]) -> list[Stage]:
         parts = [part for part in parts if part.key.split("/")[0] in manifest.kinds]
         return [lambda _: self._write(manifest, parts), lambda files: self._publish(manifest, files)]
 
-    def lacks_checkpoint(self) -> bool:
-        """Whether there is one that could not be written, after waiting for what is being."""
+    def checkpoint_failed(self) -> bool:
+        """Wait for the save under way. Return whether it has a checkpoint that could not be written."""
         begun = time.perf_counter()
-        written = self._writing is None or self._written(attempts=1)
-        self.stalled += time.perf_counter() - begun
-        return not written and self._begun is not None and self._begun.parent == self.folder
+        written = self._writing is None or self._wait_for_write(attempts=1)
+        self.stall_s += time.perf_counter() - begun
+        return not written and self._writing_path is not None and self._writing_path.parent == self.folder
 
     def poll(self) -> None:
-        """Between steps: let what is under way go on. Costs nothing when nothing is."""
+        """Between steps: advance what is under way. Costs nothing if nothing is."""
         if self._writing is not None:
             self._writing.poll()
             if self._writing.done:
-                self._written()
+                self._wait_for_write()
         if self._uploading is not None:
             self._uploading.poll()
             if self._uploading.done:
-                self._uploaded = None
+                self._uploading_path = None
         self._upload_next()
 
     def finish(self, *, stopped: bool = False) -> None:
-        """Wait until what is under way is done. Raises FileError when that cannot be.
+        """Wait until what is under way is done. Raises FileError if it fails.
 
-        A copy that cannot be made is only said where the run is ``stopped`` before its end: it goes on from its own checkpoint.
+        If the run is ``stopped`` before its end, a failed copy is only reported: the run can resume from its own checkpoint.
         """
         failed: list[Background] = []
-        if (work := self._writing) is not None and not self._written(ATTEMPTS_AT_THE_END):
+        if (work := self._writing) is not None and not self._wait_for_write(FINAL_ATTEMPTS):
             failed.append(work)
-        while True:  # what is under way, and the newest one
+        while True:  # the copy under way, then that of the newest checkpoint
             self._upload_next()
-            last = self._to_upload is None  # else what is under way gives way to it
-            if (work := self._uploading) is None or work.settle(ATTEMPTS_AT_THE_END if last else 1):
-                self._uploading = self._uploaded = None
+            last = self._to_upload is None  # else, if the copy under way fails, the newest one is next
+            if (work := self._uploading) is None or work.settle(FINAL_ATTEMPTS if last else 1):
+                self._uploading = self._uploading_path = None
             elif last:
                 failed.append(work)
             if last:
@@ -148,43 +148,43 @@ class Store:
                 raise FileError(given_up)
             dist.say(given_up)
 
-    def go_back(self, step: int) -> None:
-        """The run goes on from ``step``: what is of later steps is not written or copied any more, and does not count."""
-        if self._begun is not None and step_of(self._begun) > step:
-            self._writing = None  # it was waited for, and failed
+    def roll_back(self, step: int) -> None:
+        """The run continues from ``step``: nothing from later steps is written or copied any more, or counts."""
+        if self._writing_path is not None and step_of(self._writing_path) > step:
+            self._writing = None  # it has been waited for, and failed
         if self._to_upload is not None and step_of(self._to_upload) > step:
             self._to_upload = None
-        dist.on_rank_0(lambda: self._set_in_order(step))
+        dist.on_rank_0(lambda: self._tidy(step))
 
-    def _set_in_order(self, step: int) -> None:
+    def _tidy(self, step: int) -> None:
         self.set_aside_after(step)
         paths = checkpoint_paths(self.run)
-        with contextlib.suppress(OSError):  # a pointer for people and tools: a full disk is no reason to stop
+        with contextlib.suppress(OSError):  # only people and tools read it: a full disk is no reason to stop
             if paths:
                 self._point_at(paths[-1])
             else:
                 (self.folder / LATEST).unlink(missing_ok=True)
 
     def newest_on_disk(self) -> Path | None:
-        """Of this run or one before it, as rank 0 sees it, after waiting for what is being written."""
+        """Wait for the save under way. Return the newest checkpoint in the folder, of this run or before, as rank 0 sees it."""
         if self._writing is not None:
-            self._written(attempts=1)
+            self._wait_for_write(attempts=1)
         paths = dist.on_rank_0(lambda: checkpoint_paths(self.run))
         return paths[-1] if paths else None
 
-    def _written(self, attempts: int = 1) -> bool:
-        """Wait for what is being written; whether it is."""
+    def _wait_for_write(self, attempts: int = 1) -> bool:
+        """Wait for the save under way. Return whether it succeeded."""
         assert self._writing is not None
         if not self._writing.settle(attempts):
             return False
         self._writing = None
-        if self._begun is not None and self._begun.parent == self.folder:
-            self.newest = self._begun
-            self._to_upload = self._begun if self.mirror is not None else None
+        if self._writing_path is not None and self._writing_path.parent == self.folder:
+            self.newest = self._writing_path
+            self._to_upload = self._writing_path if self.mirror is not None else None
         return True
 
     def _upload_next(self) -> None:
-        """Begin to, unless another is under way; one that fails gives way."""
+        """Start to copy the newest checkpoint, unless a copy is under way. A copy that is failing is given up for it."""
         if self._to_upload is None or self.mirror is None:
             return
         if self._uploading is not None and not self._uploading.done:
@@ -192,16 +192,16 @@ class Store:
                 return
             dist.say(f"{self._uploading.name}: given up for the next one")
         mirror, path = self.mirror, self._to_upload
-        self._uploaded, self._to_upload = path, None  # in this order: what either names is not dropped
+        self._uploading_path, self._to_upload = path, None  # in this order: a path in either is not dropped
         stages: list[Stage] = [
-            lambda _: mirror.remove(step_of(path)) if dist.rank() == 0 else None,  # what an earlier attempt left
+            lambda _: mirror.remove(step_of(path)) if dist.rank() == 0 else None,  # leftovers of an earlier attempt
             lambda _: mirror.upload(path, [file_name(dist.rank())]),
             lambda _: self._complete_upload(mirror, path),
         ]
         self._uploading = Background(f"copy of checkpoint {path} to {mirror.url}", stages, self.engine.device)
 
     def _write(self, manifest: Manifest, parts: Sequence[Range]) -> dict[str, Fingerprint]:
-        """This rank's file."""
+        """Write this rank's file."""
         self._staging.wait()
         temporary = self._temporary(manifest)
         if dist.rank() == 0:
@@ -214,19 +214,19 @@ class Store:
         try:
             return {path.name: write_file(path, parts)}
         except OSError:
-            path.unlink(missing_ok=True)  # the room that it takes may be what others lack
+            path.unlink(missing_ok=True)  # others may need the space
             raise
 
     def _publish(self, manifest: Manifest, written: Sequence[dict[str, Fingerprint]]) -> None:
-        """Rank 0: one rename makes it visible; only then does anything older go."""
+        """On rank 0: one rename publishes it; only then is anything older removed."""
         temporary, final = self._temporary(manifest), self._final(manifest)
         if dist.rank() != 0:
             return
         files = {name: entry for of_rank in written for name, entry in of_rank.items()}
-        if temporary.exists() or not final.exists():  # else it was renamed before something failed
+        if temporary.exists() or not final.exists():  # else it was renamed before a later step failed
             for name, entry in files.items():
                 if not (temporary / name).is_file() or (temporary / name).stat().st_size != entry.bytes:
-                    raise OSError(f"rank 0 sees {temporary / name} not as it was written: the folder must be one for all ranks")
+                    raise OSError(f"rank 0 does not see {temporary / name} as it was written: all ranks must share the folder")
             write_atomically(temporary / MANIFEST, replace(manifest, files=files).to_json())
             sync_folder(temporary)
             temporary.rename(final)
@@ -239,22 +239,22 @@ class Store:
         write_atomically(self.folder / LATEST, f"{path.name}\n".encode())
 
     def _drop_older(self) -> None:
-        """Hidden first: one that is half deleted is not a checkpoint."""
+        """Rename to a hidden name first: a half-deleted folder must not count as a checkpoint."""
         for step in self._too_old([step_of(path) for path in checkpoint_paths(self.run)]):
             path = self.folder / checkpoint_name(step)
-            if path not in (self._to_upload, self._uploaded):
+            if path not in (self._to_upload, self._uploading_path):
                 path.rename(path.with_name(f".{path.name}.old"))
         for hidden in self.folder.glob(".step-*.old"):
             with contextlib.suppress(OSError):
                 remove(hidden)
 
     def _too_old(self, steps: Sequence[int]) -> list[int]:
-        """Of the steps of checkpoints, oldest first, those that need not be kept."""
+        """Of the steps of checkpoints, oldest first, return those that need not be kept."""
         every = self.settings.keep_every
         return [step for step in steps[: -self.settings.keep_last] if not every or step % every]
 
     def _complete_upload(self, mirror: Mirror, final: Path) -> None:
-        """Rank 0: the manifest makes it complete; only then does anything older go."""
+        """On rank 0: the manifest makes the copy complete; only then is anything older removed."""
         if dist.rank() == 0:
             mirror.upload(final, [MANIFEST])
             self._copied.add(step_of(final))
@@ -262,7 +262,7 @@ class Store:
             complete = [step for step in there if there[step]]
             given_up = {*there} - {*complete, step_of(final)}
             later = [step for step in complete if step > step_of(final)]
-            # its own are of a course that it has gone back from; others, not seen at the start for a silent store, of this one
+            # later copies of its own are from before a rollback; others were unseen at the start (unreachable store) and stay
             stale = self._copied.intersection(later)
             for step in sorted({*given_up, *stale, *self._too_old(complete[: len(complete) - len(later)])}):
                 mirror.remove(step)
@@ -272,15 +272,15 @@ class Store:
         return final.with_name(f".{final.name}.tmp")
 
     def _final(self, manifest: Manifest) -> Path:
-        return self.run / (FOLDER if _kind(manifest) == "checkpoint" else AVERAGES) / checkpoint_name(manifest.step)
+        return self.run / (FOLDER if _kind(manifest) == "checkpoint" else EMA_SNAPSHOTS) / checkpoint_name(manifest.step)
 
 
 def _kind(manifest: Manifest) -> str:
     return "checkpoint" if "model" in manifest.kinds else "snapshot"
 
 
-def _own_vectors(engine: Engine, ema: EMA) -> list[tuple[str, int, torch.Tensor]]:
-    """What this rank writes of what it owns. Where several ranks own the same, each writes an equal part of it."""
+def _vectors_to_write(engine: Engine, ema: EMA) -> list[tuple[str, int, torch.Tensor]]:
+    """Return what this rank writes of what it owns. Where several ranks own the same range, each writes an equal part."""
     copies = engine.replicas
     copy = dist.rank() // (dist.world() // copies)
     parts = []

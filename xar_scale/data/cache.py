@@ -1,4 +1,4 @@
-"""The cache of a node: whole files of a bounded size together, shared by any number of processes through files and locks."""
+"""The node cache: whole files with a bounded total size, shared by any number of processes through files and locks."""
 
 import contextlib
 import os
@@ -13,86 +13,85 @@ from xar_scale.errors import FileError
 from xar_scale.files import locked
 
 FOLDER, LOCKS, ROOM = "xar_scale-cache", "locks", "room"
-PART, DAMAGED = ".part", ".damaged"  # behind a key: a file that is being downloaded; a mark that the whole file is damaged
-OURS = re.compile(rf"[0-9a-f]{{40}}({PART})?")  # nothing else is ever removed, but for a file's mark
+PART, DAMAGED = ".part", ".damaged"  # suffixes of a key: a download in progress; a mark that the complete file is damaged
+OURS = re.compile(rf"[0-9a-f]{{40}}({PART})?")  # only these files, and their marks, are ever removed
 ROOM_WAIT_S = 0.1
 
 
 class Download(NamedTuple):
-    """A file on its way."""
+    """A file being downloaded."""
 
     size: int
     blocks: Iterator[bytes]
 
 
 class ContentError(Exception):
-    """What came is not what was described."""
+    """The downloaded content does not match its description."""
 
 
 class NodeCache:
-    """Files by key, in a folder of their own below the one that is named, of at most ``limit`` bytes together.
+    """Files by key, in a subfolder of ``folder``, of at most ``limit`` bytes in total.
 
-    One process downloads a file while the others wait for it; the files used longest ago make room. A download takes its
-    room before it begins. Locks are the system's and end with their process, so that nothing is left locked by a kill. Of jobs
-    that share a cache each keeps to its own limit.
+    One process downloads a file while the others wait for it. The least recently used files are evicted. A download reserves
+    its space before it starts. Locks belong to the kernel and end with their process, so a kill leaves nothing locked. Each
+    of several jobs that share a cache keeps to its own limit.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        """Raises FileError where the folder cannot be made."""
+        """Raises FileError if the folder cannot be created."""
         self.folder, self.limit = folder / FOLDER, limit
-        self._folder = str(self.folder)  # a Path takes microseconds to add a name to, for each sample
+        self._folder = str(self.folder)  # joining a name to a Path takes microseconds, for each sample
         with self._errors():
             (self.folder / LOCKS).mkdir(parents=True, exist_ok=True)
 
     def open(self, key: str, crc32: int, download: Callable[[], Download], *, damaged: bool = False) -> int:
-        """A descriptor of the file, downloaded where it is not there. It stays readable whatever becomes of the file.
+        """Return a descriptor of the file, downloading it if absent. It stays readable even after the file is evicted.
 
-        Raises ContentError where what came does not have the checksum, unless a ``damaged`` one will do; FileError where it
-        cannot be written or read; and what ``download`` raises.
+        Raises ContentError if the download has another checksum, unless ``damaged`` allows that; FileError if it cannot be
+        written or read; and what ``download`` raises.
         """
         with self._errors():
             if (descriptor := self.open_copy(key)) is not None:
                 return descriptor
             with self._locked(key):
-                if (descriptor := self.open_copy(key)) is not None:  # another process was at it
+                if (descriptor := self.open_copy(key)) is not None:  # another process has downloaded it meanwhile
                     return descriptor
                 source = download()
                 with self._room(key, source.size) as temporary:
                     right = _write(temporary, source.blocks) == crc32
                     if not (right or damaged):
-                        raise ContentError(f"its checksum is not {crc32:08x}, the set's")
+                        raise ContentError(f"its checksum is not {crc32:08x}, as in the set")
                     mark = self.folder / f"{key}{DAMAGED}"
                     mark.unlink(missing_ok=True) if right else mark.touch()
-                    # opened before it can be removed again. And who counts what is here may overlook a file that gets another
-                    # name just then
+                    # opened before it can be evicted. The lock: a process that adds up the files may miss one during a rename
                     descriptor = os.open(temporary, os.O_RDONLY)
                     with self._locked(ROOM):
                         temporary.replace(self.folder / key)
                     return descriptor
 
     def open_copy(self, key: str) -> int | None:
-        """A descriptor of the file, if it is there; its use is noted."""
+        """Return a descriptor of the file, if present, and mark the file as used."""
         try:
             descriptor = os.open(f"{self._folder}/{key}", os.O_RDONLY)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise self._error(error) from None
-        with contextlib.suppress(OSError):  # of another user's file, say, which may be read, no more
+        with contextlib.suppress(OSError):  # another user's file, for example, which may only be read
             os.utime(descriptor)
         return descriptor
 
-    def renew(self, key: str) -> bool:
-        """Note that the file is used, if it is there."""
+    def touch(self, key: str) -> bool:
+        """Mark the file as used; return whether it is present."""
         try:
             os.utime(f"{self._folder}/{key}")
         except FileNotFoundError:
             return False
-        except OSError:  # another user's file, say
+        except OSError:  # another user's file, for example
             pass
         return True
 
-    def busy(self, key: str) -> bool:
+    def is_downloading(self, key: str) -> bool:
         """Whether the file is being downloaded."""
         with self._errors():
             if not (self.folder / f"{key}{PART}").exists():  # the lock may be held for another file
@@ -100,8 +99,8 @@ class NodeCache:
             with self._locked(key, wait=False) as mine:
                 return not mine
 
-    def forget(self, key: str) -> bool:
-        """Remove the file, unless it is known to be no better in the place that it came from."""
+    def discard(self, key: str) -> bool:
+        """Remove the file and return True; if its source is known to be damaged too, keep it and return False."""
         if (self.folder / f"{key}{DAMAGED}").exists():
             return False
         with self._errors():
@@ -110,14 +109,16 @@ class NodeCache:
 
     @contextlib.contextmanager
     def _room(self, key: str, size: int) -> Iterator[Path]:
-        """An empty file of ``size`` bytes, for the one who has the key's lock; waits until there is room for it."""
+        """Yield the path of an empty file of ``size`` bytes, once there is space for it. The caller holds the key's lock."""
         if size > self.limit:
-            raise FileError(f"the data cache {self.folder} holds {self.limit:,} bytes, a file has {size:,}: data.cache_gb")
+            raise FileError(
+                f"the data cache {self.folder} is limited to {self.limit:,} bytes, a file has {size:,}: data.cache_gb"
+            )
         temporary = self.folder / f"{key}{PART}"
-        temporary.unlink(missing_ok=True)  # who began it was killed
+        temporary.unlink(missing_ok=True)  # left by a process that was killed
         try:
             while not self._reserve(temporary, size):
-                time.sleep(ROOM_WAIT_S)  # all that is here is being downloaded: it will be whole, and may then go
+                time.sleep(ROOM_WAIT_S)  # everything here is being downloaded; once complete, it can be evicted
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
@@ -131,7 +132,7 @@ class NodeCache:
             return True
 
     def _evict(self, limit: int, held: str) -> bool:
-        """Remove files, those used longest ago first, until at most ``limit`` bytes are left; False where that cannot be.
+        """Remove the least recently used files until at most ``limit`` bytes are left. Return False if that is impossible.
 
         ``held`` is the lock that the caller holds.
         """
@@ -146,7 +147,7 @@ class NodeCache:
         for _, size, name in sorted(files):
             if total <= limit:
                 break
-            # a download that is under way holds its lock; one that does not was killed
+            # a download in progress holds its lock; one that does not was killed
             needs_lock = name.endswith(PART) and _bucket(name) != held
             with self._locked(name, wait=False) if needs_lock else contextlib.nullcontext(True) as free:
                 if free:
@@ -157,15 +158,15 @@ class NodeCache:
 
     @contextlib.contextmanager
     def _locked(self, key: str, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the lock that ``key`` falls to; without waiting it may be False, and another's."""
+        """Hold the lock of ``key``. Without ``wait``, yield False if another process holds it."""
         path = self.folder / LOCKS / _bucket(key)
-        path.parent.mkdir(parents=True, exist_ok=True)  # a cleaner of temporary files may have been at it
+        path.parent.mkdir(parents=True, exist_ok=True)  # a cleaner of temporary files may have removed it
         with locked(path, wait=wait) as mine:
             yield mine
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """What the system says (a full disk, say) is no fault of the data."""
+        """Convert an OSError (a full disk, for example) to a FileError: it is not a data fault."""
         try:
             yield
         except OSError as error:
@@ -176,12 +177,12 @@ class NodeCache:
 
 
 def _bucket(key: str) -> str:
-    """The name of a key's lock, of 4,096: they are never removed."""
+    """Return the name of a key's lock, one of 4,096. Locks are never removed."""
     return key[:3] if key != ROOM else key
 
 
 def _write(path: Path, blocks: Iterator[bytes]) -> int:
-    """Returns the checksum of what came."""
+    """Write the blocks and return their checksum."""
     found = 0
     with path.open("r+b") as file:
         for block in blocks:

@@ -1,4 +1,4 @@
-"""Batches of decoded images, read ahead by worker processes."""
+"""Batches of decoded images, prefetched by worker processes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,14 +19,14 @@ class DecodedBatch(NamedTuple):
     """Decoded images of one shard."""
 
     shard: int
-    last: bool  # of its shard
+    last: bool  # whether it is the last batch of its shard
     sources: list[SourceImage]
-    images: Tensor  # uint8 (B, I, size, size), those of the sources
-    bad: list[tuple[SourceImage, str]]  # and why
+    images: Tensor  # uint8 (B, I, size, size), one for each source
+    bad: list[tuple[SourceImage, str]]  # bad images, each with the reason
 
 
-class Batches(Dataset[DecodedBatch]):
-    """Number -> batch; none holds images of two shards, so a shard's arrays do not depend on who makes the one before it."""
+class DecodeDataset(Dataset[DecodedBatch]):
+    """Number -> batch. No batch spans two shards, so a shard's arrays do not depend on which process makes the one before."""
 
     def __init__(self, plan: Plan, shards: Sequence[int], channels: int) -> None:
         self.settings, self.channels = plan.settings, channels
@@ -54,14 +54,14 @@ class Batches(Dataset[DecodedBatch]):
         return DecodedBatch(shard, last, good, torch.from_numpy(images[: len(good)]), bad)
 
 
-def decoded(batches: Batches, workers: int) -> Iterator[DecodedBatch]:
-    """The batches in order, read ahead by worker processes. Raises ProcessError where one dies."""
+def decode_batches(batches: DecodeDataset, workers: int) -> Iterator[DecodedBatch]:
+    """Yield the batches in order, prefetched by worker processes. Raises ProcessError if one dies."""
     try:
         yield from from_workers(batches, workers, batch_size=None, collate_fn=_as_it_is)
     except MemoryError:
         raise ProcessError("out of memory while decoding") from None
     except DeadWorkerError as death:
-        raise ProcessError(f"{death}; the same command goes on from here") from None
+        raise ProcessError(f"{death}; run the same command again to resume") from None
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Images through a tokenizer into a set of latents: by any number of processes, each stopped and started again at will.
+"""Encode images into a set of latents, with any number of processes; each can be stopped and restarted at any time.
 
-The set's folder holds, until the set is whole, a folder ``.encoding``: the plan, which says what every shard will hold, and a
-record of each shard that is done. Processes share nothing else: no process group, so none waits for one that has died.
+Until the set is complete, its folder holds a folder ``.encoding``: the plan (the content of every shard), and a record of each
+finished shard. Processes share nothing else: there is no process group, so none waits for one that has died.
 """
 
 import json
@@ -19,79 +19,88 @@ import numpy as np
 import torch
 
 from xar_scale import dist, rng
-from xar_scale.data.decode import Batches, decoded
+from xar_scale.data.decode import DecodeDataset, decode_batches
 from xar_scale.data.images import CROP, SourceImage, list_images
 from xar_scale.data.plan import EncodeSettings, Plan
 from xar_scale.data.reader import LatentShards
-from xar_scale.data.shards import DATASET_FILE, INDEX, DatasetInfo, Shard, ShardInfo, begin_set, end_set, shard_name
-from xar_scale.data.storage import Folder
+from xar_scale.data.shards import (
+    DATASET_FILE,
+    INDEX,
+    DatasetInfo,
+    ShardBuilder,
+    ShardInfo,
+    create_set_folder,
+    shard_name,
+    write_dataset_file,
+)
+from xar_scale.data.storage import LocalFolder
 from xar_scale.errors import ConfigError, DataError, UsageError, XarScaleError
 from xar_scale.files import locked, sync_folder, write_atomically
 from xar_scale.tokenizers import Tokenizer, check_origin
 
 PREFIX = "latents"
 WORK, PLAN, NOTE = ".encoding", "plan.json", "ended-rank-"
-RECORD, BAD_RECORD = ".json", ".bad.json"  # behind the name of a shard: of a whole one, of one that lacks bad images
-POLL_S, LOOK_S = 0.5, 5.0  # between looks at what other processes have done: while waiting, while working
-REST = 20  # times what a look took are between it and the next: it lists the folder, which may hold 100,000 records
+RECORD, BAD_RECORD = ".json", ".bad.json"  # suffixes of a shard's name: the latter if bad images were left out
+POLL_S, SCAN_S = 0.5, 5.0  # between scans for the records of other processes: while waiting, while working
+SCAN_REST = 20  # at least this many times the duration of a scan pass between two: the folder may hold 100,000 records
 
 
-class Watcher:
-    """Who is told how the work goes. This one keeps it to itself."""
+class Reporter:
+    """Receives messages and progress. This one ignores them."""
 
-    def say(self, line: str) -> None: ...
+    def log(self, line: str) -> None: ...
 
     def progress(self, done: int, total: int, bad: int) -> None:
-        """``done`` of ``total`` images are worked on, by all processes, ``bad`` of them in vain."""
+        """``done`` of ``total`` images are processed, by all processes; ``bad`` of them are left out."""
 
 
 def encode_set(
-    out: Path, settings: EncodeSettings, tokenizer: Tokenizer, *, workers: int, max_bad: int, watcher: Watcher
+    out: Path, settings: EncodeSettings, tokenizer: Tokenizer, *, workers: int, max_bad: int, reporter: Reporter
 ) -> DatasetInfo | None:
-    """Do this process's share, from where it was left, and as rank 0 the rest that makes shards a set.
+    """Encode this process's shards, resuming where it stopped. Rank 0 also lists the images and completes the set.
 
-    Returns the description of a whole set: to rank 0, and to any rank that finds it there; to others None. ``workers`` are
-    processes that decode, ``max_bad`` the images that may be left out.
-    Raises UsageError where ``out`` holds a set, or part of one, that was made with other settings, or lies in the source, and
-    where another process writes it as this rank; DataError for a source that is no set of images, and when more than
-    ``max_bad`` are bad; ProcessError when a decoding process dies.
+    Return the description of the complete set: on rank 0, and on any rank that finds it complete; None on the others.
+    ``workers`` is the number of decoding processes, ``max_bad`` the number of images that may be left out.
+    Raises UsageError if ``out`` holds a set, or part of one, made with other settings, if it is inside the source, and if
+    another process writes it as this rank; DataError if the source is not a set of images, and if more than ``max_bad`` are
+    bad; ProcessError if a decoding process dies.
     """
     rank, world = dist.rank(), dist.world()
     if not 0 <= rank < world:
-        raise UsageError(f"RANK {rank} is not one of WORLD_SIZE {world}, which count from 0")
+        raise UsageError(f"RANK {rank} is not from 0 to WORLD_SIZE - 1, WORLD_SIZE is {world}")
     if (info := finished_set(out, settings)) is not None:
         return info
     blank = np.zeros((1, tokenizer.image_channels, settings.size, settings.size), np.uint8)
-    # refuses a size that does not fit, before all else
+    # raises for a size that does not fit, before any work
     _, channels, rows, columns = tokenizer.encode(blank, settings.dtype, strict=False).shape
     check_origin(settings.tokenizer, tokenizer.stored, channels)
     if not Path(settings.source).is_dir():
         raise UsageError(f"no folder at {settings.source}")
-    if out.resolve().is_relative_to(Path(settings.source).resolve()):  # its folder would count as a class
-        raise UsageError(f"{out} is the source {settings.source}, or lies in it: write elsewhere")
-    notes = _Notes(out, rank, world)
-    with notes.left_behind(), ExitStack() as stack:
+    if out.resolve().is_relative_to(Path(settings.source).resolve()):  # the output folder would count as a class
+        raise UsageError(f"{out} is the source {settings.source}, or inside it: write elsewhere")
+    notes = _ErrorNotes(out, rank, world)
+    with notes.write_on_error(), ExitStack() as stack:
         if rank == 0:
             (out / WORK).mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_alone(out, rank, watcher))
-        plan = _plan(out, settings, notes, watcher)
+            stack.enter_context(_rank_lock(out, rank, reporter))
+        plan = _plan(out, settings, notes, reporter)
         if plan is None:
             return finished_set(out, settings)
-        if rank != 0:  # which writes nothing before rank 0 has
-            stack.enter_context(_alone(out, rank, watcher))
-        work = _Work(out, plan, _description(plan, tokenizer, (channels, rows, columns)), tokenizer, max_bad, watcher)
-        work.encode(range(rank, plan.shards, world), workers)
-        return work.finish(notes) if rank == 0 else None
+        if rank != 0:  # writes nothing before rank 0 has
+            stack.enter_context(_rank_lock(out, rank, reporter))
+        encoder = _Encoder(out, plan, _description(plan, tokenizer, (channels, rows, columns)), tokenizer, max_bad, reporter)
+        encoder.encode(range(rank, plan.shards, world), workers)
+        return encoder.finish(notes) if rank == 0 else None
 
 
 @contextmanager
-def _alone(out: Path, rank: int, watcher: Watcher) -> Iterator[None]:
-    """Raises UsageError where another process is at work as this rank: both would write the same files."""
+def _rank_lock(out: Path, rank: int, reporter: Reporter) -> Iterator[None]:
+    """Hold the lock of this rank. Raises UsageError if another process holds it: both would write the same files."""
     with ExitStack() as stack:
         try:
             mine = stack.enter_context(locked(out / WORK / f"rank-{rank}.lock"))
         except OSError as error:
-            watcher.say(f"{out} cannot be locked, so that another process as rank {rank} would go unnoticed: {error.strerror}")
+            reporter.log(f"{out} cannot be locked, so a second process with rank {rank} would go unnoticed: {error.strerror}")
             mine = True
         if not mine:
             raise UsageError(f"another process is writing {out} as rank {rank}")
@@ -112,125 +121,127 @@ def _description(plan: Plan, tokenizer: Tokenizer, shape: tuple[int, int, int]) 
 
 
 def finished_set(out: Path, settings: EncodeSettings) -> DatasetInfo | None:
-    """The set in ``out``, if it is whole. Raises UsageError where it was not made with these settings."""
+    """Return the set in ``out``, if it is complete. Raises UsageError if it was made with other settings."""
     if not (out / DATASET_FILE).exists():
         return None
     info = LatentShards(out).info
     same = (info.tokenizer, info.dtype, info.flipped) == (settings.tokenizer, settings.dtype, settings.flipped)
     if not same or settings.classes not in (None, info.classes) or not _prepared(settings).items() <= info.images.items():
-        begin_set(out)  # refuses
+        create_set_folder(out)  # raises
     _clear(out)
     return info
 
 
 def _prepared(settings: EncodeSettings) -> dict[str, Any]:
-    """What a set says of its images, but for those that it lacks."""
+    """Return what a set records about its images, except those left out."""
     names = ("source", "size", "precision", "batch", "samples_per_shard", "image")
     return {"crop": CROP, **{name: getattr(settings, name) for name in names}}
 
 
-def _plan(out: Path, settings: EncodeSettings, notes: "_Notes", watcher: Watcher) -> Plan | None:
-    """The plan, which rank 0 makes where there is none and others wait for. None where the set is whole by now."""
+def _plan(out: Path, settings: EncodeSettings, notes: "_ErrorNotes", reporter: Reporter) -> Plan | None:
+    """Return the plan. Rank 0 makes it if there is none, and the others wait for it. None if the set is complete by now."""
     path = out / WORK / PLAN
     if notes.rank == 0 and not path.exists():
-        _make_plan(out, settings, watcher)
-    told = False
+        _make_plan(out, settings, reporter)
+    waiting = False
     while True:
         try:
-            with _told_if_torn(path, f"without {path.parent}, all is made anew"):
+            with _data_error_if_torn(path, f"remove {path.parent} to start over"):
                 values = json.loads(path.read_bytes())
-                begun, images = dict(values["settings"]), [SourceImage(*row) for row in values["images"]]
+                original, images = dict(values["settings"]), [SourceImage(*row) for row in values["images"]]
                 plan = Plan(settings, int(values["classes"]), images)
             break
         except FileNotFoundError:
             if finished_set(out, settings) is not None:
                 return None
-        if not told:
-            watcher.say(f"waiting for rank 0 to list the images of {settings.source} in {path}")
-            told = True
+        if not waiting:
+            reporter.log(f"waiting for rank 0 to list the images of {settings.source} in {path}")
+            waiting = True
         time.sleep(POLL_S)
         notes.check()
     for name, value in asdict(settings).items():
-        if (was := begun.get(name)) != value:
+        if (was := original.get(name)) != value:
             raise UsageError(
-                f"{out} was begun with {name} {was!r}, this is {name} {value!r}; go on with that, or write elsewhere"
+                f"{out} was started with {name} {was!r}, this command has {name} {value!r}; restore it or write elsewhere"
             )
     return plan
 
 
-def _make_plan(out: Path, settings: EncodeSettings, watcher: Watcher) -> None:
-    begin_set(out)
-    watcher.say(f"listing the images of {settings.source}")
+def _make_plan(out: Path, settings: EncodeSettings, reporter: Reporter) -> None:
+    create_set_folder(out)
+    reporter.log(f"listing the images of {settings.source}")
     images, classes = list_images(Path(settings.source), settings.image, settings.classes)
-    order = rng.generator(0, "encode").permutation(len(images))  # as they lie, a shard would be of one class
+    order = rng.generator(0, "encode").permutation(len(images))  # in storage order, a shard would hold one class
     plan = {"settings": asdict(settings), "classes": classes, "images": [images[at] for at in order]}
     write_atomically(out / WORK / PLAN, json.dumps(plan).encode())
-    watcher.say(f"{len(images):,} images of {len({image.label for image in images}):,} classes")
+    reporter.log(f"{len(images):,} images of {len({image.label for image in images}):,} classes")
 
 
-class _Work:
-    """What is done and what is left of one set, seen from one process."""
+class _Encoder:
+    """One process's work on a set: what is done, and what is left."""
 
-    def __init__(self, out: Path, plan: Plan, info: DatasetInfo, tokenizer: Tokenizer, max_bad: int, watcher: Watcher) -> None:
+    def __init__(
+        self, out: Path, plan: Plan, info: DatasetInfo, tokenizer: Tokenizer, max_bad: int, reporter: Reporter
+    ) -> None:
         self.out, self.plan, self.info, self.tokenizer = out, plan, info, tokenizer
-        self.max_bad, self.watcher = max_bad, watcher
-        self.shard, self.bad = Shard(info), list[_Bad]()  # the one in the making, and what it lacks
-        self.done = dict[int, str]()  # the records of all processes
-        self.recorded = dict[str, list[_Bad]]()  # the bad images in them
-        self._look()
+        self.max_bad, self.reporter = max_bad, reporter
+        self.shard, self.bad = ShardBuilder(info), list[_Bad]()  # the shard being built, and its bad images
+        self.done = dict[int, str]()  # the records of all processes: shard number -> file name
+        self.recorded = dict[str, list[_Bad]]()  # their bad images
+        self._scan_records()
 
     def encode(self, shards: Sequence[int], workers: int) -> None:
-        """Make those of the shards that are not done, or whose files are not as they were written."""
+        """Encode those of the shards that are not done, or whose files are not as they were written."""
         for damage in self._drop_damaged(shards):
-            self.watcher.say(f"{damage}; the shard is made again")
+            self.reporter.log(f"{damage}; encoding the shard again")
         self._allow_bad()
-        self._tell()
-        batches = Batches(self.plan, [shard for shard in shards if shard not in self.done], self.tokenizer.image_channels)
-        for batch in decoded(batches, workers):
+        self._report_progress()
+        batches = DecodeDataset(self.plan, [shard for shard in shards if shard not in self.done], self.tokenizer.image_channels)
+        for batch in decode_batches(batches, workers):
             for source, why in batch.bad:
                 self._skip(source, why)
             if batch.sources:
                 self._add(batch.sources, batch.images.numpy())
             if batch.last:
                 self._end_shard(batch.shard)
-            if time.monotonic() - self.looked > max(LOOK_S, self.rest):
-                self._look()
-            self._tell()
+            if time.monotonic() - self.scanned_at > max(SCAN_S, self.min_interval):
+                self._scan_records()
+            self._report_progress()
 
-    def finish(self, notes: "_Notes") -> DatasetInfo:
-        """Wait for the shards of all processes; then the set is whole."""
-        told = False
-        self._look()
+    def finish(self, notes: "_ErrorNotes") -> DatasetInfo:
+        """Wait for the shards of all processes, then complete the set and return its description."""
+        waiting = False
+        self._scan_records()
         while missing := [shard for shard in range(self.plan.shards) if shard not in self.done]:
-            if not told:
+            if not waiting:
                 first = shard_name(PREFIX, missing[0])
-                self.watcher.say(f"waiting for {len(missing)} shards of other ranks, the first {first}")
-                told = True
-            time.sleep(max(POLL_S, self.rest))
+                self.reporter.log(f"waiting for {len(missing)} shards of other ranks, the first {first}")
+                waiting = True
+            time.sleep(max(POLL_S, self.min_interval))
             notes.check()
-            self._look()
+            self._scan_records()
             self._allow_bad()
-            self._tell()
+            self._report_progress()
         if damaged := self._drop_damaged(range(self.plan.shards)):
-            raise DataError(f"{damaged[0]} ({len(damaged)} such shards); the same command makes what is missing")
+            raise DataError(f"{damaged[0]} ({len(damaged)} such shards); run the same command again to encode them")
         records = [self._record(self.done[shard]) for shard in range(self.plan.shards)]
         bad = [image for record in records for image in record.bad]
         shards = [record.shard for record in records if record.shard is not None]
         if not shards:
             raise DataError(f"all {len(bad)} images are bad, the first {self._named(bad[0])}")
         info = replace(self.info, images={**_prepared(self.plan.settings), "skipped": [image.name for image in bad]})
-        end_set(self.out, info, shards)
+        write_dataset_file(self.out, info, shards)
         _clear(self.out)
         return replace(info, shards=tuple(shards))
 
     def _add(self, sources: list[SourceImage], images: np.ndarray) -> None:
-        """Encode images into the shard in the making."""
+        """Encode images into the shard being built."""
         views = (images, images[..., ::-1]) if self.info.flipped else (images,)
         try:
             arrays = [self.tokenizer.encode(view, self.info.dtype, strict=False) for view in views]
         except torch.OutOfMemoryError:
             batch = self.plan.settings.batch
-            raise ConfigError(f"batch {batch}: the device has no memory for that many images a pass") from None
+            raise ConfigError(f"batch {batch}: not enough device memory for that many images per forward pass") from None
         finite = np.logical_and.reduce([np.isfinite(array).all(axis=(1, 2, 3)) for array in arrays])
         for source, storable, *rows in zip(sources, finite, *arrays, strict=True):
             if storable:
@@ -240,47 +251,47 @@ class _Work:
 
     def _skip(self, source: SourceImage, why: str) -> None:
         self.bad.append(_Bad(source.name, why))
-        self._look()
+        self._scan_records()
         self._allow_bad()
-        self.watcher.say(f"skipped {self._named(self.bad[-1])}")
+        self.reporter.log(f"skipped {self._named(self.bad[-1])}")
 
     def _end_shard(self, number: int) -> None:
-        """The tar, its index, and then the record: a shard that has one is whole and is not made again."""
+        """Write the tar, its index, then the record: a shard with a record is complete and is not encoded again."""
         name = shard_name(PREFIX, number)
         shard = asdict(self.shard.write(self.out, name)) if len(self.shard) else None
-        sync_folder(self.out)  # or a crash of the machine could leave the record and take the tar
+        sync_folder(self.out)  # else a crash of the machine could keep the record and lose the tar
         record = f"{name}{BAD_RECORD if self.bad else RECORD}"
         write_atomically(self.out / WORK / record, json.dumps({"shard": shard, "bad": self.bad}).encode())
         self.done[number] = record
-        lacks, self.shard, self.bad = self.bad, Shard(self.info), []
+        lacks, self.shard, self.bad = self.bad, ShardBuilder(self.info), []
         if lacks:
-            self._look()
-            self._allow_bad()  # again: another process may have written its record in the same moment
+            self._scan_records()
+            self._allow_bad()  # again: another process may have written its record at the same moment
 
-    def _look(self) -> None:
-        """See what all processes have recorded."""
-        begun = time.monotonic()
-        with suppress(FileNotFoundError):  # the set was finished in this moment
+    def _scan_records(self) -> None:
+        """Read the records of all processes."""
+        start = time.monotonic()
+        with suppress(FileNotFoundError):  # the set was completed at this moment
             names = os.listdir(self.out / WORK)
             self.done = {_number(name): name for name in names if name.startswith(PREFIX) and name.endswith(RECORD)}
             with_bad = [name for name in self.done.values() if name.endswith(BAD_RECORD)]
             self.recorded = {name: self.recorded.get(name) or self._record(name).bad for name in with_bad}
-        self.looked = time.monotonic()
-        self.rest = REST * (self.looked - begun)
+        self.scanned_at = time.monotonic()
+        self.min_interval = SCAN_REST * (self.scanned_at - start)
 
     def _record(self, name: str) -> "_Record":
         path = self.out / WORK / name
-        with _told_if_torn(path, "without the file, its shard is made again"):
+        with _data_error_if_torn(path, "remove it to encode its shard again"):
             record = json.loads(path.read_bytes())
             shard = None if record["shard"] is None else ShardInfo(**record["shard"])
             return _Record(shard, [_Bad(*image) for image in record["bad"]])
 
     def _drop_damaged(self, shards: Sequence[int]) -> list[str]:
-        """Let go of the records of shards whose files are not as recorded. Returns what is wrong with each.
+        """Remove the records of shards whose files are not as recorded. Return what is wrong with each.
 
-        Of a tar this is its size: all of them are read by ``verify_shards``.
+        Only the size of a tar is checked: ``verify_shards`` reads them.
         """
-        damaged, folder = list[str](), Folder(self.out)
+        damaged, folder = list[str](), LocalFolder(self.out)
         for number in shards:
             if number in self.done and (shard := self._record(self.done[number]).shard) is not None:
                 try:
@@ -304,25 +315,25 @@ class _Work:
     def _named(self, image: "_Bad") -> str:
         return f"{Path(self.plan.settings.source) / image.name}: {image.why}"
 
-    def _tell(self) -> None:
+    def _report_progress(self) -> None:
         done = self.plan.samples_in(self.done) + len(self.shard) + len(self.bad)
-        self.watcher.progress(done, len(self.plan.images), len(self._all_bad()))
+        self.reporter.progress(done, len(self.plan.images), len(self._all_bad()))
 
 
-class _Notes:
-    """A process that ends with an error leaves a note, so that those who wait for it need not wait for ever.
+class _ErrorNotes:
+    """A process that fails leaves a note, so that processes that wait for it do not wait forever.
 
-    Notes that lie there at the start are of a start before this one: whoever left them may have been started again too.
+    Notes found at startup are from an earlier start: the processes that left them may have been restarted too.
     """
 
     def __init__(self, out: Path, rank: int, world: int) -> None:
         self.folder, self.rank = out / WORK, rank
-        awaited = range(1, world) if rank == 0 else [0]  # with their shards, or the plan
+        awaited = range(1, world) if rank == 0 else [0]  # for their shards; for the plan
         self.awaited = [self.folder / f"{NOTE}{other}" for other in awaited]
         self.old = self._found()
 
     def _found(self) -> dict[Path, int]:
-        """Those of the ranks that this one waits for, with their times."""
+        """Return the notes of the ranks that this one waits for, with their modification times."""
         found = dict[Path, int]()
         for path in self.awaited:
             with suppress(FileNotFoundError):
@@ -330,46 +341,46 @@ class _Notes:
         return found
 
     def check(self) -> None:
-        """Raises the error of a rank waited for that has ended since this one began, under its exit code."""
+        """Raise the error of an awaited rank that has failed since this one started, with its exit code."""
         for path in sorted(path for path, when in self._found().items() if self.old.get(path) != when):
             rank = path.name.removeprefix(NOTE)
-            with _told_if_torn(path, f"rank {rank} has ended, and why is not known"):
-                ended, code = json.loads(path.read_bytes())
-            error = XarScaleError(f"rank {rank} ended: {ended}")
+            with _data_error_if_torn(path, f"rank {rank} failed, reason unknown"):
+                reason, code = json.loads(path.read_bytes())
+            error = XarScaleError(f"rank {rank} failed: {reason}")
             error.exit_code = code
             raise error
 
     @contextmanager
-    def left_behind(self) -> Iterator[None]:
+    def write_on_error(self) -> Iterator[None]:
         try:
             yield
         except UsageError:
-            raise  # of this command line, which need not be that of the others
+            raise  # it concerns this command line, and those of the others may differ
         except Exception as caught:
             error = dist.file_error(caught) if isinstance(caught, OSError) else caught
             note = [str(error) or type(error).__name__, getattr(error, "exit_code", XarScaleError.exit_code)]
-            with suppress(OSError):  # there is no folder yet, or what went wrong goes on
+            with suppress(OSError):  # there is no folder yet, or the error persists
                 write_atomically(self.folder / f"{NOTE}{self.rank}", json.dumps(note).encode())
             raise
 
 
 class _Bad(NamedTuple):
-    """An image that is left out."""
+    """A bad image, which is left out."""
 
     name: str
     why: str
 
 
 class _Record(NamedTuple):
-    """Of a shard that is done."""
+    """The record of a finished shard."""
 
-    shard: ShardInfo | None  # None where all its images are bad
+    shard: ShardInfo | None  # None if all its images are bad
     bad: list[_Bad]
 
 
 @contextmanager
-def _told_if_torn(path: Path, remedy: str) -> Iterator[None]:
-    """Around what is made of a file of JSON: raises DataError, with the ``remedy``, where it is not what was written."""
+def _data_error_if_torn(path: Path, remedy: str) -> Iterator[None]:
+    """Wrap the parsing of a JSON file: raise DataError, with the ``remedy``, if the content is not what was written."""
     try:
         yield
     except (ValueError, KeyError, TypeError):
@@ -381,4 +392,4 @@ def _number(record: str) -> int:
 
 
 def _clear(out: Path) -> None:
-    shutil.rmtree(out / WORK, ignore_errors=True)  # another rank may be looking in: what stays does no harm
+    shutil.rmtree(out / WORK, ignore_errors=True)  # another rank may be reading it: leftovers do no harm

@@ -1,4 +1,4 @@
-"""The batches of a rank, a step at a time, from any step on."""
+"""The micro-batches of a rank, one step at a time, from any step on."""
 
 import time
 from collections.abc import Iterator
@@ -7,11 +7,11 @@ import torch
 
 from xar_scale import dist
 from xar_scale.config import TrainConfig, micro_batches
-from xar_scale.data.loader import Batch, LatentDataset, RankNumbers, batches
+from xar_scale.data.loader import Batch, LatentDataset, RankBatchSampler, batches
 
 
 class Feed:
-    """``waited``: seconds that were spent waiting for data."""
+    """The rank's micro-batches. ``waited``: seconds spent waiting for data."""
 
     def __init__(self, dataset: LatentDataset, config: TrainConfig, device: torch.device) -> None:
         self.dataset, self.config, self.device = dataset, config, device
@@ -20,10 +20,10 @@ class Feed:
         self._stream: Iterator[Batch] | None = None
 
     def seek(self, step: int) -> None:
-        """Go on from ``step``; what was read ahead is dropped, and the data set is read as it is from now on."""
+        """Continue from ``step``. Drop what was read ahead; new reads see the data set (its quarantine) as it is now."""
         if self._stream is not None:
-            self._stream.close()  # type: ignore[attr-defined]  # a generator; it ends its workers
-        numbers = RankNumbers(
+            self._stream.close()  # type: ignore[attr-defined]  # a generator; closing it ends its workers
+        numbers = RankBatchSampler(
             start=step,
             steps=self.config.steps,
             global_batch=self.config.global_batch,
@@ -34,9 +34,9 @@ class Feed:
         self._stream = batches(self.dataset, numbers, self.device)
 
     def take(self) -> list[Batch]:
-        """The passes of the next step."""
+        """Return the micro-batches of the next step."""
         asked = time.perf_counter()
-        assert self._stream is not None, "seek comes first"
+        assert self._stream is not None, "call seek first"
         taken = [next(self._stream) for _ in range(self.passes)]
         self.waited += time.perf_counter() - asked
         return taken

@@ -1,4 +1,4 @@
-"""Latents that others stored: WebDataset tars that get an index beside them, and MAR's folder of .npz files."""
+"""Latents made by other tools: indexing their WebDataset tars, and reading MAR's folder of .npz files."""
 
 import io
 import os
@@ -14,13 +14,22 @@ import numpy as np
 
 from xar_scale import rng
 from xar_scale.data.index import Index, Members, crc32_of, index_tar
-from xar_scale.data.processes import in_processes
-from xar_scale.data.shards import DATASET_FILE, INDEX, DatasetInfo, Sample, ShardInfo, begin_set, end_set, npy_header
+from xar_scale.data.processes import map_in_processes
+from xar_scale.data.shards import (
+    DATASET_FILE,
+    INDEX,
+    DatasetInfo,
+    Sample,
+    ShardInfo,
+    create_set_folder,
+    npy_header,
+    write_dataset_file,
+)
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import write_atomically
 from xar_scale.tokenizers import check_origin
 
-MAR_LATENT, MAR_FLIPPED = "moments", "moments_flip"  # arrays of a file of MAR's cache
+MAR_LATENT, MAR_FLIPPED = "moments", "moments_flip"  # arrays in a file of MAR's cache
 
 
 def index_set(
@@ -34,22 +43,22 @@ def index_set(
     classes: int,
     processes: int,
 ) -> DatasetInfo:
-    """Write an index for every tar in ``folder``, and the set's description. The tars stay as they are.
+    """Write an index for every tar in ``folder``, and the set's description. The tars are not changed.
 
-    Every array must be a .npy of the shape and type that the first one has. Raises DataError naming the shard and sample
-    that is not, and what ``check_origin`` does; UsageError where the folder holds a set already.
+    Every array must be a .npy with the shape and type of the first one. Raises DataError naming the shard and sample if one
+    is not; what ``check_origin`` raises; UsageError if the folder already holds a set.
     """
     if not folder.is_dir():
         raise UsageError(f"no folder at {folder}")
-    begin_set(folder, f"to index its tars again, remove {DATASET_FILE} and *{INDEX}")  # the tars are the user's
+    create_set_folder(folder, f"to index its tars again, remove {DATASET_FILE} and *{INDEX}")  # the tars are the user's
     tars = sorted(folder.glob("*.tar"))
     if not tars:
         raise DataError(f"no .tar in {folder}")
     shape, dtype = _first_array(tars[0], members, flipped)
     check_origin(tokenizer, stored, shape[0])
     info = DatasetInfo(tokenizer, latent_scale, stored, shape, dtype, classes, flipped, members)
-    shards = tuple(in_processes(partial(_index_shard, info), tars, processes))
-    end_set(folder, info, shards)
+    shards = tuple(map_in_processes(partial(_index_shard, info), tars, processes))
+    write_dataset_file(folder, info, shards)
     return replace(info, shards=shards)
 
 
@@ -65,7 +74,7 @@ def _first_array(path: Path, members: Members, flipped: bool) -> tuple[tuple[int
             raise ValueError("its version is not 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(content)
     except ValueError as error:
-        raise DataError(f"shard {path}, sample {index.keys[0]}: {members.latent} is no .npy array: {error}") from None
+        raise DataError(f"shard {path}, sample {index.keys[0]}: {members.latent} is not a .npy array: {error}") from None
     if fortran or len(shape) != 3 or 0 in shape or dtype not in (np.float16, np.float32) or not dtype.isnative:
         raise DataError(f"shard {path}, sample {index.keys[0]}: {members.latent} is {dtype}{shape}, not 3-D float16 or float32")
     return shape, "float16" if dtype == np.float16 else "float32"
@@ -94,34 +103,34 @@ def _check_arrays(file: BinaryIO, index: Index, info: DatasetInfo, path: Path) -
             file.seek(data)
             content = file.read(size)
             if content[: len(header)] != header or size != whole:
-                raise DataError(f"shard {path}, sample {key}: an array is not {info.dtype}{info.shape}, as the first is")
+                raise DataError(f"shard {path}, sample {key}: an array is not {info.dtype}{info.shape} like the first")
             if not np.isfinite(np.frombuffer(content, info.dtype, offset=len(header))).all():
                 raise DataError(f"shard {path}, sample {key}: an array is not finite")
 
 
 def mar_samples(root: Path, dtype: Literal["float16", "float32"]) -> Iterator[Sample]:
-    """The samples of MAR's cache: a folder a class, in alphabetical order, with a .npz a sample.
+    """Yield the samples of MAR's cache: one folder per class, in alphabetical order, with one .npz per sample.
 
-    In a fixed random order: as they lie, a shard would be of one class. Raises DataError for what is no such cache.
+    The order is random but fixed: in storage order, a shard would hold one class. Raises DataError if it is not such a cache.
     """
     classes = sorted(path for path in root.iterdir() if path.is_dir())
     files = [(path, label) for label, folder in enumerate(classes) for path in sorted(folder.glob("*.npz"))]
     if not files:
-        raise DataError(f"{root} holds no folders of .npz files")
+        raise DataError(f"{root} contains no folders of .npz files")
     if empty := [folder for folder in classes if not any(folder.glob("*.npz"))]:
-        raise DataError(f"{empty[0]} is no class, for it holds no .npz: the labels after it would shift")
+        raise DataError(f"{empty[0]} contains no .npz, so it is not a class: the labels after it would shift")
     if nested := [folder for folder in root.glob("*/*") if folder.is_dir()]:
-        raise DataError(f"{nested[0]} lies deeper than MAR's cache does")
+        raise DataError(f"{nested[0]} is nested deeper than MAR's cache")
     for at in rng.generator(0, "import").permutation(len(files)):
         path, label = files[at]
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 latent, flipped = (arrays[name] for name in (MAR_LATENT, MAR_FLIPPED))
         except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, BadZipFile) as error:
-            raise DataError(f"{path} is no sample of MAR's cache: {error}") from None
-        with np.errstate(over="ignore"):  # seen next
+            raise DataError(f"{path} is not a sample of MAR's cache: {error}") from None
+        with np.errstate(over="ignore"):  # checked next
             latent, flipped = latent.astype(dtype), flipped.astype(dtype)
         if latent.ndim != 3 or not (np.isfinite(latent).all() and np.isfinite(flipped).all()):
-            raise DataError(f"{path}: its moments are {latent.shape} and not finite in {dtype}, or not 3-D")
+            raise DataError(f"{path}: its moments {latent.shape} are not 3-D, or not finite in {dtype}")
         key = path.name.removesuffix(".npz").removesuffix(".JPEG").replace(".", "_")
         yield Sample(f"{path.parent.name}-{key}", label, latent, flipped)

@@ -1,4 +1,4 @@
-"""Images to encode: which a folder holds, under which labels and keys, and each one's pixels, cropped as ADM crops them."""
+"""Images to encode: listing those of a folder, with labels and keys, and loading pixels with ADM's crop."""
 
 import io
 import os
@@ -14,22 +14,22 @@ from xar_scale.data.index import LABEL, Members, index_tar
 from xar_scale.data.shards import MAX_KEY
 from xar_scale.errors import DataError, UsageError
 
-CROP = "adm-center"  # what ``center_crop`` does, as a set records it
-# PIL knows more, some by starting programs of others. What a file's name says is not asked: ImageNet has PNGs named .JPEG
+CROP = "adm-center"  # the name of ``center_crop`` in the set's record
+# PIL reads more formats, some by starting other programs. The suffix is not used: ImageNet has PNGs named .JPEG
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF")
-MOST_PIXELS = 1 << 26  # of an image as it is cut: 200 MB
+MOST_PIXELS = 1 << 26  # of a resized image, before the crop: 200 MB
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 
 
 class SourceImage(NamedTuple):
-    """One image of a source: a file, or ``size`` bytes of a tar from ``begin`` on."""
+    """One image of a source: a file, or ``size`` bytes of a tar starting at ``begin``."""
 
     path: str  # of the file or the tar, relative to the source
     label: int
     key: str  # in the data set
-    member: str = ""  # its sample's key in the tar
+    member: str = ""  # the sample's key in the tar
     begin: int = 0
-    size: int = -1  # all of the file
+    size: int = -1  # the whole file
 
     @property
     def name(self) -> str:
@@ -37,20 +37,20 @@ class SourceImage(NamedTuple):
 
 
 def list_images(source: Path, member: str, classes: int | None) -> tuple[list[SourceImage], int]:
-    """The images of ``source``, in an order that depends on names alone, and the number of classes.
+    """Return the images of ``source``, in an order that depends on names alone, and the number of classes.
 
-    ``source`` is a tree (a folder a class: labels count them in alphabetical order, as torchvision's ImageFolder does, and
-    images are found in folders below them too), or a folder of WebDataset tars whose samples have an image ``member`` and a
-    label, cls. Raises UsageError where it is both, or where tars come without ``classes``; DataError, naming the file, for
-    anything that would shift labels, merge samples or lose some in silence.
+    ``source`` is a tree with one folder per class (labels number them in alphabetical order, as torchvision's ImageFolder
+    does; images may lie in subfolders), or a folder of WebDataset tars whose samples have an image ``member`` and a label,
+    cls. Raises UsageError if it is both, or if tars come without ``classes``; DataError, naming the file, for anything that
+    would shift labels, merge samples or silently lose some.
     """
     tars = sorted(path.name for path in source.glob("*.tar"))
     folders = sorted(path.name for path in source.iterdir() if path.is_dir())
     if tars and folders:
-        raise UsageError(f"{source} holds both tars ({tars[0]}) and folders ({folders[0]}): which are the images is not clear")
+        raise UsageError(f"{source} contains both tars ({tars[0]}) and folders ({folders[0]}): keep one kind of source")
     if tars:
         if classes is None:
-            raise UsageError(f"{source} holds tars, which do not say how many classes there are: --classes does")
+            raise UsageError(f"{source} contains tars, which do not give the number of classes: set --classes")
         images = list(_in_tars(source, tars, member))
     else:
         classes = max(len(folders), 1) if classes is None else classes
@@ -62,9 +62,9 @@ def list_images(source: Path, member: str, classes: int | None) -> tuple[list[So
 
 def _in_tree(source: Path, folders: Sequence[str]) -> Iterator[SourceImage]:
     if stray := sorted(path.name for path in source.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()):
-        raise DataError(f"{source / stray[0]} lies in no class's folder")
+        raise DataError(f"{source / stray[0]} is not in a class folder")
     if not folders:
-        raise DataError(f"{source} holds neither tars nor a folder a class")
+        raise DataError(f"{source} contains neither tars nor class folders")
     for label, folder in enumerate(folders):
         found = sorted(
             os.path.relpath(os.path.join(at, name), source)
@@ -74,13 +74,14 @@ def _in_tree(source: Path, folders: Sequence[str]) -> Iterator[SourceImage]:
         )
         if not found:
             raise DataError(
-                f"{source / folder} is no class, for it holds no image ({' '.join(SUFFIXES)}): the labels after it would shift"
+                f"{source / folder} contains no image ({' '.join(SUFFIXES)}), so it is not a class: "
+                "the labels after it would shift"
             )
         yield from (SourceImage(path, label, os.path.splitext(path)[0]) for path in found)
 
 
 def _refuse(error: OSError) -> None:
-    raise error  # os.walk passes over what it cannot read
+    raise error  # by default os.walk skips what it cannot read
 
 
 def _in_tars(source: Path, tars: Sequence[str], member: str) -> Iterator[SourceImage]:
@@ -95,7 +96,7 @@ def _in_tars(source: Path, tars: Sequence[str], member: str) -> Iterator[SourceI
 
 
 def _with_keys(source: Path, images: Sequence[SourceImage]) -> list[SourceImage]:
-    """Under keys as a data set has them: so far they are paths."""
+    """Return the images with their keys, which so far are paths, in the form that a data set uses."""
     found = dict[str, SourceImage]()
     for number, image in enumerate(images):
         key = image.key.replace("/", "-").replace(".", "_").encode(errors="replace")
@@ -108,9 +109,9 @@ def _with_keys(source: Path, images: Sequence[SourceImage]) -> list[SourceImage]
 
 
 def load_image(source: Path, image: SourceImage, size: int, channels: int) -> np.ndarray:
-    """uint8 (channels, size, size): RGB, or grey where ``channels`` is 1. Raises BadImageError with what is wrong with it.
+    """Return uint8 (channels, size, size): RGB, or grey if ``channels`` is 1. Raises BadImageError with the reason.
 
-    An EXIF orientation is not applied: ADM and what follows it have none.
+    EXIF orientation is not applied: ADM and its successors do not apply it.
     """
     try:
         with open(source / image.path, "rb") as file:
@@ -120,32 +121,32 @@ def load_image(source: Path, image: SourceImage, size: int, channels: int) -> np
         raise BadImageError(str(error.strerror)) from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of EXIF data and colour tables, by the thousand
+            warnings.simplefilter("ignore")  # thousands about EXIF data and colour tables
             whole = Image.open(io.BytesIO(content), formats=FORMATS).convert("L" if channels == 1 else "RGB")
         cropped = np.asarray(center_crop(whole, size))
-    except (BadImageError, MemoryError):  # of which the second is the machine's fault
+    except (BadImageError, MemoryError):  # the latter is the machine's fault, not the image's
         raise
     except UnidentifiedImageError:
-        raise BadImageError(f"is none of {', '.join(FORMATS)}") from None
-    except Exception as error:  # torn bytes end in any of a dozen kinds
+        raise BadImageError(f"is not one of {', '.join(FORMATS)}") from None
+    except Exception as error:  # torn bytes raise any of a dozen types
         raise BadImageError((str(error) or type(error).__name__).splitlines()[0]) from None
     return np.ascontiguousarray(cropped.reshape(size, size, channels).transpose(2, 0, 1))
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """ADM's (Dhariwal and Nichol 2021, guided-diffusion's ImageDataset), which MAR's and xAR's latents were made with.
+    """ADM's crop (Dhariwal and Nichol 2021, guided-diffusion's ImageDataset), which MAR's and xAR's latents were made with.
 
-    Halved by box filter while the shorter side stays at least ``size``, brought to it by bicubic filter, and cut.
+    Halve by a box filter while the shorter side stays at least ``size``, resize it to ``size`` by a bicubic filter, crop.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MOST_PIXELS:
-        raise BadImageError(f"{image.width}x{image.height} pixels would be {width}x{height} with a shorter side of {size}")
+        raise BadImageError(f"{image.width}x{image.height} pixels would become {width}x{height} at a shorter side of {size}")
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
 
 
 class BadImageError(Exception):
-    """Why one image cannot be used; its name is the caller's to add."""
+    """Why one image cannot be used; the caller adds its name."""

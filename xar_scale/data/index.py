@@ -1,4 +1,4 @@
-"""The index of one shard: which samples a tar holds, where their arrays lie, and what their bytes sum to."""
+"""The index of one shard: the samples in a tar, the location of their arrays, and the checksums of their bytes."""
 
 import json
 import tarfile
@@ -10,14 +10,14 @@ from typing_extensions import Self
 
 from xar_scale.errors import DataError
 
-LARGE_RECORDS = [1 << power for power in range(15, 21)]  # of tars; apart from the usual one, they are powers of two
+LARGE_RECORDS = [1 << power for power in range(15, 21)]  # tar record sizes other than the usual one are powers of two
 LATENT, FLIPPED, LABEL = "latent.npy", "flipped.npy", "cls"  # members of a sample, as this project writes them
 
 
 @dataclass
 class Spans:
-    """For each sample the bytes of one array: its headers from ``begin`` on, its content of ``size`` bytes from ``data`` on,
-    and the CRC-32 of all from ``begin`` to the content's end."""
+    """The byte range of one array of each sample: its headers start at ``begin``, its content of ``size`` bytes at ``data``;
+    ``crc32`` is that of everything from ``begin`` to the end of the content."""
 
     begin: list[int] = field(default_factory=list)
     data: list[int] = field(default_factory=list)
@@ -32,10 +32,10 @@ class Index:
     keys: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     latent: Spans = field(default_factory=Spans)
-    flipped: Spans = field(default_factory=Spans)  # empty where the set has no mirrored arrays
+    flipped: Spans = field(default_factory=Spans)  # empty if the set has no mirrored arrays
 
     def rows(self) -> list[tuple[Any, ...]]:
-        """(key, label, begin, data, size, crc32 of the array, the same of its mirrored one) of each sample."""
+        """Return (key, label, begin, data, size, crc32 of the array, the same of the mirrored array) for each sample."""
         spans = [*vars(self.latent).values(), *vars(self.flipped).values()]
         return list(zip(self.keys, self.labels, *(column for column in spans if column), strict=True))
 
@@ -45,7 +45,7 @@ class Index:
 
     @classmethod
     def from_json(cls, content: bytes) -> Self:
-        """Of what ``to_json`` wrote, whose checksum has been compared: nothing else is expected."""
+        """Parse what ``to_json`` wrote. The caller has compared the checksum, so nothing is validated here."""
         values: dict[str, Any] = json.loads(content)
         latent, flipped = Spans(**values["latent"]), Spans(**values.get("flipped", {}))
         return cls(values["keys"], values["labels"], latent, flipped)
@@ -53,7 +53,7 @@ class Index:
 
 @dataclass(frozen=True)
 class Members:
-    """What follows a sample's key in the names of its files."""
+    """Names of a sample's files: what follows its key and a dot."""
 
     latent: str = LATENT
     flipped: str = FLIPPED  # of the mirrored image's array, in sets that have one
@@ -61,12 +61,11 @@ class Members:
 
 
 def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool, *, checksums: bool = True) -> Index:
-    """The index of a WebDataset tar, read from its first byte to its last; without ``checksums``, which are then 0, only its
-    headers and labels are.
+    """Return the index of a WebDataset tar, reading all of it; without ``checksums`` (then 0) read only headers and labels.
 
-    A sample is a run of files whose names agree up to the first dot behind the last slash. Other members of it are passed
-    over, and so are files and samples that have none of the wanted ones. Raises DataError, naming ``path`` and the sample,
-    where the tar is torn or garbled, or a sample lacks a member, or comes twice, or has a member twice.
+    A sample is a run of files whose names agree up to the first dot after the last slash. Its other members are ignored, and
+    so are samples that have none of the wanted ones. Raises DataError, naming ``path`` and the sample, if the tar is torn or
+    garbled, or if a sample lacks a member, appears twice, or has a member twice.
     """
     index, found, seen = Index(), dict[str, Any](), set[str]()
     arrays = {members.latent: index.latent} | ({members.flipped: index.flipped} if flipped else {})
@@ -78,7 +77,7 @@ def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool, *, che
         if not found:
             return
         if key in seen:
-            raise DataError(f"shard {path}, sample {key}: comes twice")
+            raise DataError(f"shard {path}, sample {key}: appears twice")
         seen.add(key)
         if missing := sorted(wanted - found.keys()):
             raise DataError(f"shard {path}, sample {key} (number {len(index.keys)}): {missing[0]} is missing")
@@ -101,23 +100,23 @@ def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool, *, che
                     finish()
                     key, found = this, {}
                 if name in found:
-                    raise DataError(f"shard {path}, sample {key}: {name} comes twice")
+                    raise DataError(f"shard {path}, sample {key}: {name} appears twice")
                 found[name] = _span(file, member, checksums) if name != members.label else _content(file, member)
     except tarfile.TarError as error:
-        raise DataError(f"shard {path} is no whole tar: {error}") from None
-    # Python's tarfile takes a garbled or zeroed header for the end of the archive, in silence
+        raise DataError(f"shard {path} is not a complete tar: {error}") from None
+    # Python's tarfile silently takes a garbled or zeroed header for the end of the archive
     file.seek(end)
     while block := file.read(1 << 20):
         if block.strip(b"\0"):
-            raise DataError(f"shard {path}: after sample {key}, at byte {end}, lies neither a header nor the tar's end")
+            raise DataError(f"shard {path}: after sample {key}, at byte {end}: neither a header nor the end of the tar")
     zeros = file.tell() - end
     if zeros < 2 * tarfile.BLOCKSIZE:
-        raise DataError(f"shard {path} is cut: it has no end after sample {key}")
-    # an end fills a record, whose size the tar does not say; a crash may leave zeros from somewhere on
+        raise DataError(f"shard {path} is truncated: the tar does not end after sample {key}")
+    # the end of a tar fills a record, whose size is not stored in the tar; a crash may leave more zeros than that
     least = end + 2 * tarfile.BLOCKSIZE
     fills = any(file.tell() == -(-least // record) * record for record in LARGE_RECORDS)
     if zeros > 2 * tarfile.RECORDSIZE and not fills:
-        raise DataError(f"shard {path}: after sample {key}, at byte {end}, lie {zeros} zeros, more than a tar's end has")
+        raise DataError(f"shard {path}: after sample {key}, at byte {end}: {zeros} zeros, more than the end of a tar has")
     finish()
     return index
 
@@ -142,12 +141,12 @@ def _bytes(file: BinaryIO, begin: int, end: int) -> bytes:
 
 def _label(content: bytes, path: str, key: str) -> int:
     if not content.strip().isdigit():
-        raise DataError(f"shard {path}, sample {key}: its label {content[:20]!r} is no number")
+        raise DataError(f"shard {path}, sample {key}: its label {content[:20]!r} is not a number")
     return int(content)
 
 
 def crc32_of(file: BinaryIO) -> int:
-    """Of a whole file."""
+    """Return the CRC-32 of a whole file."""
     file.seek(0)
     crc32 = 0
     while block := file.read(1 << 20):

@@ -1,4 +1,4 @@
-"""Self-contained training batches: latents and everything random about them, drawn in worker processes."""
+"""Self-contained training batches: latents and all their randomness, drawn in worker processes."""
 
 import math
 import sys
@@ -19,34 +19,34 @@ from xar_scale.data.faults import Fault
 from xar_scale.data.order import SampleOrder, Window
 from xar_scale.data.reader import ShardError
 from xar_scale.data.shards import DatasetInfo
-from xar_scale.data.sources import Shards, most_lanes
+from xar_scale.data.sources import Shards, max_lanes_read
 from xar_scale.data.workers import DeadWorkerError, from_workers
 from xar_scale.errors import ConfigError, DataError, FileError, ProcessError, XarScaleError
 from xar_scale.flow import sample_time
 from xar_scale.model.entities import EntityLayout
 from xar_scale.tokenizers.kl16 import MAX_LOG_VARIANCE, MIN_LOG_VARIANCE
 
-Place = tuple[int, int]  # a shard's number, a sample's in it
+Place = tuple[int, int]  # the number of a shard, and of a sample in it
 
 MAX_DEATHS = 5  # of data workers, without a batch in between
-MAX_OPEN_SHARDS = 512  # of the 1,024 files that a process may usually have open
+MAX_OPEN_SHARDS = 512  # half of the usual limit of 1,024 open files per process
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a training pass needs and nothing else: replaying it needs no generator."""
+    """Everything that a forward-backward pass needs: replaying it needs no random generator."""
 
     latents: Tensor  # (B, C, rows, columns)
     labels: Tensor  # (B,) int64, the null class where dropped
     t: Tensor  # (B, K)
     noise: Tensor  # (B, T, C), entity-major
-    keys: tuple[str, ...]  # of what is in it: a substitute's where a sample could not be read
-    places: Tensor  # (B, 2) int64, of the same: the shard's number, the sample's in it
-    faults: tuple[Fault, ...] = ()  # the samples that could not: all ranks together say what becomes of the step
+    keys: tuple[str, ...]  # of the samples in it: the substitute's, if a sample could not be read
+    places: Tensor  # (B, 2) int64, of the same samples: the number of the shard, and of the sample in it
+    faults: tuple[Fault, ...] = ()  # samples that could not be read; all ranks together decide about the step
 
     @classmethod
-    def together(cls, parts: Sequence[Self]) -> Self:
-        """One batch of several."""
+    def concatenate(cls, parts: Sequence[Self]) -> Self:
+        """Return one batch made of several."""
         latents, labels, t, noise, places = (
             torch.cat([getattr(part, name) for part in parts]) for name in ("latents", "labels", "t", "noise", "places")
         )
@@ -54,11 +54,11 @@ class Batch:
         return cls(latents, labels, t, noise, keys, places, tuple(fault for part in parts for fault in part.faults))
 
     def inputs_sum(self) -> Tensor:
-        """A number that is finite where all that the network is given is."""
+        """Return a number that is finite if all inputs of the network are."""
         return self.latents.sum() + self.noise.sum() + self.t.sum()
 
     def split(self, parts: int) -> list["Batch"]:
-        """As many smaller batches; their number must divide this one's size. Faults stay with the whole."""
+        """Split into ``parts`` equal batches, which must divide this one's size. The parts carry no faults."""
         size, rest = divmod(len(self.labels), parts)
         assert not rest, f"{len(self.labels)} samples in {parts} parts"
         columns = (tensor.split(size) for tensor in (self.latents, self.labels, self.t, self.noise, self.places))
@@ -80,7 +80,7 @@ class Batch:
 
 
 class Draws(NamedTuple):
-    """Everything random about some samples, from one block of words each (xar_scale.rng)."""
+    """All randomness of some samples, from one block of words each (xar_scale.rng)."""
 
     flip: np.ndarray  # (B,) uniform
     label: np.ndarray  # (B,) uniform
@@ -90,9 +90,9 @@ class Draws(NamedTuple):
 
 
 class LatentDataset(Dataset[Batch]):
-    """Sample numbers of the run -> a batch. All randomness is keyed by the number."""
+    """Sample numbers of the run -> a batch. All randomness is keyed by the sample number."""
 
-    CHUNK = 64  # samples whose numbers and arrays are worked on together: what fits a core's cache
+    CHUNK = 64  # samples drawn and read together: their numbers and arrays fit a core's cache
 
     def __init__(self, shards: Shards, config: Config, layout: EntityLayout) -> None:
         check_fits(shards.info, config)
@@ -104,41 +104,42 @@ class LatentDataset(Dataset[Batch]):
             global_batch=config.train.global_batch,
             lanes=config.data.lanes,
         )
-        # a rank goes around the windows of its lanes, and a shard opens slowly
-        at_once = most_lanes(config.data.lanes, dist.world(), 1) * shards.info.most_shards(config.data.window)
-        self._announced = set[Window]()
-        self.quarantined = set[Place]()  # others stand for these
-        self._bad = set[tuple[int, int, bool]]()  # arrays that were no substitute: they need not be tried again
-        self._lost: FileError | None = None  # what the samples lie on does not give them
+        # a rank cycles through the windows of its lanes, and opening a shard is slow
+        at_once = max_lanes_read(config.data.lanes, dist.world(), 1) * shards.info.max_shards_spanned(config.data.window)
+        self._prefetched = set[Window]()
+        self.quarantined = set[Place]()  # replaced by substitutes
+        self._unreadable = set[tuple[int, int, bool]]()  # arrays that failed as substitutes; not tried again
+        self._store_error: FileError | None = None  # the error of an unreachable storage
         shards.open_shards = min(max(shards.open_shards, at_once), MAX_OPEN_SHARDS)
 
     def quarantine(self, places: Iterable[Place]) -> None:
-        """Let others stand for these samples, in the streams that are opened from now on."""
+        """Replace these samples by substitutes, in streams opened from now on."""
         self.quarantined |= set(places)
 
     def names_of(self, places: Iterable[Place]) -> list[tuple[str, int]]:
-        """Places by the names of their shards, as a checkpoint keeps them."""
+        """Return the places with shard names instead of numbers, as a checkpoint stores them."""
         return [(self.shards.info.shards[shard].name, position) for shard, position in places]
 
     def places_of(self, names: Iterable[tuple[str, int]]) -> list[Place]:
-        """The places that have these names."""
+        """Return the places with shard numbers instead of names."""
         numbers = {shard.name: number for number, shard in enumerate(self.shards.info.shards)}
         return [(numbers[name], position) for name, position in names]
 
     def __getitems__(self, numbers: Sequence[int]) -> Batch:
-        """The batch of these sample numbers. A sample that cannot be read is another, and named among the batch's faults."""
+        """Return the batch of these sample numbers. Samples that cannot be read are in ``faults``, and replaced if a budget
+        allows bad samples."""
         if self.shards.remote:
-            self._fetch_ahead(numbers)
+            self._prefetch(numbers)
         parts = [self._part(numbers[begin : begin + self.CHUNK]) for begin in range(0, len(numbers), self.CHUNK)]
-        return parts[0] if len(parts) == 1 else Batch.together(parts)
+        return parts[0] if len(parts) == 1 else Batch.concatenate(parts)
 
-    def _fetch_ahead(self, numbers: Sequence[int]) -> None:
-        """Announce the shards of windows that have begun, and then of those after them."""
+    def _prefetch(self, numbers: Sequence[int]) -> None:
+        """Prefetch the shards of windows that have started, then those of the windows after them."""
         windows = self.order.windows(numbers)
-        begun = sorted(windows - self._announced)
-        coming = (*begun, *(self.order.after(window) for window in begun))
-        self.shards.fetch_ahead([shard for window in coming for shard in self.order.shards_in(window)])
-        self._announced = windows
+        started = sorted(windows - self._prefetched)
+        coming = (*started, *(self.order.next_window(window) for window in started))
+        self.shards.prefetch([shard for window in coming for shard in self.order.shards_in(window)])
+        self._prefetched = windows
 
     def _part(self, numbers: Sequence[int]) -> Batch:
         model, draws = self.config.model, self.draw(numbers)
@@ -156,15 +157,15 @@ class LatentDataset(Dataset[Batch]):
                 keys[row], labels[row], stored[row] = self._read(place, flipped=flip[row])
             except DataError as error:
                 faults[row], stored[row] = self._fault(place, error), 0
-            except FileError as error:  # what the others lie on too: the step will not be taken
+            except FileError as error:  # the other samples are on the same storage: the step will not be taken
                 faults[row], stored[row:] = self._fault(place, error, fatal=True), 0
                 break
         latents = torch.from_numpy(stored).float()
-        # a sum is finite where all its terms are, unless they are beyond what any latent is: then each is looked at
+        # a sum is finite if all its terms are, unless they are far larger than any latent; if it is not, check each
         for row in torch.isfinite(latents.sum(dim=(1, 2, 3))).logical_not_().nonzero().flatten().tolist():
             if not np.isfinite(stored[row]).all():
                 faults[row], latents[row] = self._fault(places[row], self._not_finite(places[row], keys[row])), 0
-        # without a budget any fault is too much: nothing is looked for, and the step will not be taken
+        # without a budget any fault is one too many: the step will not be taken, so no substitute is needed
         if self.config.data.max_bad_samples:
             replaced += [row for row, fault in faults.items() if not fault.fatal]
         for row in replaced:
@@ -186,20 +187,20 @@ class LatentDataset(Dataset[Batch]):
         )
 
     def _read(self, place: Place, *, flipped: bool) -> tuple[str, int, np.ndarray]:
-        """Key, label and array. A store that is gone is asked once: each attempt may take minutes, and the run ends."""
-        if self._lost is not None:
-            raise self._lost
+        """Return key, label and array. An unreachable store is tried once: an attempt may take minutes, and the run ends."""
+        if self._store_error is not None:
+            raise self._store_error
         try:
             return self.shards.read_array(*place, flipped=flipped)
         except FileError as error:
-            self._lost = error
+            self._store_error = error
             raise
 
     def _substitute(self, place: Place, *, flipped: bool) -> tuple[Place, str, int, np.ndarray]:
-        """The next sample in the order of storage that can be read. Raises DataError where there is none."""
+        """Return the next readable sample in storage order. Raises DataError if there is none."""
         for shard, positions in self._after(place):
             for position in positions:
-                if (shard, position) in self.quarantined or (shard, position, flipped) in self._bad:
+                if (shard, position) in self.quarantined or (shard, position, flipped) in self._unreadable:
                     continue
                 try:
                     key, label, array = self._read((shard, position), flipped=flipped)
@@ -209,11 +210,11 @@ class LatentDataset(Dataset[Batch]):
                     break
                 except DataError:
                     pass
-                self._bad.add((shard, position, flipped))
+                self._unreadable.add((shard, position, flipped))
         raise DataError(f"no sample of {self.config.data.path} can be read")
 
     def _after(self, place: Place) -> Iterator[tuple[int, range]]:
-        """All other places: (shard, positions in it)."""
+        """Yield all other places, in storage order after this one: (shard, positions in it)."""
         shards = self.shards.info.shards
         shard, position = place
         yield shard, range(position + 1, shards[shard].samples)
@@ -229,7 +230,7 @@ class LatentDataset(Dataset[Batch]):
         return DataError(f"shard {name} of {self.config.data.path}, sample {key} (number {place[1]}): its array is not finite")
 
     def _latents(self, stored: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents (B, C, rows, columns), drawn from the posterior where one is stored."""
+        """Return scaled latents (B, C, rows, columns), sampled from the posterior if the set stores moments."""
         if self.shards.info.stored == "moments":
             mean, log_variance = stored.chunk(2, dim=1)
             deviation = log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE).mul_(0.5).exp_()
@@ -237,20 +238,20 @@ class LatentDataset(Dataset[Batch]):
         return stored.mul_(self.shards.info.latent_scale)
 
     def draw(self, numbers: Sequence[int]) -> Draws:
-        """Of each number a block of words: two for the uniforms, then what the normals need, two a word."""
+        """Draw one block of words per number: two for the uniforms, then those of the normals, two per word."""
         model, layout = self.config.model, self.layout
         shapes = [(layout.entities,), (layout.tokens, model.channels), (model.channels, *model.grid)]
         ends = list(accumulate((math.ceil(math.prod(shape) / 2) for shape in shapes), initial=2))
         words = self._words(numbers, ends[-1])
         flip, label = rng.uniforms(words[:, :2]).T
-        time, noise, posterior = (  # each in memory of its own: what is split afterwards would have to be copied
+        time, noise, posterior = (  # each in separate memory: views of one tensor would have to be copied
             rng.normals(words[:, begin:end])[:, : math.prod(shape)].unflatten(1, shape)
             for (begin, end), shape in zip(pairwise(ends), shapes, strict=True)
         )
         return Draws(flip, label, time, noise, posterior)
 
     def _words(self, numbers: Sequence[int], size: int) -> np.ndarray:
-        """``size`` words of each number; neighbours are drawn together."""
+        """Return ``size`` words per number. Consecutive numbers are drawn together."""
         ends = (np.flatnonzero(np.diff(numbers) != 1) + 1).tolist()
         words = [
             rng.words(self.config.train.seed, "sample", int(numbers[begin]), end - begin, size)
@@ -260,19 +261,19 @@ class LatentDataset(Dataset[Batch]):
 
 
 def _row_by_row(rows_BK: Tensor) -> Tensor:
-    """The same with a gap behind each row. PyTorch's sigmoid rounds the last values of contiguous memory otherwise than those
-    before them; so each row ends alike, whatever follows it."""
+    """Return the same values with a gap after each row. PyTorch's sigmoid rounds the last values of contiguous memory
+    differently; with the gap, every row ends the same way, whatever follows it."""
     count, width = rows_BK.shape
     return rows_BK.new_empty(count, width + 1)[:, :width].copy_(rows_BK)
 
 
 def check_fits(info: DatasetInfo, config: Config) -> None:
-    """Raises ConfigError when the model is not made for these latents."""
+    """Raises ConfigError if the model does not fit these latents."""
     model = config.model
     if info.latent_shape != (model.channels, *model.grid):
         raise ConfigError(
             f"latents in {config.data.path} are {info.latent_shape} (channels, rows, columns), "
-            f"the model takes {(model.channels, *model.grid)}"
+            f"the model expects {(model.channels, *model.grid)}"
         )
     if info.classes > model.classes:
         raise ConfigError(f"the data set has {info.classes} classes, model.classes is {model.classes}")
@@ -280,8 +281,8 @@ def check_fits(info: DatasetInfo, config: Config) -> None:
         raise ConfigError(f"data.flip is on, but {config.data.path} holds no mirrored latents")
 
 
-class RankNumbers(Sequence[list[int]]):
-    """The sample numbers of one rank's passes, from step ``start`` on: a contiguous slice of every global batch."""
+class RankBatchSampler(Sequence[list[int]]):
+    """The sample numbers of one rank's micro-batches, from step ``start`` on: a contiguous slice of every global batch."""
 
     def __init__(self, *, start: int, steps: int, global_batch: int, micro_batch: int, rank: int, world: int) -> None:
         self.start, self.steps, self.global_batch, self.micro_batch = start, steps, global_batch, micro_batch
@@ -291,7 +292,7 @@ class RankNumbers(Sequence[list[int]]):
         return (self.steps - self.start) * (self.share // self.micro_batch)
 
     def __getitem__(self, number: Any) -> Any:
-        """Of pass ``number``."""
+        """Return the sample numbers of micro-batch ``number``."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         step, turn = divmod(number, self.share // self.micro_batch)
@@ -299,11 +300,11 @@ class RankNumbers(Sequence[list[int]]):
         return list(range(first, first + self.micro_batch))
 
 
-def batches(dataset: LatentDataset, numbers: RankNumbers, device: torch.device) -> Iterator[Batch]:
-    """The rank's batches in order, read ahead by worker processes; their number does not change a bit of what comes.
+def batches(dataset: LatentDataset, numbers: RankBatchSampler, device: torch.device) -> Iterator[Batch]:
+    """Yield the rank's batches in order, prefetched by worker processes. The batches do not depend on the number of workers.
 
-    Where a worker dies (killed, say, for memory), all are started again and go on where they were: what a batch holds follows
-    from its numbers alone. Raises ProcessError when they die ``MAX_DEATHS`` times without a batch in between.
+    If a worker dies (killed for memory, for example), all restart and resume where they were: the content of a batch follows
+    from its numbers alone. Raises ProcessError if they die ``MAX_DEATHS`` times without a batch in between.
     """
     settings = dataset.config.data
     ahead: dict[str, Any] = {"prefetch_factor": settings.prefetch} if settings.workers else {}
@@ -327,11 +328,12 @@ def batches(dataset: LatentDataset, numbers: RankNumbers, device: torch.device) 
                 error = ProcessError(f"rank {numbers.rank}: {death}, {deaths} times in a row")
                 error.rank = numbers.rank
                 raise error from None
-            print(f"rank {numbers.rank}: {death}; starting its data workers again", file=sys.stderr, flush=True)
+            print(f"rank {numbers.rank}: {death}; restarting its data workers", file=sys.stderr, flush=True)
 
 
 def _packed(batch: Any) -> tuple[Batch, Tensor]:
-    """Keys as bytes in shared memory. A message small enough is written at once: no worker can die half-way through it."""
+    """Move the keys into shared memory as bytes. That keeps the message to the parent process small enough for one write, so
+    no worker can die halfway through it."""
     text = "".join(f"{key}\0" for key in batch.keys)
     return replace(batch, keys=()), torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 

@@ -1,4 +1,4 @@
-"""Work on many files by helper processes."""
+"""Process many files in helper processes."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -11,16 +11,16 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_processes(
+def map_in_processes(
     work: Callable[[Item], Result],
     items: Iterable[Item],
     processes: int,
     initializer: Callable[..., None] | None = None,
     initargs: tuple[Any, ...] = (),
 ) -> Iterator[Result]:
-    """What ``work`` returns for each item, in their order. Raises what it raises, and ProcessError where a process dies."""
+    """Yield ``work(item)`` for each item, in order. Raises what it raises, and ProcessError if a process dies."""
     try:
         with ProcessPoolExecutor(processes, initializer=initializer, initargs=initargs) as pool:
             yield from pool.map(work, items)
     except BrokenProcessPool:
-        raise ProcessError(f"one of {processes} helper processes died: killed, or out of memory (--processes)") from None
+        raise ProcessError(f"one of {processes} helper processes died: killed, or out of memory (see --processes)") from None

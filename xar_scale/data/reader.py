@@ -1,4 +1,4 @@
-"""Reading one sample of a data set at any position; every byte that is used has been checked."""
+"""Read one sample of a data set at any position. Every byte is checked before it is used."""
 
 import json
 import zlib
@@ -13,52 +13,52 @@ from xar_scale.config import validated
 from xar_scale.data.faults import Fault
 from xar_scale.data.index import Index, Spans
 from xar_scale.data.shards import DATASET_FILE, FORMAT, INDEX, DatasetInfo, Sample, ShardInfo, npy_header
-from xar_scale.data.storage import Described, Folder, MissingFileError, Storage
+from xar_scale.data.storage import FileSpec, LocalFolder, MissingFileError, Storage
 from xar_scale.errors import DataError
 
 
 class ShardError(DataError):
-    """A shard cannot be opened: none of its samples can be had."""
+    """A shard cannot be opened, so none of its samples can be read."""
 
 
 class LatentShards:
-    """A set opened for reading. Every byte read is checked against the index; shards and indexes open when first needed."""
+    """A set opened for reading. Every byte is checked against the index. Shards and indexes open when first needed."""
 
-    open_shards = 64  # open shards and parsed indexes kept a process; a reader that goes around more sets it higher
+    open_shards = 64  # shards and parsed indexes kept open per process; a reader that cycles through more sets it higher
 
     def __init__(self, where: str | Path | Storage) -> None:
-        """Raises DataError, naming the file, when there is no whole set."""
-        self.storage = Folder(Path(where)) if isinstance(where, str | Path) else where
-        if isinstance(self.storage, Folder) and not self.storage.folder.is_dir():
+        """Raises DataError, naming the file, if there is no complete set."""
+        self.storage = LocalFolder(Path(where)) if isinstance(where, str | Path) else where
+        if isinstance(self.storage, LocalFolder) and not self.storage.folder.is_dir():
             raise DataError(f"no data folder at {self.storage.folder}")
-        self.remote = not isinstance(self.storage, Folder)
+        self.remote = not isinstance(self.storage, LocalFolder)
         path = self.storage.path(DATASET_FILE)
         try:
             values = _json(self.storage.read(DATASET_FILE), path)
         except MissingFileError as error:
-            raise DataError(f"{error}: not a data set, or one not written to its end") from None
+            raise DataError(f"{error}: not a data set, or an incomplete one") from None
         if (version := values.pop("format", None)) != FORMAT:
-            again = "; its tars can be indexed again (tools/index_shards.py)" if version == 1 else ""
-            raise DataError(f"{path} is of format {version}, this version reads {FORMAT}{again}")
+            again = "; index its tars again with tools/index_shards.py" if version == 1 else ""
+            raise DataError(f"{path} has format {version}, this version reads {FORMAT}{again}")
         self.info = validated(DatasetInfo, values, DataError, where=f"{path}: ")
         if not self.info.samples:
             raise DataError(f"{path} lists no samples")
         seen = set[str]()
         for shard in self.info.shards:
             if "/" in shard.name or not shard.name.isprintable():
-                raise DataError(f"{path}: shard {shard.name!r} is in another folder, or no name of a file")
+                raise DataError(f"{path}: shard {shard.name!r} is in another folder, or not a file name")
             if shard.name in seen:
-                raise DataError(f"{path}: shard {shard.name!r} comes twice")
+                raise DataError(f"{path}: shard {shard.name!r} is listed twice")
             seen.add(shard.name)
         self._array_bytes = int(np.prod(self.info.shape)) * np.dtype(self.info.dtype).itemsize
         self._npy_header = npy_header(self.info)
 
     def faults(self) -> Iterator[Fault]:
-        """What a look at the shards shows without reading them: one for each that is missing, truncated or grown.
+        """Yield a fault for each shard of a local set that is missing or of another size, without reading it.
 
-        Those of a remote set are looked at when they arrive.
+        Shards of a remote set are checked when they arrive.
         """
-        if isinstance(self.storage, Folder):
+        if isinstance(self.storage, LocalFolder):
             for shard in self.info.shards:
                 try:
                     self.storage.check_size(f"{shard.name}.tar", shard.bytes)
@@ -69,21 +69,21 @@ class LatentShards:
         return self.storage.path(f"{self.info.shards[shard].name}.tar")
 
     def index(self, shard: int) -> Index:
-        """Raises DataError where the index or the tar is missing, or not as written."""
+        """Return a shard's index. Raises DataError if the index or the tar is missing, or not as written."""
         self._open(shard)
         return _read_index(self.storage, self.info.shards[shard])
 
-    def fetch_ahead(self, shards: Sequence[int]) -> None:
-        """These shards will be read soon."""
-        files = list[Described]()
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Start to fetch shards that will be read soon."""
+        files = list[FileSpec]()
         for info in (self.info.shards[shard] for shard in shards):
             files += (f"{info.name}.tar", info.bytes, info.crc32), (f"{info.name}{INDEX}", None, info.index_crc32)
-        self.storage.fetch_ahead(files)
+        self.storage.prefetch(files)
 
     def _open(self, shard: int) -> "_OpenShard":
-        if not hasattr(self, "_opened"):  # made on first use: it cannot be sent to another process
+        if not hasattr(self, "_opened"):  # created on first use: it cannot be pickled
             self._opened = lru_cache(maxsize=self.open_shards)(partial(_OpenShard, self.storage))
-            self._broken = dict[int, str]()  # what cannot be opened is not tried again for each of its samples
+            self._broken = dict[int, str]()  # shards that cannot be opened: not tried again for each of their samples
         if shard in self._broken:
             raise ShardError(self._broken[shard])
         try:
@@ -96,24 +96,24 @@ class LatentShards:
         return {name: value for name, value in self.__dict__.items() if name not in ("_opened", "_broken")}
 
     def read(self, shard: int, position: int) -> Sample:
-        """Sample ``position`` of shard ``shard``. Raises DataError naming both when its bytes are not as written."""
+        """Return sample ``position`` of shard ``shard``. Raises DataError, naming both, if its bytes are not as written."""
         key, label, latent = self.read_array(shard, position, flipped=False)
         flipped = self.read_array(shard, position, flipped=True)[2] if self.info.flipped else None
         return Sample(key, label, latent, flipped)
 
     def read_array(self, shard: int, position: int, *, flipped: bool) -> tuple[str, int, np.ndarray]:
-        """Key, label and one array of a sample, or its mirrored one: a single read. The array cannot be written to."""
+        """Return key, label and one array of a sample (plain or mirrored), with a single read. The array is read-only."""
         opened = self._open(shard)
         key = opened.keys[position]
         begin, data, size, crc32 = (opened.flipped if flipped else opened.latent)[position].tolist()
         content = opened.file.pread(data + size - begin, begin)
         found = zlib.crc32(content)
-        if found != crc32 and opened.forget():
+        if found != crc32 and opened.discard():
             content = opened.file.pread(data + size - begin, begin)
             found = zlib.crc32(content)
         if found != crc32:
             raise DataError(f"shard {opened.file.name}, sample {key} (number {position}): checksum does not match")
-        # Its header must be the set's, byte for byte: no header is ever interpreted, so no pickle is ever loaded
+        # The header must equal the set's, byte for byte. No header is ever interpreted, so no pickle is ever loaded
         data -= begin
         begin = data + len(self._npy_header)
         if content[data:begin] != self._npy_header or size != len(self._npy_header) + self._array_bytes:
@@ -124,7 +124,7 @@ class LatentShards:
 
 
 class _OpenShard:
-    """A shard's file, and of its index what reading takes, in arrays: hundreds of shards are open at a time."""
+    """A shard's file, and what reading needs of its index, as compact arrays: hundreds of shards are open at a time."""
 
     def __init__(self, storage: Storage, shard: ShardInfo) -> None:
         self.storage, self.shard = storage, shard
@@ -133,16 +133,16 @@ class _OpenShard:
         self.latent, self.flipped = _rows(index.latent), _rows(index.flipped)
         self.file = storage.open(f"{shard.name}.tar", shard.bytes, shard.crc32)
 
-    def forget(self) -> bool:
-        """Whether the file was a copy that has been thrown away."""
-        return self.storage.forget(f"{self.shard.name}.tar", self.shard.crc32)
+    def discard(self) -> bool:
+        """Return whether the file was a cached copy and has been removed."""
+        return self.storage.discard(f"{self.shard.name}.tar", self.shard.crc32)
 
 
 def _read_index(storage: Storage, shard: ShardInfo) -> Index:
     name = f"{shard.name}{INDEX}"
-    content = storage.read_described(name, shard.index_crc32)
+    content = storage.read_immutable(name, shard.index_crc32)
     if zlib.crc32(content) != shard.index_crc32:
-        raise DataError(f"{storage.path(name)} is torn or changed: its checksum is not the one in {DATASET_FILE}")
+        raise DataError(f"{storage.path(name)} is torn or changed: its checksum does not match {DATASET_FILE}")
     index = Index.from_json(content)
     if len(index.keys) != shard.samples:
         raise DataError(f"{storage.path(name)} holds {len(index.keys)} samples, {DATASET_FILE} says {shard.samples}")
@@ -150,7 +150,7 @@ def _read_index(storage: Storage, shard: ShardInfo) -> Index:
 
 
 def _rows(spans: Spans) -> np.ndarray:
-    """(begin, data, size, crc32) of each sample."""
+    """Return (begin, data, size, crc32) for each sample."""
     return np.array([spans.begin, spans.data, spans.size, spans.crc32], dtype=np.int64).T
 
 

@@ -1,4 +1,4 @@
-"""Sets behind a URL: files are fetched whole, ahead of need, into the cache of the node (see cache.py)."""
+"""Sets behind a URL: whole files are prefetched into the node cache (see cache.py)."""
 
 import contextlib
 import hashlib
@@ -16,21 +16,21 @@ from typing import Any
 import fsspec
 
 from xar_scale.data.cache import ContentError, Download, NodeCache
-from xar_scale.data.storage import Described, MissingFileError
+from xar_scale.data.storage import FileSpec, MissingFileError
 from xar_scale.errors import ConfigError, DataError, FileError
 
-BLOCK = 16 << 20  # bytes a request: what object stores advise, and what a cut connection costs
-ATTEMPTS, FIRST_WAIT_S, LONGEST_WAIT_S = 10, 0.5, 60.0  # waits double: three minutes, and what the store's library waits
-FIRST_ATTEMPTS = 4  # at the start, some seconds: what is wrong then (credentials, say) is not mended by waiting
-ARRIVALS = 3  # of a whole file that is not as described, before the store's own is taken for damaged
-DOWNLOADS = 4  # ahead of need at a time, a process
+BLOCK = 16 << 20  # bytes per request: as object stores recommend; also the cost of a dropped connection
+ATTEMPTS, FIRST_WAIT_S, MAX_WAIT_S = 10, 0.5, 60.0  # waits double: three minutes, plus those of the store's library
+START_ATTEMPTS = 4  # some seconds, at startup: waiting does not fix what is wrong then (credentials, for example)
+CHECKSUM_TRIES = 3  # downloads of a file that does not match its description, before the original is taken as damaged
+PREFETCH_THREADS = 4  # per process
 
 
 class RemoteFolder:
-    """Files below a URL that fsspec opens, by way of a cache. Nothing of it is open until it is used: it may be pickled."""
+    """Files below a URL that fsspec opens, through a cache. Nothing is open until first used, so it can be pickled."""
 
     def __init__(self, url: str, cache: NodeCache) -> None:
-        """Raises ConfigError where no installed library speaks the URL's protocol."""
+        """Raises ConfigError if no installed library supports the URL's protocol."""
         self.url, self.cache = url.rstrip("/"), cache
         try:
             fsspec.get_filesystem_class(fsspec.utils.get_protocol(url))
@@ -44,11 +44,11 @@ class RemoteFolder:
         return f"{self.url}/{name}"
 
     def read(self, name: str) -> bytes:
-        return _get(self.path(name), attempts=FIRST_ATTEMPTS)
+        return _get(self.path(name), attempts=START_ATTEMPTS)
 
-    def read_described(self, name: str, crc32: int) -> bytes:
+    def read_immutable(self, name: str, crc32: int) -> bytes:
         content = self._content(name, crc32)
-        if zlib.crc32(content) != crc32 and self.forget(name, crc32):
+        if zlib.crc32(content) != crc32 and self.discard(name, crc32):
             content = self._content(name, crc32)
         return content
 
@@ -60,58 +60,58 @@ class RemoteFolder:
         os.close(self.descriptor(name, size, crc32))
         return CachedFile(self, name, size, crc32)
 
-    def forget(self, name: str, crc32: int) -> bool:
-        return self.cache.forget(self.key(name, crc32))
+    def discard(self, name: str, crc32: int) -> bool:
+        return self.cache.discard(self.key(name, crc32))
 
-    def fetch_ahead(self, files: Sequence[Described]) -> None:
-        # before a download begins: what is here already must not make room for it
-        missing = [file for file in files if not self.cache.renew(self.key(file[0], file[2]))]
+    def prefetch(self, files: Sequence[FileSpec]) -> None:
+        # before any download starts: files that are already here must not be evicted for it
+        missing = [file for file in files if not self.cache.touch(self.key(file[0], file[2]))]
         if not hasattr(self, "_ahead"):  # threads belong to the process that uses them
-            self._ahead: queue.SimpleQueue[Described] = queue.SimpleQueue()
-            for _ in range(DOWNLOADS):  # daemons: what is under way does not hold up the end of a process
-                threading.Thread(target=self._work, name="fetch ahead", daemon=True).start()
+            self._ahead: queue.SimpleQueue[FileSpec] = queue.SimpleQueue()
+            for _ in range(PREFETCH_THREADS):  # daemons: a download in progress does not delay the exit of the process
+                threading.Thread(target=self._work, name="prefetch", daemon=True).start()
         for file in missing:
             self._ahead.put(file)
 
     def _work(self) -> None:
         while True:
             name, size, crc32 = self._ahead.get()
-            # whoever needs the file meets the error again, and says so
+            # whoever needs the file gets the error again, and reports it
             with contextlib.suppress(DataError, FileError):
-                if not self.cache.busy(self.key(name, crc32)):
+                if not self.cache.is_downloading(self.key(name, crc32)):
                     os.close(self.descriptor(name, size, crc32))
 
     def key(self, name: str, crc32: int) -> str:
-        """The name of the file's copy: of the whole URL, and of the content, which may be another tomorrow."""
+        """Return the name of the file's copy: a hash of the full URL and of the content, which may change."""
         return hashlib.sha256(f"{self.path(name)} {crc32:08x}".encode()).hexdigest()[:40]
 
     def descriptor(self, name: str, size: int | None, crc32: int) -> int:
-        """Of the file's copy, open for reading; downloaded where there is none.
+        """Return a descriptor of the file's copy, open for reading; download it if there is none.
 
-        A file of the right ``size`` that comes with another checksum each time is taken as it is: its samples have checksums
-        of their own. Raises DataError where it has another size, or there is no size to go by.
+        A file of the right ``size`` that arrives with a wrong checksum each time is used as it is: its samples have their own
+        checksums. Raises DataError if it has another size, or a wrong checksum and no known size.
         """
         url, key = self.path(name), self.key(name, crc32)
-        for arrival in range(1, ARRIVALS + 1):
-            damaged = size is not None and arrival == ARRIVALS
+        for attempt in range(1, CHECKSUM_TRIES + 1):
+            damaged = size is not None and attempt == CHECKSUM_TRIES
             try:
                 return self.cache.open(key, crc32, partial(_download, url, size, time.monotonic()), damaged=damaged)
             except ContentError as error:
-                _say(f"{url}: {error}, arrival {arrival} of {ARRIVALS}")
+                _say(f"{url}: {error}; download {attempt} of {CHECKSUM_TRIES}")
                 last = error
         raise DataError(f"{'shard ' if size else ''}{url}: {last}")
 
 
 class CachedFile:
-    """A file by way of the cache. It is opened for each read, so that what the cache lets go of is gone from the disk."""
+    """A file in the cache. It is opened for each read, so that a file that the cache evicts frees its disk space."""
 
     def __init__(self, folder: RemoteFolder, name: str, size: int, crc32: int) -> None:
         self.name = folder.path(name)
-        self._there = partial(folder.cache.open_copy, folder.key(name, crc32))
+        self._open_copy = partial(folder.cache.open_copy, folder.key(name, crc32))
         self._download = partial(folder.descriptor, name, size, crc32)
 
     def pread(self, size: int, begin: int) -> bytes:
-        descriptor = self._there()
+        descriptor = self._open_copy()
         if descriptor is None:
             descriptor = self._download()
         try:
@@ -123,9 +123,9 @@ class CachedFile:
 
 
 def _download(url: str, size: int | None, asked: float) -> Download:
-    """A file on its way, ``asked`` for when another may have been at it; where nobody knows its size, it is fetched first."""
-    # after that long another's attempts were in vain: were each to begin them anew, the last would wait for those of all
-    attempts = ATTEMPTS if time.monotonic() - asked < LONGEST_WAIT_S else FIRST_ATTEMPTS
+    """Return the download of a file, requested at time ``asked``. If its size is unknown, fetch the file first."""
+    # after that long, another process's attempts have failed; if each started over, the last would wait for those of all
+    attempts = ATTEMPTS if time.monotonic() - asked < MAX_WAIT_S else START_ATTEMPTS
     if size is None:
         whole = _get(url, attempts=attempts)
         return Download(len(whole), iter([whole]))
@@ -139,40 +139,40 @@ def _blocks(url: str, size: int, attempts: int) -> Iterator[bytes]:
         if len(block) not in (end - begin, size):
             raise ContentError(f"it has {begin + len(block):,} bytes, the index says {size:,}")
         yield block
-        if len(block) == size:  # all of it, or a server that knows no ranges
+        if len(block) == size:  # the whole file: also from a server that does not support ranges
             return
 
 
 def _get(url: str, begin: int | None = None, end: int | None = None, attempts: int = ATTEMPTS) -> bytes:
-    """The bytes of a URL.
+    """Return the bytes of a URL.
 
-    Raises MissingFileError where nothing is there, ContentError where it ends before ``end``, FileError where access is denied
-    or the store stays silent for long.
+    Raises MissingFileError if it does not exist, ContentError if it ends before ``end``, FileError if access is denied or
+    all attempts fail.
     """
     wait = FIRST_WAIT_S
     for attempt in range(1, attempts + 1):
         try:
-            system, path = fsspec.url_to_fs(url)  # made anew in each process and thread; kept by fsspec
+            system, path = fsspec.url_to_fs(url)  # one per process and thread; cached by fsspec
             return system.cat_file(path, start=begin, end=end)
         except FileNotFoundError:
             raise MissingFileError(f"{url} is missing") from None
         except PermissionError as error:
             raise FileError(f"{url}: {error}") from None
-        except Exception as error:  # each store and library has its own kinds
+        except Exception as error:  # each store and library has its own types
             if end is not None and (size := _size(url)) is not None and size < end:
                 raise ContentError(f"it has {size:,} bytes, the index says more") from None
-            said = f"{type(error).__name__}: {str(error) or 'no more was said'}".splitlines()[0]
+            said = f"{type(error).__name__}: {str(error) or 'no details'}".splitlines()[0]
             if attempt == attempts:
-                raise FileError(f"{url} cannot be read, after {attempts} attempts: {said}") from None
+                raise FileError(f"{url} cannot be read after {attempts} attempts: {said}") from None
             if attempt > 2:
                 _say(f"{url}: {said}; attempt {attempt + 1} of {attempts} in {wait:.0f} s")
-        time.sleep(wait * random.uniform(0.5, 1.5))  # a node's ranks do not come back all at once
-        wait = min(2 * wait, LONGEST_WAIT_S)
+        time.sleep(wait * random.uniform(0.5, 1.5))  # jitter: the ranks of a node must not retry all at once
+        wait = min(2 * wait, MAX_WAIT_S)
     raise AssertionError
 
 
 def _size(url: str) -> int | None:
-    """Of what a URL names, if the store says it now: a range beyond it fails like any request."""
+    """Return the size of a URL's file, if the store reports it: a range beyond the end fails like any other request."""
     try:
         system, path = fsspec.url_to_fs(url)
         return system.info(path).get("size")

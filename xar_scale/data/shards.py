@@ -1,4 +1,4 @@
-"""Data sets of latents: what all samples of one share, and writing its shards.
+"""Data sets of latents: their description, and writing their shards.
 
 A set is a folder: ``dataset.json`` (what all samples share, and the list of shards), and for each shard ``NAME.tar`` and
 ``NAME.index.json`` (see index.py). The tars are plain WebDataset: stock readers need no index.
@@ -29,7 +29,7 @@ from xar_scale.tokenizers import check_origin
 
 FORMAT = 2
 MAX_KEY = 80  # characters: with a member's ending it must fit the 100 of a tar header
-DATASET_FILE, INDEX = "dataset.json", ".index.json"  # of a set; behind the name of a shard
+DATASET_FILE, INDEX = "dataset.json", ".index.json"  # INDEX is a suffix of a shard's name
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -38,12 +38,12 @@ class ShardInfo:
     samples: PositiveInt
     bytes: PositiveInt
     crc32: int  # of the tar
-    index_crc32: int  # of the index file: what it says is as good as what it describes
+    index_crc32: int  # of the index file, which must be as reliable as the tar
 
 
 @dataclass(frozen=True, config=STRICT)
 class DatasetInfo:
-    """What all samples of a set share. ``stored`` says what an array is: latents, or a posterior's mean and log variance."""
+    """What all samples of a set share. ``stored`` is what an array holds: latents, or a posterior's mean and log variance."""
 
     tokenizer: dict[str, Any]  # name and settings
     latent_scale: float
@@ -54,21 +54,21 @@ class DatasetInfo:
     flipped: bool  # a second array of the mirrored image
     members: Members = Members()  # names of a sample's files in the tars
     shards: tuple[ShardInfo, ...] = ()
-    images: dict[str, Any] = field(default_factory=dict)  # how they were prepared, where cache_latents did (encode.py)
+    images: dict[str, Any] = field(default_factory=dict)  # how cache_latents prepared the images, if it did (encode.py)
 
     @property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
-    def most_shards(self, samples: int) -> int:
-        """The most shards that so many samples in a row lie in, whatever the shards' order."""
+    def max_shards_spanned(self, samples: int) -> int:
+        """Return the most shards that ``samples`` consecutive samples can span, for any order of the shards."""
         together = np.cumsum(np.sort([shard.samples for shard in self.shards]))
-        within = int(np.searchsorted(together, samples - 2, side="right"))  # the first and the last lie in others
+        within = int(np.searchsorted(together, samples - 2, side="right"))  # the first and the last are in two others
         return min(within + 2, len(self.shards))
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what says which sample is where: the same for a copy, another for anything that moves or changes one."""
+        """SHA-256 of everything that locates samples: the same for a copy, another if any sample moves or changes."""
         values = {name: value for name, value in asdict(self).items() if name != "images"}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -79,20 +79,20 @@ class DatasetInfo:
 
 
 def npy(array: np.ndarray) -> bytes:
-    """The array as a .npy file."""
+    """Return the array as the bytes of a .npy file."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()
 
 
 def npy_header(info: DatasetInfo) -> bytes:
-    """What every stored array of a set begins with; its values are the rest."""
+    """Return the .npy header that every stored array of a set starts with; its values follow."""
     empty = np.zeros(info.shape, info.dtype)
     return npy(empty)[: -empty.nbytes]
 
 
 class Sample(NamedTuple):
-    """One stored sample; ``flipped`` is None where the set has no mirrored arrays."""
+    """One stored sample; ``flipped`` is None if the set has no mirrored arrays."""
 
     key: str
     label: int
@@ -100,8 +100,8 @@ class Sample(NamedTuple):
     flipped: np.ndarray | None
 
 
-class Shard:
-    """A shard in the making; the same samples give the same bytes."""
+class ShardBuilder:
+    """A shard being built in memory. The same samples give the same bytes."""
 
     def __init__(self, info: DatasetInfo) -> None:
         self.info = info
@@ -111,13 +111,13 @@ class Shard:
         return len(self._samples)
 
     def add(self, key: str, label: int, latent: np.ndarray, flipped: np.ndarray | None = None) -> None:
-        """Raises DataError, naming the sample, when it is not of the set's kind."""
+        """Add a sample. Raises DataError, naming it, if it does not fit the set."""
         if not key or len(key) > MAX_KEY or "." in key or "/" in key:
             raise DataError(
-                f"sample key {key!r}: 1 to {MAX_KEY} characters without dots, where WebDataset ends a key, and slashes"
+                f"sample key {key!r} is not 1 to {MAX_KEY} characters without dots (WebDataset ends a key at one) and slashes"
             )
         if key in self._samples:
-            raise DataError(f"sample key {key!r} comes twice in one shard: WebDataset would merge the two")
+            raise DataError(f"sample key {key!r} appears twice in one shard: WebDataset would merge the two")
         if not 0 <= label < self.info.classes:
             raise DataError(f"sample {key}: label {label} is outside 0..{self.info.classes - 1}")
         if (flipped is not None) != self.info.flipped:
@@ -133,7 +133,7 @@ class Shard:
         self._samples[key] = members
 
     def write(self, folder: Path, name: str) -> ShardInfo:
-        """The tar, then its index: a shard that has one is whole."""
+        """Write the tar, then its index: a shard that has an index is complete."""
         file = io.BytesIO()
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for key, members in self._samples.items():
@@ -148,23 +148,23 @@ class Shard:
         return ShardInfo(name, len(self), whole.nbytes, zlib.crc32(whole), zlib.crc32(index))
 
 
-def begin_set(folder: Path, remedy: str = "remove it or write elsewhere") -> None:
-    """Raises UsageError, with the ``remedy``, when the folder already holds a set, OSError where nothing can be written."""
+def create_set_folder(folder: Path, remedy: str = "remove it or write elsewhere") -> None:
+    """Create a new set's folder. Raises UsageError, with the ``remedy``, if it holds a set; OSError if it is not writable."""
     if (folder / DATASET_FILE).exists():
         raise UsageError(f"{folder} already holds a data set; {remedy}")
     make_folder(folder)
 
 
-def end_set(folder: Path, info: DatasetInfo, shards: Sequence[ShardInfo]) -> None:
-    """Write the description, last of all: a set that has one is whole."""
+def write_dataset_file(folder: Path, info: DatasetInfo, shards: Sequence[ShardInfo]) -> None:
+    """Write the description, after everything else: a set that has one is complete."""
     description = {"format": FORMAT, **asdict(info), "shards": [asdict(shard) for shard in shards]}
     write_atomically(folder / DATASET_FILE, json.dumps(description, indent=1).encode())
 
 
 class ShardWriter:
-    """Writes samples to shards of ``samples_per_shard`` in the order given.
+    """Write samples to shards of ``samples_per_shard``, in the order given.
 
-    A context manager: the set is whole after a clean exit, and no set otherwise.
+    A context manager: a clean exit completes the set; after an exception there is no set.
     """
 
     def __init__(
@@ -172,11 +172,11 @@ class ShardWriter:
     ) -> None:
         self.folder, self.info, self.prefix, self.samples_per_shard = Path(folder), info, prefix, samples_per_shard
         if samples_per_shard < 1:
-            raise UsageError(f"a shard has at least 1 sample, not {samples_per_shard}")
+            raise UsageError(f"a shard needs at least 1 sample, not {samples_per_shard}")
         check_origin(info.tokenizer, info.stored, info.shape[0])
-        begin_set(self.folder)
+        create_set_folder(self.folder)
         self.shards: list[ShardInfo] = []
-        self._shard = Shard(info)
+        self._shard = ShardBuilder(info)
 
     def add(self, key: str, label: int, latent: np.ndarray, flipped: np.ndarray | None = None) -> None:
         self._shard.add(key, label, latent, flipped)
@@ -186,7 +186,7 @@ class ShardWriter:
     def _flush(self) -> None:
         if len(self._shard):
             self.shards.append(self._shard.write(self.folder, shard_name(self.prefix, len(self.shards))))
-            self._shard = Shard(self.info)
+            self._shard = ShardBuilder(self.info)
 
     def __enter__(self) -> Self:
         return self
@@ -194,7 +194,7 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self._flush()
-            end_set(self.folder, self.info, self.shards)
+            write_dataset_file(self.folder, self.info, self.shards)
 
 
 def shard_name(prefix: str, number: int) -> str:

@@ -1,4 +1,4 @@
-"""What ``data.path`` names: a folder, a URL, or latents made up on the spot."""
+"""Open what ``data.path`` names: a folder, a URL, or synthetic latents."""
 
 import os
 import tempfile
@@ -22,33 +22,33 @@ SYNTHETIC = "synthetic"
 
 
 class Shards(Protocol):
-    """A set of latents as the loader reads it; may be pickled."""
+    """A set of latents as the loader reads it. It can be pickled."""
 
-    remote: bool  # whether it is of use to say what will be needed
-    open_shards: int  # kept open at a time
+    remote: bool  # whether prefetch has an effect
+    open_shards: int  # shards kept open at a time
 
     @property
     def info(self) -> DatasetInfo: ...
 
     def faults(self) -> Iterator[Fault]: ...
 
-    def fetch_ahead(self, shards: Sequence[int]) -> None: ...
+    def prefetch(self, shards: Sequence[int]) -> None: ...
 
     def read_array(self, shard: int, position: int, *, flipped: bool) -> tuple[str, int, np.ndarray]: ...
 
 
 def open_shards(config: Config) -> Shards:
-    """Raises ConfigError where ``data.path`` names nothing that can be opened, DataError where it is no whole set."""
+    """Open ``data.path``. Raises ConfigError if it names nothing that can be opened, DataError if it is no complete set."""
     path = config.data.path
     if not path:
-        raise ConfigError("data.path is not set: the folder of latents")
+        raise ConfigError("data.path is not set: name the folder of latents")
     name, _, count = path.partition(":")
     if name == SYNTHETIC:
         if count and not (count.isascii() and count.isdecimal() and int(count)):
-            raise ConfigError(f"data.path {path}: after the colon comes the number of samples")
+            raise ConfigError(f"data.path {path}: the number of samples must follow the colon")
         return SyntheticShards(config.model, int(count) if count else SAMPLES)
     if name == "pipe":
-        raise ConfigError(f"data.path {path}: a pipe runs a program, which a data set has no business to")
+        raise ConfigError(f"data.path {path}: refused, because a pipe runs a program")
     if "://" not in path:
         return LatentShards(path)
     cache = NodeCache(cache_folder(config), int(config.data.cache_gb * 1e9))
@@ -62,19 +62,19 @@ def cache_folder(config: Config) -> Path:
 
 
 def _check_room(info: DatasetInfo, config: Config) -> None:
-    """Raises ConfigError where the node's cache cannot hold what its ranks read from at a time, and what comes next."""
+    """Raises ConfigError if the node cache cannot hold the windows that its ranks read at a time, and the next ones."""
     data = config.data
-    lanes = most_lanes(data.lanes, dist.world(), dist.local_world())
-    shards = min(2 * lanes * info.most_shards(data.window), len(info.shards))
+    lanes = max_lanes_read(data.lanes, dist.world(), dist.local_world())
+    shards = min(2 * lanes * info.max_shards_spanned(data.window), len(info.shards))
     largest = max(shard.bytes for shard in info.shards)
-    if (needed := shards * largest / 1e9) > data.cache_gb:  # both are shown unrounded: what is shown will do
+    if (needed := shards * largest / 1e9) > data.cache_gb:  # both are shown unrounded, so that the number shown suffices
         raise ConfigError(
             f"data.cache_gb is {data.cache_gb}, but two windows of {data.window} samples in each of a node's {lanes} lanes "
-            f"lie in up to {shards} shards of {largest / 1e6} MB: {needed} GB"
+            f"span up to {shards} shards of {largest / 1e6} MB: {needed} GB"
         )
 
 
-def most_lanes(lanes: int, world: int, together: int) -> int:
-    """The most lanes that a node's ranks read from, ``together`` of ``world``: each takes an even slice of all lanes."""
+def max_lanes_read(lanes: int, world: int, together: int) -> int:
+    """Return the most lanes read by any group of ``together`` ranks (a node) of ``world``. Each rank has an equal slice."""
     groups = [(first, min(first + together, world)) for first in range(0, world, together)]
     return max(-(-end * lanes // world) - first * lanes // world for first, end in groups)

@@ -1,4 +1,4 @@
-"""Where the files of a set lie, seen by its reader; here a folder of this machine's file systems (see remote.py)."""
+"""Access to the files of a set: the protocol, and its implementation for a local folder (for URLs: remote.py)."""
 
 import os
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Protocol
 
 from xar_scale.errors import DataError, FileError
 
-Described = tuple[str, int | None, int]  # a file: its name, its size where that is known, its CRC-32
+FileSpec = tuple[str, int | None, int]  # of a file: name, size if known, CRC-32
 
 
 class MissingFileError(DataError):
-    """A file is not there."""
+    """A file does not exist."""
 
 
 class File(Protocol):
@@ -20,36 +20,36 @@ class File(Protocol):
     name: str  # for messages
 
     def pread(self, size: int, begin: int) -> bytes:
-        """``size`` bytes from ``begin`` on, fewer where the file ends. Raises FileError."""
+        """Return ``size`` bytes starting at ``begin``, fewer at the end of the file. Raises FileError."""
 
 
 class Storage(Protocol):
     """Files by name.
 
-    Raises DataError for what is not as described: MissingFileError, and for another size or content; FileError where the
-    system, or a store, does not give what may well be there.
+    Methods raise MissingFileError for a missing file, DataError for another size or content than described, and FileError if
+    the system or the store fails to deliver a file that may well exist.
     """
 
     def path(self, name: str) -> str:
-        """Of a file, for messages."""
+        """Return the full name of a file, for messages."""
 
     def read(self, name: str) -> bytes:
-        """A small file, whole, as it is now."""
+        """Return the content of a small file, as it is now."""
 
-    def read_described(self, name: str, crc32: int) -> bytes:
-        """A small file, whole, whose content is known not to change. The reader checks it all the same."""
+    def read_immutable(self, name: str, crc32: int) -> bytes:
+        """Return the content of a small file that does not change. The reader still checks it."""
 
     def open(self, name: str, size: int, crc32: int) -> File: ...
 
-    def forget(self, name: str, crc32: int) -> bool:
-        """Whether what was read was a copy that may have rotted, and has been thrown away: reading again may bring better."""
+    def discard(self, name: str, crc32: int) -> bool:
+        """Remove a copy that may have been corrupted. Return whether there was one, so that reading again may help."""
 
-    def fetch_ahead(self, files: Sequence[Described]) -> None:
-        """These files will be needed; returns at once."""
+    def prefetch(self, files: Sequence[FileSpec]) -> None:
+        """Start to fetch files that will be needed; return at once."""
 
 
-class Folder:
-    """A folder: its files are read where they lie."""
+class LocalFolder:
+    """A folder whose files are read in place."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -65,7 +65,7 @@ class Folder:
         except OSError as error:
             raise FileError(f"cannot read {self.folder / name}: {error.strerror}") from None
 
-    def read_described(self, name: str, crc32: int) -> bytes:
+    def read_immutable(self, name: str, crc32: int) -> bytes:
         return self.read(name)
 
     def open(self, name: str, size: int, crc32: int) -> "OpenFile":
@@ -87,15 +87,15 @@ class Folder:
             what = "truncated" if found < size else "changed"
             raise DataError(f"shard {path} is {what}: {found} bytes, the index says {size}")
 
-    def forget(self, name: str, crc32: int) -> bool:
+    def discard(self, name: str, crc32: int) -> bool:
         return False
 
-    def fetch_ahead(self, files: Sequence[Described]) -> None:
+    def prefetch(self, files: Sequence[FileSpec]) -> None:
         pass
 
 
 class OpenFile:
-    """A descriptor, closed when nobody holds it any more."""
+    """A file descriptor, closed when the object is no longer referenced."""
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)

@@ -1,4 +1,4 @@
-"""Latents that lie on no disk: what a benchmark reads when the disk is not its subject."""
+"""Synthetic latents, which need no disk: for benchmarks of everything else."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -12,12 +12,12 @@ from xar_scale.data.shards import DatasetInfo, ShardInfo, shard_name
 from xar_scale.presets import IMAGENET_IMAGES
 
 SAMPLES, PER_SHARD = IMAGENET_IMAGES, 1024
-SCALE, LOG_VARIANCE = 0.2325, -8.0  # of the KL-16 autoencoder; about what its posteriors have
-ARRAYS = 64  # that the samples are made of: drawing each its own would take longer than reading it
+SCALE, LOG_VARIANCE = 0.2325, -8.0  # the KL-16 autoencoder's; about that of its posteriors
+ARRAYS = 64  # distinct arrays, reused by all samples: drawing one for each would take longer than reading it
 
 
 class SyntheticShards:
-    """Posteriors of unit-size latents that fit ``model``, in float16 with mirrored arrays; always the same ones."""
+    """Posteriors of unit-size latents that fit ``model``, in float16 with mirrored arrays. Deterministic."""
 
     remote, open_shards = False, 0
 
@@ -37,11 +37,11 @@ class SyntheticShards:
     def faults(self) -> Iterator[Fault]:
         return iter(())
 
-    def fetch_ahead(self, shards: Sequence[int]) -> None:
+    def prefetch(self, shards: Sequence[int]) -> None:
         pass
 
     def read_array(self, shard: int, position: int, *, flipped: bool) -> tuple[str, int, np.ndarray]:
-        """Key, label and array, as those of a stored sample."""
+        """Return key, label and array, as of a stored sample."""
         number = shard * PER_SHARD + position
         array = self._arrays[number % ARRAYS]
         return f"{number:08d}", number % self.info.classes, array[..., ::-1] if flipped else array

@@ -1,4 +1,4 @@
-"""Verification of a whole set: every byte of every shard, and each fault by the name of its sample."""
+"""Verify a whole set: every byte of every shard, with each fault named by its sample."""
 
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -7,27 +7,27 @@ from pathlib import Path
 import numpy as np
 
 from xar_scale.data.index import crc32_of, index_tar
-from xar_scale.data.processes import in_processes
+from xar_scale.data.processes import map_in_processes
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import INDEX, DatasetInfo
 from xar_scale.errors import DataError, FileError
 
 
 def verify_set(shards: LatentShards, processes: int) -> Iterator[tuple[str, list[str]]]:
-    """(shard, its faults) of every shard, in their order."""
+    """Yield (shard, its faults) for every shard, in order."""
     names = (shard.name for shard in shards.info.shards)
-    found = in_processes(_faults_of, range(len(shards.info.shards)), processes, initializer=_open, initargs=(shards,))
+    found = map_in_processes(_faults_of, range(len(shards.info.shards)), processes, initializer=_open, initargs=(shards,))
     yield from zip(names, found, strict=True)
 
 
 def stray_files(folder: Path, info: DatasetInfo) -> list[str]:
-    """Tars and indexes in the set's folder that it does not list."""
+    """Return the tars and indexes in the set's folder that it does not list."""
     listed = {f"{shard.name}{ending}" for shard in info.shards for ending in (".tar", INDEX)}
     found = {path.name for path in folder.iterdir() if path.name.endswith((".tar", INDEX))}
     return sorted(found - listed)
 
 
-_opened: list[LatentShards] = []  # of a worker process: sent once, not with every shard's number
+_opened: list[LatentShards] = []  # in a worker process: sent once, not with every shard number
 
 
 def _open(shards: LatentShards) -> None:
@@ -46,7 +46,7 @@ def _faults_of(number: int) -> list[str]:
 def _faults(shards: LatentShards, number: int) -> list[str]:
     try:
         stored = shards.index(number)
-    except DataError as error:  # the index, or the file as a whole: there are no samples to speak of
+    except DataError as error:  # the index, or the file as a whole: no sample can be checked
         return [str(error)]
     found = [_fault(shards, number, position) for position in range(len(stored.keys))]
     faults = [fault for fault in found if fault is not None]
@@ -54,14 +54,14 @@ def _faults(shards: LatentShards, number: int) -> list[str]:
     with open(path, "rb") as file:
         if crc32_of(file) == shard.crc32:
             return faults
-        # changed, and maybe where no array lies: what else there is says the tar itself
+        # changed, maybe outside the arrays: index the tar again and compare
         try:
             again = index_tar(file, path, shards.info.members, shards.info.flipped)
         except DataError as error:
             return [*faults, str(error)]
     for position, (was, is_) in enumerate(zip_longest(stored.rows(), again.rows())):
         if was != is_ and (position >= len(found) or found[position] is None):
-            faults.append(f"shard {path}, sample {(was or is_)[0]} (number {position}): is not what the index says")
+            faults.append(f"shard {path}, sample {(was or is_)[0]} (number {position}): differs from the index")
     return faults or [f"shard {path} has changed, in bytes that belong to no sample"]
 
 

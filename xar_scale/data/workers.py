@@ -1,4 +1,4 @@
-"""PyTorch's data loader, and what becomes of it when one of its worker processes dies."""
+"""PyTorch's data loader, with a defined error when one of its worker processes dies."""
 
 import contextlib
 import multiprocessing
@@ -17,11 +17,11 @@ from xar_scale import dist
 
 
 class DeadWorkerError(Exception):
-    """A worker is gone: killed, or out of memory. Others may be as they were, but the loader is of no more use."""
+    """A worker has died: killed, or out of memory. Others may still run, but the loader cannot be used any more."""
 
 
 class _Flag:
-    """An event without a lock. A worker that is killed while it holds a lock holds it for ever, and PyTorch's asks for it."""
+    """An event without a lock. A worker that is killed while it holds a lock never releases it, and PyTorch's event has one."""
 
     def __init__(self, context: BaseContext) -> None:
         self._value = context.RawValue("b", 0)
@@ -34,24 +34,24 @@ class _Flag:
 
 
 def _context() -> BaseContext:
-    """The system's way to start processes, with such events."""
+    """Return the default multiprocessing context, with events of type _Flag."""
     usual = type(multiprocessing.get_context(multiprocessing.get_start_method()))
     return type("Context", (usual,), {"Event": lambda self: _Flag(self)})()
 
 
 def from_workers(dataset: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
-    """What ``DataLoader(dataset, num_workers=workers, **settings)`` yields. Raises DeadWorkerError, or what a worker raises."""
+    """Yield from ``DataLoader(dataset, num_workers=workers, **settings)``. Raises DeadWorkerError, or what a worker raises."""
     loader: DataLoader[Any] = DataLoader(
         dataset,
         num_workers=workers,
         multiprocessing_context=_context() if workers else None,
-        worker_init_fn=partial(_die_with, os.getpid()),
-        generator=torch.Generator(),  # or it would draw from the one that dropout draws from
+        worker_init_fn=partial(_init_worker, os.getpid()),
+        generator=torch.Generator(),  # by default it would draw from the generator that dropout uses
         **settings,
     )
-    with _no_signal_of_death():
+    with _without_sigchld_handler():
         stream = iter(loader)
-    for worker in getattr(stream, "_workers", ()):  # which take no notice of SIGTERM; torch 2.11 to 2.15
+    for worker in getattr(stream, "_workers", ()):  # they ignore SIGTERM; torch 2.11 to 2.15
         worker._popen.terminate = worker._popen.kill
     while True:
         try:
@@ -59,32 +59,32 @@ def from_workers(dataset: Dataset[Any], workers: int, **settings: Any) -> Iterat
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
-            if not (workers and is_death(error)):
+            if not (workers and is_worker_death(error)):
                 raise
-            said = str(error).splitlines()[0] if str(error) else "it was handing over a batch"
+            said = str(error).splitlines()[0] if str(error) else "while it handed over a batch"
             raise DeadWorkerError(f"a data worker died: {said.strip()}") from None
         yield item
 
 
-def is_death(error: Exception) -> bool:
-    """Whether a worker is gone: PyTorch says so, or what it left in the queue cannot be fetched from it any more.
+def is_worker_death(error: Exception) -> bool:
+    """Return whether a worker has died: PyTorch reports it, or what the worker left in the queue can no longer be fetched.
 
-    What a living worker raises comes as "Caught ... in DataLoader worker process".
+    An exception of a living worker arrives as "Caught ... in DataLoader worker process".
     """
     said = str(error)
     if isinstance(error, RuntimeError):
         return said.startswith("DataLoader worker (pid")
-    return not said.startswith("Caught ") or "in pin memory thread" in said.splitlines()[0]  # which fetches on CUDA
+    return not said.startswith("Caught ") or "in pin memory thread" in said.splitlines()[0]  # it fetches on CUDA
 
 
 @contextlib.contextmanager
-def _no_signal_of_death() -> Iterator[None]:
-    """PyTorch reports a worker's death by raising from a signal handler, in the middle of whatever the process does then.
+def _without_sigchld_handler() -> Iterator[None]:
+    """Keep PyTorch's SIGCHLD handler uninstalled: it reports a worker's death by raising in the middle of any code.
 
-    Without that handler it is found by whoever waits for the next batch.
+    Without it, the death is found where the next batch is waited for.
     """
     handler = signal.getsignal(signal.SIGCHLD)
-    if getattr(handler, "__module__", "").startswith("torch."):  # of another loader, made without this
+    if getattr(handler, "__module__", "").startswith("torch."):  # from a loader created without this
         handler = signal.SIG_DFL
     try:
         yield
@@ -93,13 +93,13 @@ def _no_signal_of_death() -> Iterator[None]:
             signal.signal(signal.SIGCHLD, handler)
 
 
-def _die_with(parent: int, worker: int) -> None:
-    """A process that is killed must not leave workers behind: they would wait for it with their memory.
+def _init_worker(parent: int, worker: int) -> None:
+    """Make the worker end with its parent, even one that is killed: it would wait forever and keep its memory.
 
-    Until then signals are its affair: SLURM and terminals send them to all processes alike, and its last steps need data.
+    Ignore signals until then: SLURM and terminals send them to all processes alike, and the parent's last steps need data.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    dist.follow_parent(signal.SIGKILL)
-    if os.getppid() != parent:  # it was killed before that
+    dist.die_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:  # the parent was killed before that
         os._exit(1)

@@ -69,10 +69,10 @@ class Comparison:
             digits.register_features()
             features, opened = digits.NAME, _Opened(images=ImagesInMemory(digits.judge().fitted))
         else:
-            opened = dist.together(lambda: _open_reference(path))
+            opened = dist.on_all_ranks(lambda: _open_reference(path))
         if features == INCEPTION and weights is None:
-            dist.together(fetch_inception)
-        self.extractor = dist.together(lambda: Extractor(features, device, weights))
+            dist.on_all_ranks(fetch_inception)
+        self.extractor = dist.on_all_ranks(lambda: Extractor(features, device, weights))
         self.sha256 = "" if self.digits else dist.on_rank_0(lambda: sha256_of(path))  # it may be of many gigabytes
         found = {} if opened.images is None else self.extractor.of_all(opened.images)
 

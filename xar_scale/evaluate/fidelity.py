@@ -106,7 +106,7 @@ class Extractor:
         found: dict[int, Features] = {}
         for first in range(0, images.parts, dist.world()):
             # nobody goes on where one has failed: to be read they may be drawn, by neighbours that share the weights
-            found |= dist.together(partial(extract, range(images.parts)[first : first + dist.world()]))
+            found |= dist.on_all_ranks(partial(extract, range(images.parts)[first : first + dist.world()]))
         gathered = dist.gather_on_rank_0(found)
         by_part = {part: features for of_rank in gathered for part, features in of_rank.items()}
         if not by_part:

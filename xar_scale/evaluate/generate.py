@@ -77,7 +77,7 @@ class Generator:
         """uint8 images (N, I, H, W), one a label and seed, on rank 0; elsewhere nothing of use. Every rank calls this."""
         world, rank = dist.world(), dist.rank()
         batches = math.ceil(math.ceil(len(labels) / world) / self.settings.batch) if self.shared else 0
-        mine = dist.together(lambda: self.draw(labels[rank::world], seeds[rank::world], batches=batches))
+        mine = dist.on_all_ranks(lambda: self.draw(labels[rank::world], seeds[rank::world], batches=batches))
         of_ranks = [part for part in dist.gather_on_rank_0(mine) if len(part)]
         if not of_ranks:
             return mine
@@ -90,7 +90,7 @@ class Generator:
         """One batch, in the tokenizer's own scale."""
         options = {name: getattr(self.settings, name) for name in SAMPLER}
         mixed = torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute is not FP32)
-        with mixed, dist.interlocked() if self.shared else nullcontext():
+        with mixed, dist.abort_on_error() if self.shared else nullcontext():
             drawn = sample(self.model, labels, seed=seed, first_image=first, watch=watch, **options)
         return drawn / self.latent_scale
 
@@ -136,7 +136,7 @@ def open_generator(trained: Trained, device: torch.device) -> Generator:
         say(f"drawing on {dist.world()} x {device.type}, {settings.precision}{copies}; {used}")
         return model, tokenizer
 
-    model, tokenizer = dist.together(build)
+    model, tokenizer = dist.on_all_ranks(build)
     apply_matmul_mode(settings.precision)
     ranges = _place(model, settings, device)
 
@@ -146,7 +146,7 @@ def open_generator(trained: Trained, device: torch.device) -> Generator:
             trained.source.read(f"{trained.kind}/{name}", start, host.view(-1))
             values.copy_(host)
 
-    dist.together(fill)
+    dist.on_all_ranks(fill)
     compute = MODES[settings.precision].compute
     if settings.shard_ranks == 1:
         prepare(model, device, compute, compiled=trained.kernels.compile)

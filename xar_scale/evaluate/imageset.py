@@ -121,7 +121,7 @@ class ImageSet:
         for first in range(0, len(missing), dist.world()):
             mine = missing[first : first + dist.world()][dist.rank() :][:1]
             # nobody is so far behind that others give up waiting, nor waits for one who failed; at the end all parts are there
-            dist.together(partial(self._draw, generator, mine, batches))
+            dist.on_all_ranks(partial(self._draw, generator, mine, batches))
             if dist.rank() == 0 and time.monotonic() - said > SAY_EVERY_S:
                 said = time.monotonic()
                 self._say(missing, said - begun)

@@ -46,7 +46,7 @@ class Previews:
         self.config, self.run, self.engine, self.ema, self.dataset = config, run, engine, ema, dataset
         if not (config.sample.every or config.evaluate.every):
             return
-        self.tokenizer = dist.together(
+        self.tokenizer = dist.on_all_ranks(
             lambda: create_tokenizer(dataset.tokenizer, config.sample.tokenizer_weights, engine.device)
         )
         if config.evaluate.every:

@@ -59,7 +59,7 @@ def open_trained(path: Path, overrides: list[str]) -> Trained:
         raise UsageError(f"{wrong[0]}: only {'* and '.join(SECTIONS)}* can be changed when images are drawn")
     if is_run(path) or (path / MANIFEST).is_file():
         return _of_run(open_checkpoint(path), overrides)
-    trained = dist.together(lambda: _published(path, overrides))
+    trained = dist.on_all_ranks(lambda: _published(path, overrides))
 
     def hashed() -> tuple[str, str]:
         verify_source(trained.source, lambda count: None)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xar_scale.beginning import CONFIG_FILE
 from xar_scale.config import Config, read_yaml, validated
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.metrics import METRICS_FILE, TENSORBOARD_FOLDER, read_log
+from xar_scale.startup import CONFIG_FILE
 from xar_scale.watchdog import HEARTBEAT_FILE
 
 Entries = list[dict[str, Any]]  # of the log, a dictionary a logged step

@@ -106,16 +106,16 @@ def hangs(run: Path) -> list[Told]:
 
 def _hang(files: list[Path]) -> Iterator[str]:
     """What the ranks saw, a line each; stacks stay in the files."""
-    seen: dict[int, watchdog.Seen] = {}
+    seen: dict[int, watchdog.RankState] = {}
     for path in files:
         try:
             values, _ = json.JSONDecoder().raw_decode(path.read_text(errors="replace"))
-            rank = watchdog.Seen(**values)
+            rank = watchdog.RankState(**values)
             seen[rank.rank] = rank
         except (ValueError, TypeError, OSError):
             yield f"{path.name} cannot be read"
     try:
-        yield from [*watchdog.verdict(seen, max(seen) + 1)] if seen else []
+        yield from [*watchdog.diagnose(seen, max(seen) + 1)] if seen else []
     except KeyError:
         yield "whom the others waited for cannot be told: a file lacks its collectives"
 

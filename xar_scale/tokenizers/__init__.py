@@ -1,4 +1,4 @@
-"""Image tokenizers, by name: each turns uint8 images into what a shard stores and latents back into images."""
+"""Image tokenizers, by name: each encodes uint8 images into what a shard stores, and decodes latents into images."""
 
 import inspect
 import re
@@ -17,7 +17,7 @@ from xar_scale.tokenizers.pixel import PixelTokenizer
 
 
 class Tokenizer(Protocol):
-    """``name`` and ``settings`` identify it in a data set's index; ``latent_scale`` brings stored latents to unit size."""
+    """``name`` and ``settings`` identify it in dataset.json; ``latent_scale`` scales stored latents to unit size."""
 
     name: str
     latent_scale: float
@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     def encode(self, images_BIHW: np.ndarray, dtype: DTypeLike = np.float16, *, strict: bool = True) -> np.ndarray:
         """uint8 images (B, I, H, W) -> stored arrays (B, ..., rows, columns) of ``dtype``.
 
-        Raises DataError for a value that ``dtype`` cannot hold; where not ``strict``, it is stored as not finite.
+        Raises DataError for a value that ``dtype`` cannot hold; unless ``strict``, it is stored as a non-finite value.
         """
 
     def decode(self, latents_BCHW: Tensor) -> np.ndarray:
@@ -45,11 +45,11 @@ def create_tokenizer(
     batch: int = 1,
     compute: torch.dtype = torch.float32,
 ) -> Tokenizer:
-    """The tokenizer that made a data set. ``description`` is its name and settings, as the set's index holds them.
+    """Return the tokenizer that made a data set. ``description`` is its name and settings, as dataset.json stores them.
 
-    ``weights`` is the path of kl16.ckpt where the set is kl16's; one that does not have the SHA-256 in the description is
-    refused; ``device``, ``batch`` (images a pass) and ``compute`` are its too. Raises DataError for a description that this
-    version does not know, ConfigError where ``weights`` are missing, or given to a tokenizer that has none.
+    For kl16, ``weights`` is the path of kl16.ckpt, refused unless it has the SHA-256 in the description; ``device``,
+    ``batch`` (images per forward pass) and ``compute`` are for kl16 too. Raises DataError for a description that this version
+    does not know, ConfigError if ``weights`` are missing, or given to a tokenizer that has none.
     """
     settings = dict(description)
     name = settings.pop("name", None)
@@ -59,7 +59,7 @@ def create_tokenizer(
 
     makers: dict[Any, Callable[..., Tokenizer]] = {"pixel": PixelTokenizer, "kl16": kl16}
     if name == "synthetic":
-        raise ConfigError("latents of data.path=synthetic are noise, and no pictures: there is nothing to draw")
+        raise ConfigError("latents of data.path=synthetic are noise: there are no images to decode")
     try:
         inspect.signature(makers[name]).bind(**settings)
     except (KeyError, TypeError):
@@ -68,16 +68,16 @@ def create_tokenizer(
         if weights:
             raise ConfigError(f"sample.tokenizer_weights is {weights}, but tokenizer {name} has no weights")
     elif not weights:
-        raise ConfigError("tokenizer kl16 needs its weights: sample.tokenizer_weights is the path of kl16.ckpt")
+        raise ConfigError("tokenizer kl16 needs its weights: set sample.tokenizer_weights to the path of kl16.ckpt")
     elif not settings.get("sha256"):
-        raise DataError("the data set does not say which kl16 weights made it: its tokenizer has no sha256")
+        raise DataError("the data set does not record which kl16 weights made it: its tokenizer has no sha256")
     return makers[name](**settings)
 
 
 def check_origin(description: dict[str, Any], stored: str, channels: int) -> None:
-    """Whether a set that is to be made can be drawn from again: one of ``stored`` arrays of ``channels``.
+    """Check that the latents of a new set, with ``stored`` arrays of ``channels``, can be decoded later.
 
-    Raises UsageError where it is kl16's and does not say of which weights, DataError for channels that kl16 has not.
+    For kl16, raises UsageError if the description does not identify the weights, DataError for another number of channels.
     """
     if description.get("name") != KL16Tokenizer.name:
         return

@@ -1,6 +1,6 @@
-"""MAR's KL-16 autoencoder, the one xAR is trained on: 16x16 pixels are a token of 16 channels.
+"""MAR's KL-16 autoencoder, which xAR is trained with: 16x16 pixels become a token of 16 channels.
 
-The network is diffusers' AutoencoderKL, filled from the published file by an explicit map of names.
+The network is diffusers' AutoencoderKL, loaded from the published file by an explicit map of names.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from xar_scale.errors import ConfigError, DataError, UsageError
 from xar_scale.tokenizers.levels import from_levels, to_levels
 
 IMAGE_CHANNELS, LATENT_CHANNELS, PATCH = 3, 16, 16
-MAX_LOG_VARIANCE, MIN_LOG_VARIANCE = 20.0, -30.0  # of the posterior, clamped where it is used
+MAX_LOG_VARIANCE, MIN_LOG_VARIANCE = 20.0, -30.0  # of the posterior; clamped before use
 
 # Modules, published -> diffusers'; each has a weight and a bias
 _TOP = {
@@ -34,13 +34,13 @@ _TOP = {
 }
 _RESNET = {"norm1": "norm1", "conv1": "conv1", "norm2": "norm2", "conv2": "conv2"}
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-_WIDTHS = (128, 128, 256, 256, 512)  # channels at each level, the finest first
+_WIDTHS = (128, 128, 256, 256, 512)  # channels at each level, finest first
 _LAST = len(_WIDTHS) - 1
 _CHANGE_WIDTH = ("encoder.down.2.block.0", "encoder.down.4.block.0", "decoder.up.3.block.0", "decoder.up.1.block.0")
 
 
 def official_names() -> dict[str, str]:
-    """Published parameter name -> diffusers', for every parameter."""
+    """Return the map of published to diffusers' parameter names, for every parameter."""
     names, resnets = dict(_TOP), dict[str, str]()
     attentions = {f"encoder.down.{_LAST}.attn.{n}": f"encoder.down_blocks.{_LAST}.attentions.{n}" for n in range(2)}
     for level in range(_LAST + 1):
@@ -61,10 +61,10 @@ def official_names() -> dict[str, str]:
 
 
 def from_official(state: dict[Any, Any], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """A published state dict under diffusers' names and of its ``shapes``, in float32.
+    """Return a published state dict with diffusers' names and ``shapes``, in float32.
 
-    What training's loss held beside the autoencoder (``loss.*``) is left out. Raises DataError that names what is missing,
-    unknown or misshapen.
+    Entries of the training loss (``loss.*``) are dropped. Raises DataError naming an entry that is missing, unknown or of
+    another shape.
     """
     names = official_names()
     given = {str(name): value for name, value in state.items() if not str(name).startswith("loss.")}
@@ -73,7 +73,7 @@ def from_official(state: dict[Any, Any], shapes: dict[str, torch.Size]) -> dict[
     if unknown := sorted(set(given) - set(names)):
         raise DataError(f"kl16 weights hold {len(unknown)} unknown entries, first {unknown[0]}")
     for theirs, ours in names.items():
-        # published attention projects by 1x1 convolutions, diffusers' by the same matrices
+        # the published attention projects with 1x1 convolutions, diffusers' with the same values as matrices
         shape = (*shapes[ours], 1, 1) if len(shapes[ours]) == 2 else tuple(shapes[ours])
         found = tuple(given[theirs].shape) if isinstance(given[theirs], Tensor) else type(given[theirs]).__name__
         if found != shape:
@@ -82,7 +82,7 @@ def from_official(state: dict[Any, Any], shapes: dict[str, torch.Size]) -> dict[
 
 
 def _build(state: dict[Any, Any]) -> torch.nn.Module:
-    from diffusers import AutoencoderKL  # here, for importing it takes seconds
+    from diffusers import AutoencoderKL  # here, because importing it takes seconds
 
     with torch.device("meta"):
         network: torch.nn.Module = AutoencoderKL(
@@ -100,25 +100,25 @@ def _build(state: dict[Any, Any]) -> torch.nn.Module:
 
 
 def _read(content: bytes, path: Path) -> dict[Any, Any]:
-    """The state dict in a published file's bytes. Raises DataError naming the path where they are anything else."""
+    """Return the state dict in the bytes of a published file. Raises DataError naming the path if there is none."""
     try:
         values = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception:  # torn bytes end in any of a dozen kinds, and torch's words invite to unpickle objects after all
-        raise DataError(f"{path} is not plain weights: torn, or with objects in it, which are not unpickled") from None
+    except Exception:  # torn bytes raise any of a dozen types, and torch's message suggests unpickling objects after all
+        raise DataError(f"{path} is not a plain weights file: torn, or it contains objects, which are not unpickled") from None
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise DataError(f"{path} holds no state dict under 'model'")
     return values["model"]
 
 
 class KL16Tokenizer:
-    """The autoencoder on ``device``: in float32 and one image at a time, unless told otherwise.
+    """The autoencoder on ``device``: by default in float32 and one image at a time.
 
-    One at a time because kernels differ with the batch, in the last bits: so what an image is stored as, and how a latent
-    looks, do not depend on what else is in the batch. It also means the activations of one image, however large the batch.
+    One at a time because kernels differ with the batch, in the last bits. So an image's stored moments, and a latent's
+    decoded image, do not depend on the rest of the batch, and activations take the memory of one image.
     """
 
     name = "kl16"
-    latent_scale = 0.2325  # of the published training
+    latent_scale = 0.2325  # as in the published training
     stored: Literal["latents", "moments"] = "moments"
     image_channels = IMAGE_CHANNELS
 
@@ -131,10 +131,10 @@ class KL16Tokenizer:
         batch: int = 1,
         compute: torch.dtype = torch.float32,
     ) -> None:
-        """``weights`` is the path of kl16.ckpt, which must have the given SHA-256; where none is given, any will do.
+        """``weights`` is the path of kl16.ckpt, which must have the SHA-256, if one is given.
 
-        ``batch`` is the images a pass, ``compute`` float32 or, by autocast over float32 weights, bfloat16.
-        Raises UsageError when there is no such file, DataError when it is another one or not what was published.
+        ``batch`` is the images per forward pass, ``compute`` float32 or, by autocast over float32 weights, bfloat16.
+        Raises UsageError if there is no such file, DataError if it has another SHA-256 or is not the published network.
         """
         path = Path(weights)
         if not path.is_file():
@@ -144,7 +144,7 @@ class KL16Tokenizer:
         self.batch, self.compute = batch, compute
         if sha256 not in (None, self.sha256):
             raise DataError(
-                f"{path} (sha256 {self.sha256:.12}...) is not the kl16 weights that the latents were made with "
+                f"{path} (sha256 {self.sha256:.12}...) does not hold the kl16 weights that made the latents "
                 f"(sha256 {sha256!s:.12}...)"
             )
         self.network: Any = _build(_read(content, path)).to(device)
@@ -171,8 +171,8 @@ class KL16Tokenizer:
     def encode(self, images_BIHW: np.ndarray, dtype: DTypeLike = np.float16, *, strict: bool = True) -> np.ndarray:
         """uint8 images (B, 3, H, W) -> moments (B, 32, H / 16, W / 16): mean, and log variance within -30..20.
 
-        Raises ConfigError for images of other sizes, DataError for a mean that ``dtype`` cannot hold; where not ``strict``,
-        that is stored as infinite.
+        Raises ConfigError for images of other sizes, DataError for a mean that ``dtype`` cannot hold; unless ``strict``, it is
+        stored as infinite.
         """
         b, i, h, w = images_BIHW.shape
         if h % PATCH or w % PATCH or i != IMAGE_CHANNELS:

@@ -1,4 +1,4 @@
-"""The pixel tokenizer: a patch of pixels is a token, exactly; for demonstrations and tests without an autoencoder."""
+"""The pixel tokenizer: a token is a patch of pixels, exactly. For demos and tests without an autoencoder."""
 
 from typing import Any, Literal
 
@@ -12,9 +12,9 @@ from xar_scale.tokenizers.levels import from_levels, to_levels
 
 
 class PixelTokenizer:
-    """Patches of ``patch`` x ``patch`` pixels as channels, levels 0..255 as -1..1.
+    """Patches of ``patch`` x ``patch`` pixels become channels, levels 0..255 become -1..1.
 
-    Exact: half a grey level is 4e-3 and float16 keeps values of up to 1 to 5e-4, so decoding rounds to what was encoded.
+    Exact: half a level is 4e-3, and float16 stores values up to 1 to within 5e-4, so decoding rounds to the encoded image.
     """
 
     name = "pixel"
@@ -23,7 +23,7 @@ class PixelTokenizer:
 
     def __init__(self, patch: int = 2, image_channels: int = 1) -> None:
         if not all(type(number) is int and number > 0 for number in (patch, image_channels)):
-            raise DataError(f"tokenizer pixel: patch {patch!r} and image_channels {image_channels!r} are numbers from 1 on")
+            raise DataError(f"tokenizer pixel: patch {patch!r} and image_channels {image_channels!r} must be positive integers")
         self.patch, self.image_channels = patch, image_channels
 
     @property

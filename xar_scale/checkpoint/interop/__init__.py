@@ -1,4 +1,4 @@
-"""Formats of others: read as named vectors, a range at a time; published weights as a model."""
+"""Other checkpoint formats, read as named vectors, a range at a time; published weights as a model."""
 
 from xar_scale.checkpoint.interop.official import official_names
 from xar_scale.checkpoint.interop.open import open_source

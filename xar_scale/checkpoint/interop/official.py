@@ -1,4 +1,4 @@
-"""Names of the published xAR state dicts, by an explicit map."""
+"""Parameter names of the published xAR state dicts, by an explicit map."""
 
 from collections.abc import Collection
 
@@ -8,7 +8,7 @@ from xar_scale.checkpoint.manifest import POSITIONS
 from xar_scale.config import ModelConfig
 from xar_scale.errors import DataError
 
-# published -> ours; the block entries stand for every block
+# published -> ours; _BLOCK applies to every block
 _TOP = {
     "class_emb.weight": "class_embed.weight",
     "time_embed.mlp.0.weight": "time_embed.fc1.weight",
@@ -41,7 +41,7 @@ _BLOCK = {
     "ada_lin.1.weight": "ada.weight",
     "ada_lin.1.bias": "ada.bias",
 }
-_PUBLISHED = "class_emb.weight"  # a name by which published weights are known
+_PUBLISHED = "class_emb.weight"  # published weights are recognised by this name
 
 
 def official_names(config: ModelConfig) -> dict[str, str]:
@@ -58,9 +58,9 @@ def _names(depth_encoder: int, depth_decoder: int) -> dict[str, str]:
 
 
 def our_names(given: Collection[str]) -> dict[str, str]:
-    """Ours of each name, without those of published constants; all as they are where they are not published names.
+    """Map each name to ours, without the published constants. Names that are not published ones map to themselves.
 
-    Raises DataError where they are, and some are missing or unknown.
+    Raises DataError if they are published names and some are missing or unknown.
     """
     if _PUBLISHED not in given:
         return {name: name for name in given}
@@ -70,14 +70,14 @@ def our_names(given: Collection[str]) -> dict[str, str]:
 
 
 def their_names(given: Collection[str]) -> dict[str, str]:
-    """Ours -> published. Raises DataError where these are not the names of an xAR network's parameters."""
+    """Map our names to published ones. Raises DataError if these are not the parameter names of an xAR network."""
     names = {ours: theirs for theirs, ours in _names(*(_depth(given, f"{part}.") for part in ("encoder", "decoder"))).items()}
     _check_names(names, given, "weights under our names")
     return names
 
 
 def their_shape(name: str, shape: torch.Size) -> torch.Size:
-    """Of the parameter that we call ``name``, as it is published."""
+    """Return the published shape of the parameter that we call ``name``."""
     return torch.Size((1, *shape)) if name in POSITIONS else shape
 
 
@@ -93,5 +93,5 @@ def _check_names(wanted: Collection[str], given: Collection[str], what: str = "p
 
 
 def _is_constant(name: str) -> bool:
-    """Published buffers that follow from the sizes."""
+    """Whether it is a published buffer that follows from the sizes."""
     return name == "mask" or ".rope.freqs" in name

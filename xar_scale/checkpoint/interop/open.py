@@ -1,4 +1,4 @@
-"""Recognises what is there, and opens it as a ``Source``."""
+"""Recognise the format of a checkpoint and open it as a ``Source``."""
 
 import re
 from pathlib import Path
@@ -12,14 +12,14 @@ from xar_scale.checkpoint.vectors import open_vectors, shapes_of
 from xar_scale.errors import DataError, UsageError
 
 SUMS = "SHA256SUMS"
-TAGS = (LATEST, "latest_universal")  # files that name the folder beside them that is meant
+TAGS = (LATEST, "latest_universal")  # files that name the current checkpoint, a folder next to them
 
 
 def open_source(path: Path, trust_pickle: bool = False) -> Source:
-    """A checkpoint of ours, DeepSpeed's (ZeRO or universal), a ``.pth``, or safetensors.
+    """Open an xar-scale or DeepSpeed (ZeRO, universal) checkpoint, a ``.pth``, or safetensors.
 
-    Raises UsageError where there is nothing, DataError where it is of no known format, torn, or would have to be unpickled
-    with classes that are not known to be harmless; ``trust_pickle`` lets those run.
+    Raises UsageError if there is nothing, DataError if the format is unknown, the file is torn, or unpickling it needs classes
+    that are not known to be harmless; ``trust_pickle`` lets those run.
     """
     if not path.exists():
         raise UsageError(f"no checkpoint at {path}")
@@ -35,22 +35,22 @@ def open_source(path: Path, trust_pickle: bool = False) -> Source:
         source = open_weights(path, trust_pickle)
     else:
         raise DataError(
-            f"{path} is no checkpoint of a known format: ours ({MANIFEST}), DeepSpeed's ZeRO (*_optim_states.pt) or universal "
-            "(zero/optimizer_state.pt), .pth, safetensors"
+            f"{path} is not a checkpoint of a known format: xar-scale ({MANIFEST}), DeepSpeed ZeRO (*_optim_states.pt) or "
+            "universal (zero/optimizer_state.pt), .pth, safetensors"
         )
     source.checksums = _checksums(path)
     return source
 
 
 def _tagged(folder: Path) -> Path:
-    """The newest checkpoint of a run of ours, or the folder that a file ``latest`` names, of DeepSpeed, where there is one."""
+    """Return the newest checkpoint of an xar-scale run, the one that DeepSpeed's ``latest`` names, or the folder itself."""
     if paths := checkpoint_paths(folder.parent if folder.name == FOLDER else folder):
         return paths[-1]
     for tag in (folder / name for name in TAGS):
         if tag.is_file():
             tagged = tag.parent / tag.read_text().strip()
             if not tagged.is_dir():
-                raise DataError(f"{tag} names {tagged.name}, which is not there")
+                raise DataError(f"{tag} names {tagged.name}, which does not exist")
             return tagged
     return folder
 
@@ -62,7 +62,7 @@ def _open_own(path: Path) -> Source:
         raise DataError(f"checkpoint {path}: {missing[0]} is missing")
     for name, entry in manifest.files.items():
         if (size := (path / name).stat().st_size) != entry.bytes:
-            raise DataError(f"checkpoint {path}: {name} has {size} bytes, it was written with {entry.bytes}")
+            raise DataError(f"checkpoint {path}: {name} has {size} bytes, its manifest says {entry.bytes}")
     return Source(
         path,
         f"xar-scale, {len(manifest.files)} files",
@@ -71,14 +71,14 @@ def _open_own(path: Path) -> Source:
         [path / name for name in manifest.files],
         checksums={path / name: entry.sha256 for name, entry in manifest.files.items()},
         step=manifest.step,
-        taken=manifest.updates,
+        updates=manifest.updates,
         groups=_groups(manifest.config.get("optim")),
         manifest=manifest,
     )
 
 
 def _groups(optim: dict[str, object] | None) -> list[dict[str, object]]:
-    """Settings of the two groups that ``optim.parameter_groups`` makes; of a checkpoint without a config, none."""
+    """Settings of the two groups that ``optim.parameter_groups`` makes; none for a checkpoint without a config."""
     if optim is None:
         return []
     common = {name: optim[name] for name in ("lr", "betas", "eps")}
@@ -86,10 +86,10 @@ def _groups(optim: dict[str, object] | None) -> list[dict[str, object]]:
 
 
 def _checksums(path: Path) -> dict[Path, str]:
-    """Of SHA256SUMS beside the files, or one folder up, where a checkpoint of DeepSpeed's has its ``latest``."""
+    """Read SHA256SUMS next to the files, or one folder up, where DeepSpeed has its ``latest``."""
     folder = path if path.is_dir() else path.parent
-    for place in (folder, folder.parent):
-        if (place / SUMS).is_file():
-            lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in (place / SUMS).read_text().splitlines()]
-            return {place / line[2]: line[1] for line in lines if line}
+    for location in (folder, folder.parent):
+        if (location / SUMS).is_file():
+            lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in (location / SUMS).read_text().splitlines()]
+            return {location / line[2]: line[1] for line in lines if line}
     return {}

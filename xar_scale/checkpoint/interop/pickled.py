@@ -1,4 +1,4 @@
-"""Files of ``torch.save`` without their values: where in the file each tensor lies. Nothing is unpickled that could run."""
+"""Read ``torch.save`` files without their values: locate each tensor in the file. Nothing that could run is unpickled."""
 
 import argparse
 import errno
@@ -14,27 +14,27 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 import torch
 from torch import Tensor
 
-from xar_scale.checkpoint.pieces import Piece
+from xar_scale.checkpoint.chunks import Chunk
 from xar_scale.errors import DataError, UsageError
 
 ZIP = b"PK\x03\x04"
-LOCAL = struct.Struct("<26x2H")  # of an archive's entry: the lengths of its name, and of what comes between that and the values
-TORN = (  # what torch.load raises of files that are not whole
+LOCAL = struct.Struct("<26x2H")  # local header of a zip entry: lengths of its name and of the extra field before the content
+LOAD_ERRORS = (  # what torch.load raises for torn files
     *(UnpicklingError, BadZipFile, zlib.error, struct.error, RuntimeError, EOFError, OSError, ImportError),
     *(ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError),
 )
 
 
 class PlainObject:
-    """Stands for a class of DeepSpeed's, of which only the attributes matter."""
+    """Stub for a DeepSpeed class of which only the attributes matter."""
 
 
 class PlainInt(int):
-    """Stands for an enumeration of DeepSpeed's."""
+    """Stub for a DeepSpeed enumeration."""
 
 
-# What files of others hold beside plain values: arguments of the published code, and DeepSpeed's (0.19.8), of which none runs
-HARMLESS: list[Any] = [
+# Needed besides plain values: arguments of the published code, and classes of DeepSpeed (0.19.8), none of whose code runs
+SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     (PlainObject, "deepspeed.utils.tensor_fragment.fragment_address"),
     (PlainObject, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
@@ -45,35 +45,35 @@ HARMLESS: list[Any] = [
 
 @dataclass(frozen=True)
 class Pickled:
-    """What a file holds. Its tensors have no values, unless it is of the old format, which has to be read whole."""
+    """What a file holds. Its tensors have no values, unless it has the old format, which must be read whole."""
 
     path: Path
     value: Any
     whole: bool
-    places: dict[int, int] = field(default_factory=dict)  # where values lie in it, and how many bytes
+    storages: dict[int, int] = field(default_factory=dict)  # offset in the file -> bytes
 
-    def piece(self, tensor: Tensor, start: int = 0, first: int = 0, count: int | None = None) -> Piece:
-        """Elements [first, first + count) of a tensor, which are those from ``start`` on of a vector."""
+    def chunk(self, tensor: Tensor, start: int = 0, first: int = 0, count: int | None = None) -> Chunk:
+        """Return elements [first, first + count) of a tensor, as those from ``start`` on of a vector."""
         if not tensor.is_contiguous():
             raise DataError(f"{self.path}: a tensor of shape {tuple(tensor.shape)} is not contiguous")
         count = tensor.numel() - first if count is None else count
         if not 0 <= count <= tensor.numel() - first:
-            raise DataError(f"{self.path}: elements {first} to {first + count} of a tensor that has {tensor.numel()}")
+            raise DataError(f"{self.path}: needs elements {first} to {first + count} of a tensor that has {tensor.numel()}")
         storage: Any = tensor.untyped_storage()
         offset = 0 if count == 0 else storage._checkpoint_offset  # torch 2.11 to 2.15
-        if count and self.places.get(offset) != storage.nbytes():
-            raise DataError(_packed_anew(self.path))
+        if count and self.storages.get(offset) != storage.nbytes():
+            raise DataError(_repacked(self.path))
         offset += tensor.dtype.itemsize * (int(tensor.storage_offset()) + first)
-        return Piece(start, start + count, self.path, offset, tensor.dtype)
+        return Chunk(start, start + count, self.path, offset, tensor.dtype)
 
     def number(self, value: Any) -> float:
-        """A number, whether or not it is in a tensor."""
+        """Return a number that may be stored as a tensor."""
         if not isinstance(value, Tensor):
             return float(value)
         if self.whole:
             return float(value)
         with self.path.open("rb") as file:
-            file.seek(self.piece(value).offset)
+            file.seek(self.chunk(value).offset)
             return float(torch.frombuffer(bytearray(file.read(value.dtype.itemsize)), dtype=value.dtype))
 
 
@@ -82,63 +82,63 @@ def is_pickled(path: Path) -> bool:
 
 
 def read_pickled(path: Path, trust_pickle: bool = False) -> Pickled:
-    """Raises DataError naming the class where the file asks for more than plain values, unless ``trust_pickle``."""
+    """Raises DataError naming the class if the file needs more than plain values, unless ``trust_pickle``."""
     if not path.is_file():
         raise UsageError(f"no file at {path}")
     with path.open("rb") as file:
         is_zip = file.read(len(ZIP)) == ZIP
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             if not is_zip:
                 return Pickled(path, torch.load(path, map_location="cpu", weights_only=not trust_pickle), whole=True)
             from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
 
-            places = _places(path)
+            storages = _storages(path)
             with FakeTensorMode():
                 value = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-            return Pickled(path, value, whole=False, places=places)
-    except TORN as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # which is a seek to before a torn archive's beginning
+            return Pickled(path, value, whole=False, storages=storages)
+    except LOAD_ERRORS as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: a seek before the start of a torn archive
             raise
         if match := re.search(r"GLOBAL (\S+)", str(error)):
             raise DataError(
-                f"{path} asks for {match[1]}, which unpickling would run; --trust-pickle (in Python, trust_pickle) lets it"
+                f"{path} needs {match[1]}, which unpickling would run; --trust-pickle (in Python, trust_pickle) allows it"
             ) from None
-        said = "" if isinstance(error, UnpicklingError) else str(error).partition("\n")[0]  # else pages of advice
-        said = said and f": {said}"
-        raise DataError(f"{path} is torn, or not a file of torch.save{said}") from None
+        detail = "" if isinstance(error, UnpicklingError) else str(error).partition("\n")[0]  # it would be pages of advice
+        detail = detail and f": {detail}"
+        raise DataError(f"{path} is torn, or not a torch.save file{detail}") from None
 
 
-def _places(path: Path) -> dict[int, int]:
-    """Where in an archive values lie, and how many bytes, as it says itself.
+def _storages(path: Path) -> dict[int, int]:
+    """Return offset and size in bytes of each storage in an archive, from the archive's own records.
 
-    Without values torch.load reckons places from the order in which torch.save numbers and writes them. Another program that
-    packs the same files need not keep it, and may compress them: DataError.
+    Without values, torch.load computes the offsets from the order in which torch.save numbers and writes storages. Other
+    programs that pack the same files may change that order or compress them: DataError.
     """
-    places: dict[int, int] = {}
+    storages: dict[int, int] = {}
     numbers: list[int] = []
     with ZipFile(path) as archive, path.open("rb") as file:
         for entry in sorted(archive.infolist(), key=lambda entry: entry.header_offset):
             folder, _, number = entry.filename.rpartition("/")
-            if entry.filename.endswith("/byteorder") and archive.read(entry) == b"big":  # torch would swap what is not there
-                raise DataError(f"{path} is of a machine of the other byte order")
+            if entry.filename.endswith("/byteorder") and archive.read(entry) == b"big":  # torch would swap missing values
+                raise DataError(f"{path} was written on a machine of the other byte order")
             if not folder.endswith("/data") or entry.is_dir():
                 continue
             if entry.compress_type or not number.isdecimal():
-                raise DataError(_packed_anew(path))
-            places[values_of(file, entry)] = entry.file_size
+                raise DataError(_repacked(path))
+            storages[content_offset(file, entry)] = entry.file_size
             numbers.append(int(number))
         ordered = any(entry.filename.endswith("/.format_version") for entry in archive.infolist())
     if ordered and numbers != sorted(numbers):
-        raise DataError(_packed_anew(path))
-    return places
+        raise DataError(_repacked(path))
+    return storages
 
 
-def values_of(file: BinaryIO, entry: ZipInfo) -> int:
-    """Where in an archive an entry's content begins."""
+def content_offset(file: BinaryIO, entry: ZipInfo) -> int:
+    """Return the offset in an archive of an entry's content."""
     file.seek(entry.header_offset)
     return entry.header_offset + LOCAL.size + sum(LOCAL.unpack(file.read(LOCAL.size)))
 
 
-def _packed_anew(path: Path) -> str:
-    return f"{path} was packed anew: its values are not where torch.save has them; load it, and save it again"
+def _repacked(path: Path) -> str:
+    return f"{path} was repacked: its values are not where torch.save puts them; load it and save it again"

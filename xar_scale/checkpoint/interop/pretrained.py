@@ -15,16 +15,15 @@ from xar_scale.presets import MODELS, model_values
 
 
 def load_official(source: str | Path | dict[str, Any], ema: bool = True, trust_pickle: bool = False) -> XAR:
-    """A model with the weights of a ``.pth`` file (or whatever else ``open_source`` reads), or of a state dict. What holds two
-    sets of weights is asked for its averages, unless not ``ema``. Weights that come without a config are those of the preset of
-    their sizes.
+    """Return a model with the weights of a ``.pth`` file (or anything else that ``open_source`` reads), or of a state dict.
 
-    Raises UsageError where there is no file, DataError where it is torn, is no such weights, or fits no preset.
+    ``ema``: if there are two sets of weights, take the EMA weights. Weights without a config get the preset of their sizes.
+    Raises UsageError if there is no file, DataError if it is torn, holds no such weights, or matches no preset.
     """
     with _of_state(source) if isinstance(source, dict) else open_source(Path(source), trust_pickle) as opened:
         kind = "ema" if ema and "ema" in opened.kinds else "model"
         if kind not in opened.kinds:
-            raise UsageError(f"{opened.path} holds {', '.join(opened.kinds)}, and no {kind}")
+            raise UsageError(f"{opened.path} holds {', '.join(opened.kinds)}, but no {kind}")
         shapes = opened.names(kind)
         model = meta_model(config_of(opened, kind))
         wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -34,16 +33,16 @@ def load_official(source: str | Path | dict[str, Any], ema: bool = True, trust_p
 
 
 def config_of(source: Source, kind: str) -> ModelConfig:
-    """The model's whose weights these are. Those that come without a config are of the preset of their sizes.
+    """Return the config of the model that these weights are for: the source's, or else that of the preset of their sizes.
 
-    Raises DataError where there is no such preset.
+    Raises DataError if there is no such preset.
     """
     shapes = source.names(kind)
     return _own_config(source) or ModelConfig(**model_values(preset_of(source.path, shapes)))
 
 
 def check_shapes(path: Path, there: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> None:
-    """Raises DataError that names the first parameter in which ``there`` is not ``wanted``."""
+    """Raise DataError naming the first parameter whose shape in ``there`` differs from ``wanted``."""
     for name in [*wanted, *there]:
         if (found := there.get(name)) != (ours := wanted.get(name)):
             raise DataError(f"{path}: {name} is {_in_words(found)}, the model's is {_in_words(ours)}")
@@ -56,17 +55,17 @@ def _of_state(state: dict[str, Any]) -> Source:
 
 
 def _in_words(shape: torch.Size | None) -> str:
-    return "not there" if shape is None else str(tuple(shape))
+    return "missing" if shape is None else str(tuple(shape))
 
 
 def _own_config(source: Source) -> ModelConfig | None:
-    """Of a checkpoint of a run of ours."""
+    """The config of an xar-scale checkpoint, if it has one."""
     config = source.manifest.config if source.manifest is not None else {}
     return validated(ModelConfig, config["model"], DataError, f"{source.path}: ") if config else None
 
 
 def preset_of(path: Path, shapes: dict[str, torch.Size]) -> str:
-    """The name of the preset of these sizes. Raises DataError."""
+    """Return the name of the preset of these sizes. Raises DataError if there is none."""
     embedding = shapes.get("class_embed.weight", ())
     width = embedding[1] if len(embedding) == 2 else None
     depth = len({name.split(".")[1] for name in shapes if name.startswith("encoder.")})
@@ -74,4 +73,4 @@ def preset_of(path: Path, shapes: dict[str, torch.Size]) -> str:
         values = model_values(name)
         if (values["width"], values["depth_encoder"]) == (width, depth):
             return name
-    raise DataError(f"{path} is of no preset: its width is {width}, it has {depth} encoder blocks")
+    raise DataError(f"{path} matches no preset: its width is {width}, it has {depth} encoder blocks")

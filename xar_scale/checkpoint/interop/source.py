@@ -1,4 +1,4 @@
-"""What every format is read as: flat float32 vectors by name, a range at a time, wherever in whichever files they lie."""
+"""The common view of all checkpoint formats: flat float32 vectors by name, read a range at a time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from xar_scale.checkpoint.manifest import KINDS, Manifest, our_shape
 
 
 class Reader(Protocol):
-    """Where values come from."""
+    """Reads the values of a source."""
 
     def read(self, key: str, start: int, out: Tensor) -> None: ...
 
@@ -23,28 +23,28 @@ class Reader(Protocol):
 
 @dataclass
 class Source:
-    """A checkpoint of any format; a context manager, which may have files open.
+    """A checkpoint of any format. A context manager, because it may keep files open.
 
     Keys are ``KIND/NAME``; kinds are model, ema, exp_avg, exp_avg_sq.
     """
 
     path: Path
-    format: str  # in words
+    format: str  # for messages
     shapes: dict[str, torch.Size]
     reader: Reader
-    files: list[Path]  # that values are read from
-    checksums: dict[Path, str] = field(default_factory=dict)  # SHA-256, of files of which it is known
-    step: int | None = None  # steps of training
-    taken: int | None = None  # of them, those that the moments have seen
+    files: list[Path]  # that hold the values
+    checksums: dict[Path, str] = field(default_factory=dict)  # SHA-256 of the files for which it is known
+    step: int | None = None  # training steps
+    updates: int | None = None  # of those, the ones that updated weights and moments
     groups: list[dict[str, Any]] = field(default_factory=list)  # settings of the optimizer's parameter groups
-    manifest: Manifest | None = None  # of a checkpoint of ours
+    manifest: Manifest | None = None  # of an xar-scale checkpoint
 
     def __post_init__(self) -> None:
         self.shapes = {key: torch.Size(our_shape(key.partition("/")[2], shape)) for key, shape in self.shapes.items()}
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """Those of which there is anything."""
+        """The kinds of which there is any vector."""
         found = {key.partition("/")[0] for key in self.shapes}
         return tuple(kind for kind in KINDS if kind in found)
 
@@ -57,7 +57,7 @@ class Source:
         self.reader.read(key, start, out)
 
     def whole(self, key: str) -> Tensor:
-        """All of a vector, in its shape."""
+        """Return all of a vector, in its shape."""
         tensor = torch.empty(self.shapes[key])
         self.read(key, 0, tensor.view(-1))
         return tensor
@@ -70,7 +70,7 @@ class Source:
 
 
 class InMemory:
-    """Reads vectors from tensors that are there already."""
+    """Reads vectors from tensors in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors

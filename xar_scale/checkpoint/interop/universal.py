@@ -1,17 +1,17 @@
-"""DeepSpeed's universal checkpoints: a folder a parameter, with its weight and moments in a file each."""
+"""DeepSpeed's universal checkpoints: a folder per parameter, with one file each for its weight and moments."""
 
 from pathlib import Path
 
 import torch
 
+from xar_scale.checkpoint.chunks import ChunkReader, full_spans
 from xar_scale.checkpoint.interop.pickled import Pickled, read_pickled
 from xar_scale.checkpoint.interop.source import Source
-from xar_scale.checkpoint.interop.zero import read_common, settings, steps_taken
-from xar_scale.checkpoint.pieces import Pieces, whole
+from xar_scale.checkpoint.interop.zero import optimizer_steps, read_common, settings
 from xar_scale.errors import DataError
 
-# kind -> folder of folders, file. DeepSpeed has no averages: those lie apart from what it looks at
-PLACES = {
+# kind -> parent folder, file. DeepSpeed has no EMA: ours is in a folder that it ignores
+LAYOUT = {
     "model": ("zero", "fp32.pt"),
     "ema": ("ema", "fp32.pt"),
     "exp_avg": ("zero", "exp_avg.pt"),
@@ -25,23 +25,23 @@ def is_universal(folder: Path) -> bool:
 
 
 def open_universal(folder: Path, trust_pickle: bool) -> Source:
-    """Raises DataError naming the file that is missing or not as DeepSpeed 0.19.8 writes it."""
+    """Raises DataError naming a file that is missing or not as DeepSpeed 0.19.8 writes it."""
     common, optimizer = read_common(folder, trust_pickle), read_pickled(folder / OPTIMIZER, trust_pickle)
     known = {name: torch.Size(shape) for group in common.get("param_shapes") or () for name, shape in group.items()}
-    pieces, shapes = {}, {}
-    for kind, (place, name) in PLACES.items():
-        for path in sorted((folder / place).glob(f"*/{name}")):
+    chunks, shapes = {}, {}
+    for kind, (parent, name) in LAYOUT.items():
+        for path in sorted((folder / parent).glob(f"*/{name}")):
             file = read_pickled(path, trust_pickle)
             tensor = file.value.get("param") if isinstance(file.value, dict) else file.value  # ZeRO-3's are bare, and flat
             if not isinstance(tensor, torch.Tensor):
                 raise DataError(f"{path} holds a {type(tensor).__name__}, not a tensor")
             key = f"{kind}/{path.parent.name}"
-            pieces[key], shapes[key] = [file.piece(tensor)], known.get(path.parent.name, tensor.shape)
+            chunks[key], shapes[key] = [file.chunk(tensor)], known.get(path.parent.name, tensor.shape)
     kinds = {"model", *(key.partition("/")[0] for key in shapes)}
     lacking = {f"{kind}/{name}" for kind in kinds for name in known} - set(shapes)
     if lacking or not shapes:
         raise DataError(f"{folder} lacks {len(lacking)} tensors, first {min(lacking, default='of all')}")
-    reader = Pieces(pieces, whole(shapes))
+    reader = ChunkReader(chunks, full_spans(shapes))
     try:
         return Source(
             folder,
@@ -50,7 +50,7 @@ def open_universal(folder: Path, trust_pickle: bool) -> Source:
             reader,
             reader.files,
             step=int(common["global_steps"]),
-            taken=_steps(folder, optimizer, trust_pickle),
+            updates=_steps(folder, optimizer, trust_pickle),
             groups=settings(optimizer.value["param_groups"]),
         )
     except (KeyError, TypeError, AttributeError) as error:
@@ -58,8 +58,8 @@ def open_universal(folder: Path, trust_pickle: bool) -> Source:
 
 
 def _steps(folder: Path, optimizer: Pickled, trust_pickle: bool) -> int:
-    """Those that the moments have seen: of stages 1 and 2 a file a parameter says it, of stage 3 the optimizer's state."""
+    """Return the steps that the moments have seen: stages 1 and 2 have a file per parameter, stage 3 the optimizer's state."""
     for path in sorted((folder / "zero").glob("*/step.pt")):
         file = read_pickled(path, trust_pickle)
         return int(file.number(file.value))
-    return steps_taken(optimizer, optimizer.value.get("optimizer_state_dict", {}))
+    return optimizer_steps(optimizer, optimizer.value.get("optimizer_state_dict", {}))

@@ -1,4 +1,4 @@
-"""Weights alone: published ``.pth`` files and safetensors, in one file or several; published names become ours."""
+"""Weights alone: published ``.pth`` files and safetensors, in one file or several. Published names are mapped to ours."""
 
 import json
 from pathlib import Path
@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xar_scale.checkpoint.chunks import DTYPES, Chunk, ChunkReader, full_spans, read_header
 from xar_scale.checkpoint.files import SUFFIX
 from xar_scale.checkpoint.interop.official import our_names
 from xar_scale.checkpoint.interop.pickled import is_pickled, read_pickled
 from xar_scale.checkpoint.interop.source import InMemory, Source
-from xar_scale.checkpoint.pieces import DTYPES, Piece, Pieces, read_header, whole
 from xar_scale.errors import DataError
 
 INDEX, PTH = f"model{SUFFIX}.index.json", "model.pth"
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Of a file, or of a folder of weights; none where it is not one."""
+    """Return the files of ``path``, a weights file or a folder of them; none if it is neither."""
     if path.is_file():
         return [path] if path.suffix == SUFFIX or is_pickled(path) else []
     if (path / INDEX).is_file():
@@ -34,17 +34,17 @@ def open_weights(path: Path, trust_pickle: bool) -> Source:
     files = weight_files(path)
     if is_pickled(files[0]):
         return _open_pth(path, files[0], trust_pickle)
-    pieces: dict[str, Piece] = {}
+    chunks: dict[str, Chunk] = {}
     shapes: dict[str, torch.Size] = {}
     for file in files:
-        for name, (piece, shape) in _safetensors(file).items():
-            if name in pieces:
-                raise DataError(f"{file} has {name}, and so has {pieces[name].path}")
-            pieces[name], shapes[name] = piece, shape
+        for name, (chunk, shape) in _safetensors(file).items():
+            if name in chunks:
+                raise DataError(f"{file} and {chunks[name].path} both hold {name}")
+            chunks[name], shapes[name] = chunk, shape
     _check_index(path, set(shapes))
     ours = our_names(shapes)
     shapes = {f"model/{ours[name]}": shape for name, shape in shapes.items() if name in ours}
-    reader = Pieces({f"model/{ours[name]}": [piece] for name, piece in pieces.items() if name in ours}, whole(shapes))
+    reader = ChunkReader({f"model/{ours[name]}": [chunk] for name, chunk in chunks.items() if name in ours}, full_spans(shapes))
     return Source(path, f"safetensors, {len(files)} files", shapes, reader, reader.files)
 
 
@@ -53,15 +53,15 @@ def _open_pth(path: Path, file: Path, trust_pickle: bool) -> Source:
     tensors = named_states(file, read.value)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
     if read.whole:
-        return Source(path, ".pth of torch.save's old format, which is read whole", shapes, InMemory(tensors), [file])
-    reader = Pieces({key: [read.piece(tensor)] for key, tensor in tensors.items()}, whole(shapes))
+        return Source(path, ".pth in torch.save's old format, read whole", shapes, InMemory(tensors), [file])
+    reader = ChunkReader({key: [read.chunk(tensor)] for key, tensor in tensors.items()}, full_spans(shapes))
     return Source(path, ".pth", shapes, reader, [file])
 
 
 def named_states(path: Path, value: Any) -> dict[str, Tensor]:
-    """What a state dict holds, or a dict of two, ``model`` and ``model_ema``: tensors by ``KIND/NAME``, under our names.
+    """Return the tensors of a state dict, or of a dict of two (``model``, ``model_ema``), by ``KIND/NAME`` under our names.
 
-    Raises DataError, naming ``path``, where it holds none.
+    Raises DataError, naming ``path``, if there are none.
     """
     value = value if isinstance(value, dict) else {}
     states = {"model": value["model"], "ema": value.get("model_ema")} if "model" in value else {"model": value}
@@ -75,12 +75,12 @@ def named_states(path: Path, value: Any) -> dict[str, Tensor]:
         raise DataError(f"{path} holds no weights")
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
-            raise DataError(f"{path}: {key} is {tensor.dtype}; float32, bfloat16 and float16 are read")
+            raise DataError(f"{path}: {key} is {tensor.dtype}; only float32, bfloat16 and float16 are supported")
     return tensors
 
 
-def _safetensors(path: Path) -> dict[str, tuple[Piece, torch.Size]]:
-    """Where each tensor of numbers that are not whole lies."""
+def _safetensors(path: Path) -> dict[str, tuple[Chunk, torch.Size]]:
+    """Return the location and shape of each floating-point tensor."""
     if not path.is_file():
         raise DataError(f"{path} is missing")
     try:
@@ -92,9 +92,9 @@ def _safetensors(path: Path) -> dict[str, tuple[Piece, torch.Size]]:
             if dtype := DTYPES.get(entry["dtype"]):
                 if end - begin != shape.numel() * dtype.itemsize:
                     raise ValueError
-                found[name] = Piece(0, shape.numel(), path, offset + begin, dtype), shape
+                found[name] = Chunk(0, shape.numel(), path, offset + begin, dtype), shape
             elif entry["dtype"].startswith("F"):
-                raise DataError(f"{path}: {name} is {entry['dtype']}; {', '.join(DTYPES)} are read")
+                raise DataError(f"{path}: {name} is {entry['dtype']}; only {', '.join(DTYPES)} are supported")
         return found
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path} is torn, or not a safetensors file") from None

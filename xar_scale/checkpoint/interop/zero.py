@@ -1,4 +1,4 @@
-"""DeepSpeed's own checkpoints, ZeRO-1, 2 and 3, of any number of ranks; the layout is that of 0.19.8."""
+"""DeepSpeed's own checkpoints: ZeRO-1, 2 and 3, from any number of ranks, in the layout of 0.19.8."""
 
 import re
 from collections import defaultdict
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from xar_scale.checkpoint.chunks import Chunk, ChunkReader, full_spans
 from xar_scale.checkpoint.interop.pickled import Pickled, read_pickled
 from xar_scale.checkpoint.interop.source import Source
-from xar_scale.checkpoint.pieces import Piece, Pieces, whole
 from xar_scale.errors import DataError
 
 OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
@@ -22,7 +22,7 @@ def is_zero(folder: Path) -> bool:
 
 
 def open_zero(folder: Path, trust_pickle: bool) -> Source:
-    """Raises DataError naming what is missing, or what xAR has no use for."""
+    """Raises DataError naming what is missing, or what xAR does not use."""
     ranks = [read_pickled(path, trust_pickle) for path in _rank_files(folder)]
     common = read_common(folder, trust_pickle)
     try:
@@ -33,7 +33,7 @@ def open_zero(folder: Path, trust_pickle: bool) -> Source:
 
 
 def read_common(folder: Path, trust_pickle: bool) -> dict[str, Any]:
-    """What rank 0 saved of the model. Raises DataError where there is no such file."""
+    """Return what rank 0 saved of the model. Raises DataError if there is no such file."""
     for name in MODEL:
         if (folder / name).is_file():
             common = read_pickled(folder / name, trust_pickle).value
@@ -44,12 +44,12 @@ def read_common(folder: Path, trust_pickle: bool) -> dict[str, Any]:
 
 
 def _rank_files(folder: Path) -> list[Path]:
-    """One a rank, in their order."""
+    """The file of each rank, in rank order."""
     found = {}
     for path in folder.iterdir():
         if match := OPTIMIZER.fullmatch(path.name):
             if int(match[2]):
-                raise DataError(f"{path}: model-parallel checkpoints are not read")
+                raise DataError(f"{path}: model-parallel checkpoints are not supported")
             found[int(match[1])] = path
     if missing := set(range(max(found) + 1)) - set(found):
         raise DataError(f"{folder} lacks zero_pp_rank_{min(missing)}_mp_rank_00_optim_states.pt")
@@ -58,21 +58,23 @@ def _rank_files(folder: Path) -> list[Path]:
 
 def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
     states = [rank.value["optimizer_state_dict"] for rank in ranks]
-    stage = int(states[0].get("zero_stage", 1))  # the optimizer of bf16 does not say it, and is of stage 1
+    stage = int(states[0].get("zero_stage", 1))  # the bf16 optimizer does not record it, and is stage 1
     inner = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
-    taken = steps_taken(ranks[0], states[0][inner])
+    updates = optimizer_steps(ranks[0], states[0][inner])
     for rank, state in zip(ranks, states, strict=True):
         count = state["partition_count"]
         if (world := max(count) if isinstance(count, list) else count) != len(ranks):
-            raise DataError(f"{rank.path} was written by one of {world} ranks, beside it are files of {len(ranks)}")
-        if (steps := steps_taken(rank, state[inner])) != taken:
-            raise DataError(f"{rank.path} is of {steps} steps, {ranks[0].path.name} of {taken}: they are not of one checkpoint")
+            raise DataError(f"{rank.path} was written by one of {world} ranks, but there are files of {len(ranks)}")
+        if (steps := optimizer_steps(rank, state[inner])) != updates:
+            raise DataError(
+                f"{rank.path} is at step {steps}, {ranks[0].path.name} at {updates}: they belong to different checkpoints"
+            )
     for key in ("frozen_param_shapes", "shared_params"):
         if common.get(key):
-            raise DataError(f"{folder}: {key} are not read; xAR has none")
+            raise DataError(f"{folder}: {key} are not supported; xAR has none")
     fragments = _stage3(ranks, common["param_shapes"]) if stage == 3 else _stage12(ranks)
     parameters = {name: torch.Size(shape) for group in common["param_shapes"] for name, shape in group.items()}
-    pieces: dict[str, list[Piece]] = defaultdict(list)
+    chunks: dict[str, list[Chunk]] = defaultdict(list)
     for rank, group, name, start, first, length in fragments:
         state = rank.value["optimizer_state_dict"]
         flat = state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"][group]
@@ -80,11 +82,11 @@ def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
         moments = state[inner]["state"].get(group, {})  # none before the first step
         tensors |= {kind: moments[kind] for kind in ("exp_avg", "exp_avg_sq") if kind in moments}
         for kind, tensor in tensors.items():
-            pieces[f"{kind}/{name}"].append(rank.piece(tensor, start, first, length))
-    shapes = {f"{kind}/{name}": shape for kind in _kinds(pieces) for name, shape in parameters.items()}
-    if lacking := set(shapes) - set(pieces):
+            chunks[f"{kind}/{name}"].append(rank.chunk(tensor, start, first, length))
+    shapes = {f"{kind}/{name}": shape for kind in _kinds(chunks) for name, shape in parameters.items()}
+    if lacking := set(shapes) - set(chunks):
         raise DataError(f"{folder} lacks {len(lacking)} tensors, first {min(lacking)}")
-    reader = Pieces(pieces, whole(shapes))
+    reader = ChunkReader(chunks, full_spans(shapes))
     return Source(
         folder,
         f"DeepSpeed ZeRO-{stage}, {len(ranks)} ranks",
@@ -92,39 +94,39 @@ def _open(folder: Path, ranks: list[Pickled], common: dict[str, Any]) -> Source:
         reader,
         reader.files,
         step=int(common["global_steps"]),
-        taken=taken,
+        updates=updates,
         groups=settings(states[0][inner]["param_groups"]),
     )
 
 
-def steps_taken(file: Pickled, optimizer: dict[str, Any]) -> int:
-    """Those that an optimizer's moments have seen: it counts them a tensor, or a group."""
+def optimizer_steps(file: Pickled, optimizer: dict[str, Any]) -> int:
+    """Return the steps that an optimizer's moments have seen; it counts them per tensor or per group."""
     entries = [*optimizer.get("state", {}).values(), *optimizer.get("param_groups", [])]
     return int(max((file.number(entry["step"]) for entry in entries if "step" in entry), default=0))
 
 
 def settings(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the optimizer's parameter groups, without the parameters."""
+    """Return the settings of the optimizer's parameter groups, without the parameters."""
     return [{key: value for key, value in group.items() if key != "params"} for group in groups]
 
 
-def _kinds(pieces: dict[str, list[Piece]]) -> list[str]:
-    return list(dict.fromkeys(key.partition("/")[0] for key in pieces))
+def _kinds(chunks: dict[str, list[Chunk]]) -> list[str]:
+    return list(dict.fromkeys(key.partition("/")[0] for key in chunks))
 
 
 class _Fragment(NamedTuple):
-    """What a rank has of a parameter."""
+    """A rank's part of a parameter."""
 
     file: Pickled
     group: int
     name: str
     start: int  # in the parameter
-    first: int  # in the rank's part of the group
+    first: int  # in the rank's partition of the group
     length: int
 
 
 def _stage12(ranks: list[Pickled]) -> Iterator[_Fragment]:
-    """The parameters of a group lie end to end, cut into equal stretches; each rank says what of each is in its own."""
+    """A group's parameters are concatenated and split into equal partitions; each rank records which part of each it has."""
     seen: dict[str, int] = defaultdict(int)
     for rank in ranks:
         for group, addresses in enumerate(rank.value["optimizer_state_dict"]["param_slice_mappings"]):
@@ -134,7 +136,7 @@ def _stage12(ranks: list[Pickled]) -> Iterator[_Fragment]:
 
 
 def _stage3(ranks: list[Pickled], groups: list[dict[str, Any]]) -> Iterator[_Fragment]:
-    """Every parameter is cut into equal chunks, the last padded; a rank's chunks of a sub-group lie end to end."""
+    """Every parameter is split into equal chunks, the last padded; a rank's chunks of a sub-group are concatenated."""
     for at, rank in enumerate(ranks):
         for group, shapes in enumerate(groups):
             first = 0

@@ -1,4 +1,4 @@
-"""From any format into another, in blocks: planned to the byte beforehand, written so that it can be gone on with."""
+"""Convert between formats, block by block: planned to the byte beforehand, and resumable."""
 
 from xar_scale.checkpoint.reshard.targets import TARGETS, plan
 from xar_scale.checkpoint.reshard.writer import verifiable, verify, write

@@ -1,4 +1,4 @@
-"""What a file will hold, known to the byte before anything is read."""
+"""What an output file will hold, known to the byte before anything is read."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from xar_scale.checkpoint.files import FLOAT32, Fingerprint
 
 
-class Cut(NamedTuple):
+class Slice(NamedTuple):
     """Elements [start, stop) of a vector, in float32."""
 
     key: str
@@ -21,7 +21,7 @@ class Cut(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """Bytes that depend on no value."""
+    """Bytes that do not depend on values."""
 
     content: bytes
 
@@ -30,18 +30,18 @@ class Fixed(NamedTuple):
         return len(self.content)
 
 
-class Late(NamedTuple):
-    """Bytes that follow from the CRC-32 of each cut before them in the file."""
+class Deferred(NamedTuple):
+    """Bytes computed from the CRC-32 of each slice before them in the file."""
 
     size: int
     make: Callable[[Sequence[int]], bytes]
 
 
-Part = Cut | Fixed | Late
+Part = Slice | Fixed | Deferred
 
 
 class Output(NamedTuple):
-    """A file, by its name in the folder that is written."""
+    """An output file, by its name in the destination folder."""
 
     name: str
     parts: Sequence[Part]
@@ -51,17 +51,17 @@ class Output(NamedTuple):
         return sum(part.size for part in self.parts)
 
     def layout(self) -> str:
-        """The same of two outputs that are to be the same."""
+        """Return a digest, equal for outputs that will be equal."""
         digest = hashlib.sha256(self.name.encode())
         for part in self.parts:
-            known = part.size if isinstance(part, Late) else part
+            known = part.size if isinstance(part, Deferred) else part
             digest.update(repr(known).encode())
         return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A folder of files, and what is written last, from their fingerprints: name and content."""
+    """A folder of files, and a last file (name, content) that is made from their fingerprints."""
 
     outputs: Sequence[Output]
     last: Callable[[Mapping[str, Fingerprint]], tuple[str, bytes]]

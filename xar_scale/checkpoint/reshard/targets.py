@@ -1,4 +1,4 @@
-"""What each format is made of: which files, and what lies where in them."""
+"""The layout of each output format: which files, and what lies where in them."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -10,23 +10,23 @@ from xar_scale.checkpoint.files import FLOAT32, SUFFIX, Fingerprint, file_name, 
 from xar_scale.checkpoint.interop.official import their_names, their_shape
 from xar_scale.checkpoint.interop.open import SUMS
 from xar_scale.checkpoint.interop.source import Source
-from xar_scale.checkpoint.interop.universal import OPTIMIZER, PLACES
+from xar_scale.checkpoint.interop.universal import LAYOUT, OPTIMIZER
 from xar_scale.checkpoint.interop.weights import INDEX, PTH
 from xar_scale.checkpoint.interop.zero import MODEL
 from xar_scale.checkpoint.manifest import MANIFEST, Manifest, bare_manifest
-from xar_scale.checkpoint.reshard.parts import Cut, Fixed, Output, Plan
-from xar_scale.checkpoint.reshard.torchzip import Whole, saved, saved_small
+from xar_scale.checkpoint.reshard.parts import Fixed, Output, Plan, Slice
+from xar_scale.checkpoint.reshard.torchzip import Placeholder, small_torch_file, torch_file
 from xar_scale.errors import DataError, UsageError
 from xar_scale.guard import GuardState
 
-DEEPSPEED = "0.19.8"  # whose layout the universal format is
-SAFETENSORS_BYTES = 5 * 10**9  # of a file, as Hugging Face cuts them
+DEEPSPEED = "0.19.8"  # the version whose universal layout is written
+SAFETENSORS_BYTES = 5 * 10**9  # per file, as Hugging Face splits them
 
 
 def plan(source: Source, target: str, weights: str | None = None, files: int = 8) -> Plan:
-    """``target``: of TARGETS. ``weights``: model or ema, for safetensors and pth. ``files``: how many, for xar-scale.
+    """Plan a conversion. ``target``: of TARGETS. ``weights``: model or ema, for safetensors and pth. ``files``: for xar-scale.
 
-    Raises UsageError where the source lacks what the target needs.
+    Raises UsageError if the source lacks what the target needs.
     """
     if weights is not None:
         _need(source, target, weights)
@@ -39,17 +39,17 @@ def _need(source: Source, target: str, *kinds: str) -> None:
 
 
 def _xar_scale(source: Source, _: str | None, files: int) -> Plan:
-    """Every vector is cut into equal ranges, so that as many ranks read a file each, and nearly nothing of others."""
+    """Split every vector into equal ranges, so that each of as many ranks reads one file and almost nothing of others."""
     names = source.names("model")
     for kind in source.kinds:
         if lacking := set(names) ^ set(source.names(kind)):
-            raise DataError(f"{source.path}: {min(lacking)} is not both in model and in {kind}")
+            raise DataError(f"{source.path}: {min(lacking)} is not in both model and {kind}")
     outputs = []
     for number in range(files):
-        cuts = [Cut(key, *(n * at // files for at in (number, number + 1))) for key, n in _sizes(source).items()]
-        cuts = [cut for cut in cuts if cut.size]
-        header = header_of({cut.key: (cut.start, cut.stop) for cut in cuts})
-        outputs.append(Output(file_name(number), [Fixed(header), *cuts]))
+        slices = [Slice(key, *(n * at // files for at in (number, number + 1))) for key, n in _sizes(source).items()]
+        slices = [part for part in slices if part.size]
+        header = header_of({part.key: (part.start, part.stop) for part in slices})
+        outputs.append(Output(file_name(number), [Fixed(header), *slices]))
 
     def last(written: Mapping[str, Fingerprint]) -> tuple[str, bytes]:
         values = vars(source.manifest or _manifest(source, files))
@@ -63,30 +63,30 @@ def _sizes(source: Source) -> dict[str, int]:
 
 
 def _manifest(source: Source, files: int) -> Manifest:
-    step, taken = source.step or 0, source.taken or 0
+    step, updates = source.step or 0, source.updates or 0
     shapes = {name: list(shape) for name, shape in source.names("model").items()}
-    return bare_manifest(step=step, guard=GuardState(skipped=step - taken), world=files, shapes=shapes, kinds=source.kinds)
+    return bare_manifest(step=step, guard=GuardState(skipped=step - updates), world=files, shapes=shapes, kinds=source.kinds)
 
 
 def _safetensors(source: Source, weights: str | None, _: int) -> Plan:
     """Files of whole tensors and their index, as Hugging Face's libraries read them."""
     kind = weights or ("ema" if "ema" in source.kinds else "model")
     groups: list[dict[str, torch.Size]] = [{}]
-    room = SAFETENSORS_BYTES
+    space = SAFETENSORS_BYTES
     for name, shape in source.names(kind).items():
         size = FLOAT32 * shape.numel()
-        if size > room and groups[-1]:
+        if size > space and groups[-1]:
             groups.append({})
-            room = SAFETENSORS_BYTES
+            space = SAFETENSORS_BYTES
         groups[-1][name] = shape
-        room -= size
-    outputs, places = [], dict[str, str]()
+        space -= size
+    outputs, files = [], dict[str, str]()
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05d}-of-{len(groups):05d}{SUFFIX}"
-        places |= dict.fromkeys(group, file)
-        cuts = [Cut(f"{kind}/{name}", 0, shape.numel()) for name, shape in group.items()]
-        outputs.append(Output(file, [Fixed(_safetensors_header(group)), *cuts]))
-    index = {"metadata": {"total_size": sum(cut.size for output in outputs for cut in output.parts[1:])}, "weight_map": places}
+        files |= dict.fromkeys(group, file)
+        slices = [Slice(f"{kind}/{name}", 0, shape.numel()) for name, shape in group.items()]
+        outputs.append(Output(file, [Fixed(_safetensors_header(group)), *slices]))
+    index = {"metadata": {"total_size": sum(part.size for output in outputs for part in output.parts[1:])}, "weight_map": files}
     outputs.append(Output(INDEX, [Fixed(json.dumps(index, indent=2).encode())]))
     return Plan(outputs, _sums)
 
@@ -104,56 +104,58 @@ def _safetensors_header(tensors: Mapping[str, torch.Size]) -> bytes:
 
 
 def _pth(source: Source, weights: str | None, _: int) -> Plan:
-    """As published: both sets of weights by name, or, where one is asked for, that alone.
+    """The published layout: both sets of weights by name, or only the one asked for.
 
     The constants among the published entries (mask, rope.freqs*) are not written: the published network makes its own.
     """
     kinds = {"model": "model", "model_ema": "ema"}
     states = {key: _published(source, kind) for key, kind in kinds.items() if kind in source.kinds}
-    return Plan([saved(PTH, states if weights is None else _published(source, weights))], _sums)
+    return Plan([torch_file(PTH, states if weights is None else _published(source, weights))], _sums)
 
 
-def _published(source: Source, kind: str) -> dict[str, Whole]:
+def _published(source: Source, kind: str) -> dict[str, Placeholder]:
     """A state dict, in the order of the published ones."""
     shapes = source.names(kind)
-    return {theirs: Whole(f"{kind}/{ours}", their_shape(ours, shapes[ours])) for ours, theirs in their_names(shapes).items()}
+    return {
+        theirs: Placeholder(f"{kind}/{ours}", their_shape(ours, shapes[ours])) for ours, theirs in their_names(shapes).items()
+    }
 
 
 def _universal(source: Source, weights: str | None, files: int) -> Plan:
-    """A folder that ``engine.load_checkpoint`` of DeepSpeed takes, in every ZeRO stage, at any number of ranks."""
+    """A folder that DeepSpeed's ``engine.load_checkpoint`` loads, in every ZeRO stage, on any number of ranks."""
     _need(source, "universal", "model", "exp_avg", "exp_avg_sq")
     if unfit := [name for name in source.names("model") if "/" in name or name.startswith(".")]:
-        raise DataError(f"{source.path}: parameter {unfit[0]!r} cannot name a folder")
-    step, taken = source.step or 0, source.taken or 0
+        raise DataError(f"{source.path}: parameter {unfit[0]!r} is not a valid folder name")
+    step, updates = source.step or 0, source.updates or 0
     tag, names = f"global_step{step}", source.names("model")
     outputs = []
     for kind in source.kinds:
-        place, file = PLACES[kind]
+        parent, file = LAYOUT[kind]
         for name, shape in source.names(kind).items():
-            value = {"cat_dim": 0, "param": Whole(f"{kind}/{name}", shape)}
-            outputs.append(saved(f"{tag}/{place}/{name}/{file}", value))
-    outputs += [saved_small(f"{tag}/zero/{name}/step.pt", torch.tensor(float(taken))) for name in names]
-    outputs.append(saved_small(f"{tag}/{OPTIMIZER}", _optimizer_state(source, taken, len(names))))
+            value = {"cat_dim": 0, "param": Placeholder(f"{kind}/{name}", shape)}
+            outputs.append(torch_file(f"{tag}/{parent}/{name}/{file}", value))
+    outputs += [small_torch_file(f"{tag}/zero/{name}/step.pt", torch.tensor(float(updates))) for name in names]
+    outputs.append(small_torch_file(f"{tag}/{OPTIMIZER}", _optimizer_state(source, updates, len(names))))
     common: dict[str, Any] = {
-        "module": {},  # weights are those of zero/
+        "module": {},  # the weights are in zero/
         "param_shapes": [names],
         "lr_scheduler": None,
         "global_steps": step,
-        "skipped_steps": step - taken,
+        "skipped_steps": step - updates,
         "dp_world_size": 1,
         "mp_world_size": 1,
         "ds_config": {},
         "ds_version": DEEPSPEED,
     }
-    outputs += [saved_small(f"{tag}/{name}", common) for name in MODEL]  # of stages 1 and 2, and of 3
+    outputs += [small_torch_file(f"{tag}/{name}", common) for name in MODEL]  # for stages 1 and 2, and for 3
     outputs.append(Output("latest_universal", [Fixed(tag.encode())]))
     return Plan(outputs, _sums)
 
 
-def _optimizer_state(source: Source, taken: int, parameters: int) -> dict[str, Any]:
-    """For all stages. 0.19.8 gives every group of ZeRO-3 the first one's settings: there, only those that all groups share.
+def _optimizer_state(source: Source, updates: int, parameters: int) -> dict[str, Any]:
+    """For all stages. Under ZeRO-3, 0.19.8 gives every group the first one's settings: list only those that all groups share.
 
-    In stages 1 and 2 it loads as many groups as are listed here: where they are not known, as many as there can be.
+    In stages 1 and 2 it loads as many groups as are listed: if they are not known, list as many as there can be.
     """
     groups = source.groups or [{}] * parameters
     shared = {key: value for key, value in groups[0].items() if all(key in group and group[key] == value for group in groups)}
@@ -161,14 +163,14 @@ def _optimizer_state(source: Source, taken: int, parameters: int) -> dict[str, A
         "ds_version": DEEPSPEED,
         "param_groups": [{**group, "params": []} for group in groups],
         "optimizer_state_dict": {
-            "state": {0: {"step": torch.tensor(float(taken))}},
+            "state": {0: {"step": torch.tensor(float(updates))}},
             "param_groups": [{**shared, "params": []}],
         },
     }
 
 
 def _sums(written: Mapping[str, Fingerprint]) -> tuple[str, bytes]:
-    """As ``sha256sum -c`` reads it."""
+    """The format that ``sha256sum -c`` reads."""
     return SUMS, "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(written.items())).encode()
 
 

@@ -1,4 +1,4 @@
-"""Writes a plan into a hidden folder, block by block, and renames it at the end; what was cut short is gone on with."""
+"""Write a plan into a hidden folder, block by block, and rename it at the end. An interrupted run can be resumed."""
 
 import fcntl
 import hashlib
@@ -16,52 +16,52 @@ import torch
 from xar_scale.checkpoint.files import BLOCK, FLOAT32, Fingerprint, fingerprint
 from xar_scale.checkpoint.interop.pickled import is_pickled
 from xar_scale.checkpoint.interop.source import Source
-from xar_scale.checkpoint.reshard.parts import Cut, Fixed, Output, Plan
+from xar_scale.checkpoint.reshard.parts import Fixed, Output, Plan, Slice
 from xar_scale.errors import DataError, FileError, UsageError
-from xar_scale.files import naming, sync_folder, write_atomically
+from xar_scale.files import path_in_errors, sync_folder, write_atomically
 
-SYNC = 1 << 28  # bytes between two moments to which an interrupted run comes back
+SYNC = 1 << 28  # bytes between two points from which an interrupted run can resume
 JOURNAL = "journal"
 
 Progress = Callable[[int], None]  # bytes done
 
 
 def verifiable(source: Source) -> list[Path]:
-    """Files of which a checksum is known: a SHA-256 beside them, or the CRC-32 that torch.save's archives have inside."""
+    """Return the files with a known checksum: a SHA-256 next to them, or the CRC-32 inside torch.save's archives."""
     return [path for path in source.files if path in source.checksums or (is_pickled(path) and zipfile.is_zipfile(path))]
 
 
 def verify(source: Source, progress: Progress) -> None:
-    """Read them. Raises DataError naming the first that differs."""
+    """Read the verifiable files. Raises DataError naming the first that differs."""
     for path in verifiable(source):
         if path in source.checksums:
             if fingerprint(path, progress).sha256 != source.checksums[path]:
-                raise DataError(f"{path} is not as it was written (its SHA-256 differs)")
+                raise DataError(f"{path} is corrupt (its SHA-256 differs)")
         else:
             _verify_zip(path)
             progress(path.stat().st_size)
 
 
 def _verify_zip(path: Path) -> None:
-    """By the CRC-32 of each entry."""
+    """Check the CRC-32 of each entry."""
     try:
         bad = zipfile.ZipFile(path).testzip()
     except (zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{path} is torn: {error}") from None
     if bad is not None:
-        raise DataError(f"{path}: {bad} is not as it was written (its CRC-32 differs)")
+        raise DataError(f"{path}: {bad} is corrupt (its CRC-32 differs)")
 
 
 def write(source: Source, plan: Plan, destination: Path, verifying: Progress, writing: Progress) -> None:
-    """Make ``destination``, which is not there, or go on with making it. Raises FileError where the disk is full."""
+    """Make ``destination``, which must not exist, or resume making it. Raises FileError if the disk is full."""
     with _Work(destination, _digest(source, plan)) as work:
         if not work.verified:
             verify(source, verifying)
             work.record({"verified": True})
         left = sum(output.size for output in plan.outputs if output.name not in work.finished)
-        free = shutil.disk_usage(work.files).free + work.begun[1]
+        free = shutil.disk_usage(work.files).free + work.partial[1]
         if left > free:
-            raise FileError(f"{destination} needs {left:,} more bytes, the disk has {free:,}: go on when there is room")
+            raise FileError(f"{destination} needs {left:,} more bytes, the disk has {free:,}: free some space and start again")
         for output in plan.outputs:
             if output.name not in work.finished:
                 work.write(source, output, writing)
@@ -71,20 +71,20 @@ def write(source: Source, plan: Plan, destination: Path, verifying: Progress, wr
 
 
 def _digest(source: Source, plan: Plan) -> str:
-    """The same for a run that goes on with another: the same files, unchanged, into the same files."""
+    """Return a digest, equal if a run may resume another: the same unchanged source files, the same output files."""
     stats = {str(path.resolve()): (path.stat().st_size, path.stat().st_mtime_ns) for path in source.files}
     return hashlib.sha256(json.dumps([stats, [output.layout() for output in plan.outputs]]).encode()).hexdigest()
 
 
 class _Work:
-    """The hidden folder beside the destination: files, and a journal of what of them is safely on the disk."""
+    """The hidden folder next to the destination: the files, and a journal of which of them are safely on disk."""
 
     def __init__(self, destination: Path, digest: str) -> None:
         self.destination = destination
         self.folder = destination.with_name(f".{destination.name}.partial")
         self.files = self.folder / "files"
         self.finished: dict[str, Fingerprint] = {}
-        self.begun = ("", 0)  # a file, and how many bytes of it
+        self.partial = ("", 0)  # an unfinished file, and how many of its bytes are on disk
         self.verified = False
         self._unsynced: list[Output] = []
         self._bytes_unsynced = 0
@@ -106,15 +106,15 @@ class _Work:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with naming(self.folder / JOURNAL):  # what could not be written is attempted again
+        with path_in_errors(self.folder / JOURNAL):  # closing retries what could not be written
             self._journal.close()
 
     def _recall(self, digest: str) -> bool:
-        """What an interrupted run of the same has done."""
+        """Load the progress of an interrupted run with the same digest. False if there is none."""
         self._journal.seek(0)
         lines = self._journal.readlines()
-        if lines and not lines[-1].endswith("\n"):  # torn, and what is recorded next is a line of its own
-            self._journal.truncate(sum(map(len, lines[:-1])))  # of bytes too: JSON as it is written here is ASCII
+        if lines and not lines[-1].endswith("\n"):  # torn; the next record needs a line of its own
+            self._journal.truncate(sum(map(len, lines[:-1])))  # in bytes too: the JSON is ASCII
             lines.pop()
         try:
             entries = [json.loads(line) for line in lines]
@@ -129,11 +129,11 @@ class _Work:
             elif "sha256" in entry:
                 self.finished[name] = Fingerprint(entry["bytes"], entry["sha256"])
             else:
-                self.begun = (name, entry["bytes"])
+                self.partial = (name, entry["bytes"])
         for name in [name for name, entry in self.finished.items() if not self._has(name, entry.bytes)]:
             del self.finished[name]
-        if self.begun[0] in self.finished or not self._has(*self.begun, at_least=True):
-            self.begun = ("", 0)
+        if self.partial[0] in self.finished or not self._has(*self.partial, at_least=True):
+            self.partial = ("", 0)
         return True
 
     def _has(self, name: str, size: int, at_least: bool = False) -> bool:
@@ -142,22 +142,22 @@ class _Work:
         return found >= size if at_least else found == size
 
     def record(self, *entries: dict[str, object]) -> None:
-        with naming(self.folder / JOURNAL):
+        with path_in_errors(self.folder / JOURNAL):
             self._journal.write("".join(f"{json.dumps(entry)}\n" for entry in entries))
             self._journal.flush()
             os.fsync(self._journal.fileno())
 
     def write(self, source: Source, output: Output, progress: Progress) -> None:
-        """One file; of one that was begun, what is there is read and not made again."""
+        """Write one file. If it is unfinished, what is on disk is read instead of made again."""
         path = self.files / output.name
         path.parent.mkdir(parents=True, exist_ok=True)
-        done = self.begun[1] if self.begun[0] == output.name else 0
+        done = self.partial[1] if self.partial[0] == output.name else 0
         digest, sums, at = hashlib.sha256(), list[int](), 0
-        with naming(path), path.open("r+b" if done else "wb", buffering=0) as file:
+        with path_in_errors(path), path.open("r+b" if done else "wb", buffering=0) as file:
             for part in output.parts:
-                if isinstance(part, Cut):
+                if isinstance(part, Slice):
                     sums.append(0)
-                content = None if isinstance(part, Cut) else part.content if isinstance(part, Fixed) else part.make(sums)
+                content = None if isinstance(part, Slice) else part.content if isinstance(part, Fixed) else part.make(sums)
                 for begin in range(0, part.size, BLOCK):
                     view = self._view[: min(BLOCK, part.size - begin)]
                     if at + len(view) <= done:
@@ -178,7 +178,7 @@ class _Work:
         self._unsynced.append(output)
 
     def _wrote(self, file: BinaryIO, output: Output, done: int, size: int) -> None:
-        """Now and then, see to it that what is written stays."""
+        """Every ``SYNC`` bytes, flush what is written to disk and record it."""
         self._bytes_unsynced += size
         if self._bytes_unsynced >= SYNC:
             self._sync()
@@ -188,13 +188,13 @@ class _Work:
     def _sync(self) -> None:
         for output in self._unsynced:
             path = self.files / output.name
-            with naming(path), path.open("rb") as file:
+            with path_in_errors(path), path.open("rb") as file:
                 os.fsync(file.fileno())
         self.record(*({"file": output.name, **vars(self.finished[output.name])} for output in self._unsynced))
         self._unsynced, self._bytes_unsynced = [], 0
 
     def publish(self, name: str, content: bytes) -> None:
-        """One rename makes it visible."""
+        """Write the last file and publish all with one rename."""
         self._sync()
         write_atomically(self.files / name, content)
         for folder in sorted({path.parent for path in self.files.rglob("*")}):
@@ -212,5 +212,5 @@ def _read(file: BinaryIO, offset: int, view: memoryview) -> None:
 
 def _write(file: BinaryIO, offset: int, view: memoryview) -> None:
     file.seek(offset)
-    while view:  # a write may be cut short
+    while view:  # a write may be partial
         view = view[file.write(view) :]

@@ -1,4 +1,4 @@
-"""What a run begins with is refused or said: another job in its folder, weights that are not as they were written."""
+"""What is refused or reported when a run starts: another job in its folder, weights that are not as they were written."""
 
 import fcntl
 import os
@@ -16,10 +16,9 @@ import pytest
 from tests.processes import environment
 from tests.unit.foreign_checkpoints import reshard
 from tests.unit.tiny_run import CONFIG, Run
-from xar_scale import background, beginning
-from xar_scale.beginning import RunLock, first_weights
+from xar_scale import background, startup
 from xar_scale.checkpoint import store
-from xar_scale.checkpoint.load import check_continues
+from xar_scale.checkpoint.load import check_resumable
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, read_manifest
 from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.cli import main
@@ -28,7 +27,8 @@ from xar_scale.data.faults import BadSamples, Fault
 from xar_scale.errors import ConfigError, DataError, FileError, PreemptedError, StoppedError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.model.xar import meta_model
-from xar_scale.stopping import Stops
+from xar_scale.startup import RunLock, first_weights
+from xar_scale.stopping import StopRequests
 
 SMALL = ("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
 HOLDER = """
@@ -52,14 +52,14 @@ def holder(tmp_path):
 
 
 def test_two_jobs_do_not_train_in_one_folder(tmp_path, holder, monkeypatch, capsys):
-    monkeypatch.setattr(beginning.time, "sleep", lambda seconds: None)
-    refused = pytest.raises(FileError, match="another process still trains here; end it, or use another")
-    with RunLock(tmp_path, Stops(tmp_path)) as lock, refused:
+    monkeypatch.setattr(startup.time, "sleep", lambda seconds: None)
+    refused = pytest.raises(FileError, match="another process is still training here; stop it, or use another")
+    with RunLock(tmp_path, StopRequests(tmp_path)) as lock, refused:
         lock.take()
-    assert capsys.readouterr().out == f"{tmp_path}: another process trains here; waiting for it to end\n"
+    assert capsys.readouterr().out == f"{tmp_path}: another process is training here; waiting for it to exit\n"
 
 
-def test_one_that_is_ending_is_waited_for_and_the_lock_is_let_go_of(tmp_path, holder, monkeypatch):
+def test_a_job_that_is_exiting_is_waited_for_and_the_lock_is_released(tmp_path, holder, monkeypatch):
     pauses = []
 
     def pause(seconds):
@@ -68,16 +68,16 @@ def test_one_that_is_ending_is_waited_for_and_the_lock_is_let_go_of(tmp_path, ho
             holder.kill()
             holder.wait()
 
-    monkeypatch.setattr(beginning.time, "sleep", pause)
+    monkeypatch.setattr(startup.time, "sleep", pause)
     for _ in range(2):
-        with RunLock(tmp_path, Stops(tmp_path)) as lock:
+        with RunLock(tmp_path, StopRequests(tmp_path)) as lock:
             lock.take()
             assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
             lock.take()
     assert len(pauses) == 3
 
 
-def test_what_a_run_that_is_ending_still_writes_is_gone_on_from(tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_written_while_waiting_for_the_lock_is_resumed_from(tmp_path, monkeypatch, capsys):
     """The lock comes before the checkpoint is chosen."""
     cache_digits(tmp_path / "data", samples_per_shard=500)
     steps = [f"data.path={tmp_path / 'data'}", "train.checkpoint_every=2", "data.workers=0", "optim.warmup_steps=1", *SMALL]
@@ -86,7 +86,7 @@ def test_what_a_run_that_is_ending_still_writes_is_gone_on_from(tmp_path, monkey
     shutil.copytree(tmp_path / "run", tmp_path / "later")
     assert main([*words, "train.steps=4", "--run-dir", str(tmp_path / "later")]) == 0
 
-    def pause(seconds):  # until then, the other one writes
+    def pause(seconds):  # until then the other job writes
         shutil.copytree(tmp_path / "later" / "checkpoints", tmp_path / "run" / "checkpoints", dirs_exist_ok=True)
         holder.kill()
         holder.wait()
@@ -94,14 +94,14 @@ def test_what_a_run_that_is_ending_still_writes_is_gone_on_from(tmp_path, monkey
     command = [sys.executable, "-c", HOLDER, tmp_path / "run" / "lock"]
     with subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == "held\n"
-        monkeypatch.setattr(beginning.time, "sleep", pause)
+        monkeypatch.setattr(startup.time, "sleep", pause)
         assert main([*words, "train.steps=5"]) == 0
     assert "step-00000004 at step 4" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("damaged*")] == []
 
 
-def test_what_another_job_began_and_wrote_meanwhile_is_not_set_aside(train, tmp_path, capsys, monkeypatch):
-    """Both found no folder, and nothing to lock."""
+def test_checkpoints_that_another_job_wrote_meanwhile_are_not_set_aside(train, tmp_path, capsys, monkeypatch):
+    """Neither job found a folder, so there was nothing to lock."""
     assert main([*train, "--run-dir", str(tmp_path / "other")]) == 0
     take = RunLock.take
 
@@ -112,13 +112,13 @@ def test_what_another_job_began_and_wrote_meanwhile_is_not_set_aside(train, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(RunLock, "take", taken)
         assert main(train) == 74
-    assert "another job began it meanwhile, and wrote step-00000002; --resume auto goes on" in capsys.readouterr().err
+    assert "another job started this run and wrote step-00000002; --resume auto resumes" in capsys.readouterr().err
     assert main([*train, "train.steps=3"]) == 0
     assert "resumed from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [DataError("bad"), FileError("gone")])
-def test_what_is_being_written_when_data_end_the_run_is_not_lost(train, tmp_path, monkeypatch, error):
+def test_a_checkpoint_being_written_when_bad_data_end_the_run_is_not_lost(train, tmp_path, monkeypatch, error):
     write, writing, news = store.write_file, threading.Event(), BadSamples.news
 
     def slowly(*arguments):
@@ -135,8 +135,8 @@ def test_what_is_being_written_when_data_end_the_run_is_not_lost(train, tmp_path
     assert [path.name for path in checkpoint_paths(tmp_path / "run")] == ["step-00000002"]
 
 
-def test_a_terminal_that_goes_takes_no_run_with_it(train, tmp_path):
-    """Also what it says then is written to nobody."""
+def test_a_closed_terminal_stops_the_run_with_a_checkpoint(train, tmp_path):
+    """Output after that goes nowhere."""
     words = [sys.executable, "-m", "xar_scale", *train, "train.steps=100000", f"train.upload=file://{tmp_path}/copy"]
     pid, terminal = pty.fork()
     if pid == 0:
@@ -153,12 +153,12 @@ def test_a_terminal_that_goes_takes_no_run_with_it(train, tmp_path):
 
 @pytest.fixture
 def train(folder, tmp_path):
-    """Words that train two steps, in ``run``."""
+    """Arguments that train two steps, in ``run``."""
     steps = ["train.steps=2", "train.checkpoint_every=2", "data.workers=0", "optim.warmup_steps=1"]
     return ["train", "--recipe", "digits", "--run-dir", str(tmp_path / "run"), f"data.path={folder / 'data'}", *steps, *SMALL]
 
 
-def test_where_a_new_run_s_copies_cannot_be_is_known_before_it_begins(train, tmp_path, capsys, monkeypatch):
+def test_an_unwritable_mirror_is_refused_before_a_new_run_starts(train, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").touch()
     to = f"train.upload=file://{tmp_path / 'file'}/copy"
     assert main(train) == 0
@@ -167,22 +167,22 @@ def test_where_a_new_run_s_copies_cannot_be_is_known_before_it_begins(train, tmp
         assert f"file://{tmp_path / 'file'}/copy/checkpoints cannot be written: NotADirectory" in capsys.readouterr().err
         assert not (tmp_path / "new").exists()
     monkeypatch.setattr(background.time, "sleep", lambda seconds: None)
-    assert main([*train, to, "train.steps=3"]) == 74  # what is under way goes on
+    assert main([*train, to, "train.steps=3"]) == 74  # a run in progress continues
     assert newest_valid(tmp_path / "run").manifest.step == 3
 
 
-def test_another_run_s_copies_leave_nothing_in_a_run_s_folder(train, tmp_path, capsys):
+def test_a_mirror_of_another_run_leaves_nothing_in_the_run_folder(train, tmp_path, capsys):
     other, own = (f"train.upload=file://{tmp_path / name}" for name in ("other", "own"))
     assert main([*train, other]) == 0
     shutil.rmtree(tmp_path / "run")
     capsys.readouterr()
     assert main([*train, other, "model.width=32"]) == 78
-    said = f"{other.replace('=', ' ')}: model.width is 32, checkpoint step-00000002 was made with 16: it would not continue"
+    said = f"{other.replace('=', ' ')}: model.width is 32, checkpoint step-00000002 was made with 16: not an exact continuation"
     assert capsys.readouterr().err == f"xar-scale: {said}\n" and not (tmp_path / "run").exists()
     assert main([*train, own, "model.width=32"]) == 0
 
 
-def test_a_run_that_is_stopped_ends_as_that_though_it_cannot_be_copied(train, tmp_path, capsys, monkeypatch):
+def test_a_stopped_run_exits_as_stopped_even_if_its_upload_fails(train, tmp_path, capsys, monkeypatch):
     def upload(*_):
         raise FileError("refused")
 
@@ -191,10 +191,10 @@ def test_a_run_that_is_stopped_ends_as_that_though_it_cannot_be_copied(train, tm
     to = f"train.upload=file://{tmp_path / 'copy'}"
     assert main([*train, to, "--stop-after", "0s"]) == 76
     assert "given up after 6 attempts: refused" in capsys.readouterr().out
-    assert main([*train, to]) == 74  # it has come to its end, and nothing would make that copy
+    assert main([*train, to]) == 74  # the run is complete, and no later run would upload that checkpoint
 
 
-def test_a_new_run_goes_on_from_the_newest_valid_checkpoint_of_another(train, tmp_path, capsys):
+def test_a_new_run_resumes_from_the_newest_valid_checkpoint_of_another(train, tmp_path, capsys):
     more = ["train.checkpoint_every=1", "train.steps=3"]
     assert main([*train, *more]) == 0
     next((tmp_path / "run" / "checkpoints" / "step-00000003").glob("*.safetensors")).write_bytes(b"")
@@ -207,27 +207,29 @@ def test_a_new_run_goes_on_from_the_newest_valid_checkpoint_of_another(train, tm
 
 
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGTERM, StoppedError), (signal.SIGUSR2, PreemptedError)])
-def test_whoever_waits_for_the_lock_and_is_asked_to_stop_does(tmp_path, holder, number, kind):
+def test_a_stop_request_ends_the_wait_for_the_lock(tmp_path, holder, number, kind):
     (tmp_path / "lock").write_text("process 7 on node3")
-    stops = Stops(tmp_path)
-    refused = pytest.raises(kind, match="stopped while process 7 on node3 trains in .*: nothing is begun")
+    stops = StopRequests(tmp_path)
+    refused = pytest.raises(kind, match="stopped while waiting for process 7 on node3 to release .*: nothing was started")
     with stops.listening(), RunLock(tmp_path, stops) as lock, refused:
         os.kill(os.getpid(), number)
         lock.take()
 
 
-def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch, capsys):
     def unsupported(*_):
         raise OSError(95, os.strerror(95))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    with RunLock(tmp_path, Stops(tmp_path)) as lock:
+    with RunLock(tmp_path, StopRequests(tmp_path)) as lock:
         lock.take()
-    assert "cannot be locked, so that another job in it would go unnoticed: Operation not supported" in capsys.readouterr().out
+    assert (
+        "cannot be locked, so another job training in it would go unnoticed: Operation not supported" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("target", ["pth", "safetensors", "universal"])
-def test_weights_that_are_not_as_they_were_written_are_not_begun_with(tmp_path, target):
+def test_initial_weights_that_have_changed_since_they_were_written_are_refused(tmp_path, target):
     Run(tmp_path / "run").save()
     assert reshard(tmp_path / "run", tmp_path / "made", "--to", target) == 0
     config = CONFIG.from_dict(override(CONFIG.to_dict(), [f"train.init_from={tmp_path / 'made'}"]))
@@ -237,15 +239,15 @@ def test_weights_that_are_not_as_they_were_written_are_not_begun_with(tmp_path, 
     content = bytearray(spoilt.read_bytes())
     content[len(content) // 2] ^= 1
     spoilt.write_bytes(content)
-    refused = pytest.raises(DataError, match=f"{spoilt.name} is not as it was written")
+    refused = pytest.raises(DataError, match=f"{spoilt.name} is corrupt")
     with refused, first_weights(meta_model(config.model), config, None):
         pass
 
 
-def test_a_checkpoint_of_another_format_is_begun_from_and_not_resumed(tmp_path):
+def test_a_checkpoint_converted_from_another_format_can_initialise_but_not_resume(tmp_path):
     run = Run(tmp_path / "run")
     run.save()
     assert reshard(tmp_path / "run", tmp_path / "universal", "--to", "universal") == 0
     assert reshard(tmp_path / "universal", tmp_path / "made", "--to", "xar-scale") == 0
-    with pytest.raises(ConfigError, match="made of another format and knows no run: begin one, with --init-from"):
-        check_continues(read_manifest(tmp_path / "made"), run.config, run.info)
+    with pytest.raises(ConfigError, match="converted from another format and has no run to resume: use --init-from"):
+        check_resumable(read_manifest(tmp_path / "made"), run.config, run.info)

@@ -1,4 +1,4 @@
-"""An average of any length, made of a run's snapshots afterwards: a checkpoint of its own, which images are drawn from."""
+"""Post-hoc EMA: a run's EMA snapshots combined into an EMA of another width, as a checkpoint that images are drawn from."""
 
 import math
 import resource
@@ -12,63 +12,63 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xar_scale.checkpoint.chunks import ChunkReader
 from xar_scale.checkpoint.files import BLOCK, FLOAT32, file_name, write_blocks
-from xar_scale.checkpoint.manifest import AVERAGES, MANIFEST, Checkpoint, checkpoint_paths, read_manifest, step_of, verify
-from xar_scale.checkpoint.pieces import Pieces
+from xar_scale.checkpoint.manifest import EMA_SNAPSHOTS, MANIFEST, Checkpoint, checkpoint_paths, read_manifest, step_of, verify
 from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.ema import POWER_KINDS
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import sync_folder, write_atomically
-from xar_scale.posthoc import WIDEST, Fit, Profile, fit
+from xar_scale.posthoc import MAX_WIDTH, Fit, Profile, fit
 
-LARGEST_RESIDUAL = 0.05  # of a fit that is used
-WIDTHS_TRIED = np.arange(0.005, WIDEST, 0.001)  # in search of those that snapshots do have
+MAX_RESIDUAL = 0.05  # the largest relative error that a fit may have
+WIDTHS_TRIED = np.arange(0.005, MAX_WIDTH, 0.001)  # when searching for the nearest width that the snapshots allow
 
 
 def open_snapshots(run: Path, step: int | None) -> list[Checkpoint]:
-    """Those up to ``step``, which is one of theirs (none: the newest's), oldest first; their files are not looked at."""
-    paths = checkpoint_paths(run, AVERAGES)
+    """Return the snapshots up to ``step``, which must have one (None: all), oldest first. Their files are not checked."""
+    paths = checkpoint_paths(run, EMA_SNAPSHOTS)
     if not paths:
-        raise UsageError(f"no snapshots of averages in {run / AVERAGES}: optim.ema_snapshots_every has training take them")
+        raise UsageError(f"no EMA snapshots in {run / EMA_SNAPSHOTS}: training writes them if optim.ema_snapshots_every is set")
     steps = [step_of(path) for path in paths]
     if step is not None and step not in steps:
-        raise UsageError(f"--step {step} is no snapshot's; there are: {', '.join(map(str, steps))}")
+        raise UsageError(f"there is no snapshot of --step {step}; available: {', '.join(map(str, steps))}")
     snapshots = [read_manifest(path) for path, at in zip(paths, steps, strict=True) if step is None or at <= step]
     newest = snapshots[-1].manifest
     for snapshot in snapshots:
         if (snapshot.manifest.shapes, snapshot.manifest.kinds) != (newest.shapes, newest.kinds):
-            raise DataError(f"snapshot {snapshot.path} is of another model than {snapshots[-1].path}")
+            raise DataError(f"snapshot {snapshot.path} belongs to another model than {snapshots[-1].path}")
     return snapshots
 
 
 def fit_to(snapshots: Sequence[Checkpoint], sigma_rel: float) -> Fit:
-    """The factors of each snapshot's averages, kind by kind, that make one of ``sigma_rel`` at the time of the last.
+    """Return the factors of the stored EMAs (snapshot by snapshot, kind by kind) that give ``sigma_rel`` at the last snapshot.
 
-    Raises UsageError, with the nearest width that can be made, where the fit is off by more than ``LARGEST_RESIDUAL``.
+    Raises UsageError, with the nearest width that can be made, if the error of the fit exceeds ``MAX_RESIDUAL``.
     """
-    if not 0 < sigma_rel < WIDEST:
-        raise UsageError(f"--std {sigma_rel:g} is no width: they lie between 0 and {WIDEST:.4f}, all weights alike")
+    if not 0 < sigma_rel < MAX_WIDTH:
+        raise UsageError(f"--std {sigma_rel:g} is not a width: it must lie between 0 and {MAX_WIDTH:.4f} (a uniform average)")
     updates = snapshots[-1].manifest.updates
     stored = [Profile(snapshot.manifest.updates, width) for snapshot in snapshots for width in POWER_KINDS.values()]
     found = fit(stored, Profile(updates, sigma_rel))
-    if found.residual > LARGEST_RESIDUAL:
-        able = [width for width in WIDTHS_TRIED if fit(stored, Profile(updates, float(width))).residual <= LARGEST_RESIDUAL]
+    if found.residual > MAX_RESIDUAL:
+        able = [width for width in WIDTHS_TRIED if fit(stored, Profile(updates, float(width))).residual <= MAX_RESIDUAL]
         nearest = min(able, key=lambda width: abs(width - sigma_rel))
         raise UsageError(
-            f"--std {sigma_rel:g} cannot be made of {len(snapshots)} snapshots, of updates {snapshots[0].manifest.updates} to "
-            f"{updates}: the nearest profile is off by {found.residual:.2%}, {LARGEST_RESIDUAL:.0%} is allowed; the nearest "
-            f"--std that can be is {nearest:.3f}, others need more snapshots"
+            f"--std {sigma_rel:g} cannot be made from {len(snapshots)} snapshots, updates {snapshots[0].manifest.updates} to "
+            f"{updates}: the nearest profile has an error of {found.residual:.2%}, above the limit of {MAX_RESIDUAL:.0%}; "
+            f"the nearest possible --std is {nearest:.3f}, others need more snapshots"
         )
     return found
 
 
-def write_average(snapshots: Sequence[Checkpoint], factors: Sequence[float], sigma_rel: float, out: Path) -> Checkpoint:
-    """The snapshots' averages, each by its factor, summed: a checkpoint of kind ``ema`` alone, there whole or not at all.
+def write_ema(snapshots: Sequence[Checkpoint], factors: Sequence[float], sigma_rel: float, out: Path) -> Checkpoint:
+    """Write the sum of the stored EMAs, each times its factor, as a checkpoint of kind ``ema`` alone. The write is atomic.
 
-    Raises UsageError where something is there already, DataError where a snapshot's file is not as it was written.
+    Raises UsageError if ``out`` exists, DataError if a snapshot's file is corrupt.
     """
     if out.exists():
-        raise UsageError(f"{out} is there already")
+        raise UsageError(f"{out} already exists")
     for snapshot in snapshots:
         verify(snapshot.path)
     elements = {name: math.prod(shape) for name, shape in snapshots[-1].manifest.shapes.items()}
@@ -76,7 +76,7 @@ def write_average(snapshots: Sequence[Checkpoint], factors: Sequence[float], sig
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     path = temporary / file_name(0)
-    # A file a rank and snapshot may be open, more than the 1024 that a process usually may have
+    # One file per rank and snapshot may be open: more than the usual limit of 1024
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with ExitStack() as stack:
@@ -92,8 +92,8 @@ def write_average(snapshots: Sequence[Checkpoint], factors: Sequence[float], sig
     return Checkpoint(out, manifest)
 
 
-def _sums(parts: Sequence[tuple[Pieces, str]], factors: Sequence[float], name: str, elements: int) -> Iterator[Tensor]:
-    """One vector of the average, a block at a time, summed in float64."""
+def _sums(parts: Sequence[tuple[ChunkReader, str]], factors: Sequence[float], name: str, elements: int) -> Iterator[Tensor]:
+    """Yield one vector of the new EMA, block by block, summed in float64."""
     for start in range(0, elements, BLOCK // FLOAT32):
         block = torch.empty(min(elements - start, BLOCK // FLOAT32))
         total = torch.zeros(len(block), dtype=torch.float64)

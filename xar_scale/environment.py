@@ -1,6 +1,6 @@
-"""What a run stands on beside one device: other ranks', the network, disks, clocks, settings; and what to do where one is bad.
+"""Checks what a run depends on besides its own device: other ranks' devices, the network, disks, clocks, settings; with advice.
 
-Every rank makes the same calls. All of it takes seconds.
+Every rank makes the same calls. All checks together take seconds.
 """
 
 import os
@@ -21,20 +21,20 @@ from xar_scale import dist
 from xar_scale.data.reader import LatentShards
 from xar_scale.doctor import REFUSED, Mode
 from xar_scale.errors import DataError
-from xar_scale.files import naming
+from xar_scale.files import path_in_errors
 from xar_scale.stragglers import SLOW
 
-DEEPSPEED = "0.19.8"  # before it ZeRO-3 lets a NaN of one rank into every rank's weights
+DEEPSPEED = "0.19.8"  # before it, under ZeRO-3 a NaN on one rank reaches every rank's weights
 MESSAGES = (1 << 20, 1 << 26)  # bytes
 REPEATS = 5
 DISK_BYTES = 1 << 28
-FREE_GB = 100  # of a run's folder: a few checkpoints of xar_h
+FREE_GB = 100  # for a run folder: a few checkpoints of xar_h
 SKEW_S = 1.0
-FILES = 4096  # that a process may have open
+FILES = 4096  # minimum limit of open files per process
 
 
 class Finding(NamedTuple):
-    """A row for people. ``advice``: what to do, where something is to be done."""
+    """A row of the printed table. ``advice``: what to do, empty if nothing."""
 
     what: str
     found: str
@@ -42,14 +42,14 @@ class Finding(NamedTuple):
 
 
 def network(device: torch.device) -> list[Finding]:
-    """What each rank sends and receives a second, in sums and gathers of two sizes."""
+    """Measure the bandwidth per rank of all-reduce and all-gather at two message sizes."""
     if dist.world() == 1:
         return []
     world, findings = dist.world(), []
     for size in MESSAGES:
         whole = torch.ones(max(size // 4 // world, 1) * world, device=device)
         share = whole[: whole.numel() // world].clone()
-        calls: dict[str, tuple[float, Callable[[], object]]] = {  # by name: of the whole, how much a rank sends
+        calls: dict[str, tuple[float, Callable[[], object]]] = {  # by name: bytes a rank sends, as a fraction of the whole
             "all-reduce": (2 * (world - 1) / world, lambda whole=whole: torch_dist.all_reduce(whole)),  # type: ignore[misc]
             "all-gather": (
                 (world - 1) / world,
@@ -60,7 +60,7 @@ def network(device: torch.device) -> list[Finding]:
             seconds = _median(call, device)
             sent = moved * whole.numel() * 4
             findings.append(
-                Finding(f"{name} of {size >> 20} MB", f"{sent / seconds / 1e9:.2f} GB/s a rank, {seconds * 1e3:.2f} ms")
+                Finding(f"{name} of {size >> 20} MB", f"{sent / seconds / 1e9:.2f} GB/s per rank, {seconds * 1e3:.2f} ms")
             )
     return findings
 
@@ -73,19 +73,20 @@ def _median(call: Callable[[], object], device: torch.device) -> float:
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(dist.largest(time.perf_counter() - begun))
+        seconds.append(dist.max_over_ranks(time.perf_counter() - begun))
     return statistics.median(seconds[1:])
 
 
 def disk(what: str, folder: Path, *, written: bool) -> list[Finding]:
-    """Free space of ``folder`` and, from rank 0, how fast it is: written, flushed and read back, or one of its files read.
+    """Check the free space of ``folder`` and measure its speed, on rank 0.
 
-    Where it is not ``written``, also whether it is a data set.
+    ``written``: write, flush and read back a test file. Otherwise read one of the folder's files, and check that the folder is
+    a data set.
     """
 
-    def look() -> list[Finding]:
+    def check() -> list[Finding]:
         usage = shutil.disk_usage(folder)
-        advice = f"make room: checkpoints of large models take tens of GB, {FREE_GB} GB are little" if written else ""
+        advice = f"free some space: below {FREE_GB} GB; checkpoints of large models take tens of GB" if written else ""
         findings = [
             Finding(f"{what} {folder}", f"{usage.free / 1e9:.0f} GB free", advice if usage.free < FREE_GB * 1e9 else "")
         ]
@@ -103,20 +104,20 @@ def disk(what: str, folder: Path, *, written: bool) -> list[Finding]:
         try:
             LatentShards(folder)
         except DataError as error:
-            advice = f"training there ends with {error.exit_code}: name the folder of a whole set (docs/data.md)"
+            advice = f"training on it would exit with {error.exit_code}: give the folder of a complete data set (docs/data.md)"
             findings.append(Finding("  data set", str(error), advice))
         if files := sorted(folder.glob("*.tar"), key=lambda path: -path.stat().st_size):
             findings.append(Finding(f"  read, {files[0].name}", f"{_read(files[0]) / 1e6:.0f} MB/s"))
         return findings
 
-    return dist.on_rank_0(look)
+    return dist.on_rank_0(check)
 
 
 def _write(path: Path) -> float:
-    """Bytes a second."""
+    """Return the write speed in bytes per second."""
     block = os.urandom(1 << 22)
     begun = time.perf_counter()
-    with naming(path), path.open("wb", buffering=0) as file:
+    with path_in_errors(path), path.open("wb", buffering=0) as file:
         for _ in range(DISK_BYTES // len(block)):
             file.write(block)
         os.fsync(file.fileno())
@@ -124,7 +125,7 @@ def _write(path: Path) -> float:
 
 
 def _read(path: Path) -> float:
-    """Bytes a second, not from this node's memory as far as the system lets it go."""
+    """Return the read speed in bytes per second, bypassing the page cache where the system allows."""
     with path.open("rb", buffering=0) as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         begun, size = time.perf_counter(), 0
@@ -134,95 +135,94 @@ def _read(path: Path) -> float:
 
 
 def clocks() -> list[Finding]:
-    """How far the nodes' clocks are apart."""
+    """Measure how far the nodes' clocks are apart."""
     if dist.world() == 1:
         return []
-    dist.gather_objects(None)  # all ask at about the same time
-    told = dist.gather_objects((time.time(), socket.gethostname()))
-    skew = max(told)[0] - min(told)[0]
-    advice = (
-        f"set the clocks (chrony): logs of {min(told)[1]} and {max(told)[1]} cannot be put together" if skew > SKEW_S else ""
-    )
+    dist.gather_objects(None)  # so that all ranks read their clocks at about the same time
+    gathered = dist.gather_objects((time.time(), socket.gethostname()))
+    skew = max(gathered)[0] - min(gathered)[0]
+    hosts = f"{min(gathered)[1]} and {max(gathered)[1]}"
+    advice = f"synchronize the clocks (chrony): logs of {hosts} cannot be merged" if skew > SKEW_S else ""
     return [Finding("clocks", f"within {skew:.2f} s", advice)]
 
 
 def arithmetic(modes: Sequence[Mode]) -> list[Finding]:
-    """Ranks whose device is slow in a precision, or does not compute it as it should; of rank 0 its own table says that."""
-    told = dist.gather_objects((socket.gethostname(), {row.mode: (row.tflops, row.finding) for row in modes}))
+    """Find ranks whose device is slow in a precision or computes it wrongly. Wrong results on rank 0 are in its own table."""
+    gathered = dist.gather_objects((socket.gethostname(), {row.mode: (row.tflops, row.finding) for row in modes}))
     findings = []
-    for mode in told[0][1]:
-        rates = {rank: float(rows[mode][0]) for rank, (_, rows) in enumerate(told) if rows[mode][0] != REFUSED}
+    for mode in gathered[0][1]:
+        rates = {rank: float(rows[mode][0]) for rank, (_, rows) in enumerate(gathered) if rows[mode][0] != REFUSED}
         median = statistics.median(rates.values()) if rates else 0.0
-        for rank, (host, rows) in enumerate(told):
+        for rank, (host, rows) in enumerate(gathered):
             what, (tflops, finding) = f"{mode} of rank {rank} ({host})", rows[mode]
             if rank in rates and rates[rank] * SLOW < median:
-                advice = "it is throttled, or something else runs on it: have it looked at, or take the node out"
+                advice = "the device is throttled or shared with another job: have it inspected, or exclude the node"
                 findings.append(Finding(what, f"{tflops} TFLOP/s, the median rank {median:.3g}", advice))
             if rank and finding.startswith(("is NOT", "refused")):
-                findings.append(Finding(what, finding, "another device than the others', or a broken one: take the node out"))
+                findings.append(Finding(what, finding, "a device unlike the other ranks', or broken: exclude the node"))
     return findings
 
 
-# name: when it hurts, and why
+# variable: whether a value is harmful, and the advice
 SETTINGS: dict[str, tuple[Callable[[str], bool], str]] = {
-    "NCCL_P2P_DISABLE": (lambda value: value == "1", "GPUs of a node exchange through the host's memory: unset it"),
-    "NCCL_SHM_DISABLE": (lambda value: value == "1", "ranks of a node exchange through the network: unset it"),
-    "NCCL_IB_DISABLE": (lambda value: value == "1", "InfiniBand is not used: unset it, if there is one"),
+    "NCCL_P2P_DISABLE": (lambda value: value == "1", "GPUs of a node communicate through host memory: unset it"),
+    "NCCL_SHM_DISABLE": (lambda value: value == "1", "ranks of a node communicate over the network: unset it"),
+    "NCCL_IB_DISABLE": (lambda value: value == "1", "InfiniBand is disabled: unset it if the node has InfiniBand"),
     "NCCL_BLOCKING_WAIT": (lambda value: value == "1", "the host waits for each collective: unset it"),
     "TORCH_NCCL_BLOCKING_WAIT": (lambda value: value == "1", "the host waits for each collective: unset it"),
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": (lambda value: value == "0", "a rank that dies leaves the others hanging: unset it"),
-    "NCCL_DEBUG": (lambda value: value.upper() in ("INFO", "TRACE"), "logs fill up: WARN, once it works"),
+    "NCCL_DEBUG": (lambda value: value.upper() in ("INFO", "TRACE"), "logs fill up: set WARN once it works"),
     "CUDA_LAUNCH_BLOCKING": (lambda value: value == "1", "the host waits for each kernel: unset it"),
-    "TORCH_DISTRIBUTED_DEBUG": (lambda value: value.upper() == "DETAIL", "each collective is checked by another: unset it"),
+    "TORCH_DISTRIBUTED_DEBUG": (lambda value: value.upper() == "DETAIL", "a second collective checks each one: unset it"),
 }
 
 
 def settings(environ: Mapping[str, str], local_world: int, cores: int) -> list[Finding]:
-    """Variables and limits of this process that slow a run down or end it."""
+    """Find environment variables and limits of this process that slow a run down or end it."""
     findings = [
         Finding(name, environ[name], why) for name, (hurts, why) in SETTINGS.items() if name in environ and hurts(environ[name])
     ]
-    there = [name for _, name in socket.if_nameindex()]
-    for name, found in (("NCCL_SOCKET_IFNAME", _nccl_takes), ("GLOO_SOCKET_IFNAME", _gloo_takes)):
-        if (value := environ.get(name)) and not found(value, there):
-            findings.append(Finding(name, value, f"no such interface here, there are {', '.join(there)}: name one of them"))
+    interfaces = [name for _, name in socket.if_nameindex()]
+    for name, accepts in (("NCCL_SOCKET_IFNAME", _nccl_accepts), ("GLOO_SOCKET_IFNAME", _gloo_accepts)):
+        if (value := environ.get(name)) and not accepts(value, interfaces):
+            findings.append(Finding(name, value, f"no such interface; this node has {', '.join(interfaces)}: name one of them"))
     threads = int((environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])
     if threads * local_world > cores and local_world > 1:
         findings.append(
             Finding(
                 "OMP_NUM_THREADS",
                 environ.get("OMP_NUM_THREADS", f"not set: {cores}"),
-                f"{local_world} ranks with {threads} threads share {cores} cores: {max(1, cores // local_world)} at the most",
+                f"{local_world} ranks x {threads} threads share {cores} cores: set at most {max(1, cores // local_world)}",
             )
         )
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < FILES:
-        advice = f"ulimit -n {min(FILES, hard)}: data workers and checkpoints of many ranks have many open"
+        advice = f"ulimit -n {min(FILES, hard)}: data workers and checkpoints of many ranks open many files"
         findings.append(Finding("open files", f"{soft} a process", advice))
     if Path("/dev/shm").is_dir() and (shm := shutil.disk_usage("/dev/shm").total) < 1 << 30:
         findings.append(
-            Finding("/dev/shm", f"{shm >> 20} MB", "data workers hand batches over in it: docker run --shm-size=8g")
+            Finding("/dev/shm", f"{shm >> 20} MB", "data workers pass batches through it: docker run --shm-size=8g")
         )
     return findings
 
 
-def _nccl_takes(value: str, there: Sequence[str]) -> bool:
-    """Whether it finds one: beginnings of names; after = whole names, after ^ those that are not taken."""
+def _nccl_accepts(value: str, interfaces: Sequence[str]) -> bool:
+    """Whether NCCL finds an interface. ``value`` lists name prefixes; after ``=`` exact names, after ``^`` exclusions."""
     names = value.lstrip("=^").split(",")
-    named = [name for name in there if (name in names if value[0] == "=" else name.startswith(tuple(names)))]
-    return len(named) < len(there) if value[0] == "^" else bool(named)
+    named = [name for name in interfaces if (name in names if value[0] == "=" else name.startswith(tuple(names)))]
+    return len(named) < len(interfaces) if value[0] == "^" else bool(named)
 
 
-def _gloo_takes(value: str, there: Sequence[str]) -> bool:
-    return set(value.split(",")) <= set(there)  # all of them
+def _gloo_accepts(value: str, interfaces: Sequence[str]) -> bool:
+    return set(value.split(",")) <= set(interfaces)  # gloo needs every named interface
 
 
 def software(versions: Mapping[str, str]) -> list[Finding]:
-    """What of it is too old, and whether all ranks have the same."""
+    """Find outdated packages, and packages whose version differs between ranks."""
     findings = []
     installed = versions.get("deepspeed", "not installed")
     if installed[0].isdigit() and Version(installed) < Version(DEEPSPEED):
-        advice = f"pip install 'deepspeed>={DEEPSPEED}': before it a NaN on one rank spoils all ranks' weights"
+        advice = f"pip install 'deepspeed>={DEEPSPEED}': with older versions a NaN on one rank corrupts all ranks' weights"
         findings.append(Finding("deepspeed", installed, advice))
     if versions.get("apex", "").startswith("the unrelated"):
         findings.append(Finding("apex", versions["apex"], "pip uninstall apex; NVIDIA's is built from its repository"))
@@ -231,5 +231,7 @@ def software(versions: Mapping[str, str]) -> list[Finding]:
         found = [of_rank.get(name) for of_rank in everywhere]
         if len(set(found)) > 1:
             other = next(rank for rank, version in enumerate(found) if version != found[0])
-            findings.append(Finding(name, f"{found[0]} on rank 0, {found[other]} on rank {other}", "the same on all nodes"))
+            findings.append(
+                Finding(name, f"{found[0]} on rank 0, {found[other]} on rank {other}", "install the same version on all nodes")
+            )
     return findings

@@ -1,4 +1,4 @@
-"""Work in which ranks send to each other, and which fails on one of them."""
+"""Work in which ranks communicate, and which fails on one of them."""
 
 import pytest
 
@@ -16,13 +16,13 @@ sent = torch.ones(3)
 
 DEFECT = """
 def work():
-    with dist.interlocked():
+    with dist.abort_on_error():
         if dist.rank() == 1:
             raise ERROR("planted")
         torch.distributed.all_reduce(sent)
 
 def main():
-    dist.together(work)
+    dist.on_all_ranks(work)
     return 0
 
 dist.run(main)
@@ -57,13 +57,13 @@ dist.leave(4)
 
 
 @pytest.mark.parametrize("error", ["RuntimeError", "OSError"])
-def test_a_defect_is_told_by_the_rank_that_has_it_which_leaves_at_once(tmp_path, error):
+def test_a_defect_is_reported_by_the_rank_that_has_it_which_exits_at_once(tmp_path, error):
     ended = launch(2, ["-c", BEGIN + DEFECT.replace("ERROR", error)], tmp_path)
     assert ended.codes[1] == 1 and f"{error}: planted" in ended.outputs[1] and "gloo" not in ended.outputs[1]
     assert ended.codes[0] != 0
 
 
 @pytest.mark.parametrize(("fails", "code"), [(0, 3), (3, 3), (5, 3), (9, 4)])
-def test_features_are_those_of_all_parts_and_no_rank_goes_on_where_one_has_failed(fails, code, tmp_path):
+def test_features_cover_all_parts_and_no_rank_continues_after_a_failure(fails, code, tmp_path):
     ended = launch(2, ["-c", BEGIN + IMAGES, str(fails)], tmp_path)
     assert ended.codes == [code, code], ended.text

@@ -1,4 +1,4 @@
-"""What the doctor finds around a run: settings that hurt, old or unlike software, disks, clocks; and two ranks' network."""
+"""What the doctor finds around a run: harmful settings, old or differing software, disks, clocks; and two ranks' network."""
 
 import re
 
@@ -7,9 +7,9 @@ import torch
 
 from tests.processes import launch
 from tests.unit.conftest import write_set
-from xar_scale import dist, surroundings
+from xar_scale import dist, environment
+from xar_scale.environment import clocks, disk, network, settings, software
 from xar_scale.errors import FileError
-from xar_scale.surroundings import clocks, disk, network, settings, software
 
 HERE = {"OMP_NUM_THREADS": "1"}
 
@@ -18,9 +18,9 @@ def named(findings) -> dict[str, str]:
     return {finding.what: finding.advice for finding in findings}
 
 
-@pytest.mark.parametrize("name", surroundings.SETTINGS)
-def test_settings_that_hurt_are_named_with_what_to_do(name):
-    hurts, why = surroundings.SETTINGS[name]
+@pytest.mark.parametrize("name", environment.SETTINGS)
+def test_harmful_settings_are_named_with_advice(name):
+    hurts, why = environment.SETTINGS[name]
     value = next(value for value in ("0", "1", "INFO", "DETAIL") if hurts(value))
     assert named(settings(HERE | {name: value}, 1, 8))[name] == why
     assert name not in named(settings(HERE | {name: "WARN"}, 1, 8)) and name not in named(settings(HERE, 1, 8))
@@ -34,46 +34,46 @@ def test_settings_that_hurt_are_named_with_what_to_do(name):
         *(("NCCL_SOCKET_IFNAME", value, good) for value, good in (("=ib0,eth0", True), ("^lo", True), ("^lo,eth", False))),
     ],
 )
-def test_an_interface_that_is_not_there_is_named_with_those_that_are(monkeypatch, name, value, good):
-    monkeypatch.setattr(surroundings.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
-    said = "no such interface here, there are lo, eth0: name one of them"
+def test_a_missing_interface_is_named_with_the_existing_ones(monkeypatch, name, value, good):
+    monkeypatch.setattr(environment.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0")])
+    said = "no such interface; this node has lo, eth0: name one of them"
     assert named(settings(HERE | {name: value}, 1, 8)).get(name) == (None if good else said)
 
 
-def test_a_rank_whose_device_is_slow_or_another_is_named(monkeypatch):
+def test_a_rank_with_a_slow_or_different_device_is_named(monkeypatch):
     rows = {"bf16": ("600", "is bf16 (error 3e-03)"), "tf32": ("-", "refused: compute capability 7.5 has no TF32")}
     told = [("a", rows), ("a", rows), ("b", rows | {"bf16": ("400", "is NOT bf16: error 3e-04")})]
     monkeypatch.setattr(dist, "gather_objects", lambda _: told)
-    found = surroundings.arithmetic([])
+    found = environment.arithmetic([])
     assert [finding.what for finding in found if finding.what.startswith("bf16")] == ["bf16 of rank 2 (b)"] * 2
     assert found[0].found == "400 TFLOP/s, the median rank 600" and "throttled" in found[0].advice
-    assert found[1].found == "is NOT bf16: error 3e-04" and "take the node out" in found[1].advice
+    assert found[1].found == "is NOT bf16: error 3e-04" and "exclude the node" in found[1].advice
     assert {finding.what for finding in found[2:]} == {"tf32 of rank 1 (a)", "tf32 of rank 2 (b)"}
     told[1:] = [told[0]]
     rows.pop("tf32")
-    assert surroundings.arithmetic([]) == []
+    assert environment.arithmetic([]) == []
 
 
 def test_more_threads_than_cores_are_named():
     assert "OMP_NUM_THREADS" not in named(settings({"OMP_NUM_THREADS": "2"}, 4, 8))
     assert "OMP_NUM_THREADS" in named(settings({"OMP_NUM_THREADS": ""}, 4, 8))  # as if it were not set
     found = named(settings({"OMP_NUM_THREADS": "3"}, 4, 8))
-    assert found["OMP_NUM_THREADS"] == "4 ranks with 3 threads share 8 cores: 2 at the most"
+    assert found["OMP_NUM_THREADS"] == "4 ranks x 3 threads share 8 cores: set at most 2"
     assert "not set: 8" in [finding.found for finding in settings({}, 4, 8)]
 
 
 def test_few_open_files_and_little_shared_memory(monkeypatch):
-    monkeypatch.setattr(surroundings.resource, "getrlimit", lambda _: (1024, 1 << 20))
-    usage = surroundings.shutil.disk_usage("/")
-    monkeypatch.setattr(surroundings.shutil, "disk_usage", lambda _: usage._replace(total=64 << 20))
+    monkeypatch.setattr(environment.resource, "getrlimit", lambda _: (1024, 1 << 20))
+    usage = environment.shutil.disk_usage("/")
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: usage._replace(total=64 << 20))
     found = named(settings(HERE, 1, 8))
     assert found["open files"].startswith("ulimit -n 4096: ") and "--shm-size" in found["/dev/shm"]
-    monkeypatch.setattr(surroundings.resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
-    monkeypatch.setattr(surroundings.shutil, "disk_usage", lambda _: usage._replace(total=64 << 30))
+    monkeypatch.setattr(environment.resource, "getrlimit", lambda _: (1 << 20, 1 << 20))
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda _: usage._replace(total=64 << 30))
     assert named(settings(HERE, 1, 8)) == {}
 
 
-def test_software_that_is_old_wrong_or_not_the_same(monkeypatch):
+def test_outdated_wrong_or_differing_software(monkeypatch):
     good = {"deepspeed": "0.19.8", "apex": "not installed"}
     assert software(good) == [] and software({"deepspeed": "not installed"}) == []
     assert "0.19.8" in named(software({"deepspeed": "0.19.7"}))["deepspeed"]
@@ -84,32 +84,32 @@ def test_software_that_is_old_wrong_or_not_the_same(monkeypatch):
 
 
 def test_disks_are_measured_and_left_as_they_were(tmp_path, monkeypatch):
-    monkeypatch.setattr(surroundings, "DISK_BYTES", 1 << 23)
+    monkeypatch.setattr(environment, "DISK_BYTES", 1 << 23)
     free, written, read = disk("run", tmp_path, written=True)
     assert free.what == f"run {tmp_path}" and re.fullmatch(r"\d+ GB free", free.found)
     assert all(re.fullmatch(r"[1-9]\d* MB/s", finding.found) for finding in (written, read))
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(surroundings, "FREE_GB", 1 << 40)
-    assert disk("run", tmp_path, written=True)[0].advice.startswith("make room")
+    monkeypatch.setattr(environment, "FREE_GB", 1 << 40)
+    assert disk("run", tmp_path, written=True)[0].advice.startswith("free some space")
     write_set(tmp_path)
     (tmp_path / "a.tar").write_bytes(bytes(1 << 20))
     free, read = disk("data", tmp_path, written=False)
     assert read.what == "  read, a.tar" and free.advice == ""
 
 
-def test_the_file_that_a_full_disk_does_not_take_is_named_and_removed(tmp_path, largest_file):
+def test_a_test_file_that_does_not_fit_on_the_disk_is_named_and_removed(tmp_path, largest_file):
     largest_file(1 << 20)
     with pytest.raises(FileError, match=f"^{tmp_path}/.doctor-[0-9]+: File too large$"):
         disk("run", tmp_path, written=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_no_data_set_is_named_with_what_to_do(tmp_path):
+def test_a_folder_that_is_no_data_set_is_named_with_advice(tmp_path):
     _, found = disk("data", tmp_path, written=False)
-    assert found.what == "  data set" and found.advice.startswith("training there ends with 65: ")
-    assert found.found == f"{tmp_path}/dataset.json is missing: not a data set, or one not written to its end"
+    assert found.what == "  data set" and found.advice.startswith("training on it would exit with 65: ")
+    assert found.found == f"{tmp_path}/dataset.json is missing: not a data set, or an incomplete one"
     (tmp_path / "dataset.json").write_text('{"format": 1}')
-    assert "is of format 1, this version reads 2" in disk("data", tmp_path, written=False)[1].found
+    assert "has format 1, this version reads 2" in disk("data", tmp_path, written=False)[1].found
 
 
 def test_clocks_that_are_apart(monkeypatch):
@@ -132,9 +132,9 @@ def test_two_ranks_are_shown_with_their_network(tmp_path):
     assert ended.codes == [0, 0], ended.text
     said = ended.outputs[0]
     for what in ("all-reduce of 1 MB", "all-gather of 64 MB"):
-        assert re.search(rf"^{what} +\d+\.\d\d GB/s a rank, \d+\.\d\d ms$", said, re.MULTILINE), said
+        assert re.search(rf"^{what} +\d+\.\d\d GB/s per rank, \d+\.\d\d ms$", said, re.MULTILINE), said
     assert re.search(r"^clocks +within 0\.\d\d s$", said, re.MULTILINE)
-    assert re.search(r"^NCCL_P2P_DISABLE +1 +GPUs of a node exchange through the host's memory: unset it$", said, re.MULTILINE)
+    assert re.search(r"^NCCL_P2P_DISABLE +1 +GPUs of a node communicate through host memory: unset it$", said, re.MULTILINE)
     assert ended.outputs[1] == ""
 
 

@@ -1,4 +1,4 @@
-"""What a run begins with: its folder, its data, its checkpoint or first weights. All that can be refused is refused here."""
+"""How a run starts: its folder, data, checkpoint or initial weights. Everything that can be refused is refused here."""
 
 import os
 import socket
@@ -24,16 +24,16 @@ from xar_scale.files import locked, write_atomically
 from xar_scale.metrics import Metrics
 from xar_scale.model.entities import create_layout
 from xar_scale.model.xar import XAR, Weight, blank_weights, initial_weights
-from xar_scale.stopping import Stops
+from xar_scale.stopping import StopRequests
 
 CONFIG_FILE, LOCK_FILE = "config.yaml", "lock"
 LOCK_WAIT_S = 100
 
 
 class RunLock:
-    """Rank 0's, until the context is left: no other process trains in ``run``. One that ends may take a while."""
+    """Rank 0's lock on ``run``, held until the context exits: no other process trains there. Waits for one that is exiting."""
 
-    def __init__(self, run: Path, stops: Stops) -> None:
+    def __init__(self, run: Path, stops: StopRequests) -> None:
         self.run, self.stops, self._stack, self.taken = run, stops, ExitStack(), False
 
     def __enter__(self) -> Self:
@@ -42,13 +42,13 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def _name(self, holder: str) -> None:
-        with suppress(OSError):  # a full disk holds no name, and the lock all the same
+    def _write_holder(self, holder: str) -> None:
+        with suppress(OSError):  # the lock works without the name, on a full disk for instance
             (self.run / LOCK_FILE).write_text(holder)
 
     def take(self) -> None:
-        """Once is enough. Raises FileError where another process has it and keeps it, StoppedError or PreemptedError where this
-        one is asked to stop meanwhile."""
+        """Take the lock; further calls do nothing. Raises FileError if another process keeps it, StoppedError or PreemptedError
+        if this process is asked to stop while it waits."""
         if self.taken or dist.rank() != 0:
             return
         self.taken, path, holder = True, self.run / LOCK_FILE, ""
@@ -57,35 +57,35 @@ class RunLock:
                 attempt = ExitStack()
                 if attempt.enter_context(locked(path)):
                     self._stack = attempt
-                    attempt.callback(self._name, "")
-                    self._name(_this_process())
+                    attempt.callback(self._write_holder, "")
+                    self._write_holder(_this_process())
                     return
                 attempt.close()
                 holder = path.read_text() or "another process"
             except OSError as error:
-                dist.say(f"{self.run} cannot be locked, so that another job in it would go unnoticed: {error.strerror}")
+                dist.say(f"{self.run} cannot be locked, so another job training in it would go unnoticed: {error.strerror}")
                 return
             if second == 0:
-                dist.say(f"{self.run}: {holder} trains here; waiting for it to end")
-            if self.stops.asked():
-                raise self.stops.alone(f"stopped while {holder} trains in {self.run}: nothing is begun")
+                dist.say(f"{self.run}: {holder} is training here; waiting for it to exit")
+            if self.stops.requested():
+                raise self.stops.local_error(f"stopped while waiting for {holder} to release {self.run}: nothing was started")
             time.sleep(1)
-        raise FileError(f"{self.run}: {holder} still trains here; end it, or use another --run-dir")
+        raise FileError(f"{self.run}: {holder} is still training here; stop it, or use another --run-dir")
 
 
 def _this_process() -> str:
-    """For whoever waits for it."""
+    """A description of this process for others that wait for its lock."""
     job = f" of SLURM's job {job}" if (job := os.environ.get("SLURM_JOB_ID")) else ""
     return f"process {os.getpid()} on {socket.gethostname()}{job}"
 
 
 def open_run(config: Config, run: Path, store: Store, start: int, lock: RunLock) -> Metrics:
-    """Rank 0's part of beginning: all that can fail for want of a writable folder fails here, before anything is trained."""
+    """Rank 0's part of the start. Anything that fails because the folder is not writable fails here, before training."""
     run.mkdir(parents=True, exist_ok=True)
-    unguarded = not lock.taken  # what the folder held was looked at when there was none
+    unguarded = not lock.taken  # the folder did not exist when its contents were checked
     lock.take()
     if unguarded and (later := [path.name for path in checkpoint_paths(run) if step_of(path) > start]):
-        raise FileError(f"{run}: another job began it meanwhile, and wrote {later[-1]}; --resume auto goes on from there")
+        raise FileError(f"{run}: meanwhile another job started this run and wrote {later[-1]}; --resume auto resumes from it")
     store.open(start)
     write_atomically(run / CONFIG_FILE, config.to_yaml().encode())
     return Metrics(run, start, config.train.steps)
@@ -93,13 +93,13 @@ def open_run(config: Config, run: Path, store: Store, start: int, lock: RunLock)
 
 def open_data(config: Config) -> LatentDataset:
     shards = open_shards(config)
-    if dist.rank() == 0:  # one rank looks at all shards; the others check what they open
-        _look_at(shards, config.data.max_bad_samples)
+    if dist.rank() == 0:  # one rank checks all shards; the others check those that they open
+        _check_shards(shards, config.data.max_bad_samples)
     return LatentDataset(shards, config, create_layout(config.model))
 
 
-def _look_at(shards: Shards, allowed: int) -> None:
-    """Raises DataError where shards that are missing or cut hold more samples than the run may do without."""
+def _check_shards(shards: Shards, allowed: int) -> None:
+    """Raises DataError if missing or truncated shards hold more samples than ``allowed``."""
     samples = {shard.name: shard.samples for shard in shards.info.shards}
     lost = 0
     for fault in shards.faults():
@@ -111,46 +111,47 @@ def _look_at(shards: Shards, allowed: int) -> None:
 
 @contextmanager
 def first_weights(model: XAR, config: Config, checkpoint: Checkpoint | None) -> Iterator[Iterator[Weight]]:
-    """What the engine is built with: nothing of worth where a checkpoint is loaded next."""
+    """Yield the initial weights of the engine: zeros if a checkpoint is loaded next."""
     if checkpoint is not None:
         yield blank_weights(model)
     elif not config.train.init_from:
         yield initial_weights(model, config.train.seed)
     else:
-        with dist.together(lambda: open_source(Path(config.train.init_from))) as source:
+        with dist.on_all_ranks(lambda: open_source(Path(config.train.init_from))) as source:
             if source.manifest is not None:
-                dist.together(lambda: verify(source.path))
+                dist.on_all_ranks(lambda: verify(source.path))
             else:
-                dist.together(lambda: verify_source(source, lambda count: None) if dist.rank() == 0 else None)
+                dist.on_all_ranks(lambda: verify_source(source, lambda count: None) if dist.rank() == 0 else None)
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-            found = dist.together(lambda: Initialisation(source, shapes, config.model))
+            found = dist.on_all_ranks(lambda: Initialisation(source, shapes, config.model))
             for line in found.report():
                 dist.say(line)
             yield initial_weights(model, config.train.seed, found.value)
 
 
 def mirror_of(run: Path, url: str) -> Mirror:
-    """Raises ConfigError where it is none, or would write over the run itself."""
+    """Return the mirror at ``url``. Raises ConfigError if the URL is invalid or is the run's own folder."""
     mirror = Mirror(url)
-    if mirror.is_of(run):
-        raise ConfigError(f"train.upload {url} is the run's own folder: its checkpoints would be removed for their copies")
+    if mirror.is_run_folder(run):
+        raise ConfigError(f"train.upload {url} is the run's own folder: mirroring would delete its checkpoints")
     return mirror
 
 
 def find_checkpoint(run: Path, resume: str, mirror: Mirror | None, check: Check) -> Checkpoint | None:
-    """What the run goes on from; none: it begins. What ``check`` refuses, or a run that begins and cannot be copied, leaves
-    nothing in ``run``.
+    """Return the checkpoint to resume from; None: a new run.
+
+    Nothing is left in ``run`` if ``check`` refuses the checkpoint, or if a new run's ``mirror`` cannot be written to.
     """
     if resume == "auto":
         checkpoint = newest_valid_of(run, mirror, check) if mirror else newest_valid(run)
     elif dist.on_rank_0(lambda: bool(checkpoint_paths(run) or (mirror and mirror.steps()))):
-        advice = "use --resume auto to go on, or another --run-dir" if resume == "none" else "a new --run-dir is needed"
+        advice = "use --resume auto to resume, or another --run-dir" if resume == "none" else "use a new --run-dir"
         where = f"{run} or its copy {mirror.url}" if mirror else run
-        raise UsageError(f"{where} holds checkpoints already, --resume is {resume}: {advice}")
+        raise UsageError(f"{where} already holds checkpoints, and --resume is {resume}: {advice}")
     else:
         checkpoint = None if resume == "none" else open_checkpoint(Path(resume))
     if checkpoint is not None:
-        dist.together(lambda: check(checkpoint))
-    if mirror is not None and (checkpoint is None or resume != "auto"):  # one that is under way does without a silent store
-        dist.on_rank_0(mirror.try_out)
+        dist.on_all_ranks(lambda: check(checkpoint))
+    if mirror is not None and (checkpoint is None or resume != "auto"):  # a resumed run continues without a reachable store
+        dist.on_rank_0(mirror.check_writable)
     return checkpoint
