@@ -1,4 +1,4 @@
-"""Train the digits recipe with every kind of entity under one budget; write a table and a picture with a row a kind.
+"""Train the digits recipe with every kind of entity and the same budget; write a table and an image with one row per kind.
 
 python tools/compare_entities.py --out runs/entities
 """
@@ -15,9 +15,9 @@ from xar_scale import dist
 from xar_scale.cli import Parser, exit_code_of
 from xar_scale.config import Config, merge, override
 from xar_scale.data.shards import DATASET_FILE
-from xar_scale.evaluate.digits import CLASSES, cache_digits, judge
+from xar_scale.evaluate.digits import CLASSES, cache_digits, digit_classifier
 from xar_scale.evaluate.generate import open_generator
-from xar_scale.evaluate.pictures import draw_grid, png_bytes
+from xar_scale.evaluate.output import draw_grid, png_bytes
 from xar_scale.evaluate.trained import open_trained
 from xar_scale.files import write_atomically
 from xar_scale.metrics import METRICS_FILE
@@ -26,12 +26,12 @@ from xar_scale.presets import recipe
 from xar_scale.train import train
 
 PER_CLASS = 50
-LAST_LOGS = 5  # logging steps that the loss is averaged over
+LAST_LOGS = 5  # logged steps that the loss is averaged over
 
 
 def main() -> int:
     parser = Parser(prog="compare_entities", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of runs, table.md and entities.png")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs, table.md and entities.png")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for all kinds")
 
     def run() -> None:
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def compare(out: Path, overrides: list[str]) -> None:
-    """Finished runs in ``out`` are kept, so an interrupted comparison goes on."""
+    """Train, sample and compare all kinds. Finished runs in ``out`` are kept, so an interrupted comparison resumes."""
     data = out / "data"
     if not (data / DATASET_FILE).exists():
         cache_digits(data, samples_per_shard=256)
@@ -64,7 +64,7 @@ def compare(out: Path, overrides: list[str]) -> None:
         layout = create_layout(config.model)
         logs = (out / kind / METRICS_FILE).read_text().splitlines()[-LAST_LOGS:]
         loss = np.mean([json.loads(line)["loss"] for line in logs])
-        read = judge().share_read(images, np.array(labels))
+        read = digit_classifier().accuracy(images, np.array(labels))
         lines.append(
             f"| {kind} | {layout.entities} | {layout.tokens} | {loss:.3f} | {read:.1%} | "
             f"{len(labels) / seconds:.0f} | {config.sample.sampler}, {config.sample.steps} |"

@@ -1,4 +1,4 @@
-"""Draw the order of every kind of entity on a small grid: a square a token, its entity's number, a colour an entity.
+"""Draw the order of every kind of entity on a small grid: one square per token, with the number and colour of its entity.
 
 python tools/draw_entities.py --out docs/images/entities.png
 """
@@ -16,13 +16,13 @@ from xar_scale.config import ModelConfig, validated
 from xar_scale.errors import ConfigError
 from xar_scale.model.entities import EntityLayout, create_layout, kinds
 
-SIDE, GAP, TITLE = 22, 14, 24  # pixels: of a token, between grids, of a name's line
+SIDE, GAP, TITLE = 22, 14, 24  # pixels: side of a token, gap between grids, height of a title
 
 
 def main() -> int:
     parser = Parser(prog="draw_entities", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the picture, a PNG")
-    parser.add_argument("--grid", type=int, default=8, help="tokens on a side")
+    parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
+    parser.add_argument("--grid", type=int, default=8, help="tokens per side")
 
     def run() -> None:
         options = parser.parse_args()
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def draw(layouts: dict[str, EntityLayout], path: Path) -> None:
-    """A row a kind: the grids that its tokens are taken from, coarsest first."""
+    """Draw one row per kind: the grids that its tokens are taken from, coarsest first."""
     rows = {kind: TITLE + GAP + layout.grid[0] * SIDE for kind, layout in layouts.items()}
     width = max(sum(columns * SIDE + GAP for _, columns in layout.grids) for layout in layouts.values()) + GAP
     sheet = Image.new("RGB", (width, sum(rows.values()) + GAP), "white")
@@ -51,7 +51,7 @@ def draw(layouts: dict[str, EntityLayout], path: Path) -> None:
 
 def _draw_grids(pen: ImageDraw.ImageDraw, layout: EntityLayout, top: int) -> None:
     entity_of = torch.empty(layout.tokens, dtype=torch.int64)
-    entity_of[layout.order] = layout.on(torch.device("cpu")).entity  # by place in the pyramid
+    entity_of[layout.order] = layout.on(torch.device("cpu")).entity  # by position in the pyramid
     left, place = GAP, 0
     for rows, columns in layout.grids:
         for cell in range(rows * columns):

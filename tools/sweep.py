@@ -1,4 +1,4 @@
-"""Quality of images against the cost of drawing them: samplers, steps and guidance in a table, a plot and a picture.
+"""Compare image quality with sampling cost over samplers, steps and guidance: a table, a plot and an image.
 
 python tools/sweep.py runs/demo --out runs/sweep --reference digits --sampler euler,heun --steps 5,10,25 --guidance 1,1.5,2
 torchrun --nproc-per-node 8 tools/sweep.py xAR-B.pth --out runs/sweep --reference adm_in256_stats.npz --guidance 2.3,2.7,3.1
@@ -25,37 +25,37 @@ from xar_scale.evaluate.evaluation import RESULT, Comparison, check_folder, desc
 from xar_scale.evaluate.fidelity import INCEPTION
 from xar_scale.evaluate.generate import Generator, open_generator
 from xar_scale.evaluate.imageset import ImageSet
-from xar_scale.evaluate.pictures import draw_grid, png_bytes
-from xar_scale.evaluate.trained import Trained, open_trained
+from xar_scale.evaluate.output import draw_grid, png_bytes
+from xar_scale.evaluate.trained import TrainedModel, open_trained
 from xar_scale.files import write_atomically
 from xar_scale.model.entities import create_layout
 from xar_scale.sampler import SAMPLERS
 
 SEED = 0
-ROW, SHOWN = "row.npy", 10  # the first images of a set, which the picture shows
-LINES = ("-", "--", ":", "-.")  # of the plot, by guidance; colours are by sampler
+ROW, SHOWN = "row.npy", 10  # the first images of a set, for samples.png
+LINES = ("-", "--", ":", "-.")  # line styles of the plot, by guidance; colours are by sampler
 
-Result = dict[str, Any]  # what a set's evaluation.json holds
+Result = dict[str, Any]  # contents of a set's evaluation.json
 
 
 def main() -> int:
     parser = Parser(prog="sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", type=Path, help="a run's folder, one checkpoint's, or a published file")
-    parser.add_argument("--out", type=Path, required=True, help="folder of sweep.md, .json, .svg, samples.png, and of the sets")
-    parser.add_argument("--reference", required=True, help="digits, an npz with mu and sigma or images, pictures")
-    parser.add_argument("--images", type=int, default=1000, help="of each set")
-    parser.add_argument("--sampler", type=_samplers, help=f"of {', '.join(SAMPLERS)}, with commas (default: the run's)")
-    parser.add_argument("--steps", type=functools.partial(_numbers, int, 1), help="with commas (default: the run's)")
-    parser.add_argument("--guidance", type=functools.partial(_numbers, float, 0), help="with commas (default: the run's)")
+    parser.add_argument("weights", type=Path, help="a run, a checkpoint, or a file of published weights")
+    parser.add_argument("--out", type=Path, required=True, help="folder for sweep.md, .json, .svg, samples.png and the sets")
+    parser.add_argument("--reference", required=True, help="digits, an npz with mu and sigma or images, or a folder of images")
+    parser.add_argument("--images", type=int, default=1000, help="images per set (default: 1000)")
+    parser.add_argument("--sampler", type=_samplers, help=f"comma-separated, from {', '.join(SAMPLERS)} (default: the run's)")
+    parser.add_argument("--steps", type=functools.partial(_numbers, int, 1), help="comma-separated (default: the run's)")
+    parser.add_argument("--guidance", type=functools.partial(_numbers, float, 0), help="comma-separated (default: the run's)")
     parser.add_argument("--features", default=INCEPTION, help="one of torch-fidelity's extractors")
-    parser.add_argument("--inception-weights", type=Path, help="path of torch-fidelity's file (default: where it keeps it)")
+    parser.add_argument("--inception-weights", type=Path, help="path of Inception's weights (default: torch-fidelity's copy)")
     parser.add_argument("overrides", nargs="*", help="sample.key=value and kernels.key=value, for all sets")
     return exit_code_of("sweep", lambda: sweep(parser.parse_intermixed_args()))
 
 
 def _samplers(text: str) -> list[str]:
     if unknown := [name for name in text.split(",") if name not in SAMPLERS]:
-        raise argparse.ArgumentTypeError(f"no sampler {unknown[0]!r}; there are: {', '.join(SAMPLERS)}")
+        raise argparse.ArgumentTypeError(f"no sampler {unknown[0]!r}; available: {', '.join(SAMPLERS)}")
     return list(dict.fromkeys(text.split(",")))
 
 
@@ -65,21 +65,21 @@ def _numbers(kind: type[int] | type[float], least: int, text: str) -> list[float
     except ValueError:
         numbers = []
     if not numbers or not all(least <= number < math.inf for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers of at least {least} with commas")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of numbers of at least {least}")
     return list(dict.fromkeys(numbers))
 
 
 def sweep(options: argparse.Namespace) -> None:
-    """Numbers that are in the folder are kept, so an interrupted sweep goes on. Every rank calls this."""
+    """Evaluate every combination. Existing results are kept, so an interrupted sweep resumes. Every rank calls this."""
     if options.images < 2:
         raise UsageError("--images is at least 2")
     device = dist.local_device()
     if dist.world() > 1:
         dist.init(device)
-    dist.on_all_ranks(_matplotlib)  # which is needed last, after hours
+    dist.on_all_ranks(_matplotlib)  # fail now: it is needed last, after hours
     trained = open_trained(options.weights, options.overrides)
     comparison = Comparison(options.reference, options.features, device, options.inception_weights)
-    generator = functools.cache(lambda: open_generator(trained, device))  # once, where anything is left to be drawn
+    generator = functools.cache(lambda: open_generator(trained, device))  # once, and only if a set is missing
     own = trained.sample
     lists = (options.sampler or [own.sampler], options.guidance or [own.guidance], options.steps or [own.steps])
     results: dict[str, Result] = {}
@@ -91,8 +91,8 @@ def sweep(options: argparse.Namespace) -> None:
     dist.on_rank_0(lambda: publish(options.out, results))
 
 
-def evaluate(images: ImageSet, trained: Trained, comparison: Comparison, generator: Callable[[], Generator]) -> Result:
-    """The numbers of a set, which is drawn unless they are there already, and not kept: a sweep's would fill a disk."""
+def evaluate(images: ImageSet, trained: TrainedModel, comparison: Comparison, generator: Callable[[], Generator]) -> Result:
+    """Return the results of a set, generating it if they do not exist. Images are deleted: a sweep's would fill a disk."""
     result = dist.on_rank_0(lambda: _read(images, comparison))
     if result is None:
         dist.on_rank_0(images.open)
@@ -103,25 +103,27 @@ def evaluate(images: ImageSet, trained: Trained, comparison: Comparison, generat
             drawing = generator().with_settings(trained.sample)
             begun = time.perf_counter()
             images.draw(drawing)
-            if missing == images.parts:  # else the time is that of some
+            if missing == images.parts:  # else the time covers only some of them
                 cost["images_per_s"] = images.count / (time.perf_counter() - begun)
-        result = comparison.of(images, images.labels, describe(images, trained) | {"cost": cost})
+        result = comparison.evaluate(images, images.labels, describe(images, trained) | {"cost": cost})
     return dist.on_rank_0(lambda: _keep(images, result))
 
 
-def passes(trained: Trained) -> int:
-    """Of the network, for an image: where guidance is more than 1, with its class and without. An approximation, as the first
-    entity's scale is 1 but with the constant schedule, and guidance may act at some times only: both cost less."""
+def passes(trained: TrainedModel) -> int:
+    """Return forward passes of the network per image; with guidance above 1 each step counts twice, conditional and not.
+
+    An upper bound: unless the schedule is constant, the first entity's scale is 1, and a guidance interval also costs less.
+    """
     sample = trained.sample
     velocities = SAMPLERS[sample.sampler].velocities(sample.steps)
     return create_layout(trained.model).entities * velocities * (2 if sample.guidance > 1 else 1)
 
 
 def _read(images: ImageSet, comparison: Comparison) -> Result | None:
-    """What the folder says, where it is of these very images and of this comparison."""
+    """Return the stored result if it is for exactly these images and this comparison, else None."""
     path = images.folder / RESULT
     there: Result = json.loads(path.read_text()) if path.is_file() else {}
-    if "cost" not in there:  # another's
+    if "cost" not in there:  # not written by a sweep
         return None
     drawn = {**there["set"], "weights": there["weights"]["sha256"]}
     known = images.description.items() <= drawn.items()
@@ -129,7 +131,7 @@ def _read(images: ImageSet, comparison: Comparison) -> Result | None:
 
 
 def _keep(images: ImageSet, result: Result) -> Result:
-    """Leave the numbers and the first images in the folder, and none of the others."""
+    """Store the result and the first images in the folder, and delete the parts."""
     if images.path(0).is_file():
         np.save(images.folder / ROW, images.read(0)[:SHOWN])
     write(images.folder, result)
@@ -148,10 +150,10 @@ def publish(out: Path, results: dict[str, Result]) -> None:
 
 
 def table(results: list[Result]) -> str:
-    """The best by the first metric in bold."""
+    """Return a Markdown table, with the best value of the first metric in bold."""
     first, *others = [name for name in results[0]["metrics"] if not name.startswith("held_out_")]
     lines = [
-        f"| sampler | steps | guidance | passes an image | images/s | {' | '.join([first, *others])} |",
+        f"| sampler | steps | guidance | passes per image | images/s | {' | '.join([first, *others])} |",
         f"|{' --- |' * (6 + len(others))}",
     ]
     best = min(result["metrics"][first] for result in results)
@@ -165,7 +167,7 @@ def table(results: list[Result]) -> str:
 
 
 def plot(results: list[Result]) -> bytes:
-    """The first metric against passes, as SVG: a line a sampler and guidance."""
+    """Return an SVG of the first metric against passes, one line per sampler and guidance."""
     first = next(iter(results[0]["metrics"]))
     curves: dict[tuple[str, float], list[tuple[int, float]]] = {}
     for result in results:
@@ -178,7 +180,7 @@ def plot(results: list[Result]) -> bytes:
     for (sampler, guidance), points in curves.items():
         colour, line = f"C{[*SAMPLERS].index(sampler)}", LINES[guidances.index(guidance) % len(LINES)]
         axes.plot(*zip(*sorted(points), strict=True), line, marker="o", color=colour, label=f"{sampler}, guidance {guidance:g}")
-    axes.set(xlabel="passes of the network an image", ylabel=first.replace("_", " "))
+    axes.set(xlabel="forward passes per image", ylabel=first.replace("_", " "))
     for scale, axis in ((axes.set_xscale, axes.xaxis), (axes.set_yscale, axes.yaxis)):
         scale("log", subs=(2, 3, 5))
         axis.set_major_formatter("{x:g}")
@@ -193,7 +195,7 @@ def _matplotlib() -> Any:
     try:
         import matplotlib.figure
     except ImportError:
-        raise UsageError("the plot is matplotlib's: pip install 'xar_scale[evaluate]'") from None
+        raise UsageError("the plot needs matplotlib: pip install 'xar_scale[evaluate]'") from None
     return matplotlib
 
 

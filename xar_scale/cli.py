@@ -228,7 +228,7 @@ def _sample(options: argparse.Namespace) -> None:
     from xar_scale import dist
     from xar_scale.evaluate import classes
     from xar_scale.evaluate.generate import open_generator
-    from xar_scale.evaluate.pictures import Drawn, check_output
+    from xar_scale.evaluate.output import SampledImages, check_output
     from xar_scale.evaluate.trained import open_trained
 
     seeds = classes.parse_seeds(options.seeds)
@@ -246,7 +246,7 @@ def _sample(options: argparse.Namespace) -> None:
     generator = open_generator(trained, device)
     images = generator.draw_over_ranks(labels, seeds * len(chosen))
     animated = any(path.suffix == ".gif" for path in options.out)
-    drawn = Drawn(
+    drawn = SampledImages(
         images,
         labels,
         seeds * len(chosen),
@@ -291,7 +291,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         refuse_others(comparison, folder, describe(images, trained))
         if dist.on_rank_0(images.missing):
             images.draw(open_generator(trained, device))
-        result = comparison.of(images, images.labels, describe(images, trained))
+        result = comparison.evaluate(images, images.labels, describe(images, trained))
     else:
         drawing = [*options.overrides, *(f"--{name}" for name in ("images", "seed") if getattr(options, name) is not None)]
         if drawing:
@@ -300,7 +300,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         comparison, sha256 = compare(), dist.on_rank_0(lambda: sha256_of(options.what))
         set_ = {"path": str(options.what), "images": given.count, "sha256": sha256}
         refuse_others(comparison, folder, {"set": set_})
-        result = comparison.of(given, given.labels, {"set": set_})
+        result = comparison.evaluate(given, given.labels, {"set": set_})
     folder /= comparison.name  # next to the metrics for other references
     dist.on_rank_0(lambda: write(folder, result))
     for name, value in result["metrics"].items():

@@ -1,4 +1,4 @@
-"""What a run says while it runs: TensorBoard, one JSON line a logging step, a progress bar or plain lines. Rank 0 only."""
+"""A run's metrics: TensorBoard, one JSON line per logged step, and a progress bar or plain lines. Rank 0 only."""
 
 import contextlib
 import errno
@@ -29,16 +29,15 @@ METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
 
 class Metrics:
-    """A context manager. ``start`` is the step a resumed run goes on from: what was logged after it is dropped.
+    """A context manager. ``start``: the step that a resumed run resumes from; entries logged after it are dropped.
 
-    A disk that takes no more while the run goes on makes what is logged late: it is said once, kept, and written with what
-    comes next.
+    If the disk is full, entries are buffered, with one message, and written together with later ones.
     """
 
     def __init__(self, run: Path, start: int, steps: int) -> None:
         self.run, self.steps = run, steps
         self._written = start  # the last step on disk
-        self._waiting: list[tuple[int, dict[str, Any]]] = []
+        self._pending: list[tuple[int, dict[str, Any]]] = []
         self._files: tuple[_File, _Events] | None = None
         self._failing = False
         self._open()
@@ -65,43 +64,43 @@ class Metrics:
     def _close(self) -> None:
         files, self._files = self._files, None
         for file in files or ():
-            with contextlib.suppress(OSError):  # what it could not write is written again
+            with contextlib.suppress(OSError):  # what was not written stays in the buffer
                 file.close()
 
     def _write(self) -> None:
-        """All that waits, or as much of it as can be."""
+        """Write the buffered entries, as far as the disk takes them."""
         try:
             lines, events = self._open()
-            while self._waiting:
-                step, values = self._waiting[0]
+            while self._pending:
+                step, values = self._pending[0]
                 events.add(step, {f"train/{name}": value for name, value in values.items() if isinstance(value, int | float)})
                 lines.write(json.dumps({"step": step, **values}).encode() + b"\n")
                 self._written = step
-                self._waiting.pop(0)
+                self._pending.pop(0)
         except OSError as error:
-            self._close()  # and opened anew, behind the last step that is there whole
+            self._close()  # reopened at the end of the last complete entry
             if not self._failing:
-                print(f"metrics cannot be written, they are kept for later: {file_error(error)}", flush=True)
+                print(f"metrics cannot be written, buffering them: {file_error(error)}", flush=True)
             self._failing = True
             return
         if self._failing:
             print("metrics are written again", flush=True)
         self._failing = False
 
-    def show(self, step: int, pictures: dict[str, bytes], numbers: dict[str, float]) -> None:
-        """In TensorBoard: PNGs by name, and numbers that are not training's. A disk that takes none does without."""
+    def show(self, step: int, images: dict[str, bytes], metrics: dict[str, float]) -> None:
+        """Write PNGs and evaluation metrics to TensorBoard, by name. If the disk is full, they are dropped with a message."""
         try:
-            self._open()[1].add(step, {f"evaluate/{name}": value for name, value in numbers.items()}, pictures)
+            self._open()[1].add(step, {f"evaluate/{name}": value for name, value in metrics.items()}, images)
         except OSError as error:
-            self._close()  # what comes next begins a file of its own: in this one a record may be cut
-            print(f"TensorBoard has no pictures and numbers of step {step}: {file_error(error)}", flush=True)
+            self._close()  # later entries go to a new file: the last record of this one may be cut off
+            print(f"samples and metrics of step {step} are not written to TensorBoard: {file_error(error)}", flush=True)
 
     def go_back(self, step: int) -> None:
-        """The run goes on from ``step``: drop what was logged after it."""
+        """The run continues from ``step``: drop entries logged after it."""
         self._close()
         self._written = min(self._written, step)
-        self._waiting = [entry for entry in self._waiting if entry[0] <= step]
-        with contextlib.suppress(OSError):  # it will be met again
+        self._pending = [entry for entry in self._pending if entry[0] <= step]
+        with contextlib.suppress(OSError):  # the next write meets the error again
             self._open()
         self.advance(step)
 
@@ -113,16 +112,16 @@ class Metrics:
         self.progress.stop()
         self._write()
         self._close()
-        if self._waiting:
-            print(f"metrics of the last {len(self._waiting)} logged steps are lost", flush=True)
+        if self._pending:
+            print(f"metrics of the last {len(self._pending)} logged steps are lost", flush=True)
 
     def advance(self, step: int) -> None:
-        """``step`` steps are done."""
+        """Set the progress bar to ``step`` steps done."""
         self.progress.update(self.task, completed=step)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
-        """Record ``values`` after ``step`` steps, and say the ones that matter."""
-        self._waiting.append((step, values))
+        """Log ``values`` after ``step`` steps, and show the main ones on the progress bar or as a line."""
+        self._pending.append((step, values))
         self._write()
         summary = f"loss {values['loss']:.4f}  {values['images_per_s']:.0f} images/s"
         self.progress.update(self.task, summary=summary)
@@ -136,10 +135,10 @@ class Metrics:
 
 
 class _File:
-    """Something to append to, at once: what is not taken whole is an OSError."""
+    """An unbuffered file to append to. A write that is not complete raises OSError."""
 
     def __init__(self, path: Path, size: int) -> None:
-        """``size``: of what is there, how many bytes stay."""
+        """``size``: bytes of the existing content to keep."""
         self.file = path.open("ab", buffering=0)
         self.file.truncate(size)
 
@@ -152,14 +151,14 @@ class _File:
 
 
 class _Events:
-    """One of TensorBoard's event files. PyTorch's writer of them has a thread, whose errors nobody can handle.
+    """A TensorBoard event file. PyTorch's writer uses a thread, whose errors cannot be handled.
 
-    ``start``: what files before it hold of later steps does not count any more.
+    ``start``: TensorBoard ignores entries after this step in earlier files.
     """
 
     def __init__(self, folder: Path, start: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}"  # they are read in this order
+        path = folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}"  # read in this order
         self.file = _File(path, 0)
         self.records = RecordWriter(self.file)
         try:
@@ -171,10 +170,10 @@ class _Events:
                 self.close()
             raise
 
-    def add(self, step: int, scalars: dict[str, float], pictures: Mapping[str, bytes] = MappingProxyType({})) -> None:
-        """``pictures``: PNGs."""
+    def add(self, step: int, scalars: dict[str, float], images: Mapping[str, bytes] = MappingProxyType({})) -> None:
+        """Append one event with scalars and ``images``, PNGs by tag."""
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        values += [Summary.Value(tag=tag, image=Summary.Image(encoded_image_string=png)) for tag, png in pictures.items()]
+        values += [Summary.Value(tag=tag, image=Summary.Image(encoded_image_string=png)) for tag, png in images.items()]
         self._write(Event(step=step, summary=Summary(value=values)))
 
     def _write(self, event: Event) -> None:
@@ -186,19 +185,19 @@ class _Events:
 
 
 def memory_gb(device: torch.device) -> float:
-    """The largest amount of memory held so far, in GB: of the GPU, or of this process without one."""
+    """Return the peak memory so far in GB: allocated on the GPU, or, without one, resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """What is logged in ``run``, a dictionary a line. Whole lines only: one that a crash or a full disk cut is left out."""
+    """Return the log of ``run``, a dictionary per line. A line that a crash or a full disk cut off is left out."""
     return [values for _, values in _whole_lines((run / METRICS_FILE).read_bytes())]
 
 
 def _whole_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Of a log's lines that can be read: where it ends, in bytes, and what it says."""
+    """Yield for each readable line of a log its end, in bytes, and its values."""
     end = 0
     for line in content.splitlines(keepends=True):
         end += len(line)
@@ -212,7 +211,7 @@ def _whole_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _end_of(path: Path, step: int) -> int:
-    """Of a log's whole lines up to ``step``, in bytes."""
+    """Return the end, in bytes, of a log's last complete line up to ``step``."""
     if not path.exists():
         return 0
     lines = _whole_lines(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Sampling, entity by entity: integrate each from noise, conditioned on the finished ones through the cache."""
+"""Sampling, entity by entity: integrate each from noise, conditioned on the finished ones through the key/value cache."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -37,28 +37,28 @@ def sample(
     draw: Draw | None = None,
     watch: Watch | None = None,
 ) -> Tensor:
-    """Latents (B, C, rows, columns) of one image a label.
+    """Return latents (B, C, rows, columns), one image per label.
 
-    Image i of the batch draws from a generator keyed by (seed, first_image + i), so it does not depend on its batch; with a
-    seed an image from one keyed by (seed[i], 0), as an image alone. When ``draw(shape, dtype)`` is given, every random tensor
-    comes from there instead: for each entity its start noise in float32, then one float64 tensor a stochastic step.
-    ``watch(entity, t, tokens)`` is shown each state of which a velocity is taken: the finished entities' tokens and those of
-    the one under way at time t (B, tokens so far, C).
+    Image i uses a generator keyed by (seed, first_image + i), so it does not depend on its batch. If ``seed`` is a sequence,
+    the key is (seed[i], 0), as for an image sampled alone. ``draw(shape, dtype)``, if given, supplies every random tensor
+    instead: for each entity its initial noise in float32, then one float64 tensor per stochastic step.
+    ``watch(entity, t, tokens)`` is called with each state at which the velocity is evaluated: the tokens of the finished
+    entities and of the current one at time t (B, tokens so far, C).
 
-    ``guidance_schedule`` says how guidance grows over the entities, from 1 to ``guidance``: "linear" (published) or "cosine";
-    or "constant". With one entity it is ``guidance``. It acts at times t within ``guidance_interval`` (Kynkaanniemi et al.
-    2024), and of at most 1 costs nothing. Integration runs in float64, the network in its own dtype. Within an entity the host
-    waits for nothing, and the network may be compiled before (docs/sampling.md).
+    ``guidance_schedule``: how the scale grows over the entities, from 1 to ``guidance``: "linear" (published) or "cosine"; or
+    "constant". With one entity it is ``guidance``. Guidance is applied at times t within ``guidance_interval`` (Kynkaanniemi et
+    al. 2024); a scale of at most 1 costs nothing. Integration runs in float64, the network in its own dtype. Within an entity
+    there is no host synchronization. The network may be compiled (docs/sampling.md). Raises UsageError for invalid arguments.
     """
     if sampler not in SAMPLERS:
-        raise UsageError(f"no sampler {sampler!r}; there are: {', '.join(SAMPLERS)}")
+        raise UsageError(f"no sampler {sampler!r}; available: {', '.join(SAMPLERS)}")
     if guidance_schedule not in SCHEDULES:
-        raise UsageError(f"no guidance schedule {guidance_schedule!r}; there are: {', '.join(SCHEDULES)}")
+        raise UsageError(f"no guidance schedule {guidance_schedule!r}; available: {', '.join(SCHEDULES)}")
     if steps < 1:
         raise UsageError(f"sampling needs at least 1 step, not {steps}")
     low, high = guidance_interval
     if not (0 <= guidance < math.inf and 0 <= low <= high <= 1):
-        raise UsageError(f"guidance {guidance} within times {low} to {high}: it is at least 0, times rise from 0 to 1")
+        raise UsageError(f"guidance {guidance} within times {low} to {high}: guidance must be >= 0, times rise within 0..1")
     device, layout = model.in_proj.weight.device, model.layout
     labels_B = _labels(labels, model.null_class)
     batch = len(labels_B)
@@ -69,7 +69,7 @@ def sample(
     autocast = torch.is_autocast_enabled(device.type)
     compute = torch.get_autocast_dtype(device.type) if autocast else model.in_proj.weight.dtype
     cache = model.new_cache(2 * batch if guidance > 1 else batch, compute)
-    layout.on(device)  # a compiled network that finds its layout's indices there needs no second graph
+    layout.on(device)  # otherwise a compiled network needs a second graph, for creating the layout's indices
     was_training = model.training
     model.eval()
     try:
@@ -83,7 +83,7 @@ def sample(
                 velocity = _watched(velocity, entity, finished, watch)
             shape = (batch, length, model.config.channels)
             x = draw(shape, torch.float32).to(device).double()
-            # all at once, before the first step: to fetch each in its step would make the host wait for the device
+            # all before the first step: a copy in each step would make the host wait for the device
             noises = [draw(shape, torch.float64) for _ in range(stochastic_steps(steps))]
             noise = torch.stack(noises).to(device) if noises else x.new_empty(0)
             finished.append(integrate(velocity, x, steps, noise).float())
@@ -93,30 +93,30 @@ def sample(
 
 
 def _keys(seed: int | Sequence[int], first_image: int, batch: int) -> list[tuple[int, int]]:
-    """Of the generator of each image, (seed, number)."""
+    """Return each image's generator key, (seed, number)."""
     alone = isinstance(seed, Sequence)
     seeds: list[Any] = [*seed] if isinstance(seed, Sequence) else [seed] * batch
     if len(seeds) != batch:
         raise UsageError(f"{len(seeds)} seeds for {batch} labels")
     if wrong := [one for one in seeds if not (isinstance(one, Integral) and 0 <= int(one) < rng.SEEDS)]:
-        raise UsageError(f"seed {wrong[0]} is no whole number from 0 to 2^64 - 1")
+        raise UsageError(f"seed {wrong[0]} is not an integer from 0 to 2^64 - 1")
     return [(int(one), 0 if alone else first_image + image) for image, one in enumerate(seeds)]
 
 
 def _labels(labels: Tensor | Sequence[int], null_class: int) -> Tensor:
-    """int64 (B,), each checked."""
+    """Return the labels as int64 (B,), validated."""
     try:
         found = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
         found = torch.empty(0)
     if found.ndim != 1 or found.is_floating_point() or found.dtype is torch.bool or not len(found):
-        raise UsageError(f"labels must be one or more whole numbers in 0..{null_class}, the last for no class")
+        raise UsageError(f"labels must be one or more integers in 0..{null_class}, where {null_class} is no class")
     if wrong := [label for label in found.tolist() if not 0 <= label <= null_class]:
-        raise UsageError(f"label {wrong[0]} is outside 0..{null_class}, the last for no class")
+        raise UsageError(f"label {wrong[0]} is outside 0..{null_class}, where {null_class} is no class")
     return found.to(torch.int64)
 
 
-# The share of guidance, 0 to 1, of an entity at the share 0 to 1 of the sequence
+# position of the entity in the sequence, 0 to 1 -> share of the guidance, 0 to 1
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda share: share,
     "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
@@ -127,9 +127,9 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 class _EntityVelocity:
     """The guided velocity of one entity.
 
-    Its first call feeds the entity before it, finished, at t = 0 beside it, and so leaves that one's keys and values in the
-    cache for the calls after. Without guidance the unconditional half is not computed: half of the batch, the first half of
-    the cache.
+    The first call also feeds the previous, finished entity at t = 0, which writes its keys and values to the cache for the
+    later calls. Without guidance the unconditional half is not computed: only half of the batch and the first half of the
+    cache are used.
     """
 
     def __init__(
@@ -148,17 +148,17 @@ class _EntityVelocity:
         self.labels, self.null = labels_B, torch.full_like(labels_B, model.null_class)
 
     def __call__(self, x_BLC: Tensor, t: float) -> Tensor:
-        """(B, L, C) float64 at time t -> velocity, float64."""
+        """State (B, L, C) in float64 at time t -> velocity, float64."""
         acts = self.scale > 1 and self.interval[0] <= t <= self.interval[1]
-        # Guided calls to come need the entity before in both halves of the cache. Its own scale of 1 is no obstacle: what it
-        # has not written of the unconditional half is what is fed here.
+        # Later guided calls need the previous entity in both halves of the cache. It may itself have run without guidance
+        # (scale 1): this call feeds it again and writes the unconditional half.
         both = acts or (self.scale > 1 and self.previous is not None)
         x, first, labels = x_BLC.to(self.model.in_proj.weight.dtype), self.entity, self.labels
         if self.previous is not None:
             x, first = torch.cat([self.previous.to(x.dtype), x], dim=1), self.entity - 1
         if both:
             x, labels = torch.cat([x, x]), torch.cat([labels, self.null])
-        # filled on the device: copying a list of times there would make the host wait
+        # filled on the device: copying a list of times would make the host wait
         t_BK = torch.full((x.shape[0], 1 + self.entity - first), t, dtype=torch.float32, device=x.device)
         t_BK[:, :-1] = 0
         self.previous = None
@@ -170,7 +170,7 @@ class _EntityVelocity:
 
 
 def _equal_steps(steps: int) -> Iterator[tuple[float, float]]:
-    """(t, t_next) of equal steps from 1 to 0."""
+    """Yield (t, t_next) for equal steps from 1 to 0."""
     return pairwise(1 - step / steps for step in range(steps + 1))
 
 
@@ -199,7 +199,7 @@ def _euler_maruyama(velocity: Velocity, x: Tensor, steps: int, noise_SBLC: Tenso
 
 
 def _heun(velocity: Velocity, x: Tensor, steps: int, _noise: Tensor) -> Tensor:
-    """Second order, two velocities a step but for the last, which is Euler's (EDM, Karras et al. 2022, algorithm 1)."""
+    """Second order, two velocities per step; the last step is an Euler step (EDM, Karras et al. 2022, algorithm 1)."""
     for t, t_next in _equal_steps(steps):
         v = velocity(x, t)
         if t_next > 0:
@@ -209,7 +209,7 @@ def _heun(velocity: Velocity, x: Tensor, steps: int, _noise: Tensor) -> Tensor:
 
 
 def _adams_bashforth(velocity: Velocity, x: Tensor, steps: int, _noise: Tensor) -> Tensor:
-    """Second order at one velocity a step: the slope is carried on from the step before; the first step is Euler's."""
+    """Two-step Adams-Bashforth: second order with one velocity per step. The first step is an Euler step."""
     before: Tensor | None = None
     for t, t_next in _equal_steps(steps):
         v = velocity(x, t)
@@ -221,7 +221,7 @@ def _adams_bashforth(velocity: Velocity, x: Tensor, steps: int, _noise: Tensor) 
 class _Sampler(NamedTuple):
     integrate: Callable[[Velocity, Tensor, int, Tensor], Tensor]  # from t = 1 to 0
     stochastic_steps: Callable[[int], int]
-    velocities: Callable[[int], int] = lambda steps: steps  # that it takes of an entity
+    velocities: Callable[[int], int] = lambda steps: steps  # evaluations per entity
 
 
 SAMPLERS = {

@@ -31,14 +31,14 @@ dist.run(main)
 IMAGES = """
 from xar_scale.evaluate.fidelity import Extractor
 
-class Reading(Extractor):
+class Passthrough(Extractor):
     def __init__(self):
         pass
 
-    def of(self, images):
+    def extract(self, images):
         return {"pooled": images}
 
-class Drawn:
+class Images:
     parts = 6
 
     def read(self, part):
@@ -48,7 +48,7 @@ class Drawn:
         return torch.full((2,), part)
 
 try:
-    found = Reading().of_all(Drawn())
+    found = Passthrough().extract_all(Images())
 except NonFiniteError as error:
     dist.leave(3)
 assert dist.rank() or found["pooled"].tolist() == [part for part in range(6) for _ in range(2)]

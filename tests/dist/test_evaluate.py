@@ -1,4 +1,4 @@
-"""Images and their numbers on several ranks: the same as on one, also from weights that ranks share, and after a kill."""
+"""Images and metrics on several ranks: the same as on one, also with sharded weights, and after a kill."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def assert_same(folder, expected) -> None:
     assert metrics(folder) == pytest.approx(metrics(expected), rel=1e-6)
 
 
-def test_three_ranks_draw_the_set_that_one_draws(checkpoint, alone, tmp_path):
+def test_three_ranks_generate_the_set_that_one_generates(checkpoint, alone, tmp_path):
     ended = launch(3, words(checkpoint, tmp_path / "set"), tmp_path / "logs")
     assert ended.codes == [0, 0, 0], ended.text
     assert ended.outputs[0].count("\nfrechet_distance ") == 1 and "frechet_distance" not in ended.outputs[1]
@@ -71,7 +71,7 @@ def test_killed_in_the_middle_the_set_is_finished_by_another_number_of_ranks(che
     there = len(parts(tmp_path / "set"))
     assert 1 <= there <= 5 and not (tmp_path / "set" / "digits").exists()
     ended = launch(1, words(checkpoint, tmp_path / "set"), tmp_path / "more")
-    assert ended.codes == [0] and f"{there} of them there already" in ended.text
+    assert ended.codes == [0] and f"{there} already done" in ended.text
     assert_same(tmp_path / "set", alone)
 
 
@@ -103,8 +103,8 @@ dist.leave(0)
 
 
 @pytest.mark.long
-def test_neighbours_that_share_the_weights_draw_the_same(checkpoint, alone, tmp_path):
-    """None of which ever holds them whole."""
+def test_ranks_with_sharded_weights_generate_the_same(checkpoint, alone, tmp_path):
+    """No rank ever holds all weights."""
     ended = launch(2, ["-c", SHARED, checkpoint, *FEW, "sample.shard_ranks=2"], tmp_path / "held")
     assert ended.codes == [0, 0], ended.text
     for output in ended.outputs:
@@ -113,12 +113,12 @@ def test_neighbours_that_share_the_weights_draw_the_same(checkpoint, alone, tmp_
         assert 0.45 < numbers["held"] < 0.55 and 0 < numbers["at once"] < 0.6
     ended = launch(2, words(checkpoint, tmp_path / "set", "sample.shard_ranks=2"), tmp_path / "logs")
     assert ended.codes == [0, 0], ended.text
-    assert "a copy over 2 ranks" in ended.text
+    assert "weights sharded over 2 ranks" in ended.text
     assert max(np.abs(a.astype(int) - b).max() for a, b in zip(parts(tmp_path / "set"), parts(alone), strict=True)) <= 1
 
 
 @pytest.mark.long
-def test_pictures_are_shared_out_and_put_together(checkpoint, tmp_path):
+def test_images_are_distributed_over_ranks_and_gathered(checkpoint, tmp_path):
     drawn = ["-m", "xar_scale", "sample", checkpoint, "--classes", "3,7", "--seeds", "0-2", *FEW]
     for world, more in ((1, []), (3, []), (2, ["sample.shard_ranks=2"])):
         out = ["--out", str(tmp_path / f"{world}.npz"), "--out", str(tmp_path / f"{world}.gif")]

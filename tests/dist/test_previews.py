@@ -1,4 +1,4 @@
-"""What averages draw while training goes on: the pictures that the checkpoint draws later, and a run that does not notice."""
+"""Previews during training: the images that the checkpoint gives later, and no effect on the run."""
 
 import json
 
@@ -33,7 +33,7 @@ def logged(run) -> list[tuple]:
     ("engine", "world", "precision"),
     [("deepspeed", 2, "bf16"), *(pytest.param(engine, 3, "fp32", marks=pytest.mark.long) for engine in ("fsdp2", "ddp"))],
 )
-def test_a_run_that_draws_is_the_run_that_does_not(tmp_path, engine, world, precision):
+def test_previews_do_not_change_the_run(tmp_path, engine, world, precision):
     cache_digits(tmp_path / "data", samples_per_shard=500)
     more = [f"train.engine={engine}", f"train.precision={precision}"]
     plain, drawing = tmp_path / "plain", tmp_path / "drawing"
@@ -52,7 +52,7 @@ def test_a_run_that_draws_is_the_run_that_does_not(tmp_path, engine, world, prec
     words = ["sample", str(drawing), "--classes", "3,7", "--seeds", "0-3", "--out", str(later), f"sample.precision={precision}"]
     assert launch(1, ["-m", "xar_scale", *words], tmp_path / "logs" / "later").codes == [0]
     off = np.abs(np.asarray(Image.open(later)).astype(int) - grids[-1])
-    assert off.max() <= 2 if precision == "fp32" else np.mean(off) < 2  # its own averages, not the weights
+    assert off.max() <= 2 if precision == "fp32" else np.mean(off) < 2  # of its EMA weights, not of the weights
     assert np.abs(grids[0] - grids[-1]).mean() > 2
 
     results = sorted((drawing / "evaluations").glob("*/evaluation.json"))
@@ -69,7 +69,7 @@ def test_a_run_that_draws_is_the_run_that_does_not(tmp_path, engine, world, prec
     assert distances[-1].value == pytest.approx(last["metrics"]["frechet_distance"], rel=1e-5)
 
 
-def test_what_could_not_be_drawn_is_refused_before_anything_is_trained(tmp_path):
+def test_impossible_previews_are_refused_before_training(tmp_path):
     cache_digits(tmp_path / "data", samples_per_shard=500)
     for more, code, said in (
         (["evaluate.every=2"], 78, "evaluate.every is 2, but evaluate.reference is not set"),

@@ -101,7 +101,7 @@ def test_samples_are_drawn_evaluated_and_reported(folder, trained):
     assert metrics["read_as_class"] > 0.3  # three times what chance gives, in less than a third of the steps
     assert 0 < metrics["held_out_frechet_distance"] < metrics["frechet_distance"]
 
-    shuffled = folder / "shuffled.npz"  # the judge is no rubber stamp
+    shuffled = folder / "shuffled.npz"  # wrong labels must not be read as right
     np.savez(shuffled, arr_0=images, arr_1=(labels + 1) % 10)
     command("xar-scale", "evaluate", str(shuffled), "--reference", "digits", "--out", str(folder / "shuffled"))
     assert json.loads((folder / "shuffled" / "digits" / "evaluation.json").read_text())["metrics"]["read_as_class"] < 0.1

@@ -1,4 +1,4 @@
-"""The report of a run in a browser: a picture of the page, its sections, and no network."""
+"""The report of a run in a browser: a screenshot, its sections, and no network."""
 
 import shutil
 from pathlib import Path
@@ -13,12 +13,12 @@ BROWSER = next((found for name in ("chromium", "chromium-browser", "google-chrom
 LIMIT_S = 200
 SECTIONS = ("summary", "curves", "precision", "stragglers", "checkpoints", "samples", "evaluations", "config")
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium to look at the page with")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium to render the page")
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
-    """Of a real run, by the commands as typed."""
+    """The report of a real run, made by the commands."""
     folder = tmp_path_factory.mktemp("report")
     cache_digits(folder / "data", 1000)
     small = ["train.engine=single", "train.steps=12", "train.log_every=2", "optim.warmup_steps=2", "train.global_batch=8"]
@@ -34,7 +34,7 @@ def page(tmp_path_factory) -> Path:
 
 
 def browse(page: Path, folder: Path, *options: str) -> str:
-    """What the browser prints. It finds no network: whatever it would ask for is refused."""
+    """Return what the browser prints. It has no network: every request is refused."""
     fixed = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder / 'browser'}"]
     done = command(BROWSER or "", *fixed, "--proxy-server=127.0.0.1:9", *options, page.as_uri(), limit_s=LIMIT_S)
     assert done.returncode == 0, done.stderr
@@ -79,11 +79,11 @@ def test_the_page_is_drawn_and_fits_the_window(page, tmp_path, width):
     assert f"<title>{width}</title>" in browse(probed, tmp_path, "--dump-dom", f"--window-size={width},1600")
 
 
-def test_dark_where_the_reader_has_it_dark(page, tmp_path):
+def test_the_page_is_dark_in_dark_mode(page, tmp_path):
     light, dark = (picture(page, tmp_path, 1280, dark=dark).convert("L") for dark in (False, True))
     assert light.getpixel((2, 2)) == 255 and dark.getpixel((2, 2)) < 40
     for image, brightest in ((light, True), (dark, False)):
         _, paper = max(image.getcolors())
         assert (paper == 255) is brightest and (paper < 40) is not brightest
         heading = image.crop((0, 50, 130, 100))
-        assert abs(heading.getextrema()[0 if brightest else 1] - paper) > 200  # which can be read
+        assert abs(heading.getextrema()[0 if brightest else 1] - paper) > 200  # legible

@@ -54,7 +54,7 @@ def without_speed(rows: list[list[str]]) -> list[list[str]]:
 
 
 @pytest.mark.long
-def test_a_sweep_goes_on_and_is_the_same_on_two_ranks(tmp_path):
+def test_a_sweep_resumes_and_is_the_same_on_two_ranks(tmp_path):
     run = Run(tmp_path / "run")
     run.train(5)
     run.save()
@@ -68,9 +68,9 @@ def test_a_sweep_goes_on_and_is_the_same_on_two_ranks(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     table = (one / "sweep.md").read_text()
     assert done.stdout.endswith(table)
-    assert done.stdout.count("drawing on 1 x cpu") == 1 and done.stdout.count("0 of them there already") == 4
+    assert done.stdout.count("sampling on 1 x cpu") == 1 and done.stdout.count("0 already done") == 4
     titles, *rows = rows_of(table)
-    assert titles[:6] == ["sampler", "steps", "guidance", "passes an image", "images/s", "frechet_distance"]
+    assert titles[:6] == ["sampler", "steps", "guidance", "passes per image", "images/s", "frechet_distance"]
     assert titles[6:] == ["precision", "recall", "read_as_class"]
     wanted = [["euler", "1", "1.5", "8"], ["euler", "3", "1.5", "24"], ["heun", "1", "1.5", "8"], ["heun", "3", "1.5", "40"]]
     assert [row[:4] for row in rows] == wanted and all(float(row[4]) > 0 for row in rows)
@@ -87,9 +87,9 @@ def test_a_sweep_goes_on_and_is_the_same_on_two_ranks(tmp_path):
         assert sheet.height == 4 * 52 + 4
 
     again = command(sys.executable, *words(one))
-    assert again.returncode == 0 and again.stdout == table  # and nothing is drawn
+    assert again.returncode == 0 and again.stdout == table  # and nothing is generated
 
-    # one set that is half drawn, and one that was compared with something else
+    # one half-finished set, and one that was compared with something else
     (one / SETS[1] / "evaluation.json").unlink()
     half = open_trained(tmp_path / "run", [guided, "sample.sampler=euler", "sample.steps=3"])
     images = image_set(half, one / SETS[1], 300, 0)
@@ -98,15 +98,15 @@ def test_a_sweep_goes_on_and_is_the_same_on_two_ranks(tmp_path):
     results[SETS[3]]["reference"]["path"] = "other"
     (one / SETS[3] / "evaluation.json").write_text(json.dumps(results[SETS[3]]))
     (one / "samples.png").rename(one / "first.png")
-    gone_on = command(sys.executable, *words(one))
-    assert gone_on.returncode == 0, gone_on.stderr
-    assert [line.split(", ")[1] for line in gone_on.stdout.splitlines() if "there already" in line] == [
-        "1 of them there already",
-        "0 of them there already",
+    resumed = command(sys.executable, *words(one))
+    assert resumed.returncode == 0, resumed.stderr
+    assert [line.split(", ")[1] for line in resumed.stdout.splitlines() if "already done" in line] == [
+        "1 already done",
+        "0 already done",
     ]
     _, *now = rows_of((one / "sweep.md").read_text())
     assert without_speed(now) == without_speed(rows) and now[0] == rows[0] and now[2] == rows[2]
-    assert now[1][4] == "" and float(now[3][4]) > 0  # only what is drawn in one go is timed
+    assert now[1][4] == "" and float(now[3][4]) > 0  # only sets generated in one go are timed
     assert (one / "samples.png").read_bytes() == (one / "first.png").read_bytes() and not [*one.glob("*/part-*")]
 
     ended = launch(2, words(two), tmp_path / "logs")
@@ -114,34 +114,35 @@ def test_a_sweep_goes_on_and_is_the_same_on_two_ranks(tmp_path):
     assert without_speed(rows_of((two / "sweep.md").read_text())) == without_speed([titles, *rows])
 
     other = command(sys.executable, *words(one, images=200))
-    assert other.returncode == 64 and other.stderr.startswith(f"sweep: {one / SETS[0]} holds another set: images is 300 there")
+    assert other.returncode == 64
+    assert other.stderr.startswith(f"sweep: {one / SETS[0]} holds a different set: images is 300 there")
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--steps", "5,x"], "argument --steps: '5,x' is not numbers of at least 1 with commas"),
-        (["--steps", "0,5"], "argument --steps: '0,5' is not numbers of at least 1 with commas"),
-        (["--guidance", "1,nan"], "argument --guidance: '1,nan' is not numbers of at least 0 with commas"),
-        (["--guidance", ""], "argument --guidance: '' is not numbers of at least 0 with commas"),
-        (["--sampler", "euler,rk4"], "no sampler 'rk4'; there are: euler, euler_maruyama, heun, adams_bashforth"),
+        (["--steps", "5,x"], "argument --steps: '5,x' is not a comma-separated list of numbers of at least 1"),
+        (["--steps", "0,5"], "argument --steps: '0,5' is not a comma-separated list of numbers of at least 1"),
+        (["--guidance", "1,nan"], "argument --guidance: '1,nan' is not a comma-separated list of numbers of at least 0"),
+        (["--guidance", ""], "argument --guidance: '' is not a comma-separated list of numbers of at least 0"),
+        (["--sampler", "euler,rk4"], "no sampler 'rk4'; available: euler, euler_maruyama, heun, adams_bashforth"),
         (["--images", "1"], "--images is at least 2"),
         (["train.steps=3"], "train.steps=3: only sample.* and kernels.* can be changed"),
         (["sample.steps=3"], "no checkpoint at nowhere"),
     ],
 )
-def test_a_sweep_of_nothing_is_refused(words, said, monkeypatch, capsys):
+def test_invalid_sweeps_are_refused(words, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sweep", "nowhere", "--out", "x", "--reference", "digits", *words])
     assert sweep.main() == 64
     error = capsys.readouterr().err
     assert error.startswith("sweep: ") and said in error and error.count("\n") == 1
 
 
-def test_a_sweep_needs_matplotlib_before_it_draws(monkeypatch, capsys):
+def test_a_sweep_needs_matplotlib_before_it_samples(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(sys, "argv", ["sweep", "nowhere", "--out", "x", "--reference", "digits"])
     assert sweep.main() == 64
-    assert capsys.readouterr().err == "sweep: the plot is matplotlib's: pip install 'xar_scale[evaluate]'\n"
+    assert capsys.readouterr().err == "sweep: the plot needs matplotlib: pip install 'xar_scale[evaluate]'\n"
 
 
 @pytest.mark.long

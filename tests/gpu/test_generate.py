@@ -1,4 +1,4 @@
-"""Samples drawn on a GPU match those of a CPU, up to rounding."""
+"""Images generated on a GPU match those of a CPU, up to rounding."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(("precision", "off"), [("fp32", 1), ("tf32", 4), ("bf16", 24)])
-def test_samples_match_a_cpu(checkpoint, device, precision, off):
+def test_images_match_those_of_a_cpu(checkpoint, device, precision, off):
     trained = open_trained(checkpoint, [*FEW, f"sample.precision={precision}"])
     exact = open_generator(open_trained(checkpoint, [*FEW, "sample.precision=fp32"]), torch.device("cpu")).draw(LABELS, 3)
     found = open_generator(trained, device).draw(LABELS, 3)

@@ -115,8 +115,8 @@ def test_a_run_is_evaluated_in_its_own_folder_and_an_npz_elsewhere(capsys, run, 
     assert f"frechet_distance                 {result['metrics']['frechet_distance']:.4f}" in said and str(folder) in said
     assert result["set"]["images"] == 30 and result["set"]["sample"]["steps"] == 1 and result["weights"]["step"] == 0
     assert result["features"]["name"] == "digits-svm" and "torch-fidelity" in result["versions"]
-    assert "these are no FID and no IS" in (folder / "digits" / "evaluation.md").read_text()
-    assert_ends(capsys, ["evaluate", run, *words], 64, "holds another set: sample is", "name another --out")
+    assert "these are not FID or IS" in (folder / "digits" / "evaluation.md").read_text()
+    assert_ends(capsys, ["evaluate", run, *words], 64, "holds a different set: sample is", "choose another --out")
     assert_ends(capsys, ["evaluate", run, *words, "train.steps=2"], 64, "train.steps=2: only sample.* and kernels.*")
 
     every = np.concatenate([np.load(path) for path in sorted(folder.glob("part-*.npy"))])
@@ -131,7 +131,7 @@ def test_a_run_is_evaluated_in_its_own_folder_and_an_npz_elsewhere(capsys, run, 
         wrong = ["evaluate", tmp_path / "x.npz", *words, "--out", tmp_path / "w", more]
         assert_ends(capsys, wrong, 64, f"{more.partition('=')[0]}", "holds images, so none are generated")
     np.savez(tmp_path / "y.npz", arr_0=every.transpose(0, 2, 3, 1))
-    assert_ends(capsys, ["evaluate", tmp_path / "y.npz", *words, "--out", tmp_path / "of_npz"], 64, "is of another set")
+    assert_ends(capsys, ["evaluate", tmp_path / "y.npz", *words, "--out", tmp_path / "of_npz"], 64, "of a different set")
     assert json.loads((tmp_path / "of_npz" / "digits" / "evaluation.json").read_text()) == again
 
 
@@ -242,11 +242,11 @@ def test_an_unwritable_output_is_refused_before_the_work(capsys, run, tmp_path, 
 
 def test_wrong_samples(capsys, run, tmp_path):
     out = tmp_path / "grid.png"
-    assert_ends(capsys, ["sample", run, "--out", out, "--classes", ""], 64, "nothing between two commas")
-    assert_ends(capsys, ["sample", run, "--out", out, "--classes", "5-2"], 64, "classes 5-2: a range goes from the smaller")
+    assert_ends(capsys, ["sample", run, "--out", out, "--classes", ""], 64, "empty entry between commas")
+    assert_ends(capsys, ["sample", run, "--out", out, "--classes", "5-2"], 64, "classes 5-2: a range must go from the smaller")
     assert_ends(capsys, ["sample", run, "--out", out, "--seeds", "0-100000000000"], 64, "at most 1,000,000 in a range")
     assert_ends(capsys, ["sample", run, "--out", out, "--seeds", str(2**64)], 64, "below 2^64")
-    assert_ends(capsys, ["sample", run, "--out", tmp_path / "grid.jpg"], 64, "grid.jpg is no .png")
+    assert_ends(capsys, ["sample", run, "--out", tmp_path / "grid.jpg"], 64, "grid.jpg must be a .png")
     assert_ends(capsys, ["sample", run, "--out", out, "--seeds", "x"], 64, "--seeds 'x'")
     assert_ends(capsys, ["sample", run, "--out", out, "--classes", "cat"], 64, "class 'cat'")
     assert_ends(capsys, ["sample", run, "--out", out, "--classes", "10"], 64, "class 10 is outside 0..9")
@@ -277,13 +277,13 @@ def test_wrong_archives(capsys, tmp_path):
     words = ["--reference", "digits", "--out", tmp_path / "v"]
     for name, content in (("empty.npz", b""), ("text.npz", b"text")):
         (tmp_path / name).write_bytes(content)
-        assert_ends(capsys, ["evaluate", tmp_path / name, *words], 65, name, "is no npz of arrays, or torn")
+        assert_ends(capsys, ["evaluate", tmp_path / name, *words], 65, name, "is not an npz of arrays, or is torn")
     np.save(tmp_path / "array.npy", np.zeros(3))
     assert_ends(capsys, ["evaluate", tmp_path / "array.npy", *words], 65, "array.npy")
     np.savez(tmp_path / "other.npz", arr_0=np.zeros((2, 9, 8, 3), np.uint8), arr_1=np.zeros(2, int))
     assert_ends(capsys, ["evaluate", tmp_path / "other.npz", *words], 65, "the images are uint8(3, 9, 8)")
     np.savez(tmp_path / "other.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.array([3, 10]))
-    assert_ends(capsys, ["evaluate", tmp_path / "other.npz", *words], 65, "not one of 0..9 for each of 2 images")
+    assert_ends(capsys, ["evaluate", tmp_path / "other.npz", *words], 65, "expected one of 0..9 for each of 2 images")
     assert not (tmp_path / "v").exists()
 
 

@@ -1,4 +1,4 @@
-"""Our numbers of images against torch-fidelity's own path and against hand-made ones; statistics, and whose weights."""
+"""Our metrics against torch-fidelity's own pipeline and against ones computed by hand; statistics; Inception weights."""
 
 import hashlib
 
@@ -22,7 +22,7 @@ FEATURES, COUNT = 12, 300
 
 
 class Seeded(FeatureExtractorBase):
-    """Two random layers: features of pictures that nothing has to be fetched for."""
+    """Two random layers: a feature extractor that needs no download."""
 
     def __init__(self, name, features_list, **_):
         super().__init__(name, features_list)
@@ -58,7 +58,7 @@ def pictures(seed: int, levels: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two sets of pictures as files."""
+    """Two sets of image files."""
     made = []
     for seed, levels in ((1, 256), (2, 240)):
         folder = tmp_path_factory.mktemp(f"set{seed}")
@@ -68,7 +68,7 @@ def folders(tmp_path_factory):
     return made
 
 
-def test_every_number_is_that_of_torch_fidelitys_own_path(folders, monkeypatch):
+def test_every_metric_matches_torch_fidelitys_own_pipeline(folders, monkeypatch):
     monkeypatch.setattr(fidelity, "KID_SUBSET", 100)
     theirs = torch_fidelity.calculate_metrics(
         input1=str(folders[0]),
@@ -85,7 +85,7 @@ def test_every_number_is_that_of_torch_fidelitys_own_path(folders, monkeypatch):
         save_cpu_ram=True,
     )
     comparison = Comparison(str(folders[1]), "seeded", CPU)
-    ours = comparison.of(open_images(folders[0]), None, {})["metrics"]
+    ours = comparison.evaluate(open_images(folders[0]), None, {})["metrics"]
     names = {
         "frechet_distance": "frechet_inception_distance",
         "classifier_score": "inception_score_mean",
@@ -110,7 +110,7 @@ def gaussians() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def distance_by_hand(one: np.ndarray, other: np.ndarray) -> float:
-    """Of Gaussians (Frechet 1957): by the root of the product of their covariances."""
+    """Frechet distance of Gaussians (1957), by the root of the product of their covariances."""
     covariances = [np.cov(values, rowvar=False) for values in (one, other)]
     root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
     return ((one.mean(0) - other.mean(0)) ** 2).sum() + np.trace(sum(covariances) - 2 * root)
@@ -138,57 +138,57 @@ def test_statistics_of_either_type_are_loaded(tmp_path, dtype):
     assert set(found) == {"frechet_distance", "classifier_score", "classifier_score_std"}  # no more without images
 
 
-def test_statistics_that_are_none_are_refused(tmp_path):
+def test_invalid_statistics_are_refused(tmp_path):
     path = tmp_path / "known.npz"
     np.savez(path, mu=np.zeros(4), sigma=np.eye(3))
-    with pytest.raises(DataError, match=r"mu \(4,\) and sigma \(3, 3\) are no mean and covariance"):
+    with pytest.raises(DataError, match=r"mu \(4,\) and sigma \(3, 3\) are not a mean and covariance"):
         read_statistics(path)
     np.savez(path, mu=np.full(3, np.nan), sigma=np.eye(3))
-    with pytest.raises(DataError, match="no mean and covariance"):
+    with pytest.raises(DataError, match="not a mean and covariance"):
         read_statistics(path)
-    for sigma in (np.tril(np.full((3, 3), 0.5)), -np.eye(3)):  # a root of one, and no variances
+    for sigma in (np.tril(np.full((3, 3), 0.5)), -np.eye(3)):  # a triangular root, and negative variances
         np.savez(path, mu=np.zeros(3), sigma=sigma)
-        with pytest.raises(DataError, match="no mean and covariance"):
+        with pytest.raises(DataError, match="not a mean and covariance"):
             read_statistics(path)
     np.savez(path, mu=np.zeros(3, np.float16), sigma=np.eye(3))
-    with pytest.raises(DataError, match=r"known.npz: mu float16, sigma float64: statistics are of float32 or float64"):
+    with pytest.raises(DataError, match=r"known.npz: mu float16, sigma float64: statistics must be float32 or float64"):
         read_statistics(path)
     np.savez(path, mean=np.zeros(3))
-    with pytest.raises(DataError, match=r"known.npz holds no mu and sigma"):
+    with pytest.raises(DataError, match=r"known.npz has no mu and sigma"):
         read_statistics(path)
     path.write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(DataError, match=r"known.npz is no npz of arrays, or torn"):
+    with pytest.raises(DataError, match=r"known.npz is not an npz of arrays, or is torn"):
         Comparison(str(path), "seeded", CPU)
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(DataError, match=r"known.npz is of 3 features, seeded has 12"):
-        Comparison(str(path), "seeded", CPU)  # before anything is drawn for it
+    with pytest.raises(DataError, match=r"known.npz has 3 features, but seeded has 12"):
+        Comparison(str(path), "seeded", CPU)  # before anything is generated
     with pytest.raises(UsageError, match="no reference at"):
         Comparison(str(tmp_path / "nowhere"), "seeded", CPU)
 
 
-def test_what_goes_by_a_published_name_is_that_file(tmp_path, monkeypatch):
+def test_a_file_with_a_published_name_must_be_that_file(tmp_path, monkeypatch):
     assert fidelity.git_sha1(b"what is up, doc?") == "bd9dbf5aae1a3862dd1526723246b20206e5fc37"  # git's own example
     path = tmp_path / "adm_in256_stats.npz"
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(DataError, match=r"is not the published adm_in256_stats.npz: git's SHA-1 of it is .{40}, not 1da4"):
+    with pytest.raises(DataError, match=r"is not the published adm_in256_stats.npz: its git blob SHA-1 is .{40}, not 1da4"):
         read_statistics(path)
     monkeypatch.setitem(fidelity.PUBLISHED, path.name, fidelity.git_sha1(path.read_bytes()))
     assert read_statistics(path)["mu"].shape == (3,)
 
 
-def test_inception_weights_that_are_nowhere_end_in_one_line(tmp_path, monkeypatch):
+def test_missing_inception_weights_are_reported_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(fidelity, "INCEPTION_URL", "http://127.0.0.1:9/weights.pth")
-    said = r"no Inception weights at .*hub.*6726825d.pth, and .* cannot be had .*--inception-weights, or evaluate"
+    said = r"no Inception weights at .*hub.*6726825d.pth, and .* cannot be downloaded .*--inception-weights, or evaluate"
     np.savez(tmp_path / "known.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(UsageError, match=said) as told:
         Comparison(str(tmp_path / "known.npz"), fidelity.INCEPTION, CPU)
     assert "\n" not in str(told.value) and not [*(tmp_path / "hub").rglob("*.pth")]
     with pytest.raises(UsageError, match="no Inception weights at nowhere"):
         Extractor(fidelity.INCEPTION, CPU, tmp_path.__class__("nowhere"))
-    with pytest.raises(UsageError, match="no feature extractor 'nosuch'; there are: .*seeded"):
+    with pytest.raises(UsageError, match="no feature extractor 'nosuch'; available: .*seeded"):
         Extractor("nosuch", CPU)
-    with pytest.raises(UsageError, match="--inception-weights are of inception-v3-compat, not of seeded"):
+    with pytest.raises(UsageError, match="--inception-weights are for inception-v3-compat, not for seeded"):
         Extractor("seeded", CPU, tmp_path)
 
 
@@ -200,8 +200,8 @@ def test_inception_weights_are_checked_before_they_are_unpickled(tmp_path, monke
         Extractor(fidelity.INCEPTION, CPU, path)
 
 
-def test_with_inception_they_are_called_fid_and_is(tmp_path, monkeypatch):
-    """Its network is the real one; its weights are not, so that nothing has to be fetched."""
+def test_with_inception_the_metrics_are_called_fid_and_is(tmp_path, monkeypatch):
+    """The real network with random weights, so that nothing has to be downloaded."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     module = "torch_fidelity.feature_extractor_inceptionv3"
@@ -217,7 +217,7 @@ def test_with_inception_they_are_called_fid_and_is(tmp_path, monkeypatch):
     assert extractor.sha256 == digest
     assert extractor.layers == {"fid": "2048", "isc": "logits_unbiased", "kid": "2048", "prc": "2048"}
     grey = pictures(1, 256)[:10, :1]
-    features, colour = extractor.of(grey), extractor.of(np.repeat(grey, 3, axis=1))
+    features, colour = extractor.extract(grey), extractor.extract(np.repeat(grey, 3, axis=1))
     assert features["2048"].shape == (10, 2048) and torch.equal(features["2048"], colour["2048"])
     monkeypatch.setattr(torch_fidelity.metric_fid, "fid_statistics_to_metric", lambda *_: {torch_fidelity.KEY_METRIC_FID: 1.0})
     found = measure(features, of_features(features, extractor), extractor)
@@ -227,12 +227,12 @@ def test_with_inception_they_are_called_fid_and_is(tmp_path, monkeypatch):
 def test_features_are_in_the_order_of_the_images():
     images = pictures(1, 256)
     extractor = Extractor("seeded", CPU)
-    together, parts = extractor.of(images), extractor.of_all(ImagesInMemory(images))
+    together, parts = extractor.extract(images), extractor.extract_all(ImagesInMemory(images))
     torch.testing.assert_close(parts["pooled"], together["pooled"])
     assert len(parts["logits"]) == COUNT
 
 
-def test_pictures_of_others_are_read_and_what_is_none_is_named(tmp_path, folders):
+def test_image_files_are_read_and_invalid_ones_named(tmp_path, folders):
     found = open_images(folders[0])
     assert isinstance(found, ImageFiles) and (found.count, found.parts) == (300, 2)
     assert np.array_equal(np.concatenate([found.read(0), found.read(1)]), pictures(1, 256))
@@ -241,13 +241,13 @@ def test_pictures_of_others_are_read_and_what_is_none_is_named(tmp_path, folders
     Image.new("L", (16, 16), 7).save(tmp_path / "deep" / "b.JPG", format="jpeg")
     assert open_images(tmp_path).read(0).shape == (2, 3, 16, 16)
     Image.new("RGB", (16, 8)).save(tmp_path / "deep" / "c.png")
-    with pytest.raises(DataError, match=r"c.png is 16x8 pixels, a.png is 16x16: they must be of one size"):
+    with pytest.raises(DataError, match=r"c.png is 16x8 pixels, a.png is 16x16: all must have the same size"):
         open_images(tmp_path).read(0)
     (tmp_path / "deep" / "c.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"c.png is no picture that can be read"):
+    with pytest.raises(DataError, match=r"cannot read image .*c.png: "):
         open_images(tmp_path).read(0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="no pictures in"):
+    with pytest.raises(UsageError, match="no images in"):
         open_images(tmp_path / "empty")
     with pytest.raises(UsageError, match="no images at"):
         open_images(tmp_path / "nowhere.npz")
@@ -256,15 +256,15 @@ def test_pictures_of_others_are_read_and_what_is_none_is_named(tmp_path, folders
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
-        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "holds no images in arr_0"),
-        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"arr_0 is uint8\(2, 3, 8, 8\), not one or more of uint8 \(H, W, 3\)"),
+        ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "has no images in arr_0"),
+        ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"arr_0 is uint8\(2, 3, 8, 8\), expected one or more uint8 \(H, W, 3\)"),
         ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, "arr_0 is float32"),
         ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "arr_0 is uint8"),
         ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "arr_1": np.zeros(3)}, r"\(3,\) labels for 2 images"),
-        ({"arr_0": np.array([{}], dtype=object)}, "is no npz of arrays"),
+        ({"arr_0": np.array([{}], dtype=object)}, "is not an npz of arrays"),
     ],
 )
-def test_an_npz_of_something_else_is_refused(tmp_path, arrays, said):
+def test_an_npz_without_images_is_refused(tmp_path, arrays, said):
     np.savez(tmp_path / "x.npz", **arrays)
     with pytest.raises(DataError, match=said):
         open_images(tmp_path / "x.npz")
@@ -273,25 +273,25 @@ def test_an_npz_of_something_else_is_refused(tmp_path, arrays, said):
 def test_adms_batches_hold_statistics_and_images(tmp_path):
     images = pictures(2, 240)
     extractor = Extractor("seeded", CPU)
-    known = {name: 2 * value for name, value in statistics_of(extractor.of(images), extractor).items()}
+    known = {name: 2 * value for name, value in statistics_of(extractor.extract(images), extractor).items()}
     np.savez(tmp_path / "batch.npz", arr_0=images.transpose(0, 2, 3, 1), mu=known["mu"], sigma=known["sigma"])
     given = ImagesInMemory(pictures(1, 256))
-    found = Comparison(str(tmp_path / "batch.npz"), "seeded", CPU).of(given, None, {})["metrics"]
-    by_hand = measure(extractor.of(given.images), Reference(known), extractor)["frechet_distance"]
+    found = Comparison(str(tmp_path / "batch.npz"), "seeded", CPU).evaluate(given, None, {})["metrics"]
+    by_hand = measure(extractor.extract(given.images), Reference(known), extractor)["frechet_distance"]
     assert found["frechet_distance"] == pytest.approx(by_hand, rel=1e-6) and {"precision", "kernel_distance"} <= set(found)
 
 
-def test_numbers_of_something_else_are_not_written_over(tmp_path, folders):
+def test_results_of_something_else_are_not_overwritten(tmp_path, folders):
     images, named = ImagesInMemory(pictures(3, 256)[:20]), {"set": {"path": "x", "images": 20, "sha256": "1"}}
     comparison = Comparison(str(folders[1]), "seeded", CPU)
     assert comparison.name == f"{folders[1].name}-seeded" and comparison.sha256 == sha256_of(folders[1])
-    result = comparison.of(images, None, named)
+    result = comparison.evaluate(images, None, named)
     write(tmp_path / "numbers", result)
     check_folder(tmp_path / "nowhere", named)
     moved = {"set": named["set"] | {"path": "y"}, "reference": result["reference"] | {"path": "z"}}
     write(tmp_path / "numbers", result | moved)
     for section, change in (("set", {"sha256": "2"}), ("reference", {"sha256": ""}), ("features", {"name": "other"})):
-        with pytest.raises(UsageError, match=f"evaluation.json is of another {section}; name another --out"):
+        with pytest.raises(UsageError, match=f"evaluation.json has results of a different {section}; choose another --out"):
             check_folder(tmp_path / "numbers", result | {section: result[section] | change})
 
 
@@ -299,7 +299,7 @@ def test_numbers_of_something_else_are_not_written_over(tmp_path, folders):
 def test_numbers_that_are_torn_are_named(tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content, errors="surrogateescape")
     wanted = {"set": {}, "reference": {}, "features": {}}
-    with pytest.raises(DataError, match=f"{tmp_path}/evaluation.json is torn or changed; remove it or name another --out"):
+    with pytest.raises(DataError, match=f"{tmp_path}/evaluation.json is torn or changed; remove it or choose another --out"):
         check_folder(tmp_path, wanted)
 
 
@@ -327,13 +327,13 @@ def test_images_in_an_npz_are_read_a_part_at_a_time(tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=images.transpose(0, 2, 3, 1))
     content = (tmp_path / "x.npz").read_bytes()
     (tmp_path / "x.npz").write_bytes(content[:1000])
-    with pytest.raises(DataError, match="is no npz of arrays, or torn"):
+    with pytest.raises(DataError, match="is not an npz of arrays, or is torn"):
         open_images(tmp_path / "x.npz")
 
 
 def test_one_image_is_nothing_to_compare_and_few_have_fewer_numbers(tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8))
-    with pytest.raises(UsageError, match="holds one image: numbers are of several"):
+    with pytest.raises(UsageError, match="holds one image: metrics need at least two"):
         open_images(tmp_path / "x.npz")
     extractor = Extractor("seeded", CPU)
     few = {"pooled": torch.randn(3, FEATURES), "logits": torch.randn(3, 10)}
@@ -353,13 +353,13 @@ def test_features_are_in_float32_whatever_the_process_computes_in():
     )
     torch.set_float32_matmul_precision("high")
     try:
-        extractor.of(pictures(1, 256)[:2])
+        extractor.extract(pictures(1, 256)[:2])
         assert seen == [("highest", False)] and torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
 
 
-def test_distances_between_all_images_are_taken_by_all_cores(monkeypatch):
+def test_distances_between_all_images_use_all_cores(monkeypatch):
     seen, torchs = [], torch.get_num_threads()
     monkeypatch.setattr(fidelity.os, "sched_getaffinity", lambda _: range(torchs + 1))
     monkeypatch.setattr(
@@ -368,15 +368,15 @@ def test_distances_between_all_images_are_taken_by_all_cores(monkeypatch):
         lambda *_, **__: seen.append(torch.get_num_threads()) or {"precision": 0.0, "recall": 0.0},
     )
     extractor = Extractor("seeded", CPU)
-    features = extractor.of(pictures(1, 256)[:20])
+    features = extractor.extract(pictures(1, 256)[:20])
     measure(features, of_features(features, extractor), extractor)
     assert seen == [torchs + 1] and torch.get_num_threads() == torchs
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "CMYK"])
-def test_pictures_that_are_not_8_bits_a_channel_are_named(tmp_path, mode):
+def test_images_that_are_not_8_bits_per_channel_are_named(tmp_path, mode):
     suffix = "jpg" if mode == "CMYK" else "png"
     for name in "ab":
         Image.new(mode, (8, 8)).save(tmp_path / f"{name}.{suffix}")
-    with pytest.raises(DataError, match=rf"a.{suffix} is of mode {mode}, not of 8 bits a channel without transparency"):
+    with pytest.raises(DataError, match=rf"a.{suffix} has mode {mode}, expected 8 bits per channel without transparency"):
         open_images(tmp_path)

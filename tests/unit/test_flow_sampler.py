@@ -1,4 +1,4 @@
-"""Flow matching and sampling, on networks whose integral is known."""
+"""Flow matching and sampling, on networks with known integrals."""
 
 import math
 
@@ -19,7 +19,7 @@ CLASSES = 5
 
 
 class KnownField(nn.Module):
-    """Stands for an XAR: the velocity is ``field(x, t (B, K, 1), labels (B, 1, 1))`` of each token; calls are recorded."""
+    """Stands for an XAR: the velocity of each token is ``field(x, t (B, K, 1), labels (B, 1, 1))``; calls are recorded."""
 
     def __init__(self, field, grid=(4, 4), side=2):
         super().__init__()
@@ -121,7 +121,7 @@ def test_euler_takes_equal_steps_and_passes_position_and_time(steps):
     torch.testing.assert_close(out, x.float().expand_as(out), atol=1e-6, rtol=0)
 
 
-def test_each_entity_is_begun_beside_the_finished_one_before_it():
+def test_the_first_call_of_an_entity_also_feeds_the_previous_one():
     fed = []
     model = KnownField(lambda x, t, y: fed.append(x.clone()) or torch.ones_like(x))
     sample(model, [0, 1], steps=2, guidance=1, sampler="euler", draw=zeros)
@@ -181,12 +181,12 @@ def test_an_entity_draws_its_start_and_one_noise_a_stochastic_step(sampler, step
 
 @pytest.mark.parametrize("guidance", [1.5, 4.0])
 def test_guidance_grows_linearly_over_the_entities(guidance):
-    model = KnownField(lambda x, t, y: (y != CLASSES).double())  # 1 with a class, 0 without: guided, the scale itself
+    model = KnownField(lambda x, t, y: (y != CLASSES).double())  # 1 with a class, 0 without: guided, it is the scale
     out = model.layout.to_entities(sample(model, [0, 3], steps=3, guidance=guidance, sampler="euler", draw=zeros))
     for entity in range(4):
         expected = -(1 + (guidance - 1) * entity / 3)
         torch.testing.assert_close(out[:, 4 * entity : 4 * entity + 4], torch.full((2, 4, 3), expected))
-    # the first entity's scale is 1: without the class it is not computed
+    # the first entity's scale is 1: no unconditional half
     assert [batch for _, _, batch in model.calls] == [2] * 3 + [4] * 9
 
 
@@ -216,14 +216,14 @@ def test_guidance_acts_within_its_interval_of_times_and_costs_nothing_outside():
     times = [t[-1] for _, t, _ in model.calls]
     assert times == [1, 0.75, 0.5, 0.25] * 4
     batches = [batch for _, _, batch in model.calls]
-    # the first call of an entity also feeds the one before, which the guided calls after it need without the class
+    # an entity's first call feeds the previous entity, which later guided calls need unconditionally too
     assert batches == [2, 2, 4, 4] + [4, 2, 4, 4] * 3
 
 
 @pytest.mark.parametrize("schedule", ["linear", "constant"])
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.0, 0.5), (0.6, 1.0), (0.3, 0.7)])
-def test_guided_is_each_pass_alone_put_together(schedule, interval):
-    """Against two networks run side by side: the cache of the unconditional half is right from the second entity on."""
+def test_guidance_equals_separate_conditional_and_unconditional_passes(schedule, interval):
+    """Against two separate forward passes: the cache of the unconditional half is right from the second entity on."""
     model = nano_model(classes=CLASSES)
     labels, guidance, steps = torch.tensor([1, 3]), 3.0, 3
     starts = [normal(entity, 2, 4, 4, dtype=torch.float32) for entity in range(4)]
@@ -259,7 +259,7 @@ def test_without_guidance_nothing_unconditional_is_computed(guidance):
 
 
 def errors(sampler: str, steps: int) -> float:
-    """Of one trajectory of dx/dt = x cos(6 t), whose end is known, against the exact end."""
+    """Error at the end of one trajectory of dx/dt = x cos(6 t), whose exact solution is known."""
     model = KnownField(lambda x, t, y: x * torch.cos(6 * t.double()), grid=(2, 2))
     start = normal(0, 1, 4, 3, dtype=torch.float32)
     out = model.layout.to_entities(sample(model, [0], steps=steps, guidance=1, sampler=sampler, draw=lambda *_: start))
@@ -277,7 +277,7 @@ def test_five_steps_cost_so_many_velocities(sampler, calls):
     model = KnownField(lambda x, t, y: x)
     sample(model, [0], steps=5, guidance=1, sampler=sampler)
     assert len(model.calls) == 4 * calls and calls == SAMPLERS[sampler].velocities(5)
-    assert min(t for _, times, _ in model.calls for t in times[-1:]) > 0  # none at the end, where nothing is noisy
+    assert min(t for _, times, _ in model.calls for t in times[-1:]) > 0  # none at t = 0
 
 
 def test_heun_is_the_mean_of_the_slopes_at_both_ends():
@@ -287,7 +287,7 @@ def test_heun_is_the_mean_of_the_slopes_at_both_ends():
     torch.testing.assert_close(out, torch.full_like(out, middle - 0.5 * (2 * middle + 0.5)), atol=1e-6, rtol=0)
 
 
-def test_adams_bashforth_carries_the_slope_on():
+def test_adams_bashforth_extrapolates_the_velocity():
     model = KnownField(lambda x, t, y: 2 * x + t.double())
     settings = dict(steps=2, guidance=1, sampler="adams_bashforth")
     out = sample(model, [0], draw=lambda shape, dtype: torch.ones(shape, dtype=dtype), **settings)
@@ -297,8 +297,8 @@ def test_adams_bashforth_carries_the_slope_on():
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_nothing_inside_an_entity_looks_at_a_value(sampler):
-    """On tensors without values: reading one on the host, which on a GPU would wait for it, raises."""
+def test_nothing_inside_an_entity_reads_a_value_on_the_host(sampler):
+    """On fake tensors, where reading a value on the host, a synchronization on a GPU, raises."""
     model, labels = nano_model(), torch.tensor([1, 2])
     model.layout.on(labels.device)  # made once, of real numbers
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -319,44 +319,44 @@ def test_an_image_is_a_function_of_seed_and_number():
 
 def test_unknown_samplers_and_step_counts_are_refused():
     model = KnownField(lambda x, t, y: x)
-    with pytest.raises(UsageError, match="no sampler 'rk4'; there are: euler, euler_maruyama, heun, adams_bashforth"):
+    with pytest.raises(UsageError, match="no sampler 'rk4'; available: euler, euler_maruyama, heun, adams_bashforth"):
         sample(model, [0], sampler="rk4")
-    with pytest.raises(UsageError, match="no guidance schedule 'none'; there are: linear, cosine, constant"):
+    with pytest.raises(UsageError, match="no guidance schedule 'none'; available: linear, cosine, constant"):
         sample(model, [0], guidance_schedule="none")
     with pytest.raises(UsageError, match="at least 1 step, not 0"):
         sample(model, [0], steps=0)
 
 
 @pytest.mark.parametrize("interval", [(0.9, 0.1), (-0.1, 1.0), (0.0, 1.1), (math.nan, 1.0)])
-def test_an_interval_that_is_none_is_refused(interval):
+def test_invalid_guidance_intervals_are_refused(interval):
     model = KnownField(lambda x, t, y: x)
     with pytest.raises(UsageError, match=f"guidance 2.0 within times {interval[0]} to {interval[1]}"):
         sample(model, [0], guidance=2.0, guidance_interval=interval)
 
 
 @pytest.mark.parametrize("guidance", [-1.0, math.nan, math.inf])
-def test_a_guidance_that_is_none_is_refused(guidance):
+def test_invalid_guidance_scales_are_refused(guidance):
     with pytest.raises(UsageError, match=f"guidance {guidance} within"):
         sample(KnownField(lambda x, t, y: x), [0], guidance=guidance)
 
 
 @pytest.mark.parametrize("labels", [[], 3, [[1]], [0.5], [True], None, "7", [-1], [0, CLASSES + 1]])
-def test_labels_that_are_no_class_are_refused(labels):
+def test_invalid_labels_are_refused(labels):
     model = KnownField(lambda x, t, y: x)
-    with pytest.raises(UsageError, match=rf"(whole numbers in|label \S+ is outside) 0..{CLASSES}, the last"):
+    with pytest.raises(UsageError, match=rf"(integers in|label \S+ is outside) 0..{CLASSES}, where {CLASSES} is no class"):
         sample(model, labels)
     assert model.calls == []
     assert sample(model, [0, CLASSES], steps=1).shape == (2, 3, 4, 4)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 0.5, None, [0, 2**64]])
-def test_seeds_that_are_none_or_would_be_another_are_refused(seed):
-    with pytest.raises(UsageError, match=r"seed \S+ is no whole number from 0 to 2\^64 - 1"):
+def test_invalid_seeds_are_refused(seed):
+    with pytest.raises(UsageError, match=r"seed \S+ is not an integer from 0 to 2\^64 - 1"):
         sample(KnownField(lambda x, t, y: x), [0, 1], seed=seed)
 
 
 def test_integration_is_in_float64_whatever_the_network_computes_in():
-    """Fifty steps of a third in bfloat16 add up to that third: no step is rounded to it."""
+    """Fifty steps at a velocity of 1/3 in bfloat16 add up to it exactly: the state is not rounded to bfloat16."""
     model = KnownField(lambda x, t, y: torch.full_like(x, 1 / 3)).bfloat16()
     out = sample(model, [0], steps=50, guidance=1, sampler="euler", draw=zeros)
     torch.testing.assert_close(out, torch.full_like(out, -(1 / 3)).bfloat16().float(), atol=1e-6, rtol=0)

@@ -1,4 +1,4 @@
-"""Images from weights on disk: whose they are, what they depend on, and on what not."""
+"""Images generated from weights on disk: which weights they use, and what they do and do not depend on."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ def generator(path, *overrides: str) -> Generator:
     return open_generator(open_trained(path, [*FEW, *overrides]), CPU)
 
 
-def test_images_are_drawn_from_the_averaged_weights(checkpoint):
+def test_images_are_sampled_from_the_ema_weights(checkpoint):
     images = generator(checkpoint.path).draw([3, 7], 4)
     expected = {}
     for which in ("ema", "model"):
@@ -67,18 +67,18 @@ def test_linear_layers_hold_weights_in_16_bits_and_draw_what_autocast_draws():
     assert torch.equal(drawn, expected)
 
 
-def test_blocks_that_draw_are_compiled_where_it_is_asked_for(checkpoint, monkeypatch, capsys):
+def test_blocks_are_compiled_for_sampling_if_requested(checkpoint, monkeypatch, capsys):
     torch._dynamo.reset()
     counted = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counted))
     images = [generator(checkpoint.path, f"kernels.compile={word}").draw([3, 7], 4).astype(int) for word in ("false", "true")]
     assert np.abs(images[0] - images[1]).max() <= 1
     assert capsys.readouterr().out.count(", blocks compiled\n") == 1
-    assert counted.frame_count == 7  # four cells: each alone, and each but the first beside the one before
+    assert counted.frame_count == 7  # four cells: each alone, and each but the first together with the one before
 
 
 def test_kinds_of_calls_are_compiled_beyond_pytorch_s_limit(checkpoint, monkeypatch):
-    """Of a last batch that is smaller, and of calls without guidance where it acts at some times only: that limit is 8."""
+    """A smaller last batch, and steps outside the guidance interval, need more graphs than PyTorch's limit of 8."""
     torch._dynamo.reset()
     counted = torch._dynamo.testing.CompileCounterWithBackend("eager")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counted))
@@ -88,8 +88,8 @@ def test_kinds_of_calls_are_compiled_beyond_pytorch_s_limit(checkpoint, monkeypa
     assert counted.frame_count == 20
 
 
-class Uncaptured:
-    """In place of records, which need a GPU: does the work anew each time."""
+class UngraphedCalls:
+    """Stands for CUDA graphs, which need a GPU: computes each call."""
 
     def __init__(self, device) -> None:
         self.kinds = set()
@@ -99,20 +99,20 @@ class Uncaptured:
         return work(*inputs)
 
 
-def test_batches_of_any_size_share_the_cache_that_records_know(monkeypatch):
-    monkeypatch.setattr(generate, "Graphs", Uncaptured)
-    recorded = generate._Recorded(model := create_model("nano", **SIZES).eval(), CPU)
+def test_batches_of_any_size_share_the_cache_of_the_graphs(monkeypatch):
+    monkeypatch.setattr(generate, "Graphs", UngraphedCalls)
+    graphed = generate._GraphedNetwork(model := create_model("nano", **SIZES).eval(), CPU)
     plain, made = create_model("nano", **SIZES), []
-    model.forward, model.new_cache = recorded.forward, lambda *of: made.append(recorded.new_cache(*of)) or made[-1]
+    model.forward, model.new_cache = graphed.forward, lambda *of: made.append(graphed.new_cache(*of)) or made[-1]
     for labels, graphs in (([3, 7], 7), ([5], 14), ([1, 2, 3], 7), ([4, 6], 14)):
         options = {"steps": 3, "guidance": 1.5, "seed": len(labels)}
         assert torch.equal(sample(model, labels, **options), sample(plain, labels, **options))
-        assert len(recorded._graphs.kinds) == graphs  # a larger cache is another: what knew the one before is gone
+        assert len(graphed._graphs.kinds) == graphs  # a larger cache is a new one: graphs of the old one are freed
     sizes = [len(cache[0].keys) for cache in made]
     assert sizes == [4, 4, 6, 6] and made[0] is made[1] and made[2] is made[3]
 
 
-def test_neither_the_batch_nor_the_company_matters(checkpoint):
+def test_images_do_not_depend_on_their_batch(checkpoint):
     labels = [number % 10 for number in range(64)]
     together = generator(checkpoint.path).draw(labels, 0)
     alone = generator(checkpoint.path, "sample.batch=1").draw(labels, 0)
@@ -122,7 +122,7 @@ def test_neither_the_batch_nor_the_company_matters(checkpoint):
     assert np.abs(together[40:43].astype(int) - part).max() <= 1
 
 
-def test_an_image_of_its_own_seed_is_the_same_wherever_it_stands(checkpoint):
+def test_an_image_with_its_own_seed_does_not_depend_on_its_position(checkpoint):
     drawing = generator(checkpoint.path)
     images = drawing.draw([3, 7, 3], [5, 5, 6])
     assert np.abs(images[1].astype(int) - drawing.draw([7], [5])[0]).max() <= 1
@@ -131,8 +131,8 @@ def test_an_image_of_its_own_seed_is_the_same_wherever_it_stands(checkpoint):
     assert np.array_equal(drawing.draw_over_ranks([3, 7, 3], [5, 5, 6]), images)
 
 
-def test_more_passes_than_labels_change_nothing(checkpoint):
-    """As neighbours that share the weights make them."""
+def test_extra_batches_change_nothing(checkpoint):
+    """The ranks of a sharding group run them."""
     drawing = generator(checkpoint.path, "sample.batch=2")
     calls = []
     drawing.model.register_forward_hook(lambda *_: calls.append(1))
@@ -142,7 +142,7 @@ def test_more_passes_than_labels_change_nothing(checkpoint):
     assert len(drawing.draw([], 0, batches=2)) == 0 and len(calls) == 4 * passes
 
 
-def test_an_image_that_is_no_number_is_refused_when_neighbours_have_had_their_passes(checkpoint):
+def test_a_nan_image_is_refused_after_all_batches_have_run(checkpoint):
     drawing = generator(checkpoint.path, "sample.batch=1")
     calls = []
 
@@ -156,7 +156,7 @@ def test_an_image_that_is_no_number_is_refused_when_neighbours_have_had_their_pa
     assert len(calls) == 6 * 8
 
 
-def test_other_settings_need_no_other_generator(checkpoint):
+def test_settings_can_be_changed_without_a_new_generator(checkpoint):
     other = ["sample.sampler=heun", "sample.steps=3", "sample.guidance=2.0"]
     drawing, trained = generator(checkpoint.path, "sample.batch=2"), open_trained(checkpoint.path, other)
     changed = drawing.with_settings(trained.sample)
@@ -165,12 +165,12 @@ def test_other_settings_need_no_other_generator(checkpoint):
 
 
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
-def test_an_image_is_shown_as_it_comes_to_be(checkpoint, monkeypatch, sampler):
+def test_frames_show_an_image_being_denoised(checkpoint, monkeypatch, sampler):
     monkeypatch.setattr("xar_scale.evaluate.generate.FRAMES", 12)
     drawing = generator(checkpoint.path, "sample.steps=6", f"sample.sampler={sampler}")
     frames = [*drawing.frames(3, 5)]
     assert len(frames) == 4 * 3 + 1 and np.array_equal(frames[-1], drawing.draw([3], [5])[0])
-    corners = [frame[0, 4:, 4:] for frame in frames]  # the last cell: flat until it is begun
+    corners = [frame[0, 4:, 4:] for frame in frames]  # the last cell: flat until it starts
     assert all(np.ptp(corner) == 0 for corner in corners[:9]) and np.ptp(corners[9]) > 20
     first = [frame[0, :4, :4] for frame in frames]
     assert all(np.array_equal(cell, first[-1]) for cell in first[3:]) and not np.array_equal(first[0], first[-1])
@@ -185,7 +185,7 @@ def test_16_bits_are_near_32(checkpoint):
 
 
 def test_images_of_the_autoencoder_through_data_training_and_sampling(tmp_path, kl16, kl16_weights):
-    """Encoded, written, read as batches, trained on, drawn and decoded: 64x64 pixels as 4x4 tokens of 16 channels."""
+    """Encode, write, read as batches, train, sample and decode: 64x64 pixels as 4x4 tokens of 16 channels."""
     photos = np.random.default_rng(0).integers(0, 256, (8, 3, 64, 64), dtype=np.uint8)
     info = DatasetInfo(
         tokenizer={"name": kl16.name, **kl16.settings},
@@ -218,7 +218,7 @@ def test_images_of_the_autoencoder_through_data_training_and_sampling(tmp_path, 
         generator(checkpoint.path)
 
 
-def test_published_weights_are_drawn_from_with_their_recipe(tmp_path, kl16_weights, monkeypatch):
+def test_published_weights_are_sampled_with_their_recipe(tmp_path, kl16_weights, monkeypatch):
     """Their file has neither config nor tokenizer."""
     sizes = dict(width=32, depth_encoder=1, depth_decoder=1, heads=2)
     monkeypatch.setitem(MODELS, "xar_b", sizes)
@@ -228,7 +228,7 @@ def test_published_weights_are_drawn_from_with_their_recipe(tmp_path, kl16_weigh
     state = as_published(weights, model.config)
     torch.save({"model": state, "model_ema": {name: 1.5 * value for name, value in state.items()}}, published)
     assert holds_weights(published)
-    with pytest.raises(ConfigError, match=r"kl16 needs sample.tokenizer_weights, the path of kl16.ckpt"):
+    with pytest.raises(ConfigError, match=r"set sample.tokenizer_weights to the path of kl16.ckpt"):
         open_trained(published, [])
     trained = open_trained(published, [f"sample.tokenizer_weights={kl16_weights}", "sample.steps=3"])
     assert (trained.kind, trained.sample.steps, trained.sample.guidance, trained.latent_scale) == ("ema", 3, 2.7, 0.2325)
@@ -237,7 +237,7 @@ def test_published_weights_are_drawn_from_with_their_recipe(tmp_path, kl16_weigh
     assert drawing.draw([207], 1).shape == (1, 3, 256, 256)
 
 
-def test_the_tokenizer_is_told_weights_and_device(checkpoint, monkeypatch):
+def test_the_tokenizer_gets_weights_and_device(checkpoint, monkeypatch):
     told = []
 
     def create(*arguments, **more):
@@ -258,16 +258,16 @@ def test_a_checkpoint_from_before_there_were_tokenizer_weights(checkpoint):
     assert np.array_equal(generator(checkpoint.path).draw([3], 0), images)
 
 
-def test_the_kernels_named_are_used_and_said(checkpoint, capsys):
+def test_the_kernels_named_are_used_and_logged(checkpoint, capsys):
     images = generator(checkpoint.path, "kernels.attention=flex").draw([3, 5], 0)
-    assert "drawing on 1 x cpu, tf32; attention flex" in capsys.readouterr().out
+    assert "sampling on 1 x cpu, tf32; attention flex" in capsys.readouterr().out
     expected = generator(checkpoint.path).draw([3, 5], 0)
     assert "attention dense" in capsys.readouterr().out
     assert np.abs(images.astype(int) - expected).max() <= 1
 
 
-def test_what_cannot_be_drawn_from_is_refused(tmp_path, checkpoint):
-    with pytest.raises(UsageError, match=r"train.steps=3: only sample.\* and kernels.\* can be changed when images are drawn"):
+def test_what_cannot_be_sampled_from_is_refused(tmp_path, checkpoint):
+    with pytest.raises(UsageError, match=r"train.steps=3: only sample.\* and kernels.\* can be changed in sampling"):
         open_trained(checkpoint.path, ["train.steps=3"])
     with pytest.raises(ConfigError, match="world 1 is not divisible by sample.shard_ranks 2"):
         generator(checkpoint.path, "sample.shard_ranks=2")
@@ -294,17 +294,17 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path):
     assert by_run.sha256 != open_trained(tmp_path / "checkpoints" / "step-00000000", []).sha256
 
 
-def test_a_checkpoint_of_another_format_is_not_drawn_from(tmp_path):
+def test_a_checkpoint_converted_from_another_format_is_refused(tmp_path):
     run = Run(tmp_path / "run")
     run.save()
     assert reshard(tmp_path / "run", tmp_path / "universal", "--to", "universal") == 0
     assert reshard(tmp_path / "universal", tmp_path / "made", "--to", "xar-scale") == 0
     assert not read_manifest(tmp_path / "made").manifest.config
-    with pytest.raises(UsageError, match="made of another format, and knows neither its model's config nor its tokenizer"):
+    with pytest.raises(UsageError, match="was converted from another format: it has neither a model config nor a tokenizer"):
         open_trained(tmp_path / "made", [])
 
 
-def test_a_batch_is_decoded_while_the_next_is_drawn(checkpoint):
+def test_a_batch_is_decoded_while_the_next_is_sampled(checkpoint):
     drawing, second, waited = generator(checkpoint.path, "sample.batch=2"), threading.Event(), []
     calls = []
 
@@ -315,7 +315,7 @@ def test_a_batch_is_decoded_while_the_next_is_drawn(checkpoint):
 
     class Slow(PixelTokenizer):
         def decode(self, latents):
-            waited.append(second.wait(20))  # for a pass of the second batch
+            waited.append(second.wait(20))  # for a forward pass of the second batch
             return super().decode(latents)
 
     drawing.model.register_forward_hook(count)
@@ -323,7 +323,7 @@ def test_a_batch_is_decoded_while_the_next_is_drawn(checkpoint):
     assert waited == [True, True] and np.array_equal(images, drawing.draw([1, 2, 3, 4], 0))
 
 
-def test_weights_with_a_picture_beside_them_are_weights(tmp_path):
+def test_a_folder_with_weights_and_an_image_holds_weights(tmp_path):
     assert holds_weights(tmp_path / "nowhere.pth") and not holds_weights(tmp_path / "x.npz")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "teaser.png").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""What averages draw in training, on one process: the checkpoint's numbers; and what there is none of ends no run."""
+"""Previews with EMA weights during training, in one process: they match the checkpoint, and failures do not end the run."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from xar_scale.checkpoint.manifest import verify
 from xar_scale.config import EvaluateConfig
 from xar_scale.evaluate.evaluation import Comparison, image_set
 from xar_scale.evaluate.generate import open_generator
-from xar_scale.evaluate.previews import Previews, _Drawn
+from xar_scale.evaluate.previews import Previews, _LazyImages
 from xar_scale.evaluate.trained import open_trained
 
 COUNT = 23
@@ -34,7 +34,7 @@ def previews(run, folder) -> Previews:
 
 
 def test_images_are_those_of_a_set_on_any_number_of_ranks(monkeypatch):
-    """Classes in turn, and the noise of their numbers; each rank makes as many passes."""
+    """Classes in turn, with the noise of their numbers; every rank runs the same number of batches."""
     drawn = []
 
     class Drawing:
@@ -47,37 +47,37 @@ def test_images_are_those_of_a_set_on_any_number_of_ranks(monkeypatch):
 
     for world in (1, 3):
         monkeypatch.setattr(dist, "world", lambda world=world: world)
-        images = _Drawn(Drawing(), COUNT, 10)
+        images = _LazyImages(Drawing(), COUNT, 10)
         assert images.parts == world
         assert sum(len(images.read(part)) for part in range(images.parts)) == COUNT
         assert drawn == [(number % 10, number) for number in range(COUNT)]
         drawn.clear()
 
 
-def test_the_numbers_are_those_of_the_checkpoint(tmp_path, run):
-    """Its averages and its settings."""
+def test_the_metrics_are_those_of_the_checkpoint(tmp_path, run):
+    """With its EMA weights and its settings."""
     trained = open_trained(verify(run.save()).path, [])
     images = image_set(trained, tmp_path / "set", COUNT, 0)
     images.open()
     images.draw(open_generator(trained, torch.device("cpu")))
-    later = Comparison("digits", "digits-svm", torch.device("cpu")).of(images, None, {})["metrics"]
+    later = Comparison("digits", "digits-svm", torch.device("cpu")).evaluate(images, None, {})["metrics"]
     numbers = previews(run, tmp_path).take(3, 3).numbers
-    assert numbers["frechet_distance"] == pytest.approx(later["frechet_distance"], rel=1e-3)  # but for a grey level
+    assert numbers["frechet_distance"] == pytest.approx(later["frechet_distance"], rel=1e-3)  # up to a grey level
     assert set(numbers) == {"frechet_distance", "precision", "recall"}
 
 
-def test_averages_that_draw_nothing_end_no_run(tmp_path, run, capsys):
+def test_non_finite_samples_do_not_end_the_run(tmp_path, run, capsys):
     run.ema.averages["ema"][0].fill_(float("nan"))
     before = run.state()
     shown = previews(run, tmp_path).take(3, 3)
     assert shown.pictures == {} and shown.numbers == {} and not (tmp_path / "samples").exists()
     said = capsys.readouterr().out
-    assert said.count("step 3: no pictures: ") == said.count("step 3: no numbers: ") == 1 and "NaN or infinite" in said
-    # the spoilt average too, in which NaN is no number's equal
+    assert said.count("step 3: no samples: ") == said.count("step 3: no metrics: ") == 1 and "NaN or infinite" in said
+    # the corrupted EMA too, in which NaN equals nothing
     assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, run.state(), strict=True))
 
 
-def test_a_disk_that_takes_nothing_ends_no_run(tmp_path, run, capsys):
+def test_a_full_disk_does_not_end_the_run(tmp_path, run, capsys):
     for name in ("samples", "evaluations"):
         (tmp_path / name).write_text("in the way")
     shown = previews(run, tmp_path).take(3, 3)
@@ -85,7 +85,7 @@ def test_a_disk_that_takes_nothing_ends_no_run(tmp_path, run, capsys):
     assert capsys.readouterr().out.count("cannot be written: ") == 2
 
 
-def test_what_is_measured_again_after_a_restart_takes_its_place(tmp_path, run):
+def test_an_evaluation_repeated_after_a_restart_replaces_the_first(tmp_path, run):
     for _ in range(2):
         numbers = previews(run, tmp_path).take(3, 3).numbers
     kept = json.loads((tmp_path / "evaluations" / "training-step-00000003" / "evaluation.json").read_text())

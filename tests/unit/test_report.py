@@ -1,4 +1,4 @@
-"""The report of a run: what is read from its folder, and the page that is made of it."""
+"""The report of a run: what is read from its folder, and the page."""
 
 import base64
 import html
@@ -21,8 +21,8 @@ from xar_scale.cli import main
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.guard import GuardState
 from xar_scale.metrics import Metrics, read_log
-from xar_scale.report import curves, kept, trouble
-from xar_scale.report.curves import Curve, draw
+from xar_scale.report import artifacts, curves, incidents
+from xar_scale.report.curves import Curve, plot
 from xar_scale.report.page import build_page
 from xar_scale.report.read import read_run
 from xar_scale.watchdog import RankState
@@ -38,7 +38,7 @@ def logged(step: int, counts: GuardState = CALM, **changes) -> dict:
 
 
 def write_run(folder, entries=None):
-    """A run's folder as training makes it, with these lines in its log."""
+    """Write a run's folder as training does, with these entries in its log."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(CONFIG.to_yaml())
     entries = [logged(step) for step in range(10, 101, 10)] if entries is None else entries
@@ -54,7 +54,7 @@ def run(tmp_path):
 
 
 def text_of(page: str) -> str:
-    """What a reader sees, but for pictures."""
+    """Return the visible text, without curves."""
     text = re.sub(r"<svg.*?</svg>|<style.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
     return " ".join(html.unescape(text).split())
 
@@ -71,10 +71,10 @@ def test_the_head_says_what_is_training_and_how_far_it_is(run):
     parameters = sum(np.prod(shape) for shape in Run(run.parent / "other").engine.shapes.values())
     assert f"Steps 100 of {STEPS}" in text and "not finished" in text
     assert f"{parameters:,} parameters: width 16, 2 + 2 blocks, 2 heads" in text and "single on 1 rank, fp32" in text
-    assert "step 107 begun 2027-01-15 08:00 UTC, on node-7, process 4242" in text
+    assert "step 107 started 2027-01-15 08:00 UTC, on node-7, process 4242" in text
     (begun,) = (run / "tensorboard").iterdir()
     begun.rename(begun.with_name("events.out.tfevents.1700000000.000000.host"))
-    assert "Begun 2023-11-14 22:13 UTC" in text_of(build_page(run))
+    assert "Started 2023-11-14 22:13 UTC" in text_of(build_page(run))
 
 
 def test_a_run_is_finished_after_its_last_step(run):
@@ -90,11 +90,11 @@ def test_a_real_run_with_its_checkpoints(tmp_path):
         trained.train()
         paths.append(trained.save())
     write_run(run, [])
-    assert [entry.latest for entry in kept.checkpoints(run)] == [False, False, True]
+    assert [entry.latest for entry in artifacts.checkpoints(run)] == [False, False, True]
     (paths[1] / "manifest.json").write_text("{torn")
     paths[2].rename(paths[2].with_name("damaged-step-00000003"))
     (run / "checkpoints" / "latest").write_text("step-00000001\n")
-    first, torn, aside = kept.checkpoints(run)
+    first, torn, aside = artifacts.checkpoints(run)
     assert (first.name, first.latest, first.problem) == ("step-00000001", True, "")
     assert (first.manifest.step, first.manifest.world, first.manifest.engine, first.manifest.precision) == (
         1,
@@ -106,7 +106,7 @@ def test_a_real_run_with_its_checkpoints(tmp_path):
     assert aside.manifest.step == 3 and aside.problem.startswith("set aside")
     text = text_of(build_page(run))
     assert "step-00000001 latest" in text and "manifest.json is torn or changed" in text and "Nothing is logged yet" in text
-    assert f"Steps 1 of {STEPS}" in text  # what was set aside or cannot be read does not count
+    assert f"Steps 1 of {STEPS}" in text  # checkpoints that were set aside or cannot be read do not count
 
 
 def test_files_of_checkpoints_are_not_read(run, monkeypatch):
@@ -114,7 +114,7 @@ def test_files_of_checkpoints_are_not_read(run, monkeypatch):
     trained.train()
     for file in trained.save().glob("*.safetensors"):
         file.unlink()
-    assert kept.checkpoints(run)[0].problem == ""
+    assert artifacts.checkpoints(run)[0].problem == ""
 
 
 def test_a_torn_last_line_is_left_out(run):
@@ -123,37 +123,37 @@ def test_a_torn_last_line_is_left_out(run):
     for torn in (json.dumps(logged(110)), json.dumps(logged(110))[:40]):
         (run / "metrics.jsonl").write_text(log + torn)
         assert [entry["step"] for entry in read_log(run)] == list(range(10, 101, 10))
-    os.utime(run / "metrics.jsonl", (written, written))  # which the page tells
+    os.utime(run / "metrics.jsonl", (written, written))  # the page shows it
     assert text_of(build_page(run)) == text_of(whole)
 
 
-def test_precisions_and_what_the_guard_counts(tmp_path):
+def test_precisions_and_guard_counters(tmp_path):
     again = GuardState(discarded=2, transients=1)
     later = replace(again, discarded=3, quarantined=8, lowered=True, scale=2.0)
     back = replace(later, discarded=1)  # a state from before, after a rollback
     counts = [CALM, again, again, later, back]
     modes = ["bf16", "bf16", "tf32", "tf32", "bf16"]
     entries = [logged(10 * n, count, precision=mode) for n, count, mode in zip(range(1, 6), counts, modes, strict=True)]
-    spans = [(span.precision, span.after, span.first, span.last) for span in trouble.spans(entries)]
+    spans = [(span.precision, span.after, span.first, span.last) for span in incidents.spans(entries)]
     assert spans == [("bf16", 0, 10, 20), ("tf32", 20, 30, 40), ("bf16", 40, 50, 50)]
-    first, second = trouble.guard_events(entries)
+    first, second = incidents.guard_events(entries)
     assert (first.after, first.step) == (10, 20)
-    assert first.risen == {"attempts discarded": 2, "second attempts that came out otherwise": 1}
-    assert (second.step, second.risen) == (40, {"attempts discarded": 1, "samples taken out": 8})
+    assert first.increases == {"attempts discarded": 2, "retries with a different outcome": 1}
+    assert (second.step, second.increases) == (40, {"attempts discarded": 1, "samples quarantined": 8})
     page = build_page(write_run(tmp_path / "run", entries))
     assert "bf16 at steps 10 to 20, then tf32 at steps 30 to 40, then bf16 at steps 50 to 50" in text_of(page)
-    assert "10 to 20 guard's counts attempts discarded: 2" in text_of(page)
+    assert "10 to 20 guard counters attempts discarded: 2" in text_of(page)
     assert page.count('<i class="guard" style=') == 2
     assert 'class="tf32" style="left:40.000%;width:40.000%"' in page
 
 
 def test_an_event_before_the_first_logged_step_is_seen():
-    (event,) = trouble.guard_events([logged(10, GuardState(skipped=1)), logged(20, GuardState(skipped=1))])
-    assert (event.after, event.step, event.risen) == (0, 10, {"steps gone without": 1})
+    (event,) = incidents.guard_events([logged(10, GuardState(skipped=1)), logged(20, GuardState(skipped=1))])
+    assert (event.after, event.step, event.increases) == (0, 10, {"steps skipped": 1})
 
 
 def test_all_counts_of_events_are_known():
-    assert set(GuardState().counts) - {"guard_lowered", "guard_scale"} == set(trouble.COUNTS)
+    assert set(GuardState().counts) - {"guard_lowered", "guard_scale"} == set(incidents.COUNTS)
 
 
 def test_reports_of_the_guard_also_without_their_batch_and_torn(tmp_path, monkeypatch):
@@ -164,13 +164,13 @@ def test_reports_of_the_guard_also_without_their_batch_and_torn(tmp_path, monkey
     (batch,) = (tmp_path / "run" / "reports").glob("*.safetensors")
     batch.unlink()
     (tmp_path / "run" / "reports" / "step-00000002.json").write_text("{")
-    torn, whole = trouble.guard_reports(tmp_path / "run")
+    torn, whole = incidents.guard_reports(tmp_path / "run")
     assert (torn.step, whole.step) == (2, 5) and "torn or changed" in torn.lines[0]
     assert "rank 0" in whole.lines[0] and "tf32: not finite: nothing; step, precision was to blame" in whole.lines[0]
     assert "first in the gradient of out_proj's output" in text_of(build_page(tmp_path / "run"))
 
 
-def test_hangs_name_whom_the_others_waited_for(run):
+def test_hangs_name_the_rank_that_the_others_waited_for(run):
     (run / "hangs").mkdir()
     for rank, count in ((0, 40), (1, 39)):
         seen = RankState(
@@ -179,7 +179,7 @@ def test_hangs_name_whom_the_others_waited_for(run):
         text = json.dumps(vars(seen), indent=1) + "\n\nThread 0x1\n"
         (run / "hangs" / f"step-00000070-rank-{rank}.txt").write_text(text)
     (run / "hangs" / "step-00000070-rank-2.txt").write_text("")
-    (hang,) = trouble.hangs(run)
+    (hang,) = incidents.hangs(run)
     assert hang.step == 70 and hang.lines[0] == "step-00000070-rank-2.txt cannot be read"
     assert "rank 1 (node-1, process 7) has not entered all_reduce number 40, where other ranks wait" in hang.lines[1]
     assert "rank 1 (node-1" in text_of(build_page(run))
@@ -188,10 +188,10 @@ def test_hangs_name_whom_the_others_waited_for(run):
 def test_slow_ranks_are_named_and_another_number_of_ranks_is_not_mixed_in(tmp_path):
     before = [logged(step, forward_s=[9.0, 1.0]) for step in (10, 20)]
     now = [logged(step, forward_s=[1.0, 1.1, 2.0, 0.9]) for step in range(30, 301, 10)]
-    del now[3]["forward_s"]  # the attempt that was taken was not the first
-    times = trouble.rank_times(before + now)
+    del now[3]["forward_s"]  # the successful attempt was not the first
+    times = incidents.rank_times(before + now)
     assert times.seconds.shape == (27, 4) and times.steps[0] == 30
-    slowest = trouble.slowest(times)
+    slowest = incidents.slowest(times)
     assert [entry.rank for entry in slowest] == [2, 1, 0, 3]
     assert slowest[0].times == pytest.approx(2.0 / 1.05)
     text = text_of(build_page(write_run(tmp_path / "run", before + now)))
@@ -200,12 +200,12 @@ def test_slow_ranks_are_named_and_another_number_of_ranks_is_not_mixed_in(tmp_pa
 
 def test_sample_grids_newest_large_and_an_even_choice_of_many(run):
     draw_samples(run, range(1, 101), size=(2000, 500))
-    shown = kept.pictures(run)
+    shown = artifacts.sample_grids(run)
     steps = [picture.step for picture in shown]
-    assert len(steps) == kept.PICTURES and (steps[0], steps[-1]) == (1, 100)
+    assert len(steps) == artifacts.MAX_GRIDS and (steps[0], steps[-1]) == (1, 100)
     assert set(np.diff(steps)) == {4, 5}
     page = build_page(run)
-    assert page.count("<img") == kept.PICTURES and page.index("samples after 100") < page.index("samples after 1 steps")
+    assert page.count("<img") == artifacts.MAX_GRIDS and page.index("samples after 100") < page.index("samples after 1 steps")
     sizes = [Image.open(io.BytesIO(base64.b64decode(picture.uri.split(",")[1]))).size for picture in shown]
     assert sizes == [(480, 120)] * 23 + [(1600, 400)]
 
@@ -240,18 +240,18 @@ def test_evaluations_by_step_of_their_weights(run):
         "700 70,000 2.31 301.2 ± 3.1 evaluations/a ? ? 0.5"
     ) in page
     assert "some-features" in page
-    assert page.count("is torn or no evaluation") == 2
+    assert page.count("is torn or not an evaluation") == 2
 
 
-def test_each_section_says_that_it_has_nothing_to_show(tmp_path):
+def test_each_empty_section_says_so(tmp_path):
     text = text_of(build_page(write_run(tmp_path / "run", [])))
     for words in (
-        "Nothing is logged yet: it is every 20 steps (train.log_every)",
+        "Nothing is logged yet: metrics are logged every 20 steps (train.log_every)",
         "No precision is logged yet",
-        "No trouble: the guard has not acted",
+        "No incidents: the guard has not acted",
         "No rank is measured yet",
         "No checkpoints yet",
-        "No sample grids: sample.every has training draw them",
+        "No sample grids: set sample.every to generate them",
         "No evaluations",
         "Heartbeat none",
     ):
@@ -287,11 +287,11 @@ def test_the_page_is_the_same_for_the_same_files(run):
 
 
 def test_curves_are_drawn_in_the_colours_of_the_page():
-    picture = draw("loss", Curve(np.arange(1.0, 50), np.arange(1.0, 50)), marks=[10, 20])
+    picture = plot("loss", Curve(np.arange(1.0, 50), np.arange(1.0, 50)), marks=[10, 20])
     assert all(f"var(--{name})" in picture for name in ("ink", "raw", "accent", "warn"))
     assert not re.search("#[0-9a-f]{6}", picture) and "<style" not in picture
     labels = re.findall(r'text-anchor: end[^>]* x="([\d.]+)"', picture)
-    assert labels and all(float(x) < 30 for x in labels)  # the frame takes the width that it has
+    assert labels and all(float(x) < 30 for x in labels)  # the frame uses the available width
 
 
 def arrows(picture: str) -> int:
@@ -301,20 +301,20 @@ def arrows(picture: str) -> int:
 def test_a_spike_does_not_flatten_the_curve_and_is_marked():
     values = np.linspace(1, 0.5, 200)
     values[[50, 60, 70]] = 1000.0, NAN, np.inf
-    picture = draw("loss", Curve(np.arange(200.0), values), "linear")
+    picture = plot("loss", Curve(np.arange(200.0), values), "linear")
     assert arrows(picture) == 3
     labels = [float(label) for label in re.findall(r">([\d.]+)</text>", picture)]
     assert 0.6 in labels and 1000.0 not in labels
-    assert arrows(draw("norm", Curve(np.arange(200.0), values), "log")) == 2  # which has room for the spike
+    assert arrows(plot("norm", Curve(np.arange(200.0), values), "log")) == 2  # a log scale has room for the spike
 
 
 @pytest.mark.parametrize("values", [[], [NAN], [1.0], [0.0, 0.0], [0.0, -1.0, NAN], [3.0, 3.0, 3.0]])
 @pytest.mark.parametrize("scale", ["linear", "from 0", "log"])
 def test_curves_of_little(values, scale):
-    assert "</svg>" in draw("loss", Curve(np.arange(len(values), dtype=float), np.array(values)), scale)
+    assert "</svg>" in plot("loss", Curve(np.arange(len(values), dtype=float), np.array(values)), scale)
 
 
-def test_what_was_logged_as_no_number_is_no_point_of_a_curve():
+def test_values_that_are_not_numbers_are_not_plotted():
     entries = [logged(10), logged(20, data_wait_s=None), {"step": 30}, logged(40, step_s=0.0)]
     steps, values = curves.curve(entries, "data_wait_s", per="step_s")
     assert steps.tolist() == [10, 40] and values.tolist() == [0.2, np.inf]
@@ -323,10 +323,10 @@ def test_what_was_logged_as_no_number_is_no_point_of_a_curve():
 def test_a_long_curve_keeps_its_extremes_and_is_small():
     values = np.random.default_rng(0).normal(1, 0.01, 50_000)
     values[12_345], values[23_456] = 1.5, 0.5
-    thin = curves._thinned(Curve(np.arange(50_000.0), values))
-    assert len(thin.steps) <= 2 * curves.STRETCHES and {12_345.0, 23_456.0} <= set(thin.steps)
+    thin = curves._downsampled(Curve(np.arange(50_000.0), values))
+    assert len(thin.steps) <= 2 * curves.BUCKETS and {12_345.0, 23_456.0} <= set(thin.steps)
     assert (np.diff(thin.steps) > 0).all()
-    assert len(draw("loss", Curve(np.arange(50_000.0), values))) < 100_000
+    assert len(plot("loss", Curve(np.arange(50_000.0), values))) < 100_000
 
 
 def test_smoothing_follows_the_curve_and_passes_over_what_is_not_finite():

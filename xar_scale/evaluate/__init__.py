@@ -1,1 +1,1 @@
-"""Generating images from checkpoints, and judging them."""
+"""Generate images from trained weights and compute their metrics."""

@@ -1,4 +1,4 @@
-"""Classes as a person writes them: numbers, names of ImageNet's, or WordNet's own (n02099601)."""
+"""Parse classes and seeds from the command line: numbers, ImageNet class names, WordNet IDs (n02099601)."""
 
 import difflib
 import re
@@ -9,14 +9,14 @@ from xar_scale.errors import UsageError
 from xar_scale.rng import SEEDS
 
 IMAGENET_CLASSES = 1000
-MOST_SEEDS = 1_000_000  # which is a mistake, and more than memory
+MOST_SEEDS = 1_000_000  # in a range; more is a mistake and would not fit in memory
 
 
 def parse_classes(text: str, classes: int) -> list[int]:
-    """Of words with commas, each once, for a model of ``classes``. Raises UsageError that names the word and what is near."""
+    """Return class numbers without duplicates, for a model of ``classes``. Raises UsageError that suggests similar names."""
     words = [word.strip() for word in text.split(",")]
     if not all(words):
-        raise UsageError(f"--classes {text!r}: there is nothing between two commas")
+        raise UsageError(f"--classes {text!r}: empty entry between commas")
     return list(dict.fromkeys(number for word in words for number in _numbers(word, classes)))
 
 
@@ -24,39 +24,39 @@ def _numbers(word: str, classes: int) -> list[int]:
     if span := re.fullmatch(r"(\d+)(?:-(\d+))?", word):
         first, last = int(span[1]), int(span[2] or span[1])
         if last < first:
-            raise UsageError(f"classes {word}: a range goes from the smaller to the larger")
+            raise UsageError(f"classes {word}: a range must go from the smaller number to the larger")
         if last >= classes:
             raise UsageError(f"class {word} is outside 0..{classes - 1}")
         return [*range(first, last + 1)]
     if classes != IMAGENET_CLASSES:
-        raise UsageError(f"class {word!r} is no number in 0..{classes - 1}; names are of ImageNet's {IMAGENET_CLASSES}")
+        raise UsageError(f"class {word!r} is not a number in 0..{classes - 1}; names need {IMAGENET_CLASSES} ImageNet classes")
     known = _by_name()
     found = known.get(word.lower())
     if found is None:
         near = difflib.get_close_matches(word.lower(), known, n=3)
-        raise UsageError(f"no class is called {word!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+        raise UsageError(f"no class is named {word!r}" + (f"; similar names: {', '.join(near)}" if near else ""))
     if len(found) > 1:
         choices = ", ".join(f"{number} ({', '.join(names(number))})" for number in found)
-        raise UsageError(f"{word!r} is {len(found)} classes, by number: {choices}")
+        raise UsageError(f"{word!r} names {len(found)} classes, choose by number: {choices}")
     return found
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Of numbers and ranges with commas, such as 0-9,17, each once. Raises UsageError."""
+    """Return seeds, without duplicates, from numbers and ranges such as 0-9,17. Raises UsageError."""
     seeds: list[int] = []
     for word in text.split(","):
         span = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", word)
         if span is None or int(span[2] or span[1]) < int(span[1]):
-            raise UsageError(f"--seeds {text!r} is not numbers and ranges with commas, such as 0-9,17")
+            raise UsageError(f"--seeds {text!r} is not a comma-separated list of numbers and ranges, such as 0-9,17")
         first, last = int(span[1]), int(span[2] or span[1])
         if last >= SEEDS or last - first >= MOST_SEEDS:
-            raise UsageError(f"--seeds {text!r}: below 2^64, and at most {MOST_SEEDS:,} in a range")
+            raise UsageError(f"--seeds {text!r}: seeds must be below 2^64, with at most {MOST_SEEDS:,} in a range")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 
 
 def title(number: int, classes: int) -> str:
-    """For a person to read: the number, and the first of its names where it is ImageNet's and names are there."""
+    """Return the number, for ImageNet followed by the class's first name (if timm is installed)."""
     try:
         return f"{number} {names(number)[0]}" if classes == IMAGENET_CLASSES else str(number)
     except UsageError:
@@ -64,17 +64,17 @@ def title(number: int, classes: int) -> str:
 
 
 def names(number: int) -> Sequence[str]:
-    """Of an ImageNet class, the usual one first. Raises UsageError without timm."""
+    """Return the names of an ImageNet class, the usual one first. Raises UsageError without timm."""
     return _lists()[number][1:]
 
 
 @cache
 def _lists() -> list[list[str]]:
-    """Of each class WordNet's own name, then its others."""
+    """Return for each class its WordNet ID, followed by its names."""
     try:
         from timm.data import ImageNetInfo
     except ImportError:
-        raise UsageError("names of classes are timm's: pip install 'xar_scale[evaluate]'") from None
+        raise UsageError("class names need timm: pip install 'xar_scale[evaluate]'") from None
     known = ImageNetInfo("imagenet-1k")
     return [
         [known.index_to_label_name(n), *re.split(r",\s*", known.index_to_description(n))] for n in range(known.num_classes())

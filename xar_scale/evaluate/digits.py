@@ -1,4 +1,4 @@
-"""The demonstration's images, scikit-learn's 1,797 handwritten digits, and its judge: a classifier fitted on them."""
+"""The demo dataset, scikit-learn's 1,797 handwritten digits, and a classifier that serves as its feature extractor."""
 
 from functools import cache
 from pathlib import Path
@@ -13,18 +13,18 @@ from xar_scale.tokenizers.pixel import PixelTokenizer
 
 NAME = "digits-svm"  # of the classifier as a feature extractor
 CLASSES = 10
-LEVELS = 16  # grey levels of the set, 0..16
+LEVELS = 16  # largest grey level of the set, 0..16
 HELD_OUT = 0.25  # share of the real digits that the classifier is not fitted on
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 images (1797, 1, 8, 8), ink bright, and labels (1797,). Raises UsageError without scikit-learn."""
+    """Return uint8 images (1797, 1, 8, 8), bright ink, and labels (1797,). Raises UsageError without scikit-learn."""
     images, labels = _sklearn("datasets").load_digits(return_X_y=True)
     return np.round(images.reshape(-1, 1, 8, 8) * (255 / LEVELS)).astype(np.uint8), labels
 
 
 def cache_digits(folder: Path, samples_per_shard: int) -> tuple[int, int]:
-    """The digits through the pixel tokenizer into a data set. Returns the numbers of samples and shards written."""
+    """Encode the digits with the pixel tokenizer into a data set. Returns the numbers of samples and shards written."""
     images, labels = load_digits()
     tokenizer = PixelTokenizer(patch=2)
     latents = tokenizer.encode(images)
@@ -43,8 +43,8 @@ def cache_digits(folder: Path, samples_per_shard: int) -> tuple[int, int]:
     return len(latents), len(writer.shards)
 
 
-class Judge:
-    """A support vector classifier, fitted on three quarters of the real digits; the others are held out.
+class DigitClassifier:
+    """A support vector classifier, fitted on three quarters of the real digits; the rest is held out.
 
     ``images`` below are uint8 (N, 1, 8, 8), or (N, 3, 8, 8) with one channel three times.
     """
@@ -55,29 +55,29 @@ class Judge:
             images, labels, test_size=HELD_OUT, stratify=labels, random_state=0
         )
         self.fitted, self.held_out, fitted_labels, self.held_out_labels = split
-        self.classifier = _sklearn("svm").SVC(gamma=0.001, decision_function_shape="ovr")
-        self.classifier.fit(_pixels(self.fitted), fitted_labels)
+        self.svc = _sklearn("svm").SVC(gamma=0.001, decision_function_shape="ovr")
+        self.svc.fit(_pixels(self.fitted), fitted_labels)
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """float32 (N, 10): how far the classifier is for each class."""
-        found: np.ndarray = self.classifier.decision_function(_pixels(images)).astype(np.float32)
+        """Return the decision values for each class, float32 (N, 10)."""
+        found: np.ndarray = self.svc.decision_function(_pixels(images)).astype(np.float32)
         return found
 
-    def share_read(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """Of images that the classifier reads as their class. Raises DataError where there is not one of theirs for each."""
+    def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
+        """Return the share of images classified as their label. Raises DataError unless there is one valid label per image."""
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not np.isin(labels, range(CLASSES)).all():
             given = f"{labels.dtype}{labels.shape}"
-            raise DataError(f"the labels are {given}, not one of 0..{CLASSES - 1} for each of {len(images)} images")
-        return float((self.classifier.predict(_pixels(images)) == labels).mean())
+            raise DataError(f"the labels are {given}, expected one of 0..{CLASSES - 1} for each of {len(images)} images")
+        return float((self.svc.predict(_pixels(images)) == labels).mean())
 
 
 @cache
-def judge() -> Judge:
-    return Judge()
+def digit_classifier() -> DigitClassifier:
+    return DigitClassifier()
 
 
 def register_features() -> None:
-    """Make the classifier's decisions known to torch-fidelity as the extractor ``NAME``."""
+    """Register the decision values with torch-fidelity as the feature extractor ``NAME``."""
     import torch
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
@@ -91,18 +91,18 @@ def register_features() -> None:
 
         @staticmethod
         def get_default_feature_layer_for_metric(metric: str) -> str:
-            return {"fid": "decisions", "prc": "decisions"}[metric]  # KID is of features that are scaled as Inception's
+            return {"fid": "decisions", "prc": "decisions"}[metric]  # no KID: it assumes features on Inception's scale
 
         def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return (torch.from_numpy(judge().features(images.cpu().numpy())),)
+            return (torch.from_numpy(digit_classifier().features(images.cpu().numpy())),)
 
     register(NAME, Decisions)
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
-    """(N, 64) in the set's own levels, of the first channel. Raises DataError for images of another size."""
+    """Return the first channel as (N, 64) in levels 0..16. Raises DataError for images of another type or size."""
     if images.dtype != np.uint8 or images.shape[1:] not in ((1, 8, 8), (3, 8, 8)):
-        raise DataError(f"the images are {images.dtype}{images.shape[1:]}, digits are uint8(1, 8, 8)")
+        raise DataError(f"the images are {images.dtype}{images.shape[1:]}, but digits are uint8(1, 8, 8)")
     return images[:, 0].reshape(len(images), -1) * (LEVELS / 255)
 
 

@@ -1,4 +1,4 @@
-"""Numbers of a set of images, beside all that is needed to have them again, as JSON and as a page of Markdown."""
+"""Evaluate a set of images: metrics, and everything needed to reproduce them, as JSON and as a Markdown page."""
 
 import json
 from contextlib import suppress
@@ -26,37 +26,37 @@ from xar_scale.evaluate.fidelity import (
     read_statistics,
     statistics_of,
 )
-from xar_scale.evaluate.images import ImagesInMemory, npz_names, open_images, pictures_in
+from xar_scale.evaluate.images import ImagesInMemory, image_paths, npz_names, open_images
 from xar_scale.evaluate.imageset import MADE_WITH, ImageSet
-from xar_scale.evaluate.trained import Trained, digest
+from xar_scale.evaluate.trained import TrainedModel, digest
 from xar_scale.files import write_atomically
 from xar_scale.version import __version__
 
-DIGITS = "digits"  # as a reference
+DIGITS = "digits"  # value of --reference
 RESULT, PAGE = "evaluation.json", "evaluation.md"
 PACKAGES = ("torch", "torch-fidelity", "numpy", "scikit-learn")
-PLACES = ("tokenizer_weights", "batch", "shard_ranks", "every", "shown")  # settings that images do not depend on
-SIDE = 32  # pixels of an image that only counts features
+WITHOUT_EFFECT = ("tokenizer_weights", "batch", "shard_ranks", "every", "shown")  # settings that do not change the images
+SIDE = 32  # pixels, of dummy images that only show the number of features
 
 
 def settings_of(sample: SampleConfig, kernels: KernelConfig, precision: str) -> dict[str, Any]:
-    """What images depend on beside weights, tokenizer and seed, as plain values."""
-    kept = {key: value for key, value in asdict(sample).items() if key not in PLACES}
+    """Return the settings that determine images, apart from weights, tokenizer and seed, as plain values."""
+    kept = {key: value for key, value in asdict(sample).items() if key not in WITHOUT_EFFECT}
     values: dict[str, Any] = json.loads(json.dumps({"sample": {**kept, "precision": precision}, "kernels": asdict(kernels)}))
     return values
 
 
-def image_set(trained: Trained, folder: Path, count: int, seed: int) -> ImageSet:
-    """What an evaluation draws."""
+def image_set(trained: TrainedModel, folder: Path, count: int, seed: int) -> ImageSet:
+    """Return the set of images that an evaluation generates."""
     origin = {"weights": trained.sha256, "vectors": trained.kind, "tokenizer": trained.tokenizer}
     origin |= settings_of(trained.sample, trained.kernels, trained.sample.precision)
     return ImageSet(folder, count, trained.model.classes, seed, origin, versions(dist.local_device()))
 
 
 class Comparison:
-    """Of images with a reference: ``digits``, statistics (an npz with mu and sigma), or images, which tell more.
+    """Compares images with a reference: ``digits``, statistics (an npz with mu and sigma), or images, which give more metrics.
 
-    ADM's batches of images hold statistics as well: the distance is then to those.
+    ADM's reference batches hold images and statistics: the distance then uses the statistics.
     """
 
     def __init__(self, reference: str, features: str, device: torch.device, weights: Path | None = None) -> None:
@@ -64,25 +64,25 @@ class Comparison:
         self.path, path = reference, Path(reference)
         self.digits = reference == DIGITS
         if self.digits and features not in (INCEPTION, digits.NAME):
-            raise UsageError(f"--features {features}: {DIGITS} are judged by {digits.NAME}")
+            raise UsageError(f"--features {features}: reference {DIGITS} uses {digits.NAME}")
         if self.digits:
             digits.register_features()
-            features, opened = digits.NAME, _Opened(images=ImagesInMemory(digits.judge().fitted))
+            features, opened = digits.NAME, _ReferenceData(images=ImagesInMemory(digits.digit_classifier().fitted))
         else:
             opened = dist.on_all_ranks(lambda: _open_reference(path))
         if features == INCEPTION and weights is None:
             dist.on_all_ranks(fetch_inception)
         self.extractor = dist.on_all_ranks(lambda: Extractor(features, device, weights))
-        self.sha256 = "" if self.digits else dist.on_rank_0(lambda: sha256_of(path))  # it may be of many gigabytes
-        found = {} if opened.images is None else self.extractor.of_all(opened.images)
+        self.sha256 = "" if self.digits else dist.on_rank_0(lambda: sha256_of(path))  # the file may have many gigabytes
+        found = {} if opened.images is None else self.extractor.extract_all(opened.images)
 
         def settle() -> None:
-            there = found or self.extractor.of(np.zeros((2, 3, SIDE, SIDE), np.uint8))
+            there = found or self.extractor.extract(np.zeros((2, 3, SIDE, SIDE), np.uint8))
             own = statistics_of(there, self.extractor)
             statistics = own if opened.statistics is None else opened.statistics
             if len(statistics["mu"]) != len(own["mu"]):
                 raise DataError(
-                    f"{reference} is of {len(statistics['mu'])} features, {self.extractor.name} has {len(own['mu'])}"
+                    f"{reference} has {len(statistics['mu'])} features, but {self.extractor.name} has {len(own['mu'])}"
                 )
             self.reference = Reference(statistics, found or None)
             self.held_out = self._held_out() if self.digits else {}
@@ -91,64 +91,64 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """For a folder of the numbers."""
+        """Return the name of the folder of results."""
         stem, features = Path(self.path).stem, self.extractor.name
         return stem if features in (INCEPTION, digits.NAME) else f"{stem}-{features}"
 
     @property
     def description(self) -> dict[str, Any]:
-        """What images are compared with, and by what."""
+        """Return the reference and the feature extractor."""
         return {
             "reference": {"path": self.path, "sha256": self.sha256},
             "features": {"name": self.extractor.name, "sha256": self.extractor.sha256},
         }
 
-    def of(self, images: Images, labels: np.ndarray | None, drawn: dict[str, Any]) -> dict[str, Any]:
-        """The numbers and what they are of. Every rank calls this.
+    def evaluate(self, images: Images, labels: np.ndarray | None, drawn: dict[str, Any]) -> dict[str, Any]:
+        """Return the metrics and everything they depend on. Every rank calls this.
 
-        ``drawn``: what the images are, and how they were made.
+        ``drawn``: the sections that describe the images and how they were generated.
         """
-        features = self.extractor.of_all(images)
+        features = self.extractor.extract_all(images)
         metrics = dist.on_rank_0(lambda: measure(features, self.reference, self.extractor))
         if self.digits:
-            metrics |= dist.on_rank_0(lambda: self._read(images, labels))
+            metrics |= dist.on_rank_0(lambda: self._digit_metrics(images, labels))
         return {"metrics": metrics, **drawn, **self.description, "versions": versions(self.extractor.device)}
 
     def _held_out(self) -> dict[str, float]:
-        """The numbers of real digits that the judge has not seen: what can be had at best."""
-        judge = digits.judge()
-        found = measure(self.extractor.of(judge.held_out), self.reference, self.extractor)
-        found["read_as_class"] = judge.share_read(judge.held_out, judge.held_out_labels)
+        """Return the metrics of the real digits that the classifier was not fitted on: the best that can be reached."""
+        classifier = digits.digit_classifier()
+        found = measure(self.extractor.extract(classifier.held_out), self.reference, self.extractor)
+        found["read_as_class"] = classifier.accuracy(classifier.held_out, classifier.held_out_labels)
         return {f"held_out_{name}": value for name, value in found.items()}
 
-    def _read(self, images: Images, labels: np.ndarray | None) -> dict[str, float]:
-        """What only digits can be asked."""
+    def _digit_metrics(self, images: Images, labels: np.ndarray | None) -> dict[str, float]:
+        """Return the metrics that only digits have."""
         if labels is None:
             return self.held_out
         every = np.concatenate([images.read(part) for part in range(images.parts)])
-        return self.held_out | {"read_as_class": digits.judge().share_read(every, labels)}
+        return self.held_out | {"read_as_class": digits.digit_classifier().accuracy(every, labels)}
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file; of a folder, of its pictures in the order of their names."""
-    return fingerprint(path).sha256 if path.is_file() else digest(fingerprint(file).sha256 for file in pictures_in(path))
+    """Return the SHA-256 of a file, or of a folder's images in the order of their names."""
+    return fingerprint(path).sha256 if path.is_file() else digest(fingerprint(file).sha256 for file in image_paths(path))
 
 
-class _Opened(NamedTuple):
+class _ReferenceData(NamedTuple):
     statistics: Statistics | None = None
     images: Images | None = None
 
 
-def _open_reference(path: Path) -> _Opened:
+def _open_reference(path: Path) -> _ReferenceData:
     if not path.exists():
-        raise UsageError(f"no reference at {path}: it is {DIGITS}, an npz of statistics or images, or a folder of pictures")
+        raise UsageError(f"no reference at {path}: expected {DIGITS}, an npz of statistics or images, or a folder of images")
     names = npz_names(path) if path.suffix == ".npz" else []
     statistics = read_statistics(path) if ("arr_0" not in names and names) or "mu" in names else None
-    return _Opened(statistics, open_images(path) if "arr_0" in names or not names else None)
+    return _ReferenceData(statistics, open_images(path) if "arr_0" in names or not names else None)
 
 
-def describe(images: ImageSet, trained: Trained) -> dict[str, Any]:
-    """What was drawn, and with what."""
+def describe(images: ImageSet, trained: TrainedModel) -> dict[str, Any]:
+    """Return the sections that describe a generated set and its weights."""
     described = {name: value for name, value in images.description.items() if name != "weights"}
     return {
         "set": described | {MADE_WITH: images.made_with()},
@@ -157,8 +157,8 @@ def describe(images: ImageSet, trained: Trained) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
-    """Raises UsageError where ``folder`` holds numbers of another set, reference or features than those ``wanted``, DataError
-    where nobody can tell.
+    """Raises UsageError if ``folder`` holds results of another set, reference or features than ``wanted``, DataError if its
+    results cannot be read.
     """
     there = folder / RESULT
     if not there.is_file():
@@ -168,15 +168,15 @@ def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
         values = json.loads(there.read_text())
         kept = {section: dict(values[section]) for section in sections}
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{there} is torn or changed; remove it or name another --out") from None
+        raise DataError(f"{there} is torn or changed; remove it or choose another --out") from None
     for section in sections:
-        known = {*kept[section], *wanted[section]} - {"path", MADE_WITH}  # which tell nothing of what they are
+        known = {*kept[section], *wanted[section]} - {"path", MADE_WITH}  # neither identifies the contents
         if any(kept[section].get(name) != wanted[section].get(name) for name in known):
-            raise UsageError(f"{there} is of another {section}; name another --out")
+            raise UsageError(f"{there} has results of a different {section}; choose another --out")
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
-    """As JSON and as a page. Raises UsageError where numbers of something else are there."""
+    """Write the result as JSON and as a page. Raises UsageError if the folder holds other results."""
     check_folder(folder, result)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / PAGE, _page(result).encode())
@@ -184,7 +184,7 @@ def write(folder: Path, result: dict[str, Any]) -> None:
 
 
 def versions(device: torch.device) -> dict[str, str]:
-    """Of what is computed with, and where."""
+    """Return the versions of the packages used, and the devices."""
     found = {"xar_scale": __version__}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -194,11 +194,11 @@ def versions(device: torch.device) -> dict[str, str]:
 
 
 def _page(result: dict[str, Any]) -> str:
-    lines = ["# Evaluation", "", "| metric | |", "| --- | --- |"]
+    lines = ["# Evaluation", "", "| metric | value |", "| --- | --- |"]
     lines += [f"| {name} | {value:.4f} |" for name, value in result["metrics"].items()]
     if result["features"]["name"] != INCEPTION:
-        lines += ["", f"Of the features of {result['features']['name']}: these are no FID and no IS."]
-    lines += ["", "| what | |", "| --- | --- |"]
+        lines += ["", f"Computed from {result['features']['name']} features: these are not FID or IS."]
+    lines += ["", "| setting | value |", "| --- | --- |"]
     for section in [key for key in result if key != "metrics"]:
         lines += [f"| {section}: {name} | {value} |" for name, value in _flat(result[section])]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Labels in, uint8 images out: the network on this rank's device, or shared by neighbours, and the tokenizer behind it."""
+"""Generate uint8 images from class labels: the network, replicated or sharded over ranks, then the tokenizer's decoder."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from xar_scale.checkpoint.interop.pretrained import check_shapes
 from xar_scale.config import SampleConfig
 from xar_scale.dist import say
 from xar_scale.errors import ConfigError
-from xar_scale.evaluate.trained import Trained
+from xar_scale.evaluate.trained import TrainedModel
 from xar_scale.graphs import Graphs
 from xar_scale.model.compiled import compile_static
 from xar_scale.model.kv_cache import KVCache
@@ -25,17 +25,18 @@ from xar_scale.precision import FP32, MODES, apply_matmul_mode
 from xar_scale.sampler import Watch, sample
 from xar_scale.tokenizers import Tokenizer, create_tokenizer
 
-FRAMES = 48  # of an animation
-AHEAD = 2  # batches of latents that wait to be decoded
-SAMPLER = ("sampler", "steps", "guidance", "guidance_schedule", "guidance_interval")  # what sample() takes of the settings
+FRAMES = 48  # of an animation, approximately
+MAX_PENDING = 2  # batches of latents that wait to be decoded
+# the fields of SampleConfig that sample() takes
+SAMPLER_SETTINGS = ("sampler", "steps", "guidance", "guidance_schedule", "guidance_interval")
 
 
 @dataclass(frozen=True)
 class Generator:
-    """Draws images with one set of weights. A batch is decoded while the next is drawn.
+    """Generates images with one set of weights. A batch is decoded while the next is sampled.
 
-    ``compute``: the dtype of autocast. ``shared``: ranks that share a copy of the weights call ``draw`` together, with as many
-    batches each.
+    ``compute``: the autocast dtype. ``shared``: the weights are sharded over ranks, which must call ``draw`` together and run
+    the same number of batches.
     """
 
     model: XAR
@@ -47,17 +48,17 @@ class Generator:
     shared: bool
 
     def with_settings(self, settings: SampleConfig) -> "Generator":
-        """The same weights, drawn from with other settings of the sampler; the rest is as it was when they were opened."""
-        changed = {name: getattr(settings, name) for name in SAMPLER}
+        """Return a generator with the same weights and other sampler settings. All other settings stay as they were."""
+        changed = {name: getattr(settings, name) for name in SAMPLER_SETTINGS}
         settings = dataclasses.replace(self.settings, **changed)
         return replace(self, settings=settings)
 
     def draw(self, labels: Sequence[int], seed: int | Sequence[int] = 0, first: int = 0, batches: int = 0) -> np.ndarray:
-        """uint8 images (N, I, H, W), one a label.
+        """Return uint8 images (N, I, H, W), one per label.
 
-        Image i depends on its label and on (seed, first + i), or with a seed an image on that alone; its batch tells in the
-        last bits. ``batches``: at least so many passes, as neighbours make; what they draw beyond the labels is nobody's.
-        What cannot be decoded is raised after all passes, without which neighbours would wait.
+        Image i depends on its label and (seed, first + i), or on its own seed if ``seed`` is a sequence; its batch affects only
+        the last bits. ``batches``: run at least this many, as the other ranks of the sharding group do; the results of extra
+        ones are discarded. Decoding errors are raised after all batches: otherwise the other ranks would hang.
         """
         size = self.settings.batch
         starts = [*range(0, len(labels), size)]
@@ -67,14 +68,14 @@ class Generator:
                 seeds = seed if isinstance(seed, int) else seed[start : start + size]
                 latents = self.latents(labels[start : start + size], seeds, first + start)
                 decoded.append(decoder.submit(self.tokenizer.decode, latents))
-                if number >= AHEAD:
-                    wait([decoded[number - AHEAD]])
+                if number >= MAX_PENDING:
+                    wait([decoded[number - MAX_PENDING]])
             for _ in range(batches - len(starts)):
                 self.latents([0], 0, 0)
             return np.concatenate([part.result() for part in decoded]) if decoded else np.empty((0, 0, 0, 0), np.uint8)
 
     def draw_over_ranks(self, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
-        """uint8 images (N, I, H, W), one a label and seed, on rank 0; elsewhere nothing of use. Every rank calls this."""
+        """Return uint8 images (N, I, H, W), one per label and seed, on rank 0; ignore it on others. Every rank calls this."""
         world, rank = dist.world(), dist.rank()
         batches = math.ceil(math.ceil(len(labels) / world) / self.settings.batch) if self.shared else 0
         mine = dist.on_all_ranks(lambda: self.draw(labels[rank::world], seeds[rank::world], batches=batches))
@@ -87,23 +88,23 @@ class Generator:
         return images
 
     def latents(self, labels: Sequence[int], seed: int | Sequence[int], first: int = 0, watch: Watch | None = None) -> Tensor:
-        """One batch, in the tokenizer's own scale."""
-        options = {name: getattr(self.settings, name) for name in SAMPLER}
+        """Sample the latents of one batch (B, C, rows, columns), in the tokenizer's scale."""
+        options = {name: getattr(self.settings, name) for name in SAMPLER_SETTINGS}
         mixed = torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute is not FP32)
         with mixed, dist.abort_on_error() if self.shared else nullcontext():
             drawn = sample(self.model, labels, seed=seed, first_image=first, watch=watch, **options)
         return drawn / self.latent_scale
 
     def frames(self, label: int, seed: int) -> Iterator[np.ndarray]:
-        """An image (I, H, W) as it comes to be, about ``FRAMES`` states and the end; what is not begun is flat.
+        """Yield about ``FRAMES`` intermediate states of an image and the final one, each (I, H, W).
 
-        Of entities on grids of several sizes only the finest is seen.
+        Entities that have not started are zero latents. If entities have grids of several sizes, only the finest is visible.
         """
         layout, states = self.model.layout, list[Tensor]()
-        spacing = layout.entities / FRAMES  # of t, between two states that are kept; more than 1: not every entity has one
+        spacing = layout.entities / FRAMES  # of t, between two kept states; above 1, some entities have none
 
         def watch(entity: int, t: float, tokens_BTC: Tensor) -> None:
-            if entity + 1 - t < len(states) * spacing - 1e-9:  # how far all of it is; a predictor's state may be further
+            if entity + 1 - t < len(states) * spacing - 1e-9:  # progress of the whole image; a predictor's state may be ahead
                 return
             missing = tokens_BTC.new_zeros(1, layout.tokens - tokens_BTC.shape[1], tokens_BTC.shape[2])
             states.append(layout.from_entities(torch.cat([tokens_BTC, missing], dim=1)) / self.latent_scale)
@@ -113,32 +114,32 @@ class Generator:
             yield self.tokenizer.decode(state)[0]
 
 
-def open_generator(trained: Trained, device: torch.device) -> Generator:
-    """Of weights on disk, of which each rank reads what it holds. Every rank calls this.
+def open_generator(trained: TrainedModel, device: torch.device) -> Generator:
+    """Load weights from disk, each rank the part that it holds, and return the generator. Every rank calls this.
 
-    Raises ConfigError where the ranks do not share evenly, or the tokenizer lacks its weights.
+    Raises ConfigError if ``sample.shard_ranks`` does not divide the world, or the tokenizer's weights are missing.
     """
     settings = trained.sample
     if dist.world() % settings.shard_ranks:
         raise ConfigError(f"world {dist.world()} is not divisible by sample.shard_ranks {settings.shard_ranks}")
 
     def build() -> tuple[XAR, Tokenizer]:
-        # one at a time on a CPU, where a picture then does not depend on the batch at all
+        # one at a time on a CPU: then decoding does not depend on the batch at all
         at_once = 1 if device.type == "cpu" else settings.batch
         tokenizer = create_tokenizer(trained.tokenizer, settings.tokenizer_weights, device, batch=at_once)
         model = meta_model(trained.model)
         wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
         check_shapes(trained.source.path, trained.source.names(trained.kind), wanted)
         used = model.use_kernels(trained.kernels, device, MODES[settings.precision].compute, training=False)
-        copies = f", a copy over {settings.shard_ranks} ranks" if settings.shard_ranks > 1 else ""
+        sharded = f", weights sharded over {settings.shard_ranks} ranks" if settings.shard_ranks > 1 else ""
         if trained.kernels.compile:
-            used += ", blocks not compiled: ranks share them" if copies else ", blocks compiled"
-        say(f"drawing on {dist.world()} x {device.type}, {settings.precision}{copies}; {used}")
+            used += ", blocks not compiled: they are sharded" if sharded else ", blocks compiled"
+        say(f"sampling on {dist.world()} x {device.type}, {settings.precision}{sharded}; {used}")
         return model, tokenizer
 
     model, tokenizer = dist.on_all_ranks(build)
     apply_matmul_mode(settings.precision)
-    ranges = _place(model, settings, device)
+    ranges = _materialize(model, settings, device)
 
     def fill() -> None:
         for name, (start, values) in ranges.items():
@@ -154,8 +155,10 @@ def open_generator(trained: Trained, device: torch.device) -> Generator:
 
 
 def prepare(model: XAR, device: torch.device, compute: torch.dtype, *, compiled: bool) -> None:
-    """Make a network that only draws fast: Linear layers' weights in the dtype of autocast, which casts them at each call
-    otherwise, blocks as graphs of torch.compile where that is asked for, and on a GPU each kind of call recorded.
+    """Make a network fast for sampling, in place; it can no longer be trained.
+
+    Linear layers hold their weights in ``compute``, which autocast would otherwise cast at each call. With ``compiled`` each
+    block's forward is compiled. On a GPU each kind of call is captured as a CUDA graph.
     """
     model.requires_grad_(False)
     if compute is not FP32:
@@ -166,12 +169,12 @@ def prepare(model: XAR, device: torch.device, compute: torch.dtype, *, compiled:
         for block in model.blocks:
             block.forward = compile_static(block.forward, fullgraph=True)  # type: ignore[method-assign]
     if device.type == "cuda":
-        recorded = _Recorded(model, device)
-        model.forward, model.new_cache = recorded.forward, recorded.new_cache  # type: ignore[method-assign, assignment]
+        graphed = _GraphedNetwork(model, device)
+        model.forward, model.new_cache = graphed.forward, graphed.new_cache  # type: ignore[method-assign, assignment]
 
 
-class _Recorded:
-    """A network's calls, each kind of them recorded. It has one cache, where its records know it, for the largest batch yet."""
+class _GraphedNetwork:
+    """Replays a network's calls from CUDA graphs. All graphs use one key/value cache, sized for the largest batch so far."""
 
     def __init__(self, model: XAR, device: torch.device) -> None:
         self._forward, self._new_cache, self._device = model.forward, model.new_cache, device
@@ -185,20 +188,20 @@ class _Recorded:
         if cache is not self._cache:
             (velocity,) = work(x, t, labels)
             return velocity
-        (played,) = self._graphs.run(first, work, x, t, labels)
-        assert played is not None
-        return played.clone()
+        (replayed,) = self._graphs.run(first, work, x, t, labels)
+        assert replayed is not None
+        return replayed.clone()
 
     def new_cache(self, batch: int, dtype: torch.dtype | None = None) -> KVCache:
         fits = self._cache and self._cache[0].keys.shape[0] >= batch and self._cache[0].keys.dtype == dtype
         if not fits:
-            self._cache, self._graphs = [], Graphs(self._device)  # the memory of both goes first
+            self._cache, self._graphs = [], Graphs(self._device)  # free both before allocating
             self._cache = self._new_cache(batch, dtype)
         return self._cache
 
 
-def _place(model: XAR, settings: SampleConfig, device: torch.device) -> dict[str, tuple[int, Tensor]]:
-    """Give the parameters memory. Returns this rank's of each: the first element, and the tensor from there on."""
+def _materialize(model: XAR, settings: SampleConfig, device: torch.device) -> dict[str, tuple[int, Tensor]]:
+    """Allocate the parameters. Returns this rank's shard of each: the index of its first element, and the tensor to fill."""
     if settings.shard_ranks == 1:
         model.to_empty(device=device).requires_grad_(False)
         return {name: (0, parameter.data) for name, parameter in model.named_parameters()}

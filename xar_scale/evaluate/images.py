@@ -1,4 +1,4 @@
-"""Images of others, and of ours as files: an npz, or a folder of pictures, in parts of a size."""
+"""Read sets of images, an npz or a folder of image files, in parts of fixed size."""
 
 import math
 import os
@@ -17,15 +17,15 @@ from PIL import Image, UnidentifiedImageError
 from xar_scale.errors import DataError, UsageError
 
 T = TypeVar("T", "ImagesInMemory", "ImageFiles")
-PART = 256  # images
-MODES = ("1", "L", "P", "RGB")  # of pictures, as pillow calls them
-ZIP_LENGTHS = 26  # bytes of a local header before those of its name and extra field
+PART = 256  # images per part
+MODES = ("1", "L", "P", "RGB")  # pillow's names of the image modes that are accepted
+ZIP_LENGTHS = 26  # offset of the lengths of name and extra field in a local zip header
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 @dataclass(frozen=True)
 class ImagesInMemory:
-    """``images`` uint8 (N, I, H, W); ``labels`` (N,), where they are known."""
+    """``images`` uint8 (N, I, H, W); ``labels`` (N,), if known."""
 
     images: np.ndarray
     labels: np.ndarray | None = None
@@ -44,7 +44,7 @@ class ImagesInMemory:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Pictures of one ``size`` (W, H), in the order of their names."""
+    """Image files of one ``size`` (W, H), in the order of their names."""
 
     paths: list[Path]
     size: tuple[int, int]
@@ -59,68 +59,68 @@ class ImageFiles:
         return -(-self.count // PART)
 
     def read(self, part: int) -> np.ndarray:
-        """uint8 (N, 3, H, W). Raises DataError that names a picture that cannot be read, or is of another kind or size."""
-        pictures: list[np.ndarray] = []
+        """Return uint8 (N, 3, H, W). Raises DataError with the file that cannot be read, or has another mode or size."""
+        images: list[np.ndarray] = []
         for path in self.paths[part * PART : (part + 1) * PART]:
-            with _opened(path) as picture:
-                if picture.size != self.size:
-                    here, there = (f"{width}x{height}" for width, height in (picture.size, self.size))
-                    raise DataError(f"{path} is {here} pixels, {self.paths[0].name} is {there}: they must be of one size")
-                pictures.append(np.asarray(picture.convert("RGB")).transpose(2, 0, 1))
-        return np.stack(pictures)
+            with _opened(path) as image:
+                if image.size != self.size:
+                    here, there = (f"{width}x{height}" for width, height in (image.size, self.size))
+                    raise DataError(f"{path} is {here} pixels, {self.paths[0].name} is {there}: all must have the same size")
+                images.append(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
+        return np.stack(images)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as picture:
-            if picture.mode not in MODES:
-                raise DataError(f"{path} is of mode {picture.mode}, not of 8 bits a channel without transparency")
-            picture.load()
-            yield picture
+        with Image.open(path) as image:
+            if image.mode not in MODES:
+                raise DataError(f"{path} has mode {image.mode}, expected 8 bits per channel without transparency")
+            image.load()
+            yield image
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is no picture that can be read: {error}") from None
+        raise DataError(f"cannot read image {path}: {error}") from None
 
 
 def open_images(path: Path) -> ImagesInMemory | ImageFiles:
-    """An npz as ADM's evaluator reads it (``arr_0`` (N, H, W, 3), and labels in ``arr_1`` or none), or a folder of pictures and
-    those in folders below. Raises UsageError where there is nothing, DataError where it is something else."""
+    """Open an npz in ADM's format (``arr_0`` (N, H, W, 3), optionally labels in ``arr_1``), or the image files in a folder and
+    its subfolders. Raises UsageError if there are no images, DataError if the file is something else."""
     if path.is_dir():
-        os.listdir(path)  # one that cannot be read is an OSError, where a search would find nothing
-        if not (paths := pictures_in(path)):
-            raise UsageError(f"no pictures in {path} ({', '.join(SUFFIXES)})")
+        os.listdir(path)  # raises OSError for an unreadable folder, in which the search would find nothing
+        if not (paths := image_paths(path)):
+            raise UsageError(f"no images in {path} ({', '.join(SUFFIXES)})")
         with _opened(paths[0]) as first:
-            return _several(path, ImageFiles(paths, first.size))
+            return _require_several(path, ImageFiles(paths, first.size))
     if not path.is_file():
         raise UsageError(f"no images at {path}")
     if "arr_0" not in npz_names(path):
-        raise DataError(f"{path} holds no images in arr_0")
-    images, labels = _mapped(path, "arr_0"), read_npz(path, "arr_1").get("arr_1")
+        raise DataError(f"{path} has no images in arr_0")
+    images, labels = _memory_map(path, "arr_0"), read_npz(path, "arr_1").get("arr_1")
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or not len(images):
-        raise DataError(f"{path}: arr_0 is {images.dtype}{images.shape}, not one or more of uint8 (H, W, 3)")
+        raise DataError(f"{path}: arr_0 is {images.dtype}{images.shape}, expected one or more uint8 (H, W, 3)")
     if labels is not None and labels.shape != images.shape[:1]:
         raise DataError(f"{path}: {labels.shape} labels for {len(images)} images")
-    return _several(path, ImagesInMemory(images.transpose(0, 3, 1, 2), labels))
+    return _require_several(path, ImagesInMemory(images.transpose(0, 3, 1, 2), labels))
 
 
-def pictures_in(folder: Path) -> list[Path]:
+def image_paths(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
 
 
-def _several(path: Path, images: T) -> T:
+def _require_several(path: Path, images: T) -> T:
     if images.count < 2:
-        raise UsageError(f"{path} holds one image: numbers are of several")
+        raise UsageError(f"{path} holds one image: metrics need at least two")
     return images
 
 
 def npz_names(path: Path) -> list[str]:
-    """Of its arrays. Raises DataError where it is no npz."""
+    """Return the names of the arrays. Raises DataError if the file is not an npz."""
     with _npz(path) as archive:
         return list(archive.files)
 
 
 def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Those of the arrays ``names`` that are there. Raises DataError where it is no npz, or torn."""
+    """Return those arrays of ``names`` that the file has. Raises DataError if it is not an npz, or is torn."""
     with _npz(path) as archive:
         return {name: archive[name] for name in names if name in archive.files}
 
@@ -131,11 +131,11 @@ def _npz(path: Path) -> Iterator[Any]:
         with np.load(path, allow_pickle=False) as archive:
             yield archive
     except (ValueError, TypeError, EOFError, AttributeError, OSError, zipfile.BadZipFile, zlib.error):
-        raise DataError(f"{path} is no npz of arrays, or torn") from None
+        raise DataError(f"{path} is not an npz of arrays, or is torn") from None
 
 
-def _mapped(path: Path, name: str) -> np.ndarray:
-    """An array that may be larger than memory: where it is stored as it is, each rank reads of the file what it needs."""
+def _memory_map(path: Path, name: str) -> np.ndarray:
+    """Return an array, memory-mapped if stored uncompressed: it may exceed memory, and a rank reads only what it needs."""
     with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
         entry = archive.getinfo(f"{name}.npy")
         if entry.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
@@ -146,8 +146,8 @@ def _mapped(path: Path, name: str) -> np.ndarray:
         return read_npz(path, name)[name]
     with path.open("rb") as file:
         file.seek(entry.header_offset + ZIP_LENGTHS)
-        lengths = struct.unpack("<HH", file.read(4))  # of the name and what else comes before the content
+        lengths = struct.unpack("<HH", file.read(4))  # of the name and the extra field, which precede the content
     offset = entry.header_offset + ZIP_LENGTHS + 4 + sum(lengths) + header
     if offset + dtype.itemsize * math.prod(shape) > path.stat().st_size:
-        raise DataError(f"{path} is no npz of arrays, or torn")
+        raise DataError(f"{path} is not an npz of arrays, or is torn")
     return np.memmap(path, dtype, "r", offset, shape)

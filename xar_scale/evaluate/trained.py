@@ -1,4 +1,4 @@
-"""What images are drawn from: weights as they lie on disk, and what makes pictures of what their network draws."""
+"""Open trained weights on disk for sampling, with their sampler settings and tokenizer."""
 
 import hashlib
 from collections.abc import Iterable
@@ -18,17 +18,17 @@ from xar_scale.evaluate.images import SUFFIXES
 from xar_scale.presets import RECIPES
 from xar_scale.tokenizers.kl16 import KL16Tokenizer
 
-WEIGHTS = (".safetensors", ".pth", ".pt")  # in a folder
-SECTIONS = ("sample.", "kernels.")  # of the config, that can be changed when images are drawn
+WEIGHTS = (".safetensors", ".pth", ".pt")  # suffixes of weight files in a folder
+SECTIONS = ("sample.", "kernels.")  # of the config that may be overridden in sampling
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A model's weights, the averaged ones where there are any, and the settings that images are drawn with."""
+class TrainedModel:
+    """A model's weights (EMA if there are any) and the settings for sampling."""
 
     source: Source
-    kind: str  # of its vectors
-    sha256: str  # of the weights' files, all together
+    kind: str  # of vectors: ema or model
+    sha256: str  # over all files of the weights
     model: ModelConfig
     sample: SampleConfig
     kernels: KernelConfig
@@ -41,7 +41,7 @@ def is_run(path: Path) -> bool:
 
 
 def holds_weights(path: Path) -> bool:
-    """Rather than images."""
+    """Return whether ``path`` holds weights rather than images."""
     if is_run(path) or (path / MANIFEST).is_file():
         return True
     if path.is_dir() and not any(file.suffix in WEIGHTS for file in path.iterdir()):
@@ -49,14 +49,14 @@ def holds_weights(path: Path) -> bool:
     return path.suffix != ".npz"
 
 
-def open_trained(path: Path, overrides: list[str]) -> Trained:
-    """A run's newest valid checkpoint, one checkpoint, or published weights. Every rank calls this.
+def open_trained(path: Path, overrides: list[str]) -> TrainedModel:
+    """Open a run's newest valid checkpoint, one checkpoint, or published weights. Every rank calls this.
 
-    ``overrides``: of ``sample`` and ``kernels``, laid over the run's own config, or over that of the published model's recipe.
-    Raises UsageError where there are none, DataError where they are not as they were written, or of no known model.
+    ``overrides``: of ``sample`` and ``kernels``, applied to the run's config or to the recipe of the published model. Raises
+    UsageError if there are no weights, DataError if they fail their checksums or fit no known model.
     """
     if wrong := [word for word in overrides if not word.startswith(SECTIONS)]:
-        raise UsageError(f"{wrong[0]}: only {'* and '.join(SECTIONS)}* can be changed when images are drawn")
+        raise UsageError(f"{wrong[0]}: only {'* and '.join(SECTIONS)}* can be changed in sampling")
     if is_run(path) or (path / MANIFEST).is_file():
         return _of_run(open_checkpoint(path), overrides)
     trained = dist.on_all_ranks(lambda: _published(path, overrides))
@@ -66,17 +66,17 @@ def open_trained(path: Path, overrides: list[str]) -> Trained:
         weights = (fingerprint(file).sha256 for file in trained.source.files)
         return digest(weights), fingerprint(Path(trained.sample.tokenizer_weights)).sha256
 
-    sha256, tokenizer = dist.on_rank_0(hashed)  # files of many gigabytes, once
+    sha256, tokenizer = dist.on_rank_0(hashed)  # once: the files have many gigabytes
     return replace(trained, sha256=sha256, tokenizer={"name": "kl16", "sha256": tokenizer})
 
 
-def _of_run(checkpoint: Checkpoint, overrides: list[str]) -> Trained:
+def _of_run(checkpoint: Checkpoint, overrides: list[str]) -> TrainedModel:
     path, manifest = checkpoint.path, checkpoint.manifest
     if not manifest.config:
-        raise UsageError(f"{path} was made of another format, and knows neither its model's config nor its tokenizer")
+        raise UsageError(f"{path} was converted from another format: it has neither a model config nor a tokenizer")
     config = Config.from_dict(override(manifest.config, overrides))
     source = open_source(path)
-    return Trained(
+    return TrainedModel(
         source,
         "ema" if "ema" in source.kinds else "model",
         digest(entry.sha256 for entry in manifest.files.values()),
@@ -88,20 +88,18 @@ def _of_run(checkpoint: Checkpoint, overrides: list[str]) -> Trained:
     )
 
 
-def _published(path: Path, overrides: list[str]) -> Trained:
-    """But for what is hashed."""
+def _published(path: Path, overrides: list[str]) -> TrainedModel:
+    """Open published weights; the caller adds the hashes."""
     source = open_source(path)
     kind = "ema" if "ema" in source.kinds else "model"
     published = RECIPES.get(f"imagenet256_{preset_of(path, source.names(kind)).removeprefix('xar_')}", {})
     values = override({"sample": published.get("sample", {}), "kernels": {}}, overrides)
     settings = validated(SampleConfig, values["sample"], ConfigError, "sample: ")
     if not settings.tokenizer_weights:
-        raise ConfigError(
-            f"{path} does not name its latents' tokenizer: kl16 needs sample.tokenizer_weights, the path of kl16.ckpt"
-        )
+        raise ConfigError(f"{path} does not name its tokenizer: set sample.tokenizer_weights to the path of kl16.ckpt")
     if not Path(settings.tokenizer_weights).is_file():
         raise UsageError(f"no kl16 weights at {settings.tokenizer_weights}")
-    return Trained(
+    return TrainedModel(
         source,
         kind,
         "",
@@ -114,5 +112,5 @@ def _published(path: Path, overrides: list[str]) -> Trained:
 
 
 def digest(hashes: Iterable[str]) -> str:
-    """One of several."""
+    """Return one hash for several."""
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -1,1 +1,1 @@
-"""One page about a run, from its folder alone: what it holds (read, trouble, kept), its curves, and the page."""
+"""Build one page about a run from its folder: contents (read, incidents, artifacts), curves, page."""

@@ -1,4 +1,4 @@
-"""Curves over a run's steps, as SVG that lies in a page: its text is text, and its colours are the page's."""
+"""Plot curves over a run's steps as inline SVG, with real text and the page's colours."""
 
 import io
 import re
@@ -10,24 +10,24 @@ import numpy as np
 from xar_scale.errors import UsageError
 from xar_scale.report.read import Entries
 
-WIDTH, HEIGHT = 440, 230  # units of the SVG, 72 to matplotlib's inch
-STRETCHES = 400  # of a longer curve, each drawn by its least and its largest value
-SPIKE = 10  # times the 99th percentile, beyond which a value is one
-REACH = 40, 5  # of the smoothed curve: the part of the whole that it averages over, and values at the least
-# matplotlib knows no variables of a page's style: each has a colour that stands for it
+WIDTH, HEIGHT = 440, 230  # SVG units, 72 per matplotlib inch
+BUCKETS = 400  # of a long curve; of each the minimum and the maximum are drawn
+SPIKE = 10  # times the 99th percentile; larger values are spikes
+SMOOTHING = 40, 5  # the window is this fraction (1/40) of the curve, and at least this many values
+# matplotlib has no CSS variables: these colours stand for them and are replaced afterwards
 COLOURS = {"#010101": "ink", "#020202": "line", "#030303": "raw", "#040404": "accent", "#050505": "warn"}
 INK, LINE, RAW, ACCENT, WARN = COLOURS
 
 
 class Curve(NamedTuple):
-    """``values`` (N,) after ``steps`` (N,), in order; some may be NaN or infinite."""
+    """``values`` (N,) after ``steps`` (N,), in order; values may be NaN or infinite."""
 
     steps: np.ndarray
     values: np.ndarray
 
 
 def curve(entries: Entries, name: str, per: str = "") -> Curve:
-    """What was logged as ``name``, divided by what was logged as ``per``; where they are numbers."""
+    """Return the metric ``name``, divided by the metric ``per`` if given, from entries in which they are numbers."""
     names = [name, per] if per else [name]
     known = [entry for entry in entries if all(isinstance(entry.get(key), int | float) for key in names)]
     steps, values = (np.array([entry[key] for entry in known], float) for key in ("step", name))
@@ -35,38 +35,38 @@ def curve(entries: Entries, name: str, per: str = "") -> Curve:
         return Curve(steps, values / np.array([entry[per] for entry in known], float) if per else values)
 
 
-def draw(
+def plot(
     name: str,
-    of: Curve,
+    data: Curve,
     scale: Literal["linear", "from 0", "log"] = "from 0",
     *,
     smooth: bool = True,
     marks: Sequence[int] = (),
     right: float = 0,
 ) -> str:
-    """An SVG of one curve: as it is and, over it, smoothed.
+    """Return an SVG of one curve, raw and, on top of it, smoothed.
 
-    ``name``: another for each picture of a page. ``marks``: steps that something happened at. ``right``: what the values are
-    multiplied by on an axis of their own, on the right; 0: none. Values that are not finite, or far above the rest, are arrows
-    at the upper edge. Raises UsageError without matplotlib.
+    ``name``: unique within a page. ``marks``: steps to mark with vertical lines. ``right``: factor of a second axis on the
+    right; 0: none. Values that are not finite, or far above the rest, are drawn as arrows at the upper edge. Raises UsageError
+    without matplotlib.
     """
 
     def paint(axes: Any) -> None:
         log = scale == "log"
-        beyond = ~(of.values <= _top(of.values)) if not log else ~np.isfinite(of.values)
-        shown = np.where(beyond | (log & (of.values <= 0)), np.nan, of.values)
+        beyond = ~(data.values <= _upper_limit(data.values)) if not log else ~np.isfinite(data.values)
+        shown = np.where(beyond | (log & (data.values <= 0)), np.nan, data.values)
         if log:
             axes.set_yscale("log")
-        dot = "." if len(of.steps) == 1 else ""
-        axes.plot(*_thinned(Curve(of.steps, shown)), color=RAW if smooth else ACCENT, linewidth=1.2, marker=dot)
+        dot = "." if len(data.steps) == 1 else ""
+        axes.plot(*_downsampled(Curve(data.steps, shown)), color=RAW if smooth else ACCENT, linewidth=1.2, marker=dot)
         if smooth:
             smoothed = np.exp(_smoothed(np.log(shown))) if log else _smoothed(shown)
-            axes.plot(*_thinned(Curve(of.steps, smoothed)), color=ACCENT, linewidth=1.6)
+            axes.plot(*_downsampled(Curve(data.steps, smoothed)), color=ACCENT, linewidth=1.6)
         edge = axes.get_xaxis_transform()
         arrows = axes.plot(
-            of.steps[beyond], np.ones(beyond.sum()), "^", color=WARN, markersize=5, transform=edge, clip_on=False
+            data.steps[beyond], np.ones(beyond.sum()), "^", color=WARN, markersize=5, transform=edge, clip_on=False
         )
-        arrows[0].set_in_layout(False)  # without any it would count as one in the picture's corner
+        arrows[0].set_in_layout(False)  # empty, it would count as a point in the corner of the layout
         axes.vlines(list(marks), 0, 1, color=WARN, linewidth=0.8, linestyle="dotted", transform=edge)
         if scale == "from 0":
             axes.set_ylim(bottom=0)
@@ -76,20 +76,20 @@ def draw(
     return _svg(name, paint)
 
 
-def draw_ranks(name: str, steps: np.ndarray, values: np.ndarray) -> str:
-    """An SVG of ``values`` (N, R) of R ranks after ``steps`` (N,): the band that they lie in, and the median rank's."""
+def plot_ranks(name: str, steps: np.ndarray, values: np.ndarray) -> str:
+    """Return an SVG of ``values`` (N, R) of R ranks after ``steps`` (N,): their range, and the median over ranks."""
 
     def paint(axes: Any) -> None:
-        least, most = (_thinned(Curve(steps, edge)) for edge in (values.min(axis=1), values.max(axis=1)))
+        least, most = (_downsampled(Curve(steps, edge)) for edge in (values.min(axis=1), values.max(axis=1)))
         axes.fill_between(least.steps, least.values, np.interp(least.steps, *most), color=RAW, linewidth=0.5)
-        axes.plot(*_thinned(Curve(steps, np.median(values, axis=1))), color=ACCENT, linewidth=1.6)
+        axes.plot(*_downsampled(Curve(steps, np.median(values, axis=1))), color=ACCENT, linewidth=1.6)
         axes.set_ylim(bottom=0)
 
     return _svg(name, paint)
 
 
-def _top(values: np.ndarray) -> float:
-    """Of a frame that a few spikes do not make a flat line of all the rest. How a loss begins is no spike."""
+def _upper_limit(values: np.ndarray) -> float:
+    """Return a limit for the axis that cuts off spikes, which would flatten the rest. A loss's initial values are no spike."""
     finite = values[np.isfinite(values)]
     if not len(finite):
         return 0.0
@@ -98,31 +98,31 @@ def _top(values: np.ndarray) -> float:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    """What lies around each value, averaged, the nearest most; what is NaN is passed over, and stays."""
-    part, least = REACH
+    """Return the weighted moving average (Hann window). Non-finite values are ignored and come out as NaN."""
+    part, least = SMOOTHING
     if not len(values):
         return values
     kernel = np.hanning(min(max(len(values) // part, least), len(values)) + 2)[1:-1]
     there = np.isfinite(values)
-    total, weight = (np.convolve(of, kernel, "same") for of in (np.where(there, values, 0), there))
+    total, weight = (np.convolve(signal, kernel, "same") for signal in (np.where(there, values, 0), there))
     return np.where(there, total / np.where(there, weight, 1), np.nan)
 
 
-def _thinned(of: Curve) -> Curve:
-    """As it looks: of each stretch the least and the largest value."""
-    if len(of.steps) <= 2 * STRETCHES:
-        return of
+def _downsampled(data: Curve) -> Curve:
+    """Return the minimum and maximum of each bucket: the curve looks the same."""
+    if len(data.steps) <= 2 * BUCKETS:
+        return data
     kept: set[int] = set()
-    for stretch in np.array_split(np.arange(len(of.steps)), STRETCHES):
-        values = of.values[stretch]
+    for stretch in np.array_split(np.arange(len(data.steps)), BUCKETS):
+        values = data.values[stretch]
         finite = np.isfinite(values)
         kept |= {stretch[np.where(finite, values, np.inf).argmin()], stretch[np.where(finite, values, -np.inf).argmax()]}
     chosen = sorted(kept)
-    return Curve(of.steps[chosen], of.values[chosen])
+    return Curve(data.steps[chosen], data.values[chosen])
 
 
 def _svg(name: str, paint: Callable[[Any], None]) -> str:
-    """The same for the same values, to the byte; nothing in it points anywhere else."""
+    """Return the figure as SVG: byte-identical for the same values, without external references."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -157,7 +157,7 @@ def _svg(name: str, paint: Callable[[Any], None]) -> str:
             child.spines[:].set_visible(False)
             child.tick_params(length=0)
         figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return _for_a_page(file.getvalue())
+    return _embeddable(file.getvalue())
 
 
 def _tick(value: float, _: int | None = None) -> str:
@@ -167,8 +167,8 @@ def _tick(value: float, _: int | None = None) -> str:
     return f"{value:g}"
 
 
-def _for_a_page(svg: str) -> str:
-    """Without the head of a file of its own, without sizes and the names of groups, which pictures have alike."""
+def _embeddable(svg: str) -> str:
+    """Strip the XML header, sizes, styles and group IDs (not unique within a page), and insert the CSS variables."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<svg [^>]*>", f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">', svg, count=1)
     svg = re.sub(r'<g id="[^"]*"', "<g", re.sub(r"<style.*?</style>", "", svg))

@@ -1,4 +1,4 @@
-"""The page: what a run's folder holds, its curves and pictures, in one HTML file that needs no other."""
+"""Render the page: a run's data, curves and images in one self-contained HTML file."""
 
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -9,13 +9,13 @@ import jinja2
 from markupsafe import Markup
 
 from xar_scale.model.xar import meta_model
-from xar_scale.report import kept, trouble
-from xar_scale.report.curves import curve, draw, draw_ranks
+from xar_scale.report import artifacts, incidents
+from xar_scale.report.curves import curve, plot, plot_ranks
 from xar_scale.report.read import Entries, read_run
 from xar_scale.stragglers import SLOW
 from xar_scale.version import __version__
 
-SLOWEST = 8  # ranks that are named
+SLOWEST = 8  # ranks that are listed
 
 
 class Chart(NamedTuple):
@@ -24,8 +24,8 @@ class Chart(NamedTuple):
     svg: Markup
 
 
-class Happened(NamedTuple):
-    """A line of the table of what went wrong."""
+class Incident(NamedTuple):
+    """A row of the table of incidents."""
 
     step: int
     kind: str  # guard, report or hang
@@ -34,15 +34,16 @@ class Happened(NamedTuple):
 
 
 def build_page(path: Path) -> str:
-    """The HTML of the run in ``path``, the same for the same files.
+    """Return the HTML report of the run in ``path``, the same for the same files.
 
-    Raises UsageError where there is no run, or no matplotlib, and ConfigError where its config cannot be read.
+    Raises UsageError if there is no run or no matplotlib, ConfigError if its config cannot be read.
     """
     run = read_run(path)
-    checkpoints, evaluations, events = kept.checkpoints(path), kept.evaluations(path), trouble.guard_events(run.entries)
+    checkpoints, evaluations = artifacts.checkpoints(path), artifacts.evaluations(path)
+    events = incidents.guard_events(run.entries)
     manifests = [entry.manifest for entry in checkpoints if entry.manifest and not entry.problem]
-    times = trouble.rank_times(run.entries)
-    slowest = trouble.slowest(times)
+    times = incidents.rank_times(run.entries)
+    slowest = incidents.slowest(times)
     metrics = list(dict.fromkeys(name for entry in evaluations for name in entry.metrics))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -61,14 +62,14 @@ def build_page(path: Path) -> str:
         parameters=sum(parameter.numel() for parameter in meta_model(run.config.model).parameters()),
         last=run.entries[-1] if run.entries else {},
         charts=_charts(run.entries, [event.step for event in events]),
-        spans=trouble.spans(run.entries),
-        happened=_happened(path, events),
+        spans=incidents.spans(run.entries),
+        incidents=_incidents(path, events),
         slowest=slowest[:SLOWEST],
         slow=SLOW,
-        recent=min(trouble.RECENT, len(times.steps)),
-        rank_chart=Markup(draw_ranks("ranks", times.steps, 1000 * times.seconds)) if len(slowest) > 1 else "",
+        recent=min(incidents.RECENT, len(times.steps)),
+        rank_chart=Markup(plot_ranks("ranks", times.steps, 1000 * times.seconds)) if len(slowest) > 1 else "",
         checkpoints=checkpoints,
-        pictures=kept.pictures(path),
+        grids=artifacts.sample_grids(path),
         evaluations=evaluations,
         metrics=[name for name in metrics if name.removesuffix("_std") not in set(metrics) - {name}],
     )
@@ -78,27 +79,27 @@ def _charts(entries: Entries, events: Sequence[int]) -> list[Chart]:
     if not entries:
         return []
     images, flops = entries[-1].get("images_per_s"), entries[-1].get("tflops_per_s")
-    right = flops / images if images and flops else 0.0  # one is as many times the other at every step
+    right = flops / images if images and flops else 0.0  # the ratio is the same at every step
     wait = curve(entries, "data_wait_s", per="step_s")
-    both = "images/s" + (", and on the right TFLOP/s" if right else "")
+    both = "images/s" + ("; TFLOP/s on the right axis" if right else "")
     drawn = [
-        ("Loss", "", draw("loss", curve(entries, "loss"), "linear", marks=events)),
-        ("Gradient norm", "before clipping", draw("norm", curve(entries, "grad_norm"), "log", marks=events)),
-        ("Learning rate", "", draw("rate", curve(entries, "lr"), smooth=False)),
-        ("Throughput", both, draw("throughput", curve(entries, "images_per_s"), right=right)),
-        ("Waiting for data", "% of a step", draw("wait", wait._replace(values=100 * wait.values))),
-        ("Memory", "GB, the most so far, rank 0", draw("memory", curve(entries, "memory_gb"), smooth=False)),
+        ("Loss", "", plot("loss", curve(entries, "loss"), "linear", marks=events)),
+        ("Gradient norm", "before clipping", plot("norm", curve(entries, "grad_norm"), "log", marks=events)),
+        ("Learning rate", "", plot("rate", curve(entries, "lr"), smooth=False)),
+        ("Throughput", both, plot("throughput", curve(entries, "images_per_s"), right=right)),
+        ("Waiting for data", "% of step time", plot("wait", wait._replace(values=100 * wait.values))),
+        ("Memory", "GB, peak so far, rank 0", plot("memory", curve(entries, "memory_gb"), smooth=False)),
     ]
     return [Chart(title, note, Markup(svg)) for title, note, svg in drawn]
 
 
-def _happened(run: Path, events: Sequence[trouble.GuardEvent]) -> list[Happened]:
+def _incidents(run: Path, events: Sequence[incidents.GuardEvent]) -> list[Incident]:
     found = []
     for event in events:
-        risen = [f"{what}: {count}" for what, count in event.risen.items()]
-        found.append(Happened(event.step, "guard", f"{event.after:,} to {event.step:,}", risen))
-    for kind, all_told in (("report", trouble.guard_reports(run)), ("hang", trouble.hangs(run))):
-        found += [Happened(told.step, kind, f"{told.step:,}", told.lines) for told in all_told]
+        increases = [f"{what}: {count}" for what, count in event.increases.items()]
+        found.append(Incident(event.step, "guard", f"{event.after:,} to {event.step:,}", increases))
+    for kind, found_reports in (("report", incidents.guard_reports(run)), ("hang", incidents.hangs(run))):
+        found += [Incident(report.step, kind, f"{report.step:,}", report.lines) for report in found_reports]
     return sorted(found)
 
 

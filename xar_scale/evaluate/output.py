@@ -1,4 +1,4 @@
-"""Images as files: a labelled grid, single PNGs, the npz of ADM's evaluator, an animation."""
+"""Write images to files: a labelled grid, single PNGs, an npz for ADM's evaluator, an animation."""
 
 import io
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 from xar_scale.errors import UsageError
 from xar_scale.files import write_atomically
 
-SMALLEST, LARGEST = 48, 256  # pixels of a picture's side in a grid
+SMALLEST, LARGEST = 48, 256  # side of an image in a grid, in pixels
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Images uint8 (N, I, H, W), each of a class and a seed; titles by class; the first one's states, where they are kept."""
+class SampledImages:
+    """uint8 images (N, I, H, W) with a class and a seed each; titles by class; frames (I, H, W) of the first image, or none."""
 
     images: np.ndarray
     labels: Sequence[int]
@@ -25,12 +25,12 @@ class Drawn:
     frames: Sequence[np.ndarray]
 
     def write(self, path: Path) -> None:
-        """As what the name says that it is."""
+        """Write the images in the format that the suffix names; without a suffix, one PNG each into a folder."""
         if path.suffix == ".png":
             rows = {title: self.images[np.equal(self.labels, label)] for label, title in self.titles.items()}
             write_atomically(path, png_bytes(draw_grid(rows)))
         elif path.suffix == ".npz":
-            # seed by seed: ADM's evaluator takes its score of 5,000 after 5,000 as they come, which must be of all classes
+            # seed by seed: ADM's evaluator scores 5,000 images after 5,000 in file order, and each should cover all classes
             order = np.argsort(self.seeds, kind="stable")
             write_npz(self.images[order], np.asarray(self.labels)[order], path)
         elif path.suffix == ".gif":
@@ -42,22 +42,22 @@ class Drawn:
 
 
 def check_output(path: Path) -> None:
-    """Raises UsageError for a name of something that is not written."""
+    """Raises UsageError for a path that cannot be written to."""
     written = path.suffix in (".png", ".npz", ".gif")
     if path.is_dir() if written else path.suffix and not path.is_dir():
-        raise UsageError(f"--out {path} is no .png, .npz, .gif, or name of a folder")
+        raise UsageError(f"--out {path} must be a .png, .npz or .gif file, or a folder without a suffix")
     if not written and path.exists() and not path.is_dir():
-        raise UsageError(f"--out {path} is a file, and no folder")
+        raise UsageError(f"--out {path} is a file, not a folder")
 
 
 def to_pil(image_IHW: np.ndarray) -> Image.Image:
-    """Of uint8 (I, H, W), I 1 or 3."""
+    """Convert uint8 (I, H, W), I 1 or 3."""
     return Image.fromarray(image_IHW[0] if image_IHW.shape[0] == 1 else image_IHW.transpose(1, 2, 0))
 
 
 def draw_grid(rows: dict[str, np.ndarray], cell: int | None = None) -> Image.Image:
-    """A named row for each entry: its images (N, I, H, W), uint8, side by side, each ``cell`` pixels wide (none: by their
-    size)."""
+    """Return one titled row per entry: its uint8 images (N, I, H, W) side by side, each in a square of ``cell`` pixels (none:
+    the images' width, within SMALLEST to LARGEST)."""
     cell = cell or min(max(SMALLEST, *(images.shape[-1] for images in rows.values())), LARGEST)
     gap, font = 4, ImageFont.load_default(size=min(cell // 2, 24))
     margin = int(max(font.getlength(name) for name in rows)) + cell // 2
@@ -70,25 +70,25 @@ def draw_grid(rows: dict[str, np.ndarray], cell: int | None = None) -> Image.Ima
         top = gap + row * (cell + gap)
         pen.text((margin // 2, top + cell // 2), name, fill="black", font=font, anchor="mm")
         for column, image in enumerate(images):
-            tile = _within(to_pil(image), cell, Image.Resampling.BICUBIC)
+            tile = _fit(to_pil(image), cell, Image.Resampling.BICUBIC)
             sheet.paste(tile, (margin + column * (cell + gap), top))
     return sheet
 
 
-def _within(picture: Image.Image, side: int, resampling: Image.Resampling) -> Image.Image:
-    """As large as fits into a square."""
-    scale = side / max(picture.size)
-    return picture.resize((round(picture.width * scale), round(picture.height * scale)), resampling)
+def _fit(image: Image.Image, side: int, resampling: Image.Resampling) -> Image.Image:
+    """Scale the image to the largest size that fits a square of ``side`` pixels."""
+    scale = side / max(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), resampling)
 
 
-def png_bytes(picture: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, format="png")
+    image.save(buffer, format="png")
     return buffer.getvalue()
 
 
 def write_npz(images_NIHW: np.ndarray, labels: np.ndarray, path: Path) -> None:
-    """As ADM's evaluator reads it: ``arr_0`` uint8 (N, H, W, 3), and ``arr_1``, the labels; grey ones repeated."""
+    """Write ADM's format: ``arr_0`` uint8 (N, H, W, 3), and the labels in ``arr_1``. Grey images get three equal channels."""
     colour = np.repeat(images_NIHW, 3, axis=1) if images_NIHW.shape[1] == 1 else images_NIHW
     buffer = io.BytesIO()
     np.savez(buffer, arr_0=colour.transpose(0, 2, 3, 1), arr_1=labels.astype(np.int64))
@@ -96,10 +96,10 @@ def write_npz(images_NIHW: np.ndarray, labels: np.ndarray, path: Path) -> None:
 
 
 def write_animation(frames: Sequence[np.ndarray], path: Path, frame_ms: int = 80, last_ms: int = 2000) -> None:
-    """Images (I, H, W) one after another as a GIF that begins anew after the last."""
-    pictures = [to_pil(frame) for frame in frames]
-    side = max(SMALLEST * 4, *pictures[0].size)
-    larger = [_within(picture, side, Image.Resampling.NEAREST) for picture in pictures]
+    """Write frames (I, H, W) as a looping GIF."""
+    images = [to_pil(frame) for frame in frames]
+    side = max(SMALLEST * 4, *images[0].size)
+    larger = [_fit(image, side, Image.Resampling.NEAREST) for image in images]
     buffer = io.BytesIO()
     durations = [frame_ms] * (len(larger) - 1) + [last_ms]
     larger[0].save(buffer, format="gif", save_all=True, append_images=larger[1:], duration=durations, loop=0)

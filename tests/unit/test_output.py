@@ -1,4 +1,4 @@
-"""Classes and seeds as they are written, and images as files."""
+"""Parsing of classes and seeds, and writing of image files."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from PIL import Image
 from xar_scale.errors import UsageError
 from xar_scale.evaluate.classes import names, parse_classes, parse_seeds, title
 from xar_scale.evaluate.images import open_images
-from xar_scale.evaluate.pictures import Drawn, check_output, draw_grid
+from xar_scale.evaluate.output import SampledImages, check_output, draw_grid
 
 IMAGENET = 1000
 
@@ -32,15 +32,15 @@ def test_classes_go_by_number_and_by_name(text, numbers):
     [
         ("10", 10, r"class 10 is outside 0..9"),
         ("3-10", 10, r"class 3-10 is outside 0..9"),
-        ("7-3", 10, r"classes 7-3: a range goes from"),
-        ("seven", 10, r"class 'seven' is no number in 0..9; names are of ImageNet's 1000"),
-        ("-1", 10, r"class '-1' is no number in 0..9"),
-        ("1,,2", 10, "there is nothing between two commas"),
-        ("golden retreiver", IMAGENET, "no class is called 'golden retreiver'; near it: golden retriever"),
-        ("crane", IMAGENET, r"'crane' is 2 classes, by number: 134 \(crane\), 517 \(crane\)"),
+        ("7-3", 10, r"classes 7-3: a range must go from"),
+        ("seven", 10, r"class 'seven' is not a number in 0..9; names need 1000 ImageNet classes"),
+        ("-1", 10, r"class '-1' is not a number in 0..9"),
+        ("1,,2", 10, "empty entry between commas"),
+        ("golden retreiver", IMAGENET, "no class is named 'golden retreiver'; similar names: golden retriever"),
+        ("crane", IMAGENET, r"'crane' names 2 classes, choose by number: 134 \(crane\), 517 \(crane\)"),
     ],
 )
-def test_what_is_no_class_is_named(text, classes, said):
+def test_invalid_classes_are_named(text, classes, said):
     with pytest.raises(UsageError, match=said):
         parse_classes(text, classes)
 
@@ -54,7 +54,7 @@ def test_every_class_of_imagenet_has_names():
 def test_seeds_are_numbers_and_ranges():
     assert parse_seeds("0-3, 17,2") == [0, 1, 2, 3, 17]
     for text in ("", "a", "3-1", "1,", "-4"):
-        with pytest.raises(UsageError, match="is not numbers and ranges with commas"):
+        with pytest.raises(UsageError, match="is not a comma-separated list of numbers and ranges"):
             parse_seeds(text)
 
 
@@ -67,12 +67,12 @@ def test_the_grid_has_a_named_row_for_each_entry():
     assert pixels[[12, 32]][:, [margin + 8, margin + 28]].tolist() == [[200, 255], [10, 20]]
 
 
-def drawn() -> Drawn:
+def drawn() -> SampledImages:
     images = np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64), dtype=np.uint8)
-    return Drawn(images, [207, 207, 3, 3], [0, 5, 0, 5], {207: "207 golden retriever", 3: "3 tiger shark"}, images[:3])
+    return SampledImages(images, [207, 207, 3, 3], [0, 5, 0, 5], {207: "207 golden retriever", 3: "3 tiger shark"}, images[:3])
 
 
-def test_images_are_written_as_the_name_says(tmp_path):
+def test_images_are_written_in_the_format_of_the_suffix(tmp_path):
     made = drawn()
     (tmp_path / "sub").mkdir()
     for name in ("sub/grid.png", "all.npz", "view.gif", "single"):
@@ -81,7 +81,7 @@ def test_images_are_written_as_the_name_says(tmp_path):
     with Image.open(tmp_path / "sub" / "grid.png") as grid:
         assert grid.height == 2 * 68 + 4 and grid.width > 2 * 68 + 100  # a name fits beside them
     with np.load(tmp_path / "all.npz") as archive:
-        by_seed = made.images[[0, 2, 1, 3]]  # not by class: the evaluator takes its score of runs of images
+        by_seed = made.images[[0, 2, 1, 3]]  # not by class: the evaluator scores consecutive images
         assert archive["arr_0"].dtype == np.uint8 and np.array_equal(archive["arr_0"], by_seed.transpose(0, 2, 3, 1))
         assert archive["arr_1"].tolist() == [207, 3, 207, 3]
     assert np.array_equal(open_images(tmp_path / "all.npz").read(0), by_seed)
@@ -99,24 +99,24 @@ def test_images_are_written_as_the_name_says(tmp_path):
 
 def test_grey_images_are_colour_for_adms_evaluator(tmp_path):
     grey = np.random.default_rng(0).integers(0, 256, (2, 1, 8, 8), dtype=np.uint8)
-    Drawn(grey, [1, 2], [0, 0], {}, []).write(tmp_path / "x.npz")
+    SampledImages(grey, [1, 2], [0, 0], {}, []).write(tmp_path / "x.npz")
     with np.load(tmp_path / "x.npz") as archive:
         assert archive["arr_0"].shape == (2, 8, 8, 3) and (archive["arr_0"] == grey.transpose(0, 2, 3, 1)).all()
 
 
-def test_names_of_what_is_not_written_are_refused(tmp_path):
+def test_unwritable_outputs_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
-    for name, said in (("x.jpg", r"x.jpg is no .png, .npz, .gif"), ("folder.png", "folder.png is no"), ("file", "is a file")):
+    for name, said in (("x.jpg", r"x.jpg must be a .png"), ("folder.png", "folder.png must be"), ("file", "is a file")):
         with pytest.raises(UsageError, match=said):
             check_output(tmp_path / name)
 
 
-def test_pictures_keep_their_shape(tmp_path):
+def test_images_keep_their_aspect_ratio(tmp_path):
     wide = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 64), dtype=np.uint8)
     assert draw_grid({"1": wide}, cell=64).height == 68 + 4
-    Drawn(wide, [1, 1], [0, 1], {1: "1"}, wide).write(tmp_path / "view.gif")
+    SampledImages(wide, [1, 1], [0, 1], {1: "1"}, wide).write(tmp_path / "view.gif")
     with Image.open(tmp_path / "view.gif") as view:
         assert view.size == (192, 96)
     (tmp_path / "out.v2").mkdir()
-    check_output(tmp_path / "out.v2")  # a folder that is there
+    check_output(tmp_path / "out.v2")  # an existing folder

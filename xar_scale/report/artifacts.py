@@ -1,4 +1,4 @@
-"""What a run keeps: checkpoints by their manifests, pictures of samples, evaluations. What is damaged is shown as that."""
+"""A run's artifacts: checkpoints by their manifests, sample grids, evaluations. Damaged ones are listed as such."""
 
 import base64
 import io
@@ -14,23 +14,23 @@ from xar_scale.checkpoint.manifest import FOLDER, LATEST, Manifest, checkpoint_p
 from xar_scale.errors import XarScaleError
 
 SAMPLES, EVALUATION_FILE = "samples", "evaluation.json"
-PICTURES = 24  # on the page at most
-NEWEST, EARLIER = 1600, 480  # pixels on the longer side
+MAX_GRIDS = 24  # on the page at most
+NEWEST_SIDE, EARLIER_SIDE = 1600, 480  # pixels on the longer side
 
 
 @dataclass(frozen=True)
-class Kept:
-    """A checkpoint's folder."""
+class CheckpointEntry:
+    """The folder of a checkpoint."""
 
     name: str
-    latest: bool  # the pointer names it
+    latest: bool  # the `latest` file names it
     manifest: Manifest | None
-    problem: str  # why it does not count, if so
+    problem: str  # why it is not usable, or empty
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Samples drawn after ``step`` steps, as a data: URI, or what is wrong with them."""
+class SampleGrid:
+    """A grid of samples after ``step`` steps as a data: URI, or what is wrong with it."""
 
     step: int
     uri: str
@@ -39,21 +39,21 @@ class Picture:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation.json; ``step``: of the weights; ``images``: of which the numbers are, and with which they change."""
+    """One evaluation.json; ``step``: of the weights; ``images``: how many, on which the metrics depend."""
 
-    name: str  # of its folder, in the run's
+    name: str  # path of its folder within the run
     step: int | None
     images: int | None
     metrics: dict[str, Any]
-    details: str  # all that it says
+    details: str  # the whole file
     problem: str
 
 
-def checkpoints(run: Path) -> list[Kept]:
-    """By step, then those that were set aside. Manifests are read; files are not hashed, nor looked for."""
+def checkpoints(run: Path) -> list[CheckpointEntry]:
+    """Return the checkpoints by step, then those set aside. Only manifests are read; files are not checked, or even listed."""
     pointer = run / FOLDER / LATEST
     latest = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-    aside = "set aside: damaged, or of a later step than the run went on from"
+    aside = "set aside: damaged, or from a later step than the one the run resumed from"
     folders = [(path, "") for path in checkpoint_paths(run)]
     folders += [(path, aside) for path in sorted((run / FOLDER).glob("damaged-step-*")) if path.is_dir()]
     found = []
@@ -62,35 +62,35 @@ def checkpoints(run: Path) -> list[Kept]:
         try:
             manifest = read_manifest(path).manifest
         except (XarScaleError, OSError) as error:
-            problem = problem or str(error).removeprefix(f"checkpoint {path}").lstrip(": ")  # the page names it
-        found.append(Kept(path.name, path.name == latest, manifest, problem))
+            problem = problem or str(error).removeprefix(f"checkpoint {path}").lstrip(": ")  # the page shows the name anyway
+        found.append(CheckpointEntry(path.name, path.name == latest, manifest, problem))
     return found
 
 
-def pictures(run: Path) -> list[Picture]:
-    """Oldest first. Of very many an even choice, the first and the newest among them."""
+def sample_grids(run: Path) -> list[SampleGrid]:
+    """Return the grids, oldest first: at most ``MAX_GRIDS``, evenly chosen, including the first and the newest."""
     named = ((re.fullmatch(r"step-(\d{8,})\.png", path.name), path) for path in (run / SAMPLES).glob("step-*.png"))
     files = sorted((int(match[1]), path) for match, path in named if match)
-    if len(files) > PICTURES:
-        files = [files[round(n * (len(files) - 1) / (PICTURES - 1))] for n in range(PICTURES)]
-    return [_picture(step, path, NEWEST if path == files[-1][1] else EARLIER) for step, path in files]
+    if len(files) > MAX_GRIDS:
+        files = [files[round(n * (len(files) - 1) / (MAX_GRIDS - 1))] for n in range(MAX_GRIDS)]
+    return [_sample_grid(step, path, NEWEST_SIDE if path == files[-1][1] else EARLIER_SIDE) for step, path in files]
 
 
-def _picture(step: int, path: Path, side: int) -> Picture:
-    """A JPEG of at most ``side`` pixels each way: a page of PNGs would have tens of MB."""
+def _sample_grid(step: int, path: Path, side: int) -> SampleGrid:
+    """Return the grid as a JPEG of at most ``side`` pixels per side: a page of PNGs would have tens of MB."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # pillow has no class of its own
-        return Picture(step, "", f"{path.name} cannot be shown: {error}")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # pillow has no common error class
+        return SampleGrid(step, "", f"{path.name} cannot be shown: {error}")
     image.thumbnail((side, side))
     content = io.BytesIO()
     image.save(content, "JPEG", quality=90, subsampling=0)
-    return Picture(step, "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode(), "")
+    return SampleGrid(step, "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode(), "")
 
 
 def evaluations(run: Path) -> list[Evaluation]:
-    """In order of the weights' steps."""
+    """Return all evaluations below the run, by the step of the weights."""
     found = [_evaluation(run, path) for path in run.rglob(EVALUATION_FILE)]
     return sorted(found, key=lambda entry: (entry.step is None, entry.step, entry.name))
 
@@ -102,6 +102,6 @@ def _evaluation(run: Path, path: Path) -> Evaluation:
         metrics = dict(values["metrics"])
         step, images = values.get("weights", {}).get("step"), dict(values.get("set", {})).get("images")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return Evaluation(name, None, None, {}, "", f"{path} is torn or no evaluation ({type(error).__name__})")
+        return Evaluation(name, None, None, {}, "", f"{path} is torn or not an evaluation ({type(error).__name__})")
     step, images = (value if isinstance(value, int) else None for value in (step, images))
     return Evaluation(name, step, images, metrics, json.dumps(values, indent=1), "")
