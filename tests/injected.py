@@ -25,7 +25,7 @@ from xar_scale.checkpoint import store
 from xar_scale.checkpoint.files import Fingerprint, Range
 from xar_scale.data.feed import Feed
 from xar_scale.data.loader import Batch
-from xar_scale.engines import whole
+from xar_scale.engines import replicated
 from xar_scale.engines.base import Engine, Verdict
 
 SCALE = 2.0**17  # a power of two: float32 computes with scaled weights what it computed before
@@ -175,16 +175,16 @@ class Planter:
         self.scaled = wanted
 
 
-class Told(whole.Graphs):
-    """Passes of training that a GPU records are told of."""
+class Announced(replicated.Graphs):
+    """Print a line when a micro-batch is captured on a GPU."""
 
-    def _record(self, *arguments: Any) -> Any:
-        print("a pass is recorded", flush=True)
-        return super()._record(*arguments)
+    def _capture(self, *arguments: Any) -> Any:
+        print("a pass is captured", flush=True)
+        return super()._capture(*arguments)
 
 
 def main() -> None:
-    whole.Graphs = Told  # type: ignore[misc]
+    replicated.Graphs = Announced  # type: ignore[misc]
     planter = Planter([Fault(**values) for values in json.loads(sys.argv[1])])
     Engine.attempt = lambda engine, *arguments: planter(engine, *arguments)  # type: ignore[method-assign]
     Feed.take = lambda feed: planter.taken(feed)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Work that all ranks do in threads while training goes on: begun, ended and tried again by all of them together."""
+"""Work that all ranks do in threads while training continues; all ranks start, finish and retry it together."""
 
 import threading
 import time
@@ -11,19 +11,19 @@ import torch
 from xar_scale import dist
 from xar_scale.errors import FileError
 
-TURN_S = 0.05  # between looks at whether all ranks are done
-Stage = Callable[[Sequence[Any]], Any]  # from all ranks' results of the stage before to this one's
+POLL_S = 0.05  # between checks whether all ranks are done
+Stage = Callable[[Sequence[Any]], Any]  # takes all ranks' results of the previous stage, returns this rank's result
 
 
 class Background:
-    """Stages of ``name``, one after another; a stage begins when the one before it is done on all ranks.
+    """The stages of ``name``, one after another: a stage starts when the one before it is done on all ranks.
 
-    A FileError on any rank is said, and the stage tried again by all. Every rank makes the same calls in the same order.
+    A FileError on any rank is printed, and all ranks retry the stage. Every rank makes the same calls in the same order.
     """
 
     def __init__(self, name: str, stages: Sequence[Stage], device: torch.device) -> None:
         self.name, self.stages, self.device = name, list(stages), device
-        self.attempts, self.error = 0, ""  # of this stage, that failed; how the last one did
+        self.attempts, self.error = 0, ""  # failed attempts at this stage; the last one's error
         self._begun = time.perf_counter()
         self._results: Sequence[Any] = ()
         self._polls = 0  # until the next attempt
@@ -37,11 +37,11 @@ class Background:
 
     @property
     def failing(self) -> bool:
-        """Waiting for another attempt."""
+        """Whether a stage has failed and waits for its retry."""
         return self._running is None and self.attempts > 0
 
     def poll(self) -> None:
-        """Between steps: where every rank's thread is done, go on together."""
+        """Between steps: if every rank's thread is done, finish the stage and start the next one together."""
         if self.done:
             return
         if self._running is None:
@@ -52,28 +52,28 @@ class Background:
             self._conclude()
 
     def settle(self, attempts: int) -> bool:
-        """Wait until all is done; False where a stage has failed ``attempts`` times from now on, 1, 2, 4, ... seconds apart."""
-        before = self.attempts - self.failing  # what already failed counts as the first
+        """Wait until all is done. Returns False if a stage fails ``attempts`` times from now on, 1, 2, 4, ... seconds apart."""
+        before = self.attempts - self.failing  # a failure whose retry is pending counts as the first
         while not self.done:
             if self._running is None:
                 if (failed := self.attempts - before) >= attempts:
                     return False
                 time.sleep(2.0 ** (failed - 1))
                 self._start()
-            while self._under_way():  # in turns: one long wait in a collective would be taken for a hang
+            while self._under_way():  # poll: one long wait in a collective would look like a hang
                 assert self._thread is not None
-                self._thread.join(TURN_S)
+                self._thread.join(POLL_S)
             self._conclude()
-            before = min(before, self.attempts)  # a stage that is done leaves no failures to the next
+            before = min(before, self.attempts)  # a finished stage resets the failures
         return True
 
     def _under_way(self) -> bool:
-        """Whether some rank's thread is still at work."""
+        """Whether some rank's thread is still running."""
         assert self._running is not None
         return bool(dist.all_reduce_sum(torch.tensor(int(not self._running.done()), device=self.device)))
 
     def _start(self) -> None:
-        """This rank's part of the stage, in a thread that does not keep the process from ending."""
+        """Start this rank's part of the stage, in a daemon thread, which does not keep the process alive."""
         self._running = running = Future[Any]()
         stage, results = self.stages[0], self._results
 
@@ -87,10 +87,10 @@ class Background:
         self._thread.start()
 
     def _conclude(self) -> None:
-        """Learn what the stage came to on all ranks, which are done with it."""
+        """Collect the stage's results from all ranks, which are done with it."""
         running, self._running = self._running, None
         assert running is not None and self._thread is not None
-        self._thread.join()  # all of it: a thread that is still there when the interpreter goes takes the process down with it
+        self._thread.join()  # to its end: a thread still alive when the interpreter shuts down crashes the process
         try:
             self._results = dist.gather_objects(dist.on_all_ranks(running.result))
         except FileError as error:

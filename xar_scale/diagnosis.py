@@ -1,4 +1,4 @@
-"""Where a pass goes wrong: the first module that puts out what is not finite, and the largest activation of each block."""
+"""Hooks that find where a forward-backward pass breaks: the first non-finite module output, each block's largest activation."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -14,7 +14,7 @@ from xar_scale.model.xar import XAR
 
 
 class _Hooked:
-    """A context with hooks on modules."""
+    """A context manager with hooks on modules."""
 
     _hooks: list[RemovableHandle]
 
@@ -24,20 +24,20 @@ class _Hooked:
 
 
 class Watch(_Hooked):
-    """Looks at what the modules of a network put out, and at the gradients that come back there, while the context is open.
+    """Checks the outputs of a network's modules, and the gradients of these outputs, while the context is open.
 
-    It waits for the device at each module: for attempts at a step that has failed already.
+    It waits for the device at each module, so it is for retries of a failed step only.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self.forward: str | None = None  # the first module in time whose output is not finite; inner ones before outer ones
-        self.backward: str | None = None  # the first whose output's gradient is not
+        self.forward: str | None = None  # the first module in time whose output is not finite; inner modules before outer ones
+        self.backward: str | None = None  # the first module whose output's gradient is not finite
 
     def __enter__(self) -> Self:
-        torch.compiler.set_stance("force_eager")  # a graph knows nothing of hooks inside
+        torch.compiler.set_stance("force_eager")  # compiled graphs ignore hooks on modules inside
         self._hooks = [
-            module.register_forward_hook(self._look(name or "the network")) for name, module in self.network.named_modules()
+            module.register_forward_hook(self._check(name or "the network")) for name, module in self.network.named_modules()
         ]
         return self
 
@@ -45,7 +45,7 @@ class Watch(_Hooked):
         torch.compiler.set_stance("default")
         super().__exit__(kind, error, trace)
 
-    def _look(self, name: str) -> Callable[..., None]:
+    def _check(self, name: str) -> Callable[..., None]:
         def at_output(module: nn.Module, arguments: Any, output: Any) -> None:
             if not isinstance(output, Tensor):
                 return
@@ -62,7 +62,7 @@ class Watch(_Hooked):
 
 
 class Activations(_Hooked):
-    """The largest absolute value that each block of a network puts out in the context; the device is not waited for."""
+    """Records the largest absolute output of each block of a network in the context, without waiting for the device."""
 
     def __init__(self, network: XAR) -> None:
         self.blocks = {name: module for name, module in network.named_modules() if isinstance(module, Block)}
@@ -70,7 +70,7 @@ class Activations(_Hooked):
 
     @property
     def largest(self) -> dict[str, float]:
-        """By the block's name. Waits for the device."""
+        """The largest absolute output by block name. Waits for the device."""
         return {name: value.item() for name, value in self._largest.items()}
 
     def __enter__(self) -> Self:

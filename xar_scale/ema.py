@@ -1,4 +1,4 @@
-"""Moving averages of the weights, each rank of its own shard: no communication, no gather."""
+"""EMA of the weights: each rank averages its own shard, without communication."""
 
 from collections.abc import Sequence
 
@@ -8,23 +8,23 @@ from torch import Tensor
 from xar_scale.config import OptimConfig
 from xar_scale.posthoc import exponent, lerp_weight
 
-WIDTHS = (0.05, 0.10)  # sigma_rel of the averages that any other is made of afterwards (EDM2, section 3.2)
+WIDTHS = (0.05, 0.10)  # sigma_rel of the power-function EMAs, from which post-hoc EMA makes any other (EDM2, section 3.2)
 
 
-def widths_of(config: OptimConfig) -> tuple[float, ...]:
-    """Of the power-function averages that a run keeps."""
+def ema_widths(config: OptimConfig) -> tuple[float, ...]:
+    """Return the widths (sigma_rel) of the power-function EMAs that a run keeps."""
     return WIDTHS if config.ema_snapshots_every else ()
 
 
-def averages_of(config: OptimConfig) -> int:
-    """How many averages of each weight a run keeps."""
-    return 1 + len(widths_of(config))
+def ema_count(config: OptimConfig) -> int:
+    """Return how many EMAs of each weight a run keeps."""
+    return 1 + len(ema_widths(config))
 
 
 class EMA:
-    """Averages ``weights``, which it only reads: an exponential average, and a power-function average of each width.
+    """The EMAs of ``weights``, which it only reads: an exponential one, and a power-function one for each width.
 
-    ``averages`` has them by kind, ``ema`` first; element i of each belongs to element i of ``weights``.
+    ``averages`` holds them by kind, ``ema`` first. Element i of each belongs to element i of ``weights``.
     """
 
     def __init__(self, weights: Sequence[Tensor], decay: float, widths: Sequence[float] = ()) -> None:
@@ -35,19 +35,22 @@ class EMA:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Of all kinds."""
+        """The EMA weights of all kinds."""
         return [average for averages in self.averages.values() for average in averages]
 
     @torch.no_grad()
     def update(self, number: int) -> None:
-        """averages <- averages + share * (weights - averages): 1 - decay, or what update ``number``, from 1, takes over."""
+        """Update all kinds: averages <- averages + share * (weights - averages).
+
+        The share is 1 - decay, or for a power-function EMA that of update ``number``, counted from 1.
+        """
         for kind, averages in self.averages.items():
             share = lerp_weight(number, self.exponents[kind]) if kind in self.exponents else 1 - self.decay
             torch._foreach_lerp_(averages, self.weights, share)
 
 
 def kind_of(width: float) -> str:
-    """The kind of a power-function average."""
+    """Return the kind of a power-function EMA."""
     return f"ema-{width:.2f}"
 
 

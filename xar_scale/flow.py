@@ -8,24 +8,25 @@ from torch import Tensor
 
 from xar_scale.model.entities import EntityLayout
 
-# (x_t (B, T, C), t (B, K), labels (B,)) -> velocity (B, T, C); a bare or a wrapped network
+# (x_t (B, T, C), t (B, K), labels (B,)) -> velocity (B, T, C): a network, wrapped by an engine or not
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def sample_time(normal_BK: Tensor) -> Tensor:
-    """Times in (0, 1), logit-normal as the published model trains: the sigmoid of a standard normal draw."""
+    """Return times in (0, 1), logit-normal as in the published training: the sigmoid of a standard normal draw."""
     return torch.sigmoid(normal_BK)
 
 
 def interpolate(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """The point at time t between data (t = 0) and noise (t = 1)."""
+    """Return the point at time t between data (t = 0) and noise (t = 1)."""
     return (1 - t) * x + t * noise
 
 
 def velocity_loss(
     network: Velocity, layout: EntityLayout, latents_BCHW: Tensor, noise_BTC: Tensor, t_BK: Tensor, labels_B: Tensor
 ) -> Tensor:
-    """Mean squared error of the velocity over samples, tokens and channels; every entity has its own time and noise."""
+    """Return the mean squared error of the velocity over samples, tokens and channels. Each entity has its own time and
+    noise."""
     x = layout.to_entities(latents_BCHW)
     t_BT1 = layout.expand(t_BK)[..., None]
     velocity, target = network(interpolate(x, noise_BTC, t_BT1), t_BK, labels_B), noise_BTC - x

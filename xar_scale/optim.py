@@ -1,4 +1,4 @@
-"""Parameter groups, and the learning rate of a step as a pure function."""
+"""Parameter groups, AdamW, and the learning rate as a pure function of the step."""
 
 import math
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ from xar_scale.config import KernelLibrary, OptimConfig
 def parameter_groups(
     parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], config: OptimConfig
 ) -> list[dict[str, Any]]:
-    """Weight decay for matrices and embeddings; none for one-dimensional parameters (norms and biases).
+    """Return two groups: weight decay for matrices and embeddings, none for one-dimensional parameters (norms and biases).
 
-    ``shapes``: of the whole parameters by name, where ``parameters`` may be shards.
+    ``shapes``: the unsharded shapes by name; ``parameters`` may be shards.
     """
     decayed = [parameter for name, parameter in parameters.items() if len(shapes[name]) > 1]
     plain = [parameter for name, parameter in parameters.items() if len(shapes[name]) <= 1]
@@ -27,16 +27,16 @@ def create_adamw(
 ) -> torch.optim.Optimizer:
     groups = parameter_groups(parameters, shapes, config)
     if library == "apex":
-        from apex.optimizers import FusedAdam  # it counts steps a group, not a parameter
+        from apex.optimizers import FusedAdam  # it counts steps per group, not per parameter
 
         return FusedAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)
-    # on a CPU the fused one rounds by where a tensor is cut: a step would not be the same on other ranks, to the bit
+    # on a CPU fused AdamW's rounding depends on where a tensor is sharded: other numbers of ranks would not agree bitwise
     on_gpus = all(parameter.device.type == "cuda" for parameter in parameters.values())
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpus or None)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
-    """The rate of step ``step`` (from 0) of ``steps``: linear warm-up, constant, cosine to final_lr at the end."""
+    """Return the rate of step ``step`` (from 0) of ``steps``: linear warm-up, constant, cosine decay to final_lr at the end."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     begin = max(config.warmup_steps, steps - round(config.decay_share * steps))

@@ -1,4 +1,4 @@
-"""What bf16, fp16, tf32 and fp32 mean, in one table. Weights, moments and averages are float32 in all of them."""
+"""What bf16, fp16, tf32 and fp32 mean, in one table. Weights, Adam moments and EMA weights are float32 in all of them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ class Precision:
     """One mode. The attention backend follows from ``compute`` (model.attention.choose_backend)."""
 
     compute: torch.dtype  # of Linear layers and attention, under autocast
-    gather: torch.dtype  # of blocks' weights on their way to the ranks that compute with them
-    reduce: torch.dtype  # of gradients on their way to their shards; ZeRO has one type for both ways, that of ``gather``
+    gather: torch.dtype  # in which blocks' weights are all-gathered (FSDP2, ZeRO-3)
+    reduce: torch.dtype  # in which gradients are reduced; ZeRO uses one dtype for both, ``gather``
     matmul: str  # torch.set_float32_matmul_precision: "highest" is IEEE float32, "high" is TF32 where the device has it
-    scaled: bool  # whether gradients would vanish without a loss scale
-    fallback: str | None  # the mode in which the guard takes a step that this one cannot
+    scaled: bool  # whether gradients need a loss scale, without which they would vanish
+    fallback: str | None  # the mode in which the guard retries a step that fails in this one
 
 
 MODES = {
@@ -32,7 +32,7 @@ MODES = {
 
 @contextmanager
 def matmul_mode(mode: str) -> Iterator[None]:
-    """In the context that of ``mode``, whatever the process computes in otherwise."""
+    """A context with the float32 matmul mode of ``mode``, whatever the process uses outside."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     apply_matmul_mode(mode)
     try:
@@ -43,6 +43,6 @@ def matmul_mode(mode: str) -> Iterator[None]:
 
 
 def apply_matmul_mode(mode: str) -> None:
-    """Set this process's float32 matmul mode, and convolutions' with it: cuDNN's are TF32 unless told otherwise."""
+    """Set this process's float32 matmul mode, and that of convolutions: cuDNN's default is TF32."""
     torch.set_float32_matmul_precision(MODES[mode].matmul)
     torch.backends.cudnn.allow_tf32 = MODES[mode].matmul == "high"

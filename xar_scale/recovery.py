@@ -1,6 +1,6 @@
-"""What the guard decides, carried out: a step again, in another precision, without some samples, from an earlier state.
+"""Carries out what the guard decides: retries, other precisions, quarantine, roll backs.
 
-Everything here is done by all ranks together.
+Everything here is collective: all ranks call it together.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from xar_scale.reports import Report, names
 from xar_scale.snapshots import Snapshots
 
 
-class Resolved(NamedTuple):
-    """What is to be done about a step: STEP by this verdict, SKIP, QUARANTINE or ROLL_BACK."""
+class Resolution(NamedTuple):
+    """What to do about a step: STEP with this verdict, SKIP, QUARANTINE or ROLL_BACK."""
 
     action: Action
     verdict: Verdict
 
 
 class Recovery:
-    """Climbs the guard's ladder. ``shards``: the names of the data's. ``splits``: the parts that a pass in the fallback is
-    made in."""
+    """Climbs the guard's ladder. ``shards``: names of the data set's shards. ``splits``: the parts that each micro-batch is
+    split into in the fallback precision."""
 
     def __init__(
         self,
@@ -53,20 +53,20 @@ class Recovery:
         self.precision = MODES[config.train.precision]
         self.guard = Guard(config.guard, self.precision)
         self.snapshots = Snapshots(engine, ema, config.guard)
-        self.suspects: list[Place] = []  # whom the last decision was about
+        self.suspects: list[Place] = []  # the samples that the last decision was about
 
     def attempt(self, step: int, batches: Sequence[Batch], faults: int = 0, stop: bool = False) -> Verdict:
-        """In the precision and with the loss scale that the guard's state asks for."""
+        """Attempt a step in the precision and with the loss scale of the guard's state."""
         mode = self._mode()
         splits = self.splits if self.state.lowered else 1
         if (mode, splits) != (self.engine.mode, self.engine.splits):
-            dist.say(f"guard: step {step}: computing in {mode}" + (f", a pass in {splits} parts" if splits > 1 else ""))
+            dist.say(f"guard: step {step}: computing in {mode}" + (f", micro-batches in {splits} parts" if splits > 1 else ""))
             self.engine.set_precision(mode, splits)
         self.engine.loss_scale = self.state.scale if self.engine.precision.scaled else 1.0
         return self.engine.attempt(step, batches, faults, stop)
 
-    def resolve(self, step: int, batches: Sequence[Batch], verdict: Verdict) -> Resolved:
-        """Attempt the step again for as long as the guard asks for it. Raises NonFiniteError beyond its last rung."""
+    def resolve(self, step: int, batches: Sequence[Batch], verdict: Verdict) -> Resolution:
+        """Retry the step as long as the guard asks for it. Raises NonFiniteError beyond the ladder's last rung."""
         report: Report | None = None
         worth_keeping = False
         while True:
@@ -76,7 +76,7 @@ class Recovery:
                 report = report or Report(self.config, self.engine, self.shards, self.store.run, step, batches)
                 report.add(self.engine.mode, self.engine.loss_scale, event, decision)
                 dist.say(f"guard: step {step}, {self.engine.mode}: {_seen(event)}: {decision.action.value}, {decision.reason}")
-            # a loss scale that is halved is nothing out of the ordinary
+            # a halved loss scale is routine and gets no report
             worth_keeping |= self.state.rung is not Rung.FIRST or decision.action not in (Action.STEP, Action.RETRY)
             if decision.action is not Action.STEP:
                 self.engine.discard()
@@ -89,14 +89,17 @@ class Recovery:
             dist.say(f"guard: step {step}: traced to {traced}" + (f"; report {path}" if path else ""))
             if decision.action is Action.STOP:
                 raise self._stop(step, decision, traced, path)
-        return Resolved(decision.action, verdict)
+        return Resolution(decision.action, verdict)
 
     def _again(self, step: int, batches: Sequence[Batch], report: Report) -> Verdict:
-        """Attempt it under observation, unless it is only the loss scale that is tried. Observed blocks are not compiled, and
-        then round and drop otherwise: where they are, they are attempted as they were, and observed if that fails again."""
+        """Retry the step under observation, unless only the loss scale changed.
+
+        Observed blocks run uncompiled, and then round and drop differently. So with compiled blocks the step is first retried
+        compiled, and observed only if that fails too.
+        """
         if self.state.rung is Rung.FIRST:
             return self.attempt(step, batches)
-        self.engine.shards_written(step - self.state.skipped)  # what is computed with comes anew from the shards
+        self.engine.shards_written(step - self.state.skipped)  # refresh the compute weights from the shards
         compiled = None
         if self.config.kernels.compile:
             compiled = self.attempt(step, batches)
@@ -105,8 +108,8 @@ class Recovery:
             self.engine.discard()
         with Watch(self.engine.model) as watch, Activations(self.engine.model) as activations:
             observed = self.attempt(step, batches)
-        report.saw(watch, activations)
-        return compiled or observed  # a bad one, whose gradients nobody takes, or that of the gradients at hand
+        report.add_observations(watch, activations)
+        return compiled or observed  # compiled is bad: its gradients are not used. Else observed, whose gradients are at hand
 
     def _event(self, step: int, batches: Sequence[Batch], verdict: Verdict) -> Event:
         if not verdict.bad or not self.config.guard.enabled:
@@ -118,9 +121,9 @@ class Recovery:
         return Event(step, bad, verdict.loss, verdict.grad_norm, len(self.suspects))
 
     def _suspects(self, batches: Sequence[Batch], bad: Bad) -> list[Place]:
-        """Samples of all ranks that can be to blame: those that are not finite, else those whose own loss is not, else all."""
+        """Return all ranks' samples that may be to blame: non-finite samples, else those with a non-finite loss, else all."""
         rows = [~_finite_rows(batch) for batch in batches]
-        if not bad & (Bad.INPUT | Bad.WEIGHTS | Bad.MOMENTS) and self.guard.at_its_end(self.state):
+        if not bad & (Bad.INPUT | Bad.WEIGHTS | Bad.MOMENTS) and self.guard.on_last_rung(self.state):
             rows = [~torch.isfinite(self.engine.losses(batch)) for batch in batches]
         places = [batch.places[row.cpu()] for batch, row in zip(batches, rows, strict=True)]
         found = [place for of_rank in dist.gather_objects(torch.cat(places).tolist()) for place in of_rank]
@@ -129,22 +132,24 @@ class Recovery:
             found = [place for of_rank in dist.gather_objects(every) for place in of_rank]
         return sorted({(shard, position) for shard, position in found})
 
-    def begin(self, step: int) -> None:
-        """Before the first step. Raises NonFiniteError where the run would begin with a state that is not finite."""
+    def check_start(self, step: int) -> None:
+        """Before the first step: take a snapshot. Raises NonFiniteError if the run would start with a non-finite state."""
         if not self.config.guard.enabled:
             return
         if ranks := self.engine.ranks_with_bad_state(self.ema.tensors):
             where = f"on rank {', '.join(map(str, ranks))}"
-            raise NonFiniteError(f"weights, moments or averages that the run begins with are not finite, {where}: use another")
+            raise NonFiniteError(f"the initial weights, moments or EMA weights are not finite {where}: start from others")
         if self.config.guard.snapshots:
             self.snapshots.take(step, self.state)
 
-    def keep(self, done: int, *, certainly: bool) -> bool:
-        """After ``done`` steps take the snapshot that is due. False where the state is not fit for it; where none is due that
-        is looked at only if the state will ``certainly`` be kept, in a checkpoint."""
+    def check_and_snapshot(self, done: int, *, checkpoint_due: bool) -> bool:
+        """After ``done`` steps take the snapshot that is due. Returns False if the state is not finite.
+
+        The state is checked only if a snapshot or a checkpoint is due.
+        """
         due = self.snapshots.due(done)
-        looked_at = self.config.guard.enabled and (due or certainly)
-        if looked_at and (ranks := self.engine.ranks_with_bad_state(self.ema.tensors)):
+        checked = self.config.guard.enabled and (due or checkpoint_due)
+        if checked and (ranks := self.engine.ranks_with_bad_state(self.ema.tensors)):
             self.state, decision = self.guard.decide(self.state, Event(done - 1, Bad.MOMENTS, 0.0, 0.0))
             traced = f"rank {', '.join(map(str, ranks))}"
             dist.say(f"guard: after step {done - 1}: {decision.action.value}, {decision.reason}; traced to {traced}")
@@ -156,23 +161,23 @@ class Recovery:
         return True
 
     def roll_back(self) -> int:
-        """Restore the newest state that is known to be finite. Returns the step that the run goes on from."""
+        """Restore the newest state that is known to be finite. Returns the step that the run continues from."""
         ring, newest = self.snapshots.ring, self.store.newest_on_disk()
         checkpoint = None
         if newest is not None and not (ring and ring[-1].step >= step_of(newest)):
-            with contextlib.suppress(DataError):  # none that is valid
+            with contextlib.suppress(DataError):  # no valid one
                 checkpoint = newest_valid(self.store.run)
         if ring and (checkpoint is None or ring[-1].step >= checkpoint.manifest.step):
             snapshot = self.snapshots.restore()
-            step, guard, where = snapshot.step, snapshot.guard, "the host's memory"
+            step, guard, where = snapshot.step, snapshot.guard, "host memory"
         elif checkpoint is not None:
             load(checkpoint, self.engine, self.ema)
             step, guard, where = checkpoint.manifest.step, checkpoint.manifest.guard, str(checkpoint.path)
         else:
-            reason = "the weights or moments are not finite, and there is no snapshot or checkpoint to go back to"
-            raise NonFiniteError(f"the run cannot go on: {reason}")
+            reason = "the weights or moments are not finite, and there is no snapshot or checkpoint to roll back to"
+            raise NonFiniteError(f"the run cannot continue: {reason}")
         self.state = replace(self.state, skipped=guard.skipped, losses=guard.losses, grad_norms=guard.grad_norms)
-        dist.say(f"guard: back to step {step}, from {where}")
+        dist.say(f"guard: rolled back to step {step}, from {where}")
         return step
 
     def _mode(self) -> str:
@@ -181,12 +186,12 @@ class Recovery:
     def _stop(self, step: int, decision: Decision, traced: str, report: Path | None) -> NonFiniteError:
         newest = self.store.newest_on_disk()
         kept = f"the newest checkpoint, {newest}, is finite" if newest else "there is no checkpoint yet"
-        shown = f"; xar-scale replay {report} shows the step on one device" if report else ""
+        shown = f"; xar-scale replay {report} reruns the step on one device" if report else ""
         return NonFiniteError(f"step {step} cannot be taken: {decision.reason}; traced to {traced}; {kept}{shown}")
 
 
 def _finite_rows(batch: Batch) -> torch.Tensor:
-    """Which samples of a batch are finite (B,)."""
+    """Return which samples of a batch are finite (B,)."""
     parts = (torch.isfinite(tensor).flatten(1).all(dim=1) for tensor in (batch.latents, batch.noise, batch.t))
     return torch.stack(list(parts)).all(dim=0)
 

@@ -1,4 +1,4 @@
-"""Run the batch of a report again, on one device, with the weights of a checkpoint."""
+"""Rerun the batch of a report on one device, with the weights of a checkpoint."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,49 +13,49 @@ from xar_scale.engines import Verdict, create_engine
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.model.xar import blank_weights, meta_model
 from xar_scale.precision import MODES
-from xar_scale.reports import Recorded
+from xar_scale.reports import SavedReport
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """One attempt at the batch."""
+    """The result of one attempt at the batch."""
 
     mode: str
     verdict: Verdict
     forward: str | None  # the first module whose output is not finite
-    backward: str | None  # the first whose output's gradient is not
+    backward: str | None  # the first module whose output's gradient is not finite
     activations: dict[str, float]  # the largest of each block
 
 
-def find_checkpoint(recorded: Recorded) -> Checkpoint:
-    """The newest one of the run that is not younger than the report. Raises UsageError where there is none."""
-    run = recorded.path.resolve().parent.parent
-    paths = [path for path in checkpoint_paths(run) if step_of(path) <= recorded.step]
+def find_checkpoint(report: SavedReport) -> Checkpoint:
+    """Return the run's newest checkpoint from the report's step or before. Raises UsageError if there is none."""
+    run = report.path.resolve().parent.parent
+    paths = [path for path in checkpoint_paths(run) if step_of(path) <= report.step]
     if not paths:
-        raise UsageError(f"{run} holds no checkpoint of step {recorded.step} or before; name one with --checkpoint")
+        raise UsageError(f"{run} holds no checkpoint of step {report.step} or before; name one with --checkpoint")
     return verify(paths[-1])
 
 
-def replay(recorded: Recorded, checkpoint: Checkpoint, device: torch.device) -> Iterator[Replayed]:
-    """The recorded rank's part of the step, in the precision in which it failed and then in its fallback.
+def replay(report: SavedReport, checkpoint: Checkpoint, device: torch.device) -> Iterator[Replayed]:
+    """Attempt the reported rank's part of the step, in the precision in which it failed and then in its fallback.
 
-    Raises ConfigError or DataError where the checkpoint is of another model than the report.
+    Raises ConfigError or DataError if the checkpoint is from another model than the report.
     """
-    batches = [batch.to(device) for batch in recorded.batches]
+    batches = [batch.to(device) for batch in report.batches]
     micro = len(batches[0].labels)
     sizes = {"engine": "single", "shard_ranks": None, "micro_batch": micro, "global_batch": micro * len(batches)}
-    config = Config.from_dict(merge(recorded.config, {"train": sizes, "data": {"lanes": 1}}))
-    if checkpoint.manifest.config and (differs := config_difference(checkpoint, config)):  # one of another format has none
-        raise ConfigError(f"report {recorded.path}: {differs}")
+    config = Config.from_dict(merge(report.config, {"train": sizes, "data": {"lanes": 1}}))
+    if checkpoint.manifest.config and (differs := config_difference(checkpoint, config)):  # other formats have no config
+        raise ConfigError(f"report {report.path}: {differs}")
     model = meta_model(config.model)
     engine = create_engine(model, blank_weights(model), config, device)
     check_shapes(checkpoint, engine.shapes)
     model.load_state_dict(load_weights(checkpoint, "model"))
-    engine.rank = recorded.rank  # its dropout
-    for mode in filter(None, (recorded.mode, MODES[recorded.mode].fallback)):
+    engine.rank = report.rank  # for its dropout
+    for mode in filter(None, (report.mode, MODES[report.mode].fallback)):
         engine.set_precision(mode)
-        engine.loss_scale = recorded.loss_scale if MODES[mode].scaled else 1.0
+        engine.loss_scale = report.loss_scale if MODES[mode].scaled else 1.0
         with Watch(model) as watch, Activations(model) as activations:
-            verdict = engine.attempt(recorded.step, batches)
+            verdict = engine.attempt(report.step, batches)
         engine.discard()
         yield Replayed(mode, verdict, watch.forward, watch.backward, activations.largest)

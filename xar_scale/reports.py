@@ -1,4 +1,4 @@
-"""What is written of a step that failed: who, where, which samples, what was tried; and the batch, to run it again."""
+"""Reports of failed steps: ranks, devices, samples and attempts, with the batch to run it again."""
 
 import json
 import math
@@ -27,19 +27,19 @@ FOLDER, FORMAT = "reports", 1
 
 @dataclass
 class RankReport:
-    """What one rank saw of it."""
+    """What one rank observed."""
 
     rank: int
     host: str
     device: str
-    bad: list[str]  # of its own, at the first attempt
-    forward: str | None = None  # the first module whose output was not finite, when it was attempted again
-    backward: str | None = None  # the first module whose output's gradient was not
-    activations: dict[str, float | None] | None = None  # the largest of each block; none where it is not finite
+    bad: list[str]  # what was not finite on this rank, at the first attempt
+    forward: str | None = None  # the first module whose output was not finite, when the step was retried
+    backward: str | None = None  # the first module whose output's gradient was not finite
+    activations: dict[str, float | None] | None = None  # the largest of each block; None: not finite
 
 
 class Report:
-    """One failed step, as it is being resolved. Made, filled and written by all ranks together."""
+    """A failed step while it is being resolved. All ranks create, fill and write it together."""
 
     def __init__(
         self, config: Config, engine: Engine, shards: Sequence[str], run: Path, step: int, batches: Sequence[Batch]
@@ -51,21 +51,23 @@ class Report:
         self.rank = RankReport(dist.rank(), socket.gethostname(), mine, names(engine.local_bad))
 
     def add(self, mode: str, loss_scale: float, event: Event, decision: Decision) -> None:
-        """One attempt, and what was decided."""
+        """Add one attempt, and what was decided."""
         values = {"mode": mode, "loss_scale": loss_scale, "bad": names(event.bad)}
         values |= {"loss": number(event.loss), "grad_norm": number(event.grad_norm)}
         self.attempts.append(values | {"action": decision.action.value, "reason": decision.reason})
 
-    def saw(self, watch: Watch, activations: Activations) -> None:
-        """What was seen in an attempt; of several the first that showed anything counts."""
+    def add_observations(self, watch: Watch, activations: Activations) -> None:
+        """Add what was observed in an attempt. Of several attempts, the first one that showed anything counts."""
         rank = self.rank
         if rank.activations is None or (rank.forward is rank.backward is None):
             rank.forward, rank.backward = watch.forward, watch.backward
             rank.activations = {name: number(value) for name, value in activations.largest.items()}
 
     def write(self, newest: Path | None) -> tuple[Path | None, str]:
-        """Rank 0 writes the report, the first culprit its batch. Returns where (none, on a rank that could not), and in a few
-        words whom it was traced to."""
+        """Rank 0 writes the report, and the first culprit its batch.
+
+        Returns the path (None on a rank that failed to write), and a short text of whom the failure was traced to.
+        """
         ranks = dist.gather_objects(self.rank)
         culprits = _culprits(ranks)
         chosen = culprits[0] if culprits else ranks[0]
@@ -77,7 +79,7 @@ class Report:
                 self._write(path, ranks, [r.rank for r in culprits], chosen.rank, samples, newest)
             if dist.rank() == chosen.rank:
                 self._write_batch(path.with_suffix(".safetensors"))
-        except OSError as error:  # the run is worth more
+        except OSError as error:  # a missing report must not end the run
             print(f"cannot write report {path}: {error.strerror}", flush=True)
             path = None
         return path, "; ".join(map(_traced, culprits)) or "no rank in particular"
@@ -89,7 +91,7 @@ class Report:
         write_atomically(path, save(tensors, {"keys": json.dumps(batch.keys)}))
 
     def _samples(self) -> list[dict[str, Any]]:
-        """What this rank's batch is made of."""
+        """Describe the samples of this rank's batch."""
         batch = Batch.concatenate(self.batches).to(torch.device("cpu"))
         columns = (batch.keys, batch.places.tolist(), batch.labels.tolist(), batch.t.tolist())
         norms = (batch.latents.flatten(1).norm(dim=1).tolist(), batch.noise.flatten(1).norm(dim=1).tolist())
@@ -131,21 +133,24 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A report read back."""
+class SavedReport:
+    """A report, read back."""
 
     path: Path
     step: int
     mode: str  # of the first attempt
     loss_scale: float
-    rank: int  # whose batch it is
+    rank: int  # the rank that the batch belongs to
     batches: list[Batch]
     config: dict[str, Any]
-    summary: str  # what was met and decided, a line each
+    summary: str  # what was found and decided, a line per attempt
 
 
-def read(path: Path) -> Recorded:
-    """Raises UsageError where there is no report, DataError where it or its batch is torn or of another format."""
+def read(path: Path) -> SavedReport:
+    """Read a report and its batch.
+
+    Raises UsageError if there is no report, DataError if it or its batch is torn or has another format.
+    """
     with _opened(path) as values:
         file = path.with_name(values["batch"]["file"])
         try:
@@ -158,27 +163,27 @@ def read(path: Path) -> Recorded:
         batches = batch.split(values["batch"]["passes"])
         first, rank = values["attempts"][0], values["batch"]["rank"]
         config, summary = values["config"], _summary(values)
-        return Recorded(path, values["step"], first["mode"], first["loss_scale"], rank, batches, config, summary)
+        return SavedReport(path, values["step"], first["mode"], first["loss_scale"], rank, batches, config, summary)
 
 
 def read_summary(path: Path) -> str:
-    """``Recorded.summary`` alone, without the batch. Raises UsageError and DataError likewise."""
+    """``SavedReport.summary`` alone, without the batch. Raises UsageError and DataError likewise."""
     with _opened(path) as values:
         return _summary(values)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[dict[str, Any]]:
-    """What a report says; in the context, what is not in it as it should be is a DataError."""
+    """Open a report's values. In the context, a missing or malformed value raises DataError."""
     if not path.is_file():
         raise UsageError(f"no report at {path}")
     try:
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
-            raise DataError(f"report {path} is of format {values['format']}, this version reads {FORMAT}")
+            raise DataError(f"report {path} has format {values['format']}, this version reads {FORMAT}")
         yield values
     except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
-        raise DataError(f"report {path} is none of a step, or torn or changed ({type(error).__name__})") from None
+        raise DataError(f"report {path} is no step report, or is torn or changed ({type(error).__name__})") from None
 
 
 def _summary(values: dict[str, Any]) -> str:
@@ -195,13 +200,16 @@ def names(bad: Bad) -> list[str]:
 
 
 def number(value: float) -> float | None:
-    """As JSON has it: none where it is not finite."""
+    """Return a JSON number: None if ``value`` is not finite."""
     return value if math.isfinite(value) else None
 
 
 def _culprits(ranks: Sequence[RankReport]) -> list[RankReport]:
-    """Those that had it first. A gradient is reduced before it is looked at: of it only what came back in a rank itself says
-    whose it was."""
+    """Return the ranks on which it started.
+
+    A gradient is checked after its reduction, when it is bad on all ranks. Only the module observations of a rank tell whose it
+    was.
+    """
     for own in ("weights", "input", "loss"):
         if found := [rank for rank in ranks if own in rank.bad]:
             return found
@@ -212,4 +220,4 @@ def _traced(rank: RankReport) -> str:
     where = f"rank {rank.rank} ({rank.host}, {rank.device}"
     if rank.forward:
         return f"{where}; first in {rank.forward})"
-    return f"{where}; backwards first behind {rank.backward})" if rank.backward else f"{where})"
+    return f"{where}; first in the gradient of {rank.backward}'s output)" if rank.backward else f"{where})"

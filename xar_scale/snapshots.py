@@ -1,4 +1,4 @@
-"""A ring of whole states in host memory: what a run rolls back to when its weights or moments are no longer finite."""
+"""A ring of full states in host memory, to which a run rolls back when its weights or moments are no longer finite."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from xar_scale.staging import Staging
 
 @dataclass(frozen=True)
 class Snapshot:
-    """This rank's shards of weights, moments and averages after ``step`` steps, and what the guard then remembered."""
+    """This rank's shards of weights, moments and EMA weights after ``step`` steps, and the guard's state then."""
 
     step: int
     guard: GuardState
@@ -22,7 +22,7 @@ class Snapshot:
 
 
 class Snapshots:
-    """The last ``guard.snapshots`` states that were taken. Memory is taken once and used again."""
+    """The last ``guard.snapshots`` states taken. Memory is allocated once and reused."""
 
     def __init__(self, engine: Engine, ema: EMA, settings: GuardConfig) -> None:
         self.engine, self.ema, self.settings = engine, ema, settings
@@ -33,7 +33,7 @@ class Snapshots:
         return self.settings.enabled and self.settings.snapshots > 0 and step % self.settings.snapshot_every == 0
 
     def take(self, step: int, guard: GuardState) -> None:
-        """Copy the state, which the caller knows to be finite."""
+        """Copy the state, which the caller has checked to be finite."""
         if len(self.ring) == self.ring.maxlen:
             self._spare.append(self.ring.popleft().staged)
         state = _state(self.engine, self.ema)
@@ -42,7 +42,7 @@ class Snapshots:
         self.ring.append(Snapshot(step, guard, staged))
 
     def restore(self) -> Snapshot:
-        """Go back to the newest one, which is used up: should it lead to the same end, the next is tried."""
+        """Restore the newest snapshot and drop it from the ring: if it fails the same way, the one before it comes next."""
         snapshot = self.ring.pop()
         for tensor, copy in zip(_state(self.engine, self.ema), snapshot.staged.copies, strict=True):
             tensor.copy_(copy)

@@ -19,7 +19,7 @@ from xar_scale.data.faults import BadSamples, Fault
 from xar_scale.data.feed import Feed
 from xar_scale.data.loader import LatentDataset
 from xar_scale.diagnosis import Activations
-from xar_scale.ema import EMA, POWER_KINDS, widths_of
+from xar_scale.ema import EMA, POWER_KINDS, ema_widths
 from xar_scale.engines import Engine, Verdict, create_engine
 from xar_scale.errors import DataError, FileError, XarScaleError
 from xar_scale.evaluate.previews import Previews
@@ -71,7 +71,7 @@ def _train(config: Config, run: Path, resume: str, stops: StopRequests, device: 
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     with first_weights(model, config, checkpoint) as weights:
         engine = create_engine(model, weights, config, device)
-    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay, widths_of(config.optim))
+    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay, ema_widths(config.optim))
     guard = GuardState()
     if checkpoint is not None:
         count = load(checkpoint, engine, ema)
@@ -133,7 +133,7 @@ class Training:
     def run(self, start: int) -> None:
         """Train from step ``start`` to ``train.steps``. Raises PreemptedError or StoppedError if the run stops earlier."""
         self._seek(start)
-        self.recovery.begin(start)
+        self.recovery.check_start(start)
         step = start
         while step < self.config.train.steps and self.ending is None:
             self.watchdog.begin(step)
@@ -176,7 +176,7 @@ class Training:
             self.ema.update(done - self.recovery.state.skipped)
 
         saved = self._due(done, stop=verdict.stop)
-        if not self.recovery.keep(done, certainly=bool(saved)):
+        if not self.recovery.check_and_snapshot(done, checkpoint_due=bool(saved)):
             return self._go_back()
         if saved:
             self.store.save(*(replace(self._manifest(done), kinds=kinds) for kinds in saved))
@@ -270,10 +270,10 @@ class Training:
         model, device = self.engine.model, self.engine.device
         if not logged:
             yield None
-        elif self.engine.plays_records:
-            self.engine.around_pass = passes = PassTime(device)
+        elif self.engine.replays_graphs:
+            self.engine.micro_batch_context = passes = PassTime(device)
             yield Probes(passes)
-            self.engine.around_pass = nullcontext()
+            self.engine.micro_batch_context = nullcontext()
         else:
             with Activations(model) as activations, ForwardTime(model, device, self.config.kernels.compile) as forward:
                 yield Probes(forward, activations)

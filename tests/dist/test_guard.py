@@ -63,7 +63,7 @@ class Run:
 
     def steps_back(self) -> list[tuple[int, int]]:
         """Of each roll back the step at which it was decided, and the one that the run went back to."""
-        met = re.findall(r"guard: (?:after )?step (\d+)[^\n]*: roll back|guard: back to step (\d+)", self.log)
+        met = re.findall(r"guard: (?:after )?step (\d+)[^\n]*: roll back|guard: rolled back to step (\d+)", self.log)
         return [(int(at), int(to)) for (at, _), (_, to) in zip(met[::2], met[1::2], strict=True)]
 
 
@@ -188,14 +188,14 @@ def test_a_sample_that_is_not_finite_is_taken_out_and_never_comes_again(runs, en
 def test_what_nothing_helps_against_stops_the_run_with_70_and_a_finite_checkpoint(runs, engine):
     run = runs("gradient", engine)
     assert run.ended.codes == [70, 70], run.ended.text
-    assert run.ended.text.count("xar-scale: step 9 cannot be taken: samples to take out: 9") == 1
-    assert "traced to rank 1" in run.log and "behind encoder.1" in run.log
+    assert run.ended.text.count("xar-scale: step 9 cannot be taken: samples to quarantine: 9") == 1
+    assert "traced to rank 1" in run.log and "in the gradient of encoder.1" in run.log
     assert f"the newest checkpoint, {run.path}/checkpoints/step-00000008, is finite" in run.log
     assert all(tensor.isfinite().all() for tensor in run.state(8).values())
     assert_bitwise(run.state(8), runs("undisturbed", engine).state(8))
     run = runs("weight", engine)
     assert run.ended.codes == [70, 70], run.ended.text
-    assert "rolled back 2 times already (guard.max_rollbacks)" in run.log
+    assert "already rolled back 2 times (guard.max_rollbacks)" in run.log
     assert_bitwise(run.state(8), runs("undisturbed", engine).state(8))
     assert [path.name for path in sorted((run.path / "checkpoints").glob("step-*"))] == ["step-00000008"]
 
@@ -247,9 +247,9 @@ def rungs(report: dict) -> list[str]:
     """What the ladder did at one step, in a few words."""
     words, modes = [], [attempt["mode"] for attempt in report["attempts"]]
     for mode, following, attempt in zip(modes, [*modes[1:], None], report["attempts"], strict=True):
-        retried = "again" if following == mode else "in TF32"
+        retried = "retry" if following == mode else "retry in TF32"
         words.append(
-            {"retry": retried, "roll back": "back", "step": "", "quarantine": "samples out"}.get(attempt["action"], "stop")
+            {"retry": retried, "roll back": "roll back", "step": "", "quarantine": "quarantine"}.get(attempt["action"], "stop")
         )
     return list(filter(None, words))
 
@@ -261,11 +261,11 @@ def seen(runs, engine: str) -> list[str]:
     def bitwise(run: Run, step: int) -> str:
         ours, theirs = run.state(step), undisturbed.state(step)
         same = all(torch.equal(ours[name], theirs[name]) for name in theirs)
-        return "bitwise the undisturbed one" if same else "another one"
+        return "bitwise equal to the undisturbed run" if same else "different"
 
     def near(run: Run, other: Run) -> str:
         apart = max(abs(a / b - 1) for a, b in zip(run.metrics("loss"), other.metrics("loss"), strict=True))
-        return "on the fp32 run's losses to 2 %" if apart < 0.02 else "off"
+        return "within 2 % of the fp32 run's losses" if apart < 0.02 else "off"
 
     def row(what: str, run: Run, after: str, *at: int) -> str:
         reports = [run.reports[number] for number in at] or run.reports
@@ -282,8 +282,8 @@ def seen(runs, engine: str) -> list[str]:
                 "Inf in one rank's gradient, once",
                 "NaN in one rank's activation, once",
                 "NaN in a weight, once",
-                "NaN in a moment, once, met in the weight that it makes",
-                "Inf in a moment, once, met in the weight that it makes",
+                "NaN in a moment, once, found in the weight it updates",
+                "Inf in a moment, once, found in the weight it updates",
             ]
         )
     ]
@@ -293,7 +293,7 @@ def seen(runs, engine: str) -> list[str]:
     rows.append(row("NaN in one latent of one sample, always", latent, f"without {len(taken_out)} sample"))
     for name, what in (("gradient", "NaN in one rank's gradient, always"), ("weight", "NaN in a weight, always")):
         run = runs(name, engine)
-        rows.append(row(what, run, f"exit code {run.ended.codes[0]}, its checkpoint {bitwise(run, 8)}"))
+        rows.append(row(what, run, f"exit code {run.ended.codes[0]}, checkpoint {bitwise(run, 8)}"))
     return rows
 
 

@@ -142,7 +142,7 @@ def test_a_value_that_one_rank_reads_stops_all_before_the_weights_change(folder,
         for number, (latent, label) in enumerate(zip(latents, labels, strict=True)):
             writer.add(f"{number:06d}", int(label), latent)
     ended = train(folder, f"{name}-run", "guard.max_quarantined=0", world=2, data=name)
-    assert_one_line(ended, code, says, f"sample {keys[-1]} " if code == 65 else "samples to take out: 1, left of")
+    assert_one_line(ended, code, says, f"sample {keys[-1]} " if code == 65 else "samples to quarantine: 1, ")
     assert sorted(os.listdir(folder / f"{name}-run" / "checkpoints")) == ["latest", "step-00000002"]
 
 

@@ -63,7 +63,7 @@ def test_entities_of_one_token(backend, device):
 
 @pytest.mark.skipif(find_spec("flash_attn") is None, reason="needs flash_attn")
 @pytest.mark.parametrize("head_width", HEAD_WIDTHS)
-def test_flash_attn_is_what_serves_prefix_in_bf16(head_width, device, monkeypatch):
+def test_prefix_uses_flash_attn_in_bf16(head_width, device, monkeypatch):
     layout, calls = LAYOUTS["scale"], []
     flash = attention._flash_attn
     monkeypatch.setattr(attention, "_flash_attn", lambda *tensors, **settings: calls.append(1) or flash(*tensors, **settings))
@@ -74,7 +74,7 @@ def test_flash_attn_is_what_serves_prefix_in_bf16(head_width, device, monkeypatc
 @pytest.mark.parametrize("backend", ["masked", "prefix"])
 @pytest.mark.parametrize("name", LAYOUTS)
 @torch.no_grad()
-def test_one_entity_is_drawn_in_bf16(name, backend, device):
+def test_one_entity_is_sampled_in_bf16(name, backend, device):
     """As in sampling: its queries alone, and the keys up to its own."""
     layout = LAYOUTS[name]
     generator = torch.Generator(device).manual_seed(0)

@@ -1,4 +1,4 @@
-"""A few steps of training on a GPU, by the command line: every engine gives the losses of one process on a CPU."""
+"""A few training steps on a GPU through the command line: every engine matches the losses of one process on a CPU."""
 
 import json
 
@@ -29,7 +29,7 @@ def cpu(folder):
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("tf32", 1e-2), ("bf16", 5e-2), ("fp16", 5e-2)])
 @pytest.mark.parametrize("engine", ["single", "ddp", "deepspeed", "fsdp2"])
-def test_every_engine_learns_on_a_gpu_as_on_a_cpu(folder, cpu, engine, precision, tolerance):
+def test_every_engine_trains_on_a_gpu_as_on_a_cpu(folder, cpu, engine, precision, tolerance):
     if (engine, precision) == ("deepspeed", "fp16"):
         pytest.skip("refused")
     name = f"{engine}-{precision}"
@@ -44,18 +44,18 @@ def broken(step):
 
 
 @pytest.mark.parametrize("engine", ["single", "ddp", "deepspeed", "fsdp2"])
-def test_a_fault_of_bf16_alone_is_outlived_on_a_gpu(folder, engine):
+def test_a_bf16_only_fault_is_survived_on_a_gpu(folder, engine):
     more = [f"train.engine={engine}", "train.precision=bf16", "guard.hold_steps=2"]
     _, lines = logged(folder, f"fault-{engine}", *more, **broken(1))
     assert [line["precision"] for line in lines] == ["bf16", "tf32", "tf32", "tf32", "bf16"]
 
 
 @pytest.mark.parametrize("engine", ["single", "ddp"])
-def test_passes_are_recorded_anew_after_a_fault_and_after_pictures(folder, engine):
+def test_micro_batches_are_captured_again_after_a_fault_and_after_samples(folder, engine):
     more = [f"train.engine={engine}", "train.precision=bf16", "guard.hold_steps=5", "train.steps=16", "sample.every=8"]
     said, lines = logged(folder, f"recorded-{engine}", *more, "kernels.compile=true", **broken(4))
     assert [line["precision"] for line in lines] == ["bf16"] * 4 + ["tf32"] * 6 + ["bf16"] * 6
-    # after two that warm up: in bf16, in TF32, which pictures follow, and in bf16 again
-    assert said.count("a pass is recorded") == 3
-    assert "a pass is recorded" not in (eager := logged(folder, f"eager-{engine}", *more, **broken(4)))[0]
+    # each after two warm-up runs: in bf16, in TF32 (then samples are drawn), and in bf16 again
+    assert said.count("a pass is captured") == 3
+    assert "a pass is captured" not in (eager := logged(folder, f"eager-{engine}", *more, **broken(4)))[0]
     assert [line["loss"] for line in lines] == pytest.approx([line["loss"] for line in eager[1]], rel=5e-2)

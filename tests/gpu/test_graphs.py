@@ -1,4 +1,4 @@
-"""CUDA graphs: what is played again is what would have been computed anew."""
+"""CUDA graphs: replays compute what eager runs would."""
 
 import copy
 
@@ -10,7 +10,7 @@ from tests.unit.conftest import nano_model
 from xar_scale import dist
 from xar_scale.diagnosis import Activations
 from xar_scale.engines import create_engine
-from xar_scale.engines.whole import ADDED, FIRST, WholeEngine
+from xar_scale.engines.replicated import ADDED, FIRST, ReplicatedEngine
 from xar_scale.evaluate.generate import prepare
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import initial_weights, meta_model
@@ -27,7 +27,7 @@ def random_batches(step, passes, device):
 
 
 class Course:
-    """Steps of one engine: losses, and what the weights are in the end."""
+    """Steps of one engine: the losses and the final weights."""
 
     def __init__(self, engine, device, passes, *more):
         torch._dynamo.reset()
@@ -48,9 +48,9 @@ class Course:
     def attempt(self, number):
         return self.engine.attempt(number, random_batches(number, self.passes, self.device))
 
-    def knows(self, kind):
+    def captured(self, kind):
         batch = random_batch(0).to(self.device)
-        return self.engine._graphs.knows(kind, batch.latents, batch.labels, batch.t, batch.noise)
+        return self.engine._graphs.has_captured(kind, batch.latents, batch.labels, batch.t, batch.noise)
 
     def weights(self):
         return torch.cat([shard.master for shard in self.engine.shards()])
@@ -59,30 +59,30 @@ class Course:
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_recorded_passes_train_as_others_do(engine, passes, precision, device, monkeypatch):
+def test_replayed_micro_batches_train_like_eager_ones(engine, passes, precision, device, monkeypatch):
     courses = []
-    for recorded in (False, True):
+    for graphs in (False, True):
         with monkeypatch.context() as patch:
-            if not recorded:
-                patch.setattr(WholeEngine, "plays_records", False)
+            if not graphs:
+                patch.setattr(ReplicatedEngine, "replays_graphs", False)
             course = Course(engine, device, passes, f"train.precision={precision}")
             for number in range(2 * STEPS):
                 course.step(number)
-                assert not recorded or course.knows(FIRST) == (number >= 2)
-                assert not recorded or course.knows(ADDED) == (number >= 2 and passes > 1)  # as soon as it can be
+                assert not graphs or course.captured(FIRST) == (number >= 2)
+                assert not graphs or course.captured(ADDED) == (number >= 2 and passes > 1)  # at the first opportunity
             courses.append(course)
-    plain, played = courses
-    assert played.losses == pytest.approx(plain.losses, rel=1e-5)
-    torch.testing.assert_close(played.weights(), plain.weights(), rtol=1e-3, atol=1e-5)
+    eager, replayed = courses
+    assert replayed.losses == pytest.approx(eager.losses, rel=1e-5)
+    torch.testing.assert_close(replayed.weights(), eager.weights(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_other_precisions_discarded_attempts_and_looks_come_between(engine, device, monkeypatch):
+def test_precision_changes_discarded_attempts_and_hooks_between_replays(engine, device, monkeypatch):
     courses = []
-    for recorded in (False, True):
+    for graphs in (False, True):
         with monkeypatch.context() as patch:
-            if not recorded:
-                patch.setattr(WholeEngine, "plays_records", False)
+            if not graphs:
+                patch.setattr(ReplicatedEngine, "replays_graphs", False)
             course = Course(engine, device, 2, "train.precision=bf16")
             for number in range(3):
                 course.step(number)
@@ -99,13 +99,13 @@ def test_other_precisions_discarded_attempts_and_looks_come_between(engine, devi
             for number in range(9, 13):
                 course.step(number)
             courses.append(course)
-    plain, played = courses
-    assert played.losses == pytest.approx(plain.losses, rel=1e-5)
-    torch.testing.assert_close(played.weights(), plain.weights(), rtol=1e-3, atol=1e-5)
+    eager, replayed = courses
+    assert replayed.losses == pytest.approx(eager.losses, rel=1e-5)
+    torch.testing.assert_close(replayed.weights(), eager.weights(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_what_draws_in_between_has_the_memory_of_the_records(engine, device):
+def test_sampling_between_steps_has_the_memory_of_the_graphs(engine, device):
     course = Course(engine, device, 1, "train.precision=bf16")
     averages = [torch.zeros_like(shard.master) for shard in course.engine.shards()]
     for number in range(4):
@@ -113,17 +113,17 @@ def test_what_draws_in_between_has_the_memory_of_the_records(engine, device):
     weights = course.weights()
     torch.cuda.empty_cache()
     held = torch.cuda.memory_reserved()
-    with course.engine.drawing(averages, 4):
+    with course.engine.ema_weights(averages, 4):
         torch.cuda.empty_cache()
-        assert torch.cuda.memory_reserved() < held and not course.knows(FIRST)
+        assert torch.cuda.memory_reserved() < held and not course.captured(FIRST)
     assert torch.equal(course.weights(), weights)
     for number in range(4, 8):
         course.step(number)
-    assert course.knows(FIRST)
+    assert course.captured(FIRST)
 
 
-def test_nccl_takes_the_vectors_that_passes_are_played_into(device):
-    """In place, in a group of one rank, which changes nothing: what several make of it, tests of gloo show."""
+def test_nccl_accepts_the_vectors_that_graphs_write(device):
+    """In place, in a group of one rank, which changes nothing. Tests with gloo cover several ranks."""
     course = Course("ddp", device, 1, "train.precision=bf16")
     for number in range(3):
         course.step(number)
@@ -135,7 +135,7 @@ def test_nccl_takes_the_vectors_that_passes_are_played_into(device):
         expected = gradients.clone(), weights.clone()
         dist.reduce_scatter(gradients[course.engine.owned], gradients)
         dist.all_gather(weights, weights[course.engine.owned])
-        assert torch.equal(gradients, expected[0]) and torch.equal(weights, expected[1]) and course.knows(FIRST)
+        assert torch.equal(gradients, expected[0]) and torch.equal(weights, expected[1]) and course.captured(FIRST)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -143,13 +143,13 @@ def test_nccl_takes_the_vectors_that_passes_are_played_into(device):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("compute", "tolerance"), [(FP32, 1e-4), (torch.bfloat16, 5e-2)])
 @pytest.mark.parametrize("entity", ["cell", "scale", "image"])
-def test_recorded_networks_draw_what_others_do(entity, compute, tolerance, compiled, device):
+def test_replayed_networks_sample_like_eager_ones(entity, compute, tolerance, compiled, device):
     torch._dynamo.reset()
-    plain = nano_model(entity=entity, grid=(8, 8)).to(device)
-    fast = copy.deepcopy(plain)
+    eager = nano_model(entity=entity, grid=(8, 8)).to(device)
+    fast = copy.deepcopy(eager)
     prepare(fast, device, compute, compiled=compiled)
     for seed, labels in enumerate(([1, 2, 3], [4, 5, 6], [7, 8], [1, 2, 3], [4, 5, 6, 7, 8])):
         guided = {"guidance": 2.0, "guidance_interval": (0.2, 0.8), "seed": seed}
         with torch.autocast("cuda", dtype=compute, enabled=compute is not FP32):
-            expected, found = (sample(model, labels, steps=6, **guided) for model in (plain, fast))
+            expected, found = (sample(model, labels, steps=6, **guided) for model in (eager, fast))
         assert (found - expected).norm() <= tolerance * expected.norm()

@@ -1,4 +1,4 @@
-"""Compiled graphs, apex's kernels, and a host that does not wait."""
+"""Compiled graphs, apex's kernels, and no host synchronisation."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,7 +47,7 @@ def test_recomputation_with_dropout_changes_no_gradient(mode, backend, autocast,
 
 
 @pytest.mark.parametrize("mode", ["full", "offload"])
-def test_recomputation_of_compiled_blocks_drops_the_same_again(mode, device):
+def test_recomputed_compiled_blocks_repeat_their_dropout(mode, device):
     gradients = []
     for used in ("none", mode):
         torch._dynamo.reset()
@@ -86,7 +86,7 @@ def compare_compiled(model, device, tolerance):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_within_an_entity_the_host_never_waits(sampler, device, monkeypatch):
-    """PyTorch raises at a synchronisation between an entity's first velocity and its end."""
+    """PyTorch raises on a synchronisation between an entity's first velocity and its end."""
     model, labels = nano_model().to(device), torch.tensor([1, 2])
     entity = SAMPLERS[sampler]
 
@@ -97,7 +97,7 @@ def test_within_an_entity_the_host_never_waits(sampler, device, monkeypatch):
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    sample(model, labels, steps=3, guidance=2.0, sampler=sampler)  # what is made once is made
+    sample(model, labels, steps=3, guidance=2.0, sampler=sampler)  # one-time work is done
     monkeypatch.setitem(SAMPLERS, sampler, entity._replace(integrate=watched))
     sample(model, labels, steps=3, guidance=2.0, sampler=sampler)
 
@@ -105,7 +105,7 @@ def test_within_an_entity_the_host_never_waits(sampler, device, monkeypatch):
 @has_apex
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, False), (torch.float32, True)])
-def test_apex_norms_as_torch_does(dtype, autocast, affine, device):
+def test_apex_norm_matches_torch(dtype, autocast, affine, device):
     ours, theirs = RMSNorm(96, affine).to(device), RMSNorm(96, affine).to(device)
     theirs.library = "apex"
     x, gradient = (torch.randn(4, 7, 96, device=device, dtype=dtype) for _ in range(2))
@@ -118,7 +118,7 @@ def test_apex_norms_as_torch_does(dtype, autocast, affine, device):
 
 
 @has_apex
-def test_apex_steps_as_torch_does(device):
+def test_apex_adam_matches_torch(device):
     assert apex.choose_library("apex", device) == "apex"
     weights = []
     for library in ("torch", "apex"):

@@ -1,4 +1,4 @@
-"""The published reference's numbers on a GPU; recorded on a CPU in float32, so each precision has its tolerance."""
+"""The published reference's numbers on a GPU. They were recorded on a CPU in float32: each precision has its tolerance."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Copies in pinned memory of the host: as much as is copied, and for as long as it is used."""
+"""Copies in pinned host memory: of the size that is copied, and only while it is used."""
 
 import gc
 import re
@@ -10,7 +10,7 @@ from xar_scale.staging import Staging
 
 
 def flags_of(address):
-    """The kernel's, of the memory there."""
+    """Return the kernel's flags of the mapping at an address."""
     there = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
@@ -20,9 +20,9 @@ def flags_of(address):
     raise AssertionError(address)
 
 
-def test_a_gpu_copies_into_pinned_memory_which_is_given_back(device):
+def test_a_gpu_copies_into_pinned_memory_which_is_released(device):
     sizes = [2**20 + 1, 0, 3]
-    for _ in range(3):  # memory that was not given back could not be pinned anew
+    for _ in range(3):  # memory that was not released could not be pinned again
         tensors = [torch.randn(size, device=device) for size in sizes]
         staging = Staging(tensors)
         assert all(copy.is_pinned() for copy in staging.copies if copy.numel())

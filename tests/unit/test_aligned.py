@@ -1,4 +1,4 @@
-"""Products with zeros for further channels: the same function, as on a GPU, on a CPU's tensors that stand for its."""
+"""Products padded with zero channels: the same function. CPU tensors emulate a GPU's."""
 
 import copy
 
@@ -8,11 +8,11 @@ from torch import nn
 
 from tests.unit.conftest import normal
 from xar_scale.config import ModelConfig
-from xar_scale.model.aligned import WideningLinear, weights_are_gathered
-from xar_scale.model.cpu import standing_for
+from xar_scale.model.aligned import WideningLinear, mark_weights_gathered
+from xar_scale.model.cpu import emulate
 from xar_scale.model.layers import GatedMLP
 
-HIDDEN = 53  # of 20 channels, which are no multiple of 8 either
+HIDDEN = 53  # of 20 channels, also no multiple of 8
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def results(mlp, x):
 def test_hidden_channels_up_to_a_multiple_of_8_are_zero(mlp):
     x = normal(0, 2, 3, 20, dtype=torch.float32)
     assert mlp.gate.out_features == HIDDEN and mlp.gate(x).shape == (2, 3, HIDDEN)
-    with standing_for(gpu=True, graph=False):
+    with emulate(gpu=True, graph=False):
         hidden = mlp.gate(x)
     assert hidden.shape == (2, 3, 56) and (hidden[..., HIDDEN:] == 0).all()
     torch.testing.assert_close(hidden[..., :HIDDEN], mlp.gate(x))
@@ -44,10 +44,10 @@ def test_the_mlp_is_the_same_function_with_the_same_gradients(mlp, gathered, com
     mlp, x = mlp.double(), normal(0, 2, 3, 20)
     expected = results(mlp, x)
     if gathered:
-        weights_are_gathered(mlp)
+        mark_weights_gathered(mlp)
     if compiled:
         mlp.compile(backend="aot_eager", fullgraph=True)
-    with standing_for(gpu=True, graph=False):
+    with emulate(gpu=True, graph=False):
         found = results(mlp, x)
     assert found[0].shape == x.shape
     for one, other in zip(found, expected, strict=True):
@@ -58,7 +58,7 @@ def test_under_autocast_it_computes_in_16_bits_as_linear_does(mlp):
     x = normal(0, 64, 20, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = results(mlp, x)
-        with standing_for(gpu=True, graph=False):
+        with emulate(gpu=True, graph=False):
             found = results(mlp, x)
     assert found[0].dtype == torch.bfloat16 and found[2].dtype == torch.float32
     for one, other in zip(found, expected, strict=True):
@@ -66,18 +66,18 @@ def test_under_autocast_it_computes_in_16_bits_as_linear_does(mlp):
 
 
 def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(mlp):
-    """Engines that share weights let go of them after a block and gather them anew."""
-    with standing_for(gpu=True, graph=False):
+    """Engines that shard weights free them after a block and gather them again."""
+    with emulate(gpu=True, graph=False):
         out = mlp.gate(normal(0, 2, 20, dtype=torch.float32))
     kept = out.grad_fn.saved_tensors
     assert any(tensor.data_ptr() == mlp.gate.weight.data_ptr() for tensor in kept)
     assert {tensor.shape for tensor in kept} == {(HIDDEN, 20), (2, 20)}
 
 
-def test_multiples_of_8_are_plain_products():
+def test_multiples_of_8_are_not_padded():
     layer = WideningLinear(20, 48)
     plain = nn.Linear(20, 48)
     plain.load_state_dict(copy.deepcopy(layer.state_dict()))
     x = normal(0, 2, 20, dtype=torch.float32)
-    with standing_for(gpu=True, graph=False):
+    with emulate(gpu=True, graph=False):
         assert torch.equal(layer(x), plain(x)) and layer(x).grad_fn.name() == plain(x).grad_fn.name()

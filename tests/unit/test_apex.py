@@ -1,4 +1,4 @@
-"""NVIDIA's apex is told from others of its name. Its kernels themselves need a GPU (tests/gpu)."""
+"""NVIDIA's apex is distinguished from other packages of that name. Its kernels need a GPU (tests/gpu)."""
 
 import sys
 
@@ -39,7 +39,7 @@ def nvidia(site) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["auto", "torch"])
-def test_torch_is_used_unless_apex_is_asked_for(site, wanted):
+def test_torch_is_used_unless_apex_is_named(site, wanted):
     nvidia(site)
     assert choose_library(wanted, CUDA) == "torch"
 
@@ -87,7 +87,7 @@ def test_the_reason_is_the_package_before_the_device(site):
         choose_library("apex", CPU)
 
 
-def test_every_norm_of_a_network_is_told_of_apex(site):
+def test_every_norm_of_a_network_uses_apex(site):
     nvidia(site)
     model = nano_model()
     said = model.use_kernels(KernelConfig(library="apex"), CUDA, torch.float32, training=True)
@@ -124,7 +124,7 @@ def test_the_adam_of_apex_gets_the_groups_and_settings_of_torchs(site):
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
 
 
-def test_an_engine_of_one_process_does_not_pass_over_apex(monkeypatch):
+def test_a_single_process_engine_does_not_ignore_apex(monkeypatch):
     asked = []
     monkeypatch.setattr("xar_scale.engines.single.choose_library", lambda *of: asked.append(of) or "torch")
     config = digits_config("train.engine=single", "kernels.library=apex")

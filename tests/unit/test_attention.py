@@ -18,7 +18,7 @@ LAYOUTS = {
     "one entity": create_layout(ModelConfig(width=8, depth_encoder=1, depth_decoder=1, heads=1, grid=(2, 2), entity_size=2)),
 }
 CPU = torch.device("cpu")
-# Of outputs and gradients whose size is about 1: a few roundings of the largest
+# For outputs and gradients of size about 1: a few roundings of the largest
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 2e-6, torch.float64: 1e-13}
 
 
@@ -34,7 +34,7 @@ def qkv(layout, first=0, last=None, dtype=torch.float64, head_width=4):
 
 
 def naive(q, k, v, layout, first):
-    """Token by token, as the paper says it."""
+    """Token by token, as in the paper."""
     entity = [number for number, length in enumerate(layout.lengths) for _ in range(length)]
     outputs = []
     for token in range(q.shape[2]):
@@ -45,7 +45,7 @@ def naive(q, k, v, layout, first):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_backend_is_the_naive_sum(layout, backend):
+def test_every_backend_matches_the_naive_sum(layout, backend):
     for first in range(layout.entities):
         for last in range(first, layout.entities):
             q, k, v = qkv(layout, first, last)
@@ -56,7 +56,7 @@ def test_every_backend_is_the_naive_sum(layout, backend):
 @pytest.mark.parametrize("head_width", [4, 64, 80, 96, 128])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("backend", ["masked", "prefix", "flex"])
-def test_every_backend_is_dense_forward_and_backward(layout, backend, dtype, head_width):
+def test_every_backend_matches_dense_forward_and_backward(layout, backend, dtype, head_width):
     tolerance = {"atol": TOLERANCE[dtype], "rtol": TOLERANCE[dtype]}
     for first in range(layout.entities):
         for last in range(first, layout.entities):  # queries of some entities, as with a cache
@@ -111,7 +111,7 @@ def test_a_network_output_depends_on_its_entity_and_earlier_ones_only(backend, k
 
 
 def test_flex_is_compiled_for_more_masks_than_pytorch_allows_by_itself(monkeypatch):
-    """On a GPU; here with a compiler that generates nothing."""
+    """As on a GPU; here with a compiler that generates no code."""
     graphs = []
     compile_ = torch.compile
 
@@ -148,7 +148,7 @@ def test_dropout_acts_on_the_probabilities_and_keeps_their_mean(backend):
 
 
 @pytest.mark.parametrize("backend", WITH_BACKWARD)
-def test_gradients_are_those_of_finite_differences(backend):
+def test_gradients_match_finite_differences(backend):
     layout = unequal_layout()
     inputs = [tensor[:1, :1, :, :2].clone().requires_grad_() for tensor in qkv(layout, first=1)]
     assert gradcheck(lambda q, k, v: block_causal_attention(q, k, v, layout, first=1, backend=backend), inputs)
@@ -156,7 +156,7 @@ def test_gradients_are_those_of_finite_differences(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entity", kinds())
-def test_entity_by_entity_with_a_cache_is_the_whole_forward(entity, backend):
+def test_entity_by_entity_with_a_cache_equals_the_full_forward(entity, backend):
     model = with_backend(nano_model(grid=(2, 4) if entity == "patch" else (4, 8), entity=entity).eval(), backend)
     layout, batch = model.layout, 3
     x, t, labels = (

@@ -1,4 +1,4 @@
-"""Which attention is taken for what, what is refused and why, and what each hands to whose kernel."""
+"""Which attention backend is chosen, what is refused and why, and what each backend passes to which kernel."""
 
 import shutil
 import sys
@@ -50,7 +50,7 @@ def test_long_entities_get_a_call_each_and_short_ones_one_product(monkeypatch, e
         ("cuda", torch.float32, True, "masked"),
     ],
 )
-def test_the_choice_goes_by_device_type_and_direction(device, dtype, backward, expected, monkeypatch):
+def test_the_choice_depends_on_device_dtype_and_backward(device, dtype, backward, expected, monkeypatch):
     monkeypatch.setattr(flash, "triton", "installed")
     monkeypatch.setattr(flash, "_builds", lambda: True)
     layout = nano_model(grid=(16, 16)).layout
@@ -64,7 +64,7 @@ def test_on_a_gpu_a_single_entity_has_nothing_to_mask():
         assert choose_backend(nano_model(entity=entity).layout, *kind, dropout=0.0, backward=False) == expected
 
 
-def test_flash_is_taken_where_it_serves_and_refused_where_it_does_not(monkeypatch):
+def test_flash_is_chosen_where_usable_and_refused_elsewhere(monkeypatch):
     monkeypatch.setattr(flash, "triton", "installed")
     monkeypatch.setattr(flash, "_builds", lambda: True)
     layout, cuda = LAYOUTS["equal"], torch.device("cuda")
@@ -81,7 +81,7 @@ def test_flash_is_taken_where_it_serves_and_refused_where_it_does_not(monkeypatc
 
 
 @pytest.mark.parametrize("lacks", ["Triton", "compiler", "NVIDIA", "capability"])
-def test_flash_needs_what_its_kernels_need(lacks, monkeypatch):
+def test_flash_is_refused_without_its_requirements(lacks, monkeypatch):
     monkeypatch.setattr(flash, "triton", None if lacks == "Triton" else "installed")
     monkeypatch.setattr(flash, "_builds", lambda: lacks != "compiler")
     monkeypatch.setattr(torch.version, "hip", "6.4" if lacks == "NVIDIA" else None)
@@ -89,12 +89,12 @@ def test_flash_needs_what_its_kernels_need(lacks, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5) if lacks == "capability" else (8, 0))
     choose = partial(choose_backend, LAYOUTS["equal"], torch.device("cuda", 0), torch.float16, 64, dropout=0.0, backward=True)
     assert choose() == "masked"
-    with pytest.raises(ConfigError, match=f"flash needs {flash.NEEDS}"):
+    with pytest.raises(ConfigError, match=f"flash needs {flash.REQUIREMENTS}"):
         choose(backend="flash")
 
 
 @pytest.mark.parametrize("lacks", ["nothing", "headers", "compiler"])
-def test_what_launches_a_kernel_is_made_with_a_compiler_and_headers(lacks, monkeypatch, tmp_path):
+def test_a_kernel_launcher_needs_a_compiler_and_headers(lacks, monkeypatch, tmp_path):
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(shutil, "which", lambda name: None if lacks == "compiler" else f"/bin/{name}")
     monkeypatch.setattr(sysconfig, "get_path", lambda name, scheme: str(tmp_path))
@@ -103,8 +103,8 @@ def test_what_launches_a_kernel_is_made_with_a_compiler_and_headers(lacks, monke
     assert flash._builds.__wrapped__() == (lacks == "nothing")
 
 
-def test_in_a_graph_it_is_as_it_was_found_outside(monkeypatch):
-    """A network that nobody gave kernels to may be compiled whole, and the first look at the GPU be inside."""
+def test_inside_a_graph_availability_is_the_last_answer_from_outside(monkeypatch):
+    """A network without ``use_kernels`` may be compiled whole, and then the first check of the GPU is inside the graph."""
     monkeypatch.setattr(flash, "triton", "installed")
     monkeypatch.setattr(flash, "_builds", lambda: True)
     monkeypatch.setattr(flash, "_found", {})
@@ -120,7 +120,7 @@ def test_in_a_graph_it_is_as_it_was_found_outside(monkeypatch):
 @pytest.mark.parametrize(
     ("layout", "first", "last"), [(LAYOUTS["equal"], 0, 3), (unequal_layout(), 0, 3), (unequal_layout(), 1, 2)]
 )
-def test_flash_is_told_how_many_keys_a_query_sees(layout, first, last, monkeypatch):
+def test_flash_gets_the_number_of_keys_per_query(layout, first, last, monkeypatch):
     q, k, v = qkv(layout, first, last)
 
     def reference(q, k, v, ends, dropout):
@@ -137,7 +137,7 @@ def test_flash_is_told_how_many_keys_a_query_sees(layout, first, last, monkeypat
     ("queries", "keys", "learning", "cudnn"),
     [(256, 256, True, True), (64, 256, True, False), (128, 192, True, False), (64, 192, False, True)],
 )
-def test_cudnn_is_taken_for_whole_tiles_where_gradients_are_wanted(queries, keys, learning, cudnn, monkeypatch):
+def test_with_gradients_cudnn_is_used_for_whole_tiles_only(queries, keys, learning, cudnn, monkeypatch):
     seen = []
     allowed = torch.backends.cuda.cudnn_sdp_enabled
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: seen.append(allowed()))
@@ -147,7 +147,7 @@ def test_cudnn_is_taken_for_whole_tiles_where_gradients_are_wanted(queries, keys
     assert seen == [cudnn]
 
 
-def test_a_backend_that_cannot_serve_is_refused_with_the_reason():
+def test_an_unusable_backend_is_refused_with_the_reason():
     layout = LAYOUTS["equal"]
     q, k, v = qkv(layout, dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"flex has no dropout, model.dropout is 0.1; use flash, masked, prefix or dense"):
@@ -162,7 +162,7 @@ def test_a_backend_that_cannot_serve_is_refused_with_the_reason():
         flex(12, dropout=0.0)
 
 
-def test_a_model_takes_the_named_backend_in_every_block_and_says_so():
+def test_a_model_uses_the_named_backend_in_every_block_and_logs_it():
     model = nano_model(dropout=0.1)
     for backend, says in (
         ("dense", "attention dense"),
@@ -216,7 +216,7 @@ def test_masked_is_one_call_and_has_no_mask_where_nothing_is_hidden(monkeypatch)
     assert how["attn_mask"].tolist() == [[True] * 4 + [False] * 2] * 3 + [[True] * 6] * 2
 
 
-def test_whose_kernel_it_is_is_said():
+def test_the_kernel_is_described():
     cuda = torch.device("cuda")
     for backend, device, says in (
         ("dense", cuda, "dense (a mask and a softmax)"),
@@ -227,7 +227,7 @@ def test_whose_kernel_it_is_is_said():
         assert attention.describe(backend, device, torch.bfloat16, 80) == says
 
 
-def test_the_mask_of_flex_is_made_once_a_place(monkeypatch):
+def test_flex_masks_are_cached(monkeypatch):
     layout, made, create = unequal_layout(), [], flex_attention.create_block_mask
     monkeypatch.setattr(
         flex_attention, "create_block_mask", lambda *a, **settings: made.append(a[3:5]) or create(*a, **settings)
@@ -270,14 +270,14 @@ def test_a_folder_of_its_name_is_not_flash_attn(installed):
         ("", "cannot import name 'flash_attn_func'"),
     ],
 )
-def test_a_broken_flash_attn_is_said_and_not_passed_over(installed, text, reason, monkeypatch):
+def test_a_broken_flash_attn_is_an_error(installed, text, reason, monkeypatch):
     installed(text)
     found = attention._find_flash_attn()
     assert found.startswith("flash_attn is installed and cannot be used: ") and reason in found
     monkeypatch.setattr(attention, "_FLASH_ATTN", found)
     with pytest.raises(ConfigError, match="flash_attn is installed and cannot be used.*; uninstall it"):
         attention.describe("prefix", torch.device("cuda"), torch.bfloat16, 80)
-    assert "PyTorch" in attention.describe("prefix", torch.device("cuda"), torch.float32, 80)  # where it would not serve anyway
+    assert "PyTorch" in attention.describe("prefix", torch.device("cuda"), torch.float32, 80)  # not usable there anyway
 
 
 def as_flash_attn(q_BTNH, k_BTNH, v_BTNH, dropout_p):
@@ -286,7 +286,7 @@ def as_flash_attn(q_BTNH, k_BTNH, v_BTNH, dropout_p):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p).transpose(1, 2)
 
 
-def test_flash_attn_serves_prefix_where_it_can(monkeypatch):
+def test_prefix_uses_flash_attn_where_possible(monkeypatch):
     monkeypatch.setattr(attention, "_FLASH_ATTN", as_flash_attn)
     cuda = torch.device("cuda")
     for dtype, head_width, device, serves in (
@@ -300,7 +300,7 @@ def test_flash_attn_serves_prefix_where_it_can(monkeypatch):
         assert attention.describe("prefix", device, dtype, head_width) == f"prefix ({kernel})"
 
 
-def test_prefix_asks_for_flash_attn_by_what_it_is_given_and_calls_it_once_an_entity(monkeypatch):
+def test_prefix_selects_flash_attn_by_its_inputs_and_calls_it_once_per_entity(monkeypatch):
     asked, lengths = [], []
     monkeypatch.setattr(attention, "_flash_attn_serves", lambda *of: asked.append(of) or True)
     monkeypatch.setattr(attention, "_FLASH_ATTN", lambda q, k, v, dropout_p: lengths.append((q.shape[1], k.shape[1])) or q)
@@ -319,5 +319,5 @@ def test_flash_attn_gets_tokens_before_heads_and_is_part_of_a_graph(monkeypatch,
     out = attend(*qkv(layout), layout, backend="prefix")
     torch.testing.assert_close(out, block_causal_attention(*qkv(layout), layout, backend="dense"), atol=1e-13, rtol=0)
     if not compiled:
-        with pytest.raises(RuntimeError, match="dropout probability"):  # it arrives there
+        with pytest.raises(RuntimeError, match="dropout probability"):  # the argument arrives
             attend(*qkv(layout), layout, backend="prefix", dropout=1.5)

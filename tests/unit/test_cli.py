@@ -20,7 +20,7 @@ from tests.unit.tiny_run import INFO, Run
 from xar_scale import cli, files
 from xar_scale.checkpoint.manifest import newest_valid
 from xar_scale.cli import exit_code_of, main
-from xar_scale.engines import whole
+from xar_scale.engines import replicated
 from xar_scale.engines.single import SingleEngine
 from xar_scale.errors import ProcessError, UsageError
 from xar_scale.evaluate.digits import cache_digits
@@ -164,8 +164,8 @@ def test_kernels_that_cannot_train_are_refused_before_the_run_starts(capsys, tra
 
 def test_a_step_replayed_from_a_cuda_graph_is_logged_without_hook_metrics(train, tmp_path, monkeypatch):
     """CUDA graphs need a GPU: here the passes are computed instead."""
-    monkeypatch.setattr(SingleEngine, "plays_records", True)
-    monkeypatch.setattr(whole, "Graphs", lambda device: None)
+    monkeypatch.setattr(SingleEngine, "replays_graphs", True)
+    monkeypatch.setattr(replicated, "Graphs", lambda device: None)
     assert main([*train, "train.log_every=1"]) == 0
     entries = read_log(tmp_path / "trained")
     assert [entry["step"] for entry in entries] == [1, 2] and all(entry["loss"] > 0 for entry in entries)

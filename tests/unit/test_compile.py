@@ -1,4 +1,4 @@
-"""Blocks and networks compile whole: no graph break is left. Graphs run as they were captured, without code generation."""
+"""Blocks and networks compile whole, without graph breaks. Graphs run as traced, without code generation."""
 
 from functools import partial
 
@@ -13,7 +13,7 @@ from xar_scale.model.recompute import apply_recompute
 from xar_scale.sampler import sample
 from xar_scale.stragglers import ForwardTime
 
-KINDS = [kind for kind in kinds() if kind != "image"]  # with one entity nothing is left to break
+KINDS = [kind for kind in kinds() if kind != "image"]  # one entity has nothing to break
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_blocks_with_dropout_are_one_graph(counted):
 
 @pytest.mark.parametrize("mode", ["none", "full", "selective", "offload"])
 def test_blocks_are_one_graph_with_recomputation_too(mode, counted, monkeypatch):
-    """And what looks on between blocks, or engines do there, stays outside."""
+    """Hooks of observers and engines between blocks stay outside the graph."""
     model = nano_model().train()
     expected = loss_of(model)
     expected.backward()
@@ -69,7 +69,7 @@ def test_blocks_are_one_graph_with_recomputation_too(mode, counted, monkeypatch)
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_what_breaks_inside_a_compiled_block_is_still_named(counted, monkeypatch):
+def test_a_failure_inside_a_compiled_block_is_still_located(counted, monkeypatch):
     model = nano_model().train()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counted))
     apply_recompute(model.blocks, "none", compiled=True)
@@ -81,7 +81,7 @@ def test_what_breaks_inside_a_compiled_block_is_still_named(counted, monkeypatch
     assert watch.forward == "encoder.1.mlp.gate"
     before = counted.op_count
     loss_of(model)
-    assert counted.op_count == before and counted.frame_count == 1  # the graph is there again
+    assert counted.op_count == before and counted.frame_count == 1  # the graph is used again
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def test_flex_attention_is_part_of_the_graph(counted):
 
 
 @pytest.mark.parametrize("kind", ["cell", pytest.param("scale", marks=pytest.mark.long)])
-def test_a_compiled_network_samples_the_same_in_one_graph_a_kind_of_call(kind, counted):
+def test_a_compiled_network_samples_the_same_with_one_graph_per_kind_of_call(kind, counted):
     settings = {"steps": 4, "guidance": 2.0, "sampler": "heun", "seed": 3}
     depth = {"depth_encoder": 1, "depth_decoder": 1}
     expected = sample(nano_model(entity=kind, **depth), [1, 2], **settings)
@@ -103,6 +103,6 @@ def test_a_compiled_network_samples_the_same_in_one_graph_a_kind_of_call(kind, c
     model.compile(backend=counted, fullgraph=True, dynamic=False)
     torch.testing.assert_close(sample(model, [1, 2], **settings), expected, atol=1e-5, rtol=1e-5)
     graphs = counted.frame_count
-    assert graphs == 2 * model.layout.entities - 1  # each entity alone, and each but the first beside the one before
+    assert graphs == 2 * model.layout.entities - 1  # each entity alone, and each but the first together with the one before
     sample(model, [3, 4], **settings)
     assert counted.frame_count == graphs

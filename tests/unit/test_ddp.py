@@ -1,4 +1,4 @@
-"""DDP in one process, and as one rank of four: plain PyTorch's steps, where weights and gradients lie, and who owns what."""
+"""DDP in one process, and as one rank of four: steps as in plain PyTorch, memory layout, and ownership."""
 
 import math
 import weakref
@@ -13,7 +13,7 @@ from tests.conftest import digits_config, random_batch
 from tests.unit.test_fsdp2 import engine_of, losses, state, take_over
 from xar_scale import dist
 from xar_scale.config import Config
-from xar_scale.engines import Engine, whole
+from xar_scale.engines import Engine, replicated
 from xar_scale.errors import ConfigError
 
 ddp = partial(engine_of, "train.engine=ddp", "train.precision=fp32")
@@ -27,7 +27,7 @@ def passes(step: int) -> list:
 
 @pytest.fixture
 def four_ranks():
-    """What is sent comes from nowhere."""
+    """Collectives in a fake process group."""
 
     def of_rank(rank: int) -> None:
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
@@ -42,14 +42,14 @@ def assert_same(one: Engine, other: Engine) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_its_steps_are_those_of_plain_pytorch(precision):
-    """To the bit where nothing is clipped: a norm is summed up in another order."""
+def test_its_steps_match_plain_pytorch(precision):
+    """Bitwise where nothing is clipped: the norm is summed in another order."""
     one, other = (engine(f"train.precision={precision}", "optim.clip=1e9") for engine in (ddp, plain))
     assert losses(one, 0, 1, 2) == losses(other, 0, 1, 2)
     assert_same(one, other)
 
 
-def test_passes_add_up_and_what_is_discarded_does_not():
+def test_micro_batches_accumulate_and_discarded_ones_do_not():
     one, other = ddp(*TWO_PASSES, "optim.clip=1e9"), plain(*TWO_PASSES, "optim.clip=1e9")
     one.attempt(0, passes(7))
     one.discard()
@@ -71,14 +71,14 @@ def test_gradients_are_clipped():
     torch.testing.assert_close(clipped._gradients, expected, rtol=1e-5, atol=0)
 
 
-def test_parts_of_a_pass_add_up():
+def test_parts_of_a_micro_batch_accumulate():
     one, other = ddp(), ddp()
     other.set_precision("fp32", splits=4)
     found, expected = (engine.attempt(0, [random_batch(0)]) for engine in (other, one))
     assert (found.loss, found.grad_norm) == pytest.approx((expected.loss, expected.grad_norm), rel=1e-5)
 
 
-def test_what_is_written_to_its_shards_is_trained_on_from_there():
+def test_training_continues_from_what_is_written_to_its_shards():
     trained, engine = ddp(), ddp()
     losses(trained, 0, 1, 2)
     take_over(engine, trained, 3)
@@ -86,7 +86,7 @@ def test_what_is_written_to_its_shards_is_trained_on_from_there():
     assert_same(engine, trained)
 
 
-def test_a_pass_leaves_gradients_in_one_vector_and_nowhere_else():
+def test_a_micro_batch_leaves_gradients_only_in_the_vector():
     engine = ddp()
     for step in range(2):
         engine.attempt(step, [random_batch(step)])
@@ -97,13 +97,13 @@ def test_a_pass_leaves_gradients_in_one_vector_and_nowhere_else():
         assert engine.gradients() == []
 
 
-def test_each_tensor_begins_where_kernels_read_rows_of_16_bytes():
-    engine = ddp("model.width=20", "model.heads=1", "model.mlp_ratio=1.65")  # of which 33 channels come
+def test_tensors_are_aligned_for_rows_of_16_bytes():
+    engine = ddp("model.width=20", "model.heads=1", "model.mlp_ratio=1.65")  # gives 33 channels
     first, sizes = engine._weights.data_ptr(), {shape.numel() % 64 for shape in engine.shapes.values()}
     assert len(sizes) > 1 and {(weight.data_ptr() - first) % 256 for weight in engine.parameters.values()} == {0}
 
 
-def test_four_ranks_own_all_of_it_once_and_as_much_each(four_ranks):
+def test_four_ranks_own_equal_parts_of_everything_once(four_ranks):
     owned, sizes = {}, {}
     for rank in range(4):
         four_ranks(rank)
@@ -125,8 +125,8 @@ def test_four_ranks_own_all_of_it_once_and_as_much_each(four_ranks):
         assert held == sorted(held) and all(one[1] == other[0] for one, other in pairwise(held))
 
 
-def test_a_step_of_two_passes_reduces_once_and_gathers_once(four_ranks, monkeypatch):
-    """And so does its beginning, for NCCL to have what it needs and all ranks the same weights."""
+def test_a_step_of_two_micro_batches_reduces_once_and_gathers_once(four_ranks, monkeypatch):
+    """So does the start, so that NCCL has its buffers and all ranks have the same weights."""
     four_ranks(1)
     sent = []
     for name in ("reduce_scatter", "all_gather"):
@@ -148,7 +148,7 @@ def test_a_step_of_two_passes_reduces_once_and_gathers_once(four_ranks, monkeypa
     assert sent == [reduced, gathered, reduced, gathered]
 
 
-def test_a_rank_that_owns_nothing_but_padding_takes_its_steps():
+def test_a_rank_that_owns_only_padding_takes_steps():
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=255, world_size=256)
     try:
         engine = ddp("model.width=16", "model.heads=2", "train.global_batch=256", "data.lanes=256")
@@ -158,7 +158,7 @@ def test_a_rank_that_owns_nothing_but_padding_takes_its_steps():
         torch.distributed.destroy_process_group()
 
 
-def test_an_engine_goes_with_its_last_name():
+def test_an_engine_is_freed_with_its_last_reference():
     engine = ddp()
     losses(engine, 0)
     gone = weakref.ref(engine)
@@ -166,22 +166,21 @@ def test_an_engine_goes_with_its_last_name():
     assert gone() is None
 
 
-class Played(whole.Graphs):
-    """Records as a GPU plays them: the device's part of the work is done again, and the host's part is not, so that what it
-    decides and keeps is as it was when the work was recorded."""
+class ReplayedOnCpu(replicated.Graphs):
+    """Emulates replays on a CPU: the device's work is repeated, and the host's state stays as at the capture."""
 
     def __init__(self, engine):
-        self.engine, self.recorded, self.done = engine, {}, {}
+        self.engine, self.captured, self.done = engine, {}, {}
 
-    def knows(self, kind, *inputs):
-        return kind in self.recorded
+    def has_captured(self, kind, *inputs):
+        return kind in self.captured
 
-    def play(self, kind, work, *inputs, warm_up):
+    def run(self, kind, work, *inputs, warm_up):
         self.done[kind] = self.done.get(kind, 0) + 1
         if self.done[kind] <= warm_up:
             return work(*inputs)
         added, kept = self.engine._added, frozenset(self.engine._added)
-        self._become(added, self.recorded.setdefault(kind, kept))
+        self._become(added, self.captured.setdefault(kind, kept))
         outputs = work(*inputs)
         self._become(added, kept)
         return outputs
@@ -192,25 +191,25 @@ class Played(whole.Graphs):
         names.update(others)
 
 
-def test_passes_that_are_played_train_as_others_do():
-    played, other = ddp(*TWO_PASSES), ddp(*TWO_PASSES)
-    played._graphs = Played(played)
+def test_replayed_micro_batches_train_like_eager_ones():
+    replayed, other = ddp(*TWO_PASSES), ddp(*TWO_PASSES)
+    replayed._graphs = ReplayedOnCpu(replayed)
     for step in range(5):
-        found, expected = (engine.attempt(step, passes(step)) for engine in (played, other))
+        found, expected = (engine.attempt(step, passes(step)) for engine in (replayed, other))
         assert found == expected
-        if step == 3:  # attempted, not taken
-            for engine in (played, other):
+        if step == 3:  # attempted and discarded
+            for engine in (replayed, other):
                 engine.discard()
             continue
-        for engine in (played, other):
+        for engine in (replayed, other):
             engine.step(1e-2, expected)
-    assert played._graphs.recorded.keys() == {whole.FIRST, whole.ADDED}
-    assert_same(played, other)
-    played.shards_written(4)
-    assert played._graphs is None  # as a GPU lets go of its records
+    assert replayed._graphs.captured.keys() == {replicated.FIRST, replicated.ADDED}
+    assert_same(replayed, other)
+    replayed.shards_written(4)
+    assert replayed._graphs is None  # as on a GPU, where the graphs are dropped
 
 
-def test_it_has_no_neighbours_that_share_a_copy():
+def test_it_has_no_sharding_groups():
     with pytest.raises(ConfigError, match="train.shard_ranks: train.engine=ddp replicates all weights"):
         digits_config("train.engine=ddp", "train.shard_ranks=1")
     assert isinstance(digits_config("train.engine=ddp"), Config)

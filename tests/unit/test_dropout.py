@@ -1,4 +1,4 @@
-"""Dropout on a CPU and in graphs, held to what PyTorch's own does."""
+"""Dropout on a CPU and in compiled graphs, compared with PyTorch's own."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ def dropout(request):
 
 @pytest.mark.parametrize("shape", [(1_000_003,), (101, 9901)])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.93])
-def test_its_share_is_zero_and_the_rest_grows(shape, p, dropout):
+def test_its_share_is_zero_and_the_rest_is_scaled_up(shape, p, dropout):
     torch.manual_seed(0)
     dropped = dropout(torch.ones(shape, dtype=torch.float64), p)
     assert dropped.shape == shape
@@ -33,7 +33,7 @@ def test_its_share_is_zero_and_the_rest_grows(shape, p, dropout):
 
 @pytest.mark.parametrize("apart", [1, 2, 64, 1024, 65536])
 def test_values_are_dropped_independently(apart, dropout):
-    """Of four values, neighbours among them, whose bits are drawn at once, all sixteen ways come as often as they should."""
+    """For four values, whose bits may be drawn at once, all sixteen outcomes are as frequent as they should be."""
     torch.manual_seed(0)
     kept = (dropout(torch.ones(4 * 65536 * 2), 0.25) > 0).view(-1, 4, apart).transpose(1, 2).reshape(-1, 4)
     ways = torch.bincount((kept * torch.tensor([1, 2, 4, 8])).sum(1), minlength=16) / len(kept)
@@ -54,16 +54,16 @@ def test_two_of_one_graph_are_independent():
     assert ((first > 0) & (second > 0)).double().mean().item() == pytest.approx(0.75**2, abs=3e-3)
 
 
-def test_two_seeds_of_one_graph_are_two_where_all_they_are_given_is_the_same():
-    """A graph makes one operation of two that are alike, but for those that draw."""
+def test_two_equal_seed_operations_of_one_graph_draw_twice():
+    """A graph merges two equal operations, except those that draw."""
     torch._dynamo.reset()
     twice = torch.compile(lambda x, like: (x * _seed(like), x * _seed(like)), backend="aot_eager_decomp_partition")
     first, second = twice(torch.ones(2, requires_grad=True), torch.empty(0))
     assert not torch.equal(first, second)
 
 
-def test_masks_are_independent_whose_seeds_are_alike_but_for_a_bit_of_the_second_word(monkeypatch):
-    """At the same place, and at the one whose number that bit makes of it."""
+def test_masks_of_seeds_that_differ_in_one_bit_are_independent(monkeypatch):
+    """At the same index, and at the index that differs in that bit."""
     masks = []
     for words in ((7, 9), (7, 8)):
         monkeypatch.setattr(dropout_module, "_seed", lambda like, words=words: torch.tensor(words, dtype=torch.int32))
@@ -81,7 +81,7 @@ def test_its_gradient_passes_where_the_value_did(dropout):
     torch.testing.assert_close(x.grad * 2, dropped.detach())
 
 
-def test_it_follows_the_generator_and_moves_it(dropout):
+def test_it_uses_and_advances_the_generator(dropout):
     x = torch.ones(64)
     torch.manual_seed(0)
     first, second = dropout(x, 0.5), dropout(x, 0.5)
@@ -90,7 +90,7 @@ def test_it_follows_the_generator_and_moves_it(dropout):
 
 
 def test_a_graph_keeps_no_mask():
-    """The forward pass hands the backward one the seed, and else what it would without dropout."""
+    """The forward pass saves the seed for the backward pass, and otherwise only what it would without dropout."""
     kept = []
 
     def look(graph, _inputs):
@@ -111,7 +111,7 @@ def test_a_graph_keeps_no_mask():
 
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
-def test_recomputed_graphs_drop_the_same_again(mode, monkeypatch):
+def test_recomputed_graphs_repeat_their_dropout(mode, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager_decomp_partition"))
     gradients = []
     for each in ("none", mode):

@@ -49,8 +49,8 @@ def test_shards_are_views_of_weights_and_moments():
     assert [shard.name for shard in engine.shards()] == list(parameters)
 
 
-def test_steps_taken_are_told_of_each_tensor_and_of_the_group():
-    """torch's Adam counts them a tensor, apex's a group."""
+def test_step_counts_are_set_per_tensor_and_per_group():
+    """torch's Adam counts steps per tensor, apex's per group."""
     weight = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([weight])
     set_steps(optimizer, weight, 7)
@@ -72,7 +72,7 @@ def test_the_agreed_norm_is_clipped():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_non_finite_batch_is_seen_and_discarding_it_leaves_no_trace(value):
+def test_a_non_finite_batch_is_detected_and_discarding_it_leaves_no_trace(value):
     undisturbed, engine = single_engine(), single_engine()
     for step in range(3):
         bad = random_batch(100)
@@ -86,7 +86,7 @@ def test_a_non_finite_batch_is_seen_and_discarding_it_leaves_no_trace(value):
     assert all(torch.equal(a, b) for a, b in zip(copies(engine), copies(undisturbed), strict=True))
 
 
-def test_a_finite_loss_with_a_non_finite_gradient_is_seen():
+def test_a_finite_loss_with_a_non_finite_gradient_is_detected():
     engine = single_engine()
     loss = engine.forward_backward(random_batch(0))
     engine.gradients()[3].view(-1)[0] = float("nan")
@@ -96,21 +96,21 @@ def test_a_finite_loss_with_a_non_finite_gradient_is_seen():
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_an_input_that_is_not_finite_is_seen_in_any_pass(at):
+def test_a_non_finite_input_is_detected_in_any_micro_batch(at):
     batches = [random_batch(number) for number in range(2)]
     batches[at].noise[3, 2, 1] = float("nan")
     assert Bad.INPUT in single_engine().attempt(0, batches).bad
 
 
-def test_a_gradient_that_is_too_large_only_of_all_ranks_is_seen(monkeypatch):
+def test_a_gradient_that_overflows_only_in_the_sum_over_ranks_is_detected(monkeypatch):
     engine = single_engine()
     loss = engine.forward_backward(random_batch(0))
-    engine.gradients()[3].view(-1)[0] = 1.5e19  # whose square is less than float32's largest, 3.4e38, and four are more
+    engine.gradients()[3].view(-1)[0] = 1.5e19  # its square is below float32's maximum, 3.4e38, and four times that above
     monkeypatch.setattr(dist, "all_reduce_sum", lambda tensor: 4 * tensor)
     assert engine.agree(loss).bad == Bad.GRADIENT and engine.local_bad == Bad.NOTHING
 
 
-def test_accumulated_passes_are_one_batch():
+def test_accumulated_micro_batches_equal_one_batch():
     together, apart = single_engine(), single_engine("train.micro_batch=32")
     whole = random_batch(0, size=128)
     loss = together.forward_backward(whole)

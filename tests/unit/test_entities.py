@@ -1,4 +1,4 @@
-"""EntityLayout: the order of tokens, and there and back."""
+"""EntityLayout: the order of tokens, and the round trip."""
 
 from itertools import pairwise
 
@@ -38,7 +38,7 @@ def places(layout) -> list[list[tuple[float, float]]]:
     batch=st.integers(1, 3),
     channels=st.integers(1, 3),
 )
-def test_there_and_back_is_exact(side, down, across, batch, channels):
+def test_the_round_trip_is_exact(side, down, across, batch, channels):
     layout = cells(side * down, side * across, side)
     latents = torch.randn(batch, channels, side * down, side * across)
     tokens = layout.to_entities(latents)
@@ -80,7 +80,7 @@ def test_expand_gives_each_token_the_value_of_its_entity():
     assert unequal_layout().expand(values).tolist() == expanded
 
 
-def test_entities_of_unequal_length_go_there_and_back():
+def test_entities_of_unequal_length_round_trip():
     layout = unequal_layout()
     latents = torch.randn(2, 3, 2, 5)
     assert layout.offsets == (0, 1, 4, 6, 10)
@@ -104,7 +104,7 @@ def test_cells_that_do_not_tile_the_grid_are_refused_with_the_sides_that_do(grid
 
 @settings(deadline=None, max_examples=60)
 @given(kind=st.sampled_from(kinds()), down=st.integers(1, 4), across=st.integers(1, 4), channels=st.integers(1, 3))
-def test_every_kind_goes_there_and_back_exactly(kind, down, across, channels):
+def test_every_kind_round_trips_exactly(kind, down, across, channels):
     layout = layout_of(kind, 4 * down, 4 * across)
     latents = torch.randn(2, channels, 4 * down, 4 * across)
     tokens = layout.to_entities(latents)
@@ -120,7 +120,7 @@ def test_a_patch_is_one_token_row_by_row(rows, columns):
 
 
 @pytest.mark.parametrize(("rows", "columns", "stride"), [(4, 4, 2), (6, 9, 3), (2, 8, 2), (3, 4, 1)])
-def test_a_subsample_is_every_nth_token_of_both_directions(rows, columns, stride):
+def test_a_subsample_is_every_nth_token_in_both_directions(rows, columns, stride):
     expected = [
         [(row, column) for row in range(a, rows, stride) for column in range(b, columns, stride)]
         for a in range(stride)
@@ -144,7 +144,7 @@ def test_scales_are_averages_from_coarse_to_fine():
     assert layout_of("scale", 5, 8).grids == ((5, 8),)
 
 
-def test_sizes_that_nobody_names_are_the_published_ones():
+def test_default_sizes_are_the_published_ones():
     assert layout_of("cell", 16, 16).lengths == (64,) * 4
     assert layout_of("cell", 32, 32).lengths == (256,) * 4
     assert layout_of("subsample", 16, 16).lengths == (64,) * 4
@@ -155,9 +155,9 @@ def test_sizes_that_nobody_names_are_the_published_ones():
     ("kind", "size", "complaint"),
     [
         ("subsample", 3, "subsamples of stride 3 do not tile a 16x16 grid; sizes that do: [1, 2, 4, 8, 16]"),
-        ("scale", 6, "6 scales of a 16x16 grid, which halves evenly to at most 5"),
-        ("patch", 2, "model.entity_size is 2, an entity of kind patch has none"),
-        ("image", 2, "model.entity_size is 2, an entity of kind image has none"),
+        ("scale", 6, "6 scales do not fit a 16x16 grid, which halves evenly to at most 5"),
+        ("patch", 2, "model.entity_size is 2, but entities of kind patch have no size"),
+        ("image", 2, "model.entity_size is 2, but entities of kind image have no size"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(kind, size, complaint):

@@ -1,5 +1,5 @@
-"""flash_attention against dense attention in float64. Its kernels run on a GPU, or as Triton interprets them on a CPU, which it
-does only in a process that was started for that. It cannot multiply bfloat16 there, so a CPU has float16 alone."""
+"""flash_attention against dense attention in float64. The kernels run on a GPU, or on a CPU in Triton's interpreter, which
+needs a process started for it. The interpreter cannot multiply bfloat16, so a CPU tests float16 only."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.processes import ROOT, environment
 from xar_scale.model import flash
-from xar_scale.model.flash import Blocks, flash_attention
+from xar_scale.model.flash import BlockSizes, flash_attention
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -37,12 +37,12 @@ LAYOUTS = {
 
 
 def cuts(queries, keys):
-    return {name: {flash.WIDEST: Blocks(queries, keys, warps=4, stages=2, registers=255)} for name in flash.BLOCKS}
+    return {name: {flash.WIDEST: BlockSizes(queries, keys, warps=4, stages=2, registers=255)} for name in flash.BLOCKS}
 
 
 @outside
 @pytest.mark.skipif(GPU, reason="they run here")
-def test_what_follows_in_a_process_where_triton_interprets():
+def test_the_tests_below_in_a_process_with_tritons_interpreter():
     kept = {name: value for name, value in environment().items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, cwd=ROOT, env=kept | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=400)
@@ -50,20 +50,20 @@ def test_what_follows_in_a_process_where_triton_interprets():
 
 
 def ends_of(lengths, first):
-    """Of each query: the end of its entity."""
+    """Return the end of each query's entity."""
     ends = torch.tensor(lengths).cumsum(0)[first:].repeat_interleave(torch.tensor(lengths[first:]))
     return ends.to(DEVICE, torch.int32)
 
 
 def tensors(ends, head_width, dtype=torch.float16, memory="together", batch=1, heads=2):
-    """q, k and v, and a gradient of the output, as they lie in memory in some place of a model."""
+    """Return q, k, v and a gradient of the output, laid out in memory as in some part of a model."""
     shape = batch, int(ends[-1]), heads, head_width
     generator = torch.Generator(DEVICE).manual_seed(0)
     drawn = torch.randn(4, *shape, device=DEVICE, generator=generator).to(dtype)
     if memory == "together":
         q, k, v = drawn[:3].permute(1, 2, 0, 3, 4).contiguous().permute(2, 0, 3, 1, 4)
         grad = drawn[3].transpose(1, 2)
-    else:  # apart, each in another order, and the keys in a cache that has room for more
+    else:  # separate, each in another order, and the keys in a cache with spare capacity
         q, k, v, grad = drawn.transpose(2, 3)
         q, grad = q.contiguous(), grad.contiguous()
         k = torch.cat((k, k), dim=2)[:, :, : shape[1]]
@@ -82,7 +82,7 @@ def kept(seed, B, N, Tq, Tk, dropout):
     """The kernels' mask of a seed."""
     words = mixed(mixed(torch.arange(B * N * Tq, device=DEVICE) ^ seed[0].long()) ^ seed[1].long())
     bits = mixed((words[:, None] * (2 * torch.arange(Tk, device=DEVICE) + 1)) & 0xFFFFFFFF)
-    bits = bits ^ (bits >> 16)  # the last step but for which they mix
+    bits = bits ^ (bits >> 16)  # the last step, which the kernels leave out
     return (((bits + 2**31) & 0xFFFFFFFF) - 2**31 >= int(dropout * 2**32) - 2**31).view(B, N, Tq, Tk)
 
 
@@ -116,8 +116,8 @@ def check(ends, inputs, grad, dropout=0.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("queries", "keys", "dropout"), [(16, 32, 0.3), (32, 16, 0.0)])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_is_dense_forward_and_backward(name, queries, keys, dropout, dtype, monkeypatch):
-    """In many blocks: some seen by all of their queries, some by a few, some by none."""
+def test_every_layout_matches_dense_forward_and_backward(name, queries, keys, dropout, dtype, monkeypatch):
+    """In many blocks: some visible to all of their queries, some to a few, some to none."""
     monkeypatch.setattr(flash, "BLOCKS", cuts(queries, keys))
     ends = ends_of(*LAYOUTS[name])
     check(ends, *tensors(ends, 16, dtype, heads=1), dropout)
@@ -126,14 +126,14 @@ def test_every_layout_is_dense_forward_and_backward(name, queries, keys, dropout
 @here
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_width", "memory"), [(24, "apart"), (64, "together"), (80, "together"), (128, "apart")])
-def test_every_head_width_is_dense_forward_and_backward(head_width, memory, dtype):
-    """In the blocks that it has, of several samples and heads."""
+def test_every_head_width_matches_dense_forward_and_backward(head_width, memory, dtype):
+    """With the default block sizes, several samples and heads."""
     ends = ends_of((1, 64, 6), 1)
     check(ends, *tensors(ends, head_width, dtype, memory, batch=2), 0.1)
 
 
 @here
-def test_a_gradient_may_lie_anyhow_in_memory():
+def test_a_gradient_may_have_any_strides():
     ends = ends_of((3, 20), 0)
     inputs, grad = tensors(ends, 24)
     for other in (
@@ -145,8 +145,8 @@ def test_a_gradient_may_lie_anyhow_in_memory():
 
 
 @here
-def test_dropout_drops_its_share_and_the_rest_grows():
-    """Of equal probabilities whose values tell them apart."""
+def test_dropout_drops_its_share_and_scales_up_the_rest():
+    """Equal probabilities, whose values identify them."""
     T, dropout = 64, 0.1
     q, v = torch.zeros(8, 2, T, T, dtype=torch.float16, device=DEVICE), torch.eye(T, dtype=torch.float16, device=DEVICE)
     p = flash_attention(q, q, v.expand(8, 2, T, T), ends_of((T,), 0), dropout) * T
@@ -162,7 +162,7 @@ def test_dropout_drops_its_share_and_the_rest_grows():
 
 
 @here
-def test_dropout_follows_the_generator_and_moves_it():
+def test_dropout_uses_and_advances_the_generator():
     ends = ends_of((3, 20), 0)
     inputs, _ = tensors(ends, 16)
     torch.manual_seed(0)
@@ -176,7 +176,7 @@ def test_dropout_follows_the_generator_and_moves_it():
 
 @here
 @pytest.mark.parametrize("compiled", [False, True])
-def test_recomputed_or_in_a_graph_it_is_the_same(compiled):
+def test_recomputed_or_compiled_it_is_the_same(compiled):
     ends = ends_of((3, 20), 0)
     inputs, grad = tensors(ends, 16)
 
@@ -194,7 +194,7 @@ def test_recomputed_or_in_a_graph_it_is_the_same(compiled):
 
 
 @here
-def test_recomputed_in_a_graph_it_drops_the_same_again():
+def test_recomputed_in_a_graph_it_repeats_its_dropout():
     """The output is a sum of values: the gradient of each, times the value, is that of the output times the output."""
     ends = ends_of((3, 20), 0)
     (q, k, v), grad = tensors(ends, 16)
@@ -209,7 +209,7 @@ def test_recomputed_in_a_graph_it_drops_the_same_again():
 
 @here
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_what_graphs_expect_of_it_is_so(dropout):
+def test_it_passes_the_checks_of_custom_operations(dropout):
     ends = ends_of((1, 5, 20), 1)
     inputs, grad = tensors(ends, 24, memory="apart")
     given = [x.detach() for x in (grad, *inputs, ends, *torch.ops.xar_scale.flash_attention(*inputs, ends, dropout))]
@@ -219,7 +219,7 @@ def test_what_graphs_expect_of_it_is_so(dropout):
             expected = operation(*map(mode.from_tensor, arguments), dropout)
         for fake, real in zip(expected, operation(*arguments, dropout), strict=True):
             assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
-    if not dropout:  # which draws anew at each call
+    if not dropout:  # dropout draws anew at each call
         torch.library.opcheck(forward, (*inputs, ends, 0.0))
         torch.library.opcheck(backward, (*given, 0.0))
 

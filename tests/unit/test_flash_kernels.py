@@ -1,4 +1,4 @@
-"""flash's kernels as code of GPUs that are not here: each is compiled, and needs no more shared memory than they have."""
+"""flash's kernels compile for GPUs that are not present, and need no more shared memory than those have."""
 
 import pytest
 
@@ -8,14 +8,14 @@ triton = pytest.importorskip("triton", reason="wheels for a CPU come without Tri
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-# By compute capability, bytes that a program may have (CUDA's programming guide, technical specifications)
+# By compute capability, bytes of shared memory per program (CUDA's programming guide, technical specifications)
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TYPES = {"seed": "*i32", "ends": "*i32", "words": "*i32", "lse": "*fp32", "delta": "*fp32", "scale": "fp32", "grown": "fp32"}
 
 
 def compiled(name: str, head_width: int, capability: int):
-    """As it is launched: addresses and strides are multiples of 16."""
-    kernel, cut = flash._KERNELS[name], flash.cut_of(name, head_width)
+    """Compile as launched: addresses and strides are multiples of 16."""
+    kernel, cut = flash._KERNELS[name], flash.block_sizes(name, head_width)
     constants = flash.constants(head_width, cut, dropout=True)
     signature, aligned = {}, {}
     for place, argument in enumerate(kernel.arg_names):
@@ -37,6 +37,6 @@ LONG = pytest.mark.long
 @pytest.mark.parametrize("name", flash._KERNELS)
 @pytest.mark.parametrize("head_width", [pytest.param(64, marks=LONG), 80, pytest.param(128, marks=LONG)])
 @pytest.mark.parametrize("capability", [pytest.param(each, marks=() if each == 90 else LONG) for each in SHARED])
-def test_kernels_are_code_of_every_gpu_that_is_taken(name, head_width, capability):
+def test_kernels_compile_for_every_supported_gpu(name, head_width, capability):
     made = compiled(name, head_width, capability)
     assert made.asm["cubin"] and 0 < made.metadata.shared <= 1024 * SHARED[capability]

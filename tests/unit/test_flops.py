@@ -14,7 +14,7 @@ from xar_scale.presets import MODELS, model_values
 
 
 def counted(config: ModelConfig, backward: bool) -> int:
-    """What PyTorch counts for one image, without computing it: prefix calls, each decomposed into its two products."""
+    """Return PyTorch's count for one image, without computing it: prefix calls, each decomposed into its two products."""
     with torch.device("meta"):
         model = with_backend(XAR(config).to("meta"), "prefix")
         layout = model.layout

@@ -1,4 +1,4 @@
-"""FSDP2 in one process: plain PyTorch's steps, who writes what, and private names, which change from release to release."""
+"""FSDP2 in one process: steps as in plain PyTorch, who writes what, and private names that change between releases."""
 
 import warnings
 from collections import defaultdict
@@ -46,7 +46,7 @@ def state(engine: Engine) -> list[torch.Tensor]:
 
 
 def take_over(engine: Engine, trained: Engine, steps: int) -> None:
-    """The state of an engine that has taken ``steps``."""
+    """Return the state of an engine after ``steps``."""
     with torch.no_grad():
         for shard, wanted in zip(engine.shards(), trained.shards(), strict=True):
             for tensor, value in zip(shard[4:], wanted[4:], strict=True):
@@ -60,7 +60,7 @@ def engine_in(precision: str, engine: str = "fsdp2") -> Engine:
 
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(("first", "then"), [("bf16", "fp32"), ("fp32", "bf16")])
-def test_another_precision_is_that_of_an_engine_that_never_had_the_first(first, then):
+def test_a_changed_precision_equals_that_of_a_fresh_engine(first, then):
     batch = [random_batch(0)]
     expected = engine_in(then).attempt(0, batch)
     engine = engine_in(first)
@@ -72,15 +72,15 @@ def test_another_precision_is_that_of_an_engine_that_never_had_the_first(first, 
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_its_steps_are_those_of_plain_pytorch():
+def test_its_steps_match_plain_pytorch():
     engine, plain = engine_in("fp32"), engine_in("fp32", "single")
     assert losses(engine, 0, 1, 2) == pytest.approx(losses(plain, 0, 1, 2), rel=1e-6)
     torch.testing.assert_close(state(engine), state(plain), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_what_is_written_to_its_shards_is_trained_on_from_there():
-    """Weights that were gathered before are gathered anew, and Adam corrects its moments for the steps that they have seen."""
+def test_training_continues_from_what_is_written_to_its_shards():
+    """Weights gathered before are gathered again, and Adam's bias correction uses the steps that its moments have seen."""
     trained, engine = engine_in("fp32"), engine_in("fp32")
     losses(trained, 0, 1, 2)
     engine.losses(random_batch(0))
@@ -90,7 +90,7 @@ def test_what_is_written_to_its_shards_is_trained_on_from_there():
 
 
 @pytest.mark.usefixtures("one_rank")
-def test_blocks_are_gathered_in_16_bits_and_all_else_and_every_gradient_in_float32():
+def test_blocks_are_gathered_in_16_bits_and_the_rest_and_all_gradients_in_float32():
     engine = engine_in("bf16")
     *blocks, rest = [(policy.param_dtype, policy.reduce_dtype) for _, policy in _policies(engine.model, engine._policy())]
     assert blocks == [(torch.bfloat16, torch.float32)] * len(engine.model.blocks) and rest == (torch.float32, torch.float32)
@@ -106,8 +106,8 @@ def test_its_layers_know_that_their_weights_are_gathered_and_it_warns_of_nothing
     assert not [warning for warning in said if "FSDP2-wrapped" in str(warning.message)]
 
 
-def test_neighbours_share_a_copy(monkeypatch):
-    """Of four ranks, two to a copy, with five rows of three."""
+def test_a_sharding_group_holds_one_replica(monkeypatch):
+    """Four ranks, two per replica, and five rows of three."""
     owned = []
     for rank in range(4):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
@@ -117,8 +117,8 @@ def test_neighbours_share_a_copy(monkeypatch):
 
 
 @pytest.mark.parametrize("shared", [1, 2])
-def test_what_several_ranks_hold_is_written_once_and_whole(shared):
-    """``shared`` ranks of four share a copy of the weights: they are neighbours, and 4 or 2 ranks hold the same."""
+def test_replicated_shards_are_written_once_and_completely(shared):
+    """``shared`` neighbouring ranks of four hold one replica, so 4 or 2 ranks hold the same shard."""
     written, sizes = defaultdict(list), {}
     for rank in range(4):
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
@@ -129,7 +129,7 @@ def test_what_several_ranks_hold_is_written_once_and_whole(shared):
                 written[key].append((start, start + tensor.numel()))
         finally:
             torch.distributed.destroy_process_group()
-    assert len(written) == 4 * len(sizes)  # weights, averages, two moments
+    assert len(written) == 4 * len(sizes)  # weights, EMA, two moments
     for key, parts in written.items():
         starts, stops = zip(*sorted(parts), strict=True)
         assert (*starts, sizes[key.split("/")[1]]) == (0, *stops), key

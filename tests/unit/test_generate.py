@@ -94,7 +94,7 @@ class UngraphedCalls:
     def __init__(self, device) -> None:
         self.kinds = set()
 
-    def play(self, kind, work, *inputs):
+    def run(self, kind, work, *inputs):
         self.kinds.add((kind, inputs[0].shape))
         return work(*inputs)
 

@@ -1,4 +1,4 @@
-"""The guard's decisions: each rung by example, and by hypothesis what holds for any course of events."""
+"""The guard's decisions: each rung by example, and properties of any course of events by hypothesis."""
 
 import json
 import math
@@ -29,7 +29,7 @@ FINE, NOT_FINITE = event(), event(bad=Bad.LOSS | Bad.GRADIENT)
 
 
 def course(machine: Guard, *events: Event, state: GuardState | None = None) -> tuple[GuardState, list[Action]]:
-    """The state after ``events`` and what was decided at each."""
+    """Return the state after ``events`` and the decision at each."""
     state, actions = state or GuardState(), []
     for at in events:
         state, decision = machine.decide(state, at)
@@ -42,18 +42,18 @@ def test_a_finite_step_is_taken_and_nothing_is_remembered():
     assert (state, *decision) == (GuardState(), Action.STEP, "")
 
 
-def test_what_is_finite_at_the_second_attempt_is_taken_and_counted():
+def test_a_step_that_is_finite_on_a_retry_is_taken_and_counted():
     state, actions = course(guard(), NOT_FINITE, FINE)
     assert actions == [Action.RETRY, Action.STEP]
     assert state == GuardState(transients=1, discarded=1)
 
 
-def test_devices_that_differ_too_often_end_the_run():
+def test_too_many_transients_end_the_run():
     _, actions = course(guard(), *[NOT_FINITE, FINE] * 3)
     assert actions[-2:] == [Action.RETRY, Action.STOP] and Action.STOP not in actions[:-1]
 
 
-def test_what_only_tf32_can_take_is_taken_in_tf32_and_held_there():
+def test_a_step_finite_only_in_tf32_is_taken_and_tf32_is_held():
     machine = guard()
     state, actions = course(machine, event(7, Bad.LOSS), event(7, Bad.LOSS), event(7))
     assert actions == [Action.RETRY, Action.RETRY, Action.STEP]
@@ -80,7 +80,7 @@ def steps_held(machine: Guard, state: GuardState, step: int) -> tuple[GuardState
     return state, step - first
 
 
-def test_each_relapse_holds_twice_as_long_and_at_last_for_good():
+def test_each_relapse_holds_twice_as_long_and_finally_permanently():
     machine = guard()
     state, held = GuardState(), []
     for step in (0, 200, 400):
@@ -95,16 +95,16 @@ def test_while_tf32_is_held_nothing_lower_is_tried():
     state = relapse(machine, GuardState(), 0)
     state, actions = course(machine, event(1, Bad.LOSS), event(1, Bad.LOSS), state=state)
     assert actions == [Action.RETRY, Action.QUARANTINE]
-    assert state.lowered and state.held_until == 5  # the hold goes on
+    assert state.lowered and state.held_until == 5  # the hold continues
 
 
 @pytest.mark.parametrize("mode", ["tf32", "fp32"])
-def test_full_precision_has_nothing_to_fall_back_to(mode):
+def test_full_precision_has_no_fallback(mode):
     state, actions = course(guard(mode), NOT_FINITE, NOT_FINITE)
     assert actions == [Action.RETRY, Action.QUARANTINE] and not state.lowered
 
 
-def test_what_no_precision_can_take_is_quarantined_within_the_budget():
+def test_samples_not_finite_in_any_precision_are_quarantined_within_the_budget():
     machine = guard()
     climb = [NOT_FINITE] * 3
     state, actions = course(machine, *climb)
@@ -113,7 +113,7 @@ def test_what_no_precision_can_take_is_quarantined_within_the_budget():
     state, actions = course(machine, *climb, state=state)
     assert actions[-1] is Action.QUARANTINE and state.quarantined == 16
     state, decision = machine.decide(course(machine, *climb[:2], state=state)[0], climb[2])
-    assert decision.action is Action.STOP and "samples to take out: 8, left of guard.max_quarantined 20: 4" in decision.reason
+    assert decision.action is Action.STOP and "samples to quarantine: 8, guard.max_quarantined 20 leaves 4" in decision.reason
 
 
 def test_inputs_that_are_not_finite_are_quarantined_at_once():
@@ -127,7 +127,7 @@ def test_without_a_suspect_nothing_can_be_quarantined():
 
 @pytest.mark.parametrize("bad", [Bad.WEIGHTS, Bad.MOMENTS, Bad.WEIGHTS | Bad.LOSS | Bad.INPUT])
 @pytest.mark.parametrize("before", [(), (NOT_FINITE,), (NOT_FINITE, NOT_FINITE)])
-def test_a_state_that_is_not_finite_is_rolled_back_whatever_rung_it_is_met_on(bad, before):
+def test_a_non_finite_state_is_rolled_back_on_any_rung(bad, before):
     machine = guard()
     state, actions = course(machine, *before, event(bad=bad))
     assert actions[-1] is Action.ROLL_BACK and state.rollbacks == 1
@@ -135,7 +135,7 @@ def test_a_state_that_is_not_finite_is_rolled_back_whatever_rung_it_is_met_on(ba
     assert course(machine, event(bad=bad), event(bad=bad), state=state)[1] == [Action.ROLL_BACK, Action.STOP]
 
 
-def test_a_bound_that_was_lowered_is_a_bound_still():
+def test_a_lowered_bound_still_holds():
     machine = guard(max_rollbacks=1, max_transients=1)
     assert course(machine, event(bad=Bad.WEIGHTS), state=GuardState(rollbacks=2))[1] == [Action.STOP]
     assert course(machine, NOT_FINITE, FINE, state=GuardState(transients=2))[1] == [Action.RETRY, Action.STOP]
@@ -149,13 +149,13 @@ def test_gradients_that_overflow_halve_the_scale_before_the_ladder_is_climbed():
 
 
 @pytest.mark.parametrize("bad", [Bad.LOSS, Bad.LOSS | Bad.GRADIENT])
-def test_a_loss_that_overflows_is_not_the_scales_fault(bad):
+def test_an_overflowing_loss_leaves_the_scale(bad):
     state, actions = course(guard("fp16"), event(bad=bad), event(bad=bad), FINE)
     assert actions == [Action.RETRY, Action.RETRY, Action.STEP]
     assert state.scale == FIRST_SCALE and state.lowered
 
 
-def test_a_scale_that_did_not_help_is_put_back():
+def test_a_scale_that_did_not_help_is_restored():
     machine, overflow = guard("fp16"), event(bad=Bad.GRADIENT)
     halvings = round(math.log2(FIRST_SCALE))
     state, actions = course(machine, *[overflow] * (halvings + 2), FINE)
@@ -173,12 +173,12 @@ def test_the_scale_grows_after_many_steps_and_not_beyond_its_largest():
     assert state.scale == LARGEST_SCALE
 
 
-def test_halving_begins_the_count_of_good_steps_anew():
+def test_halving_resets_the_count_of_good_steps():
     state, _ = course(guard("fp16"), *[FINE] * 7, event(bad=Bad.GRADIENT), FINE)
     assert state.steps_at_scale == 1
 
 
-def test_in_tf32_the_scale_rests():
+def test_in_tf32_the_scale_does_not_change():
     machine = guard("fp16", hold_steps=10**6)
     state = relapse(machine, GuardState(steps_at_scale=SCALE_GROWS_AFTER - 2), 0)
     assert course(machine, *[FINE] * 5, state=state)[0].scale == FIRST_SCALE
@@ -200,7 +200,7 @@ def calm(machine: Guard) -> GuardState:
 
 
 @pytest.mark.parametrize("spike", [event(5, loss=1.5, norm=2.0), event(5, loss=1.0, norm=3.0)])
-def test_a_spike_that_tf32_does_not_show_was_precision(spike):
+def test_a_spike_that_vanishes_in_tf32_was_precision(spike):
     machine = guard(**SPIKY)
     state, actions = course(machine, spike, event(5, norm=2.0), state=calm(machine))
     assert actions == [Action.RETRY, Action.STEP]
@@ -209,7 +209,7 @@ def test_a_spike_that_tf32_does_not_show_was_precision(spike):
 
 @pytest.mark.parametrize(("on_spike", "action"), [("take", Action.STEP), ("skip", Action.SKIP)])
 @pytest.mark.parametrize("mode", ["bf16", "fp32"])
-def test_a_spike_in_tf32_too_is_taken_or_gone_without(on_spike, action, mode):
+def test_a_spike_in_tf32_too_is_taken_or_skipped(on_spike, action, mode):
     machine = guard(mode, **SPIKY, on_spike=on_spike)
     spike = event(5, loss=1.5, norm=2.0)
     attempts = [spike, spike] if mode == "bf16" else [spike]
@@ -217,10 +217,10 @@ def test_a_spike_in_tf32_too_is_taken_or_gone_without(on_spike, action, mode):
     assert actions == [*[Action.RETRY] * (len(attempts) - 1), action]
     assert not state.lowered and state.rung is Rung.FIRST and state.holds == 0
     assert state.skipped == (action is Action.SKIP)
-    assert (state.losses[-1] == 1.5) == (action is Action.STEP)  # what is gone without is no measure
+    assert (state.losses[-1] == 1.5) == (action is Action.STEP)  # a skipped step does not enter the window
 
 
-def test_a_fall_is_no_spike_and_without_a_past_nothing_is():
+def test_a_drop_is_no_spike_and_nothing_is_without_a_full_window():
     machine = guard(**SPIKY)
     assert course(machine, event(5, loss=0.01, norm=0.01), state=calm(machine))[1] == [Action.STEP]
     assert course(machine, event(5, loss=1.05, norm=2.0), state=calm(machine))[1] == [Action.STEP]  # two and a half deviations
@@ -228,33 +228,33 @@ def test_a_fall_is_no_spike_and_without_a_past_nothing_is():
 
 
 @pytest.mark.parametrize(("loss", "action"), [(1.1050, Action.STEP), (1.1051, Action.RETRY)])
-def test_a_spike_begins_where_the_docs_say(loss, action):
-    """Six times 1.4826 * 0.01 + 0.001 * 1.01 above 1.01: of the losses the median, and 0.01 the median absolute deviation."""
+def test_the_spike_threshold_is_the_documented_one(loss, action):
+    """Six times 1.4826 * 0.01 + 0.001 * 1.01 above 1.01. The losses have median 1.01 and median absolute deviation 0.01."""
     machine = guard(**SPIKY)
     assert course(machine, event(5, loss=loss, norm=2.0), state=calm(machine))[1] == [action]
 
 
-def test_of_a_run_that_stands_still_not_every_step_is_a_spike():
+def test_constant_losses_do_not_make_every_step_a_spike():
     machine = guard(**SPIKY)
     state, _ = course(machine, *[event(norm=2.0)] * 5)
     assert course(machine, event(5, loss=1.0001, norm=2.0001), state=state)[1] == [Action.STEP]
     assert course(machine, event(5, loss=1.1, norm=2.0), state=state)[1] == [Action.RETRY]
 
 
-def test_what_only_tf32_can_take_is_taken_even_if_it_is_a_spike():
+def test_a_step_finite_only_in_tf32_is_taken_even_if_it_is_a_spike():
     machine = guard(**SPIKY)
     state, actions = course(machine, event(5, Bad.LOSS), event(5, Bad.LOSS), event(5, loss=9.0), state=calm(machine))
     assert actions == [Action.RETRY, Action.RETRY, Action.STEP] and state.lowered and state.holds == 1
 
 
-def test_spikes_are_nobodys_business_by_default():
+def test_spikes_are_ignored_by_default():
     assert GuardConfig().spike == 0
     machine = guard(spike_window=5)
     assert course(machine, *CALM, event(5, loss=1e9, norm=1e9))[1] == [Action.STEP] * 6
     assert calm(machine).losses == ()
 
 
-def test_a_guard_that_is_switched_off_takes_everything():
+def test_a_disabled_guard_takes_every_step():
     assert course(guard(enabled=False), NOT_FINITE, event(bad=Bad.WEIGHTS))[1] == [Action.STEP] * 2
 
 
@@ -268,7 +268,7 @@ def test_a_state_survives_json_and_a_damaged_one_is_refused():
             GuardState.from_dict(values | damage)
 
 
-# Any course of events: what the attempts come out as, for as long as the run goes on
+# Any course of events: outcomes of attempts, while the run continues
 FLAGS = st.sampled_from([Bad.NOTHING] * 6 + [Bad(value) for value in range(1, 32)])
 ATTEMPTS = st.lists(st.tuples(FLAGS, st.sampled_from([0.5, 1.0, 100.0]), st.integers(0, 12)), max_size=120)
 CONFIGS = st.builds(
@@ -286,14 +286,14 @@ MODE_NAMES = st.sampled_from(sorted(MODES))
 
 
 def longest_climb(config: GuardConfig) -> int:
-    """No step can be attempted more often: halvings, the same again, TF32, all of it again for each quarantine, roll backs."""
+    """An upper bound of attempts at a step: halvings, a retry, TF32, all of these for each quarantine, and roll backs."""
     climb = round(math.log2(LARGEST_SCALE)) + 4
     return climb * (1 + config.max_quarantined) + config.max_rollbacks + 1
 
 
 @settings(max_examples=400, deadline=None)
 @given(CONFIGS, MODE_NAMES, ATTEMPTS)
-def test_whatever_happens_nothing_that_is_not_finite_is_stepped_and_every_count_is_bounded(config, mode, attempts):
+def test_no_non_finite_attempt_is_stepped_and_all_counts_are_bounded(config, mode, attempts):
     machine, state, step, permanent = Guard(config, MODES[mode]), GuardState(), 0, False
     for bad, size, suspects in attempts:
         at = event(step, bad, loss=size, norm=size, suspects=suspects)
@@ -321,8 +321,8 @@ def test_whatever_happens_nothing_that_is_not_finite_is_stepped_and_every_count_
 
 @settings(max_examples=400, deadline=None)
 @given(CONFIGS, MODE_NAMES, st.lists(st.tuples(FLAGS, st.integers(1, 12)), min_size=1, max_size=12))
-def test_every_step_comes_to_an_end(config, mode, course_of_events):
-    """The same events over and over, but for steps: sooner or later the step is taken, gone without, or the run stops."""
+def test_every_step_terminates(config, mode, course_of_events):
+    """With the same events repeated, sooner or later each step is taken or skipped, or the run stops."""
     machine, state, attempts = Guard(config, MODES[mode]), GuardState(), 0
     while True:
         bad, suspects = course_of_events[attempts % len(course_of_events)]
@@ -336,7 +336,7 @@ def test_every_step_comes_to_an_end(config, mode, course_of_events):
 @settings(max_examples=200, deadline=None)
 @given(CONFIGS, MODE_NAMES, ATTEMPTS, st.integers(0, 119))
 def test_ranks_and_a_resumed_run_decide_alike(config, mode, attempts, resumed):
-    """Decisions follow from the events alone; a state that went through a checkpoint decides as if it had not."""
+    """Decisions depend on the events alone. A state that went through a checkpoint decides as if it had not."""
     one, other = Guard(config, MODES[mode]), Guard(config, MODES[mode])
     mine = theirs = GuardState()
     for number, (bad, size, suspects) in enumerate(attempts):

@@ -25,14 +25,14 @@ def inputs(batch=2):
 
 
 class NoAttention(nn.Module):
-    """Stands in a block so that entities do not see each other."""
+    """Replaces attention in a block, so that entities do not affect each other."""
 
     def forward(self, x, rotary, first, cache):
         return x
 
 
 @pytest.mark.parametrize("affine", [True, False])
-def test_rms_norm_is_the_naive_one(affine):
+def test_rms_norm_matches_the_naive_formula(affine):
     norm = RMSNorm(8, affine)
     x = 1e-3 * normal(0, 3, 5, 8, dtype=torch.float32)  # so small that epsilon, 1e-6, is half of it
     weight = torch.ones(8)
@@ -84,7 +84,7 @@ def test_the_number_of_time_bins_is_a_setting():
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
 
 
-def test_modulation_is_of_the_entity():
+def test_modulation_is_per_entity():
     model = nano_model()
     x, t, labels = inputs()
     before = model(x, t, labels)
@@ -97,7 +97,7 @@ def test_modulation_is_of_the_entity():
 
 
 def test_a_block_modulates_each_entity_by_its_own_condition():
-    """One block without attention between entities: the condition of one moves its own tokens only."""
+    """One block without attention between entities: the condition of one changes its own tokens only."""
     block = nano_model().encoder[0]
     block.attn = NoAttention()
     x, condition = normal(0, 2, 16, 128, dtype=torch.float32), normal(1, 2, 4, 128, dtype=torch.float32)
@@ -108,7 +108,7 @@ def test_a_block_modulates_each_entity_by_its_own_condition():
     assert moved.tolist() == [8 <= token < 12 for token in range(16)]
 
 
-def test_a_block_is_the_naive_formula():
+def test_a_block_matches_the_naive_formula():
     block = nano_model().encoder[0]
     block.attn = NoAttention()
     x, condition = normal(0, 2, 16, 128, dtype=torch.float32), normal(1, 2, 4, 128, dtype=torch.float32)
@@ -120,7 +120,7 @@ def test_a_block_is_the_naive_formula():
 
 
 @pytest.mark.parametrize("kind", ["cell", "scale"])
-def test_gradients_of_a_block_and_its_modulation_are_those_of_finite_differences(kind):
+def test_gradients_of_a_block_and_its_modulation_match_finite_differences(kind):
     """Norm, attention, MLP and modulation together, in float64 throughout."""
     config = ModelConfig(width=8, depth_encoder=1, depth_decoder=1, heads=2, grid=(4, 4), entity=kind, entity_size=2)
     layout = create_layout(config)
@@ -151,7 +151,7 @@ def test_the_class_matters_and_the_null_class_is_one_more():
     assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])
 
 
-def test_samples_do_not_see_each_other():
+def test_samples_do_not_affect_each_other():
     model = nano_model()
     x, t, labels = inputs(3)
     together = model(x, t, labels)
@@ -184,14 +184,14 @@ def test_rows_of_an_entity_meet_its_tokens_and_no_others(layout, first):
         ((2, 320, 16), (2, 5), (2,)),
     ],
 )
-def test_shapes_that_disagree_are_refused_with_what_they_are(x, t, labels):
+def test_mismatched_shapes_are_refused_and_named(x, t, labels):
     model = nano_model(grid=(16, 16), channels=16)
     given = torch.zeros(x), torch.zeros(t), torch.zeros(labels, dtype=torch.int64)
-    with pytest.raises(UsageError, match=re.escape(f"x {x}, t {t} of torch.float32, labels {labels}: x is")):
+    with pytest.raises(UsageError, match=re.escape(f"x {x}, t {t} of torch.float32, labels {labels}: expected x")):
         model(*given)
 
 
-def test_times_in_whole_numbers_are_refused():
+def test_integer_times_are_refused():
     model = nano_model(grid=(16, 16), channels=16)
     with pytest.raises(UsageError, match=r"of torch.int64, .* from 0 to 1"):
         model(torch.zeros(1, 256, 16), torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
@@ -212,7 +212,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_dropout_acts_on_attention_and_mlp():
-    """Each of the places where it acts: attention's probabilities and output, the MLP's product and output."""
+    """At each place: attention's probabilities and output, the MLP's product and output."""
     block = nano_model(dropout=0.5).encoder[0]
     x, rotary = normal(0, 2, 16, 128, dtype=torch.float32), (torch.ones(16, 16), torch.zeros(16, 16))
     attention, mlp = block.attn, block.mlp
@@ -242,7 +242,7 @@ def test_the_initialisation_is_the_published_one():
         else:
             assert name in ("class_embed.weight", "encoder_pos", "decoder_pos")
             assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
-            assert parameter.abs().max() > 0.05, name  # normal, not cut
+            assert parameter.abs().max() > 0.05, name  # normal, not truncated
 
 
 def test_the_initialisation_does_not_depend_on_the_order_of_construction():
@@ -276,7 +276,7 @@ def test_no_two_parameters_start_alike():
     assert len(starts) == len(weights)
 
 
-def test_a_model_is_made_of_a_preset_and_changes():
+def test_a_model_is_a_preset_with_changes():
     model = create_model("nano", channels=7, classes=3, dropout=0.25)
     assert isinstance(model, XAR) and model.config.width == 128
     assert (model.config.channels, model.config.classes, model.config.dropout) == (7, 3, 0.25)
@@ -285,12 +285,12 @@ def test_a_model_is_made_of_a_preset_and_changes():
 @pytest.mark.parametrize(
     ("name", "count"), [("nano", 1_451_704), ("xar_2b", 2_091_486_176), ("xar_4b", 3_637_477_360), ("xar_7b", 7_097_825_216)]
 )
-def test_a_model_of_any_size_is_described_without_memory_for_it(name, count):
+def test_a_model_of_any_size_is_created_without_memory_for_it(name, count):
     """The published sizes are counted in test_parity."""
     model = meta_model(ModelConfig(**model_values(name)))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in model.parameters()) == count
-    assert not list(model.buffers())  # nothing else has to be placed
+    assert not list(model.buffers())  # nothing else needs memory
 
 
 @pytest.mark.parametrize("name", ["xar_2b", "xar_4b", "xar_7b"])

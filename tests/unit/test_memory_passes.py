@@ -181,7 +181,7 @@ def test_graphs_keep_no_padded_copies_of_weights_that_are_gathered(monkeypatch):
         return pass_memory(config, "bf16", SAMPLES, CUDA).saved
 
     without = saved()
-    monkeypatch.setattr(passes, "weights_are_gathered", lambda model: None)
+    monkeypatch.setattr(passes, "mark_weights_gathered", lambda model: None)
     assert saved() - without == weights_of(config.model).blocks * 3 * 80 * 216 * 2
     passes._known_graph.cache_clear()
 

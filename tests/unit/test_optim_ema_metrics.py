@@ -1,4 +1,4 @@
-"""Parameter groups, the learning rate, the moving average, precision modes, and what a run says."""
+"""Parameter groups, the learning rate, the EMA, precision modes, and what a run logs."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ from xar_scale.optim import create_adamw, learning_rate, parameter_groups
 from xar_scale.precision import MODES, apply_matmul_mode
 
 
-def test_every_parameter_is_in_one_group_and_matrices_alone_decay():
+def test_every_parameter_is_in_one_group_and_only_matrices_decay():
     model = nano_model()
     decayed, plain = parameter_groups(dict(model.named_parameters()), shapes_of(model), OptimConfig(lr=1.0, weight_decay=0.07))
     grouped = [id(parameter) for group in (decayed, plain) for parameter in group["params"]]
@@ -34,7 +34,7 @@ def test_every_parameter_is_in_one_group_and_matrices_alone_decay():
     assert any(parameter is model.in_norm.weight for parameter in plain["params"])
 
 
-def test_a_matrix_decays_that_is_cut_into_flat_shards():
+def test_a_matrix_in_flat_shards_decays():
     model = nano_model()
     shapes = shapes_of(model)
     matrices = {id(parameter) for parameter in model.parameters() if parameter.ndim > 1}
@@ -53,7 +53,7 @@ def test_the_optimizer_takes_its_settings():
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.3, (0.8, 0.7), 1e-5, decay)
 
 
-def test_on_a_cpu_steps_are_the_same_bitwise_however_a_matrix_is_cut():
+def test_on_a_cpu_steps_are_bitwise_equal_however_a_matrix_is_sharded():
     def stepped(size: int) -> torch.Tensor:
         parts = [part.clone() for part in normal(0, 1001, dtype=torch.float32).split(size)]
         named = {str(number): part for number, part in enumerate(parts)}
@@ -64,7 +64,7 @@ def test_on_a_cpu_steps_are_the_same_bitwise_however_a_matrix_is_cut():
             optimizer.step()
         return torch.cat(parts)
 
-    assert torch.equal(stepped(7), stepped(1001))  # too few for what a CPU computes at once, and many
+    assert torch.equal(stepped(7), stepped(1001))  # fewer values than a CPU vector register holds, and many
 
 
 def rates(steps: int, **settings) -> list[float]:
@@ -95,7 +95,7 @@ def test_decay_begins_after_the_warmup_at_the_earliest():
     assert rates(10, lr=1.0, warmup_steps=10, decay_share=0.5) == pytest.approx([(step + 1) / 10 for step in range(10)])
 
 
-def test_the_average_is_the_naive_loop_and_leaves_the_weights():
+def test_the_ema_matches_the_naive_loop_and_leaves_the_weights():
     weights = [normal(n, 5, dtype=torch.float32).requires_grad_() for n in range(3)]
     ema = EMA(weights, decay=0.9)
     expected = [weight.tolist() for weight in weights]
@@ -116,7 +116,7 @@ def test_the_average_is_the_naive_loop_and_leaves_the_weights():
         assert not average.requires_grad
 
 
-def test_averages_follow_weights_that_are_changed_in_place():
+def test_the_ema_follows_weights_changed_in_place():
     weight = torch.zeros(2)
     ema = EMA([weight], decay=0.5)
     weight.fill_(8)

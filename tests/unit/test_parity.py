@@ -90,7 +90,7 @@ def test_published_names_shapes_and_counts(preset):
     assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == {
         name: tuple(parameter.shape) for name, parameter in model.named_parameters()
     }
-    assert published["encoder_blocks.0.attn.rope.freqs"] == [config.head_width // 4]  # the heads, which no weight tells
+    assert published["encoder_blocks.0.attn.rope.freqs"] == [config.head_width // 4]  # the heads, which the weights do not show
     # what the map leaves out is derived from the sizes, nothing else
     left_out = set(published) - set(official_names(config))
     assert all(name == "mask" or ".rope.freqs" in name for name in left_out)
@@ -98,14 +98,14 @@ def test_published_names_shapes_and_counts(preset):
 
 @pytest.fixture(scope="module")
 def nano() -> dict[str, dict[str, torch.Tensor]]:
-    """Two sets of weights under published names, beside what the published code saves with them."""
+    """Two sets of weights under published names, with what the published code saves along with them."""
     models = {key: create_model("nano", seed=seed) for seed, key in enumerate(("model", "model_ema"))}
     states = {key: published(dict(model.state_dict()), model.config) for key, model in models.items()}
     return states | {"epoch": 3, "args": argparse.Namespace(lr=1e-4)}
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_published_weights_become_a_model_the_averages_if_there_are_some(tmp_path, nano, legacy):
+def test_published_weights_load_as_a_model_from_the_ema_if_present(tmp_path, nano, legacy):
     torch.save(nano, path := tmp_path / "checkpoint.pth", _use_new_zipfile_serialization=not legacy)
     torch.save(nano["model"], alone := tmp_path / "weights.pth")
     cases = [
@@ -124,7 +124,7 @@ def test_published_weights_become_a_model_the_averages_if_there_are_some(tmp_pat
         assert all(isinstance(parameter, torch.nn.Parameter) and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_run_of_ours_says_itself_what_network_it_is_of(tmp_path):
+def test_our_own_runs_name_their_network(tmp_path):
     config = digits_config("train.engine=single", "model.entity=subsample", "model.heads=8")
     run = Run(tmp_path, config=config)
     run.train()

@@ -22,7 +22,7 @@ from xar_scale.evaluate.digits import cache_digits
 from xar_scale.guard import Action, GuardState
 from xar_scale.memory.rank import MARGIN, rank_memory
 from xar_scale.model.xar import meta_model
-from xar_scale.recovery import Recovery, Resolved
+from xar_scale.recovery import Recovery, Resolution
 
 ON = "optim.ema_snapshots_every=2"
 CONFIG = digits_config("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8", ON)
@@ -160,16 +160,16 @@ def test_snapshots_of_later_steps_are_set_aside_and_leftovers_removed(tmp_path):
 def test_the_guard_checks_them_and_rolls_them_back(tmp_path, kind, monkeypatch):
     run = Guarded(tmp_path, "guard.snapshot_every=2", ON)
     run.train(2)
-    assert run.recovery.keep(2, certainly=False)
+    assert run.recovery.check_and_snapshot(2, checkpoint_due=False)
     before = run.state()
     run.train()
     run.ema.averages[kind][7][0] = math.nan
-    assert not run.recovery.keep(3, certainly=True)
+    assert not run.recovery.check_and_snapshot(3, checkpoint_due=True)
     run.recovery.roll_back()
     assert same(run.state(), before)
     run.ema.averages[kind][7][0] = math.nan
-    with pytest.raises(NonFiniteError, match="that the run begins with are not finite"):
-        run.recovery.begin(2)
+    with pytest.raises(NonFiniteError, match="the initial weights, moments or EMA weights are not finite"):
+        run.recovery.check_start(2)
     run.spoil(monkeypatch, 1)
     assert run.resolve().action is Action.ROLL_BACK
 
@@ -200,7 +200,7 @@ def test_training_counts_updates_and_not_steps_across_a_resume(tmp_path, words, 
             return resolve(self, step, batches, verdict)
         self.engine.discard()
         self.state = replace(self.state, skipped=self.state.skipped + 1)
-        return Resolved(Action.SKIP, verdict)
+        return Resolution(Action.SKIP, verdict)
 
     monkeypatch.setattr(Recovery, "resolve", skip_the_third)
     monkeypatch.setattr(EMA, "update", lambda self, number: (numbers.append(number), update(self, number)))

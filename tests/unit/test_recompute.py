@@ -18,7 +18,7 @@ MODES = ["full", "selective", "offload"]
 
 
 def trained(mode: str, kind: str = "cell", backend: str = "auto", dropout: float = 0.2):
-    """Loss, gradients and bytes saved for the backward pass, of one pass with dropout on."""
+    """Return loss, gradients and bytes saved for the backward pass, of one pass with dropout on."""
     model = with_backend(nano_model(dropout=dropout, entity=kind).train(), backend)
     apply_recompute(model.blocks, mode)
     layout, batch, saved = model.layout, random_batch(0), {}
@@ -41,7 +41,7 @@ def trained(mode: str, kind: str = "cell", backend: str = "auto", dropout: float
 @pytest.mark.parametrize("kind", ["cell", "scale"])
 @pytest.mark.parametrize("backend", ["dense", "masked", "prefix"])
 @pytest.mark.parametrize("mode", MODES)
-def test_losses_and_gradients_are_those_without(mode, kind, backend):
+def test_losses_and_gradients_match_those_without_recomputation(mode, kind, backend):
     loss, gradients, _ = trained("none", kind, backend)
     again, recomputed, _ = trained(mode, kind, backend)
     assert torch.equal(loss, again)
@@ -50,7 +50,7 @@ def test_losses_and_gradients_are_those_without(mode, kind, backend):
 
 @torch.library.custom_op("xar_scale_tests::attention", mutates_args=())
 def drawing(x: torch.Tensor, dropout_p: float) -> torch.Tensor:
-    """Stands for a fused kernel, which draws its dropout inside, as they do on a GPU."""
+    """Emulates a fused GPU kernel that draws its dropout inside."""
     drawing.calls += 1
     return x * (torch.rand_like(x) >= dropout_p) if dropout_p else x.clone()
 
@@ -64,8 +64,8 @@ drawing.register_autograd(
 
 
 @pytest.mark.parametrize(("dropout", "again"), [(0.0, 0), (0.3, 1)])
-def test_selective_replays_a_kernel_that_draws(dropout, again, monkeypatch):
-    """One that is kept is not run again: what draws after it would draw another mask than in the forward pass."""
+def test_selective_recomputes_a_kernel_that_draws(dropout, again, monkeypatch):
+    """A kept kernel is not rerun: whatever draws after it would draw another mask than in the forward pass."""
     monkeypatch.setattr(recompute, "_KEPT", {torch.ops.xar_scale_tests.attention.default, *recompute._KEPT})
 
     class Layer(nn.Module):
@@ -87,7 +87,7 @@ def test_selective_replays_a_kernel_that_draws(dropout, again, monkeypatch):
 
 
 @pytest.mark.parametrize(("dropout", "again"), [(0.0, 0), (0.3, 1)])
-def test_selective_replays_this_project_s_attention_only_where_it_draws(dropout, again, monkeypatch):
+def test_selective_recomputes_flash_attention_only_where_it_draws(dropout, again, monkeypatch):
     launched = []
     monkeypatch.setattr(flash, "available", lambda _device: True)
     monkeypatch.setattr(flash, "_launch", lambda name, *_: launched.append(name))
@@ -100,7 +100,7 @@ def test_selective_replays_this_project_s_attention_only_where_it_draws(dropout,
 
 
 class CountProducts(TorchDispatchMode):
-    """Counts the product that only a Linear's forward makes: with a bias."""
+    """Counts the product that only a Linear's forward pass makes: the one with a bias."""
 
     count = 0
 
@@ -110,7 +110,7 @@ class CountProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("mode", "again"), [("none", False), ("full", True), ("selective", False), ("offload", True)])
-def test_matrix_products_are_computed_again_unless_kept(mode, again):
+def test_matrix_products_are_recomputed_unless_kept(mode, again):
     model = nano_model(depth_encoder=1, depth_decoder=1)
     apply_recompute(model.encoder, mode)
     out = model(torch.randn(2, 16, 4), torch.rand(2, 4), torch.tensor([1, 2])).sum()

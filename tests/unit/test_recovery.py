@@ -1,4 +1,4 @@
-"""What the guard decides, carried out on one process: attempts, snapshots, roll backs."""
+"""The guard's decisions carried out on one process: attempts, snapshots, roll backs."""
 
 import math
 from dataclasses import replace
@@ -18,7 +18,7 @@ from xar_scale.precision import MODES
 from xar_scale.snapshots import Snapshots
 
 
-def test_a_second_attempt_is_the_first_one_bitwise(tmp_path, monkeypatch):
+def test_a_retry_equals_the_first_attempt_bitwise(tmp_path, monkeypatch):
     run, undisturbed = Guarded(tmp_path, "model.dropout=0.2"), Guarded(tmp_path / "other", "model.dropout=0.2")
     run.spoil(monkeypatch, 1)
     resolved, expected = run.resolve(), undisturbed.resolve()
@@ -28,8 +28,8 @@ def test_a_second_attempt_is_the_first_one_bitwise(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("failing", "observed"), [(1, [False, False]), (2, [False, False, True, False])])
-def test_compiled_blocks_are_attempted_as_they_were_before_they_are_observed(tmp_path, monkeypatch, failing, observed):
-    """Observed they are not compiled: then dropout and rounding are others, and what depends on them would be gone."""
+def test_compiled_blocks_are_retried_compiled_before_they_are_observed(tmp_path, monkeypatch, failing, observed):
+    """Observed blocks are not compiled: dropout and rounding differ, and a failure that depends on them would vanish."""
     run = Guarded(tmp_path, "train.precision=bf16", "kernels.compile=true")
     run.spoil(monkeypatch, failing, when=lambda engine: not hooked(engine))
     attempt, seen = run.engine.attempt, []
@@ -43,7 +43,7 @@ def hooked(engine) -> bool:
     return any(module._forward_hooks for module in engine.model.modules())
 
 
-def test_what_bf16_cannot_take_is_taken_in_tf32_as_if_it_had_been_the_runs(tmp_path, monkeypatch):
+def test_a_step_taken_in_tf32_equals_that_of_a_tf32_run(tmp_path, monkeypatch):
     run, exact = Guarded(tmp_path, "train.precision=bf16"), Guarded(tmp_path / "exact", "train.precision=tf32")
     run.spoil(monkeypatch, 99, when=lambda engine: engine.mode == "bf16")
     assert run.resolve() == exact.resolve()
@@ -64,7 +64,7 @@ def test_the_precision_returns_when_the_hold_is_over(tmp_path, monkeypatch, caps
     assert "guard: step 3: computing in bf16\n" in capsys.readouterr().out
 
 
-def test_in_the_fallback_a_pass_is_made_in_parts(tmp_path, monkeypatch):
+def test_in_the_fallback_micro_batches_run_in_parts(tmp_path, monkeypatch):
     run = Guarded(tmp_path, "train.precision=bf16", splits=4)
     run.spoil(monkeypatch, 2)
     sizes = []
@@ -102,20 +102,20 @@ def test_a_scale_that_overflows_is_halved_and_no_report_is_written(tmp_path):
     assert not (tmp_path / "reports").exists()
 
 
-def test_weights_that_are_not_finite_are_met_before_they_are_used_for_a_step(tmp_path):
+def test_non_finite_weights_are_found_before_a_step_uses_them(tmp_path):
     run = Guarded(tmp_path)
-    run.recovery.begin(0)
-    next(s for s in run.engine.shards() if s.name == "class_embed.weight").master[-1] = NAN  # that no sample of the batch uses
+    run.recovery.check_start(0)
+    next(s for s in run.engine.shards() if s.name == "class_embed.weight").master[-1] = NAN  # no sample of the batch uses it
     batch = replace(random_batch(0), labels=torch.zeros(8, dtype=torch.int64))
     verdict = run.recovery.attempt(0, [batch])
     assert verdict.bad == Bad.WEIGHTS and math.isfinite(verdict.loss)
     assert run.recovery.resolve(0, [batch], verdict).action is Action.ROLL_BACK
 
 
-def test_where_a_step_fails_moments_are_looked_at_before_anything_is_tried(tmp_path, monkeypatch):
+def test_when_a_step_fails_moments_are_checked_before_any_retry(tmp_path, monkeypatch):
     run = Guarded(tmp_path)
     run.train(1)
-    run.recovery.begin(1)
+    run.recovery.check_start(1)
     next(run.engine.shards()).exp_avg_sq[0] = NAN
     run.spoil(monkeypatch, 1)
     assert run.resolve().action is Action.ROLL_BACK
@@ -128,7 +128,7 @@ def test_rolling_back_restores_everything_bitwise(tmp_path):
     run.recovery.state = replace(run.recovery.state, skipped=1)
     before, steps = run.state(), [state["step"].item() for state in run.engine.optimizer.state.values()]
     assert set(steps) == {3}
-    run.recovery.begin(4)  # three taken, one gone without
+    run.recovery.check_start(4)  # three taken, one skipped
     run.train(2)
     run.recovery.state = replace(run.recovery.state, skipped=2)
     assert run.recovery.roll_back() == 4
@@ -137,44 +137,44 @@ def test_rolling_back_restores_everything_bitwise(tmp_path):
     assert {state["step"].item() for state in run.engine.optimizer.state.values()} == {3}
 
 
-def test_the_newest_of_snapshots_and_checkpoints_is_gone_back_to_and_each_snapshot_once(tmp_path):
+def test_rolls_back_to_the_newest_snapshot_or_checkpoint_and_uses_each_snapshot_once(tmp_path):
     run = Guarded(tmp_path, "guard.snapshots=2", "guard.snapshot_every=1")
     for _ in range(4):
-        assert run.recovery.keep(run.step, certainly=False)
+        assert run.recovery.check_and_snapshot(run.step, checkpoint_due=False)
         if run.step == 2:
             run.save()
         run.train(1)
     assert [snapshot.step for snapshot in run.recovery.snapshots.ring] == [2, 3]
     assert [run.recovery.roll_back() for _ in range(3)] == [3, 2, 2]  # the last from the checkpoint
-    run.recovery.begin(1)
-    assert run.recovery.roll_back() == 2  # never behind a checkpoint
+    run.recovery.check_start(1)
+    assert run.recovery.roll_back() == 2  # never to before a checkpoint
 
 
-def test_of_a_snapshot_and_a_checkpoint_of_one_step_the_one_in_memory_is_taken(tmp_path, capsys):
+def test_of_a_snapshot_and_a_checkpoint_of_one_step_the_snapshot_is_used(tmp_path, capsys):
     run = Guarded(tmp_path)
     run.train(1)
     run.save()
-    run.recovery.begin(1)
-    assert run.recovery.roll_back() == 1 and "back to step 1, from the host's memory" in capsys.readouterr().out
+    run.recovery.check_start(1)
+    assert run.recovery.roll_back() == 1 and "rolled back to step 1, from host memory" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_an_older_snapshot(tmp_path):
+def test_a_damaged_checkpoint_is_skipped_for_an_older_snapshot(tmp_path):
     run = Guarded(tmp_path)
     run.train(3)
-    run.recovery.begin(3)
+    run.recovery.check_start(3)
     run.train(1)
     (run.save() / "manifest.json").write_text("{")
     assert run.recovery.roll_back() == 3
-    with pytest.raises(NonFiniteError, match="no snapshot or checkpoint to go back to"):
+    with pytest.raises(NonFiniteError, match="no snapshot or checkpoint to roll back to"):
         run.recovery.roll_back()
 
 
-def test_steps_gone_without_are_not_counted_as_taken_whatever_is_gone_back_to(tmp_path):
+def test_skipped_steps_are_not_counted_as_taken_after_a_roll_back(tmp_path):
     run = Guarded(tmp_path)
     run.train(3)
     remembered = GuardState(skipped=1, losses=(1.0,), grad_norms=(2.0,))
     run.recovery.state = remembered
-    run.recovery.keep(100, certainly=False)
+    run.recovery.check_and_snapshot(100, checkpoint_due=False)
     position = Position(0, 32)
     run.store.save(run.manifest(step=4, position=position, quarantined=[("a", 3)], guard=remembered))
     run.store.finish()
@@ -187,26 +187,26 @@ def test_steps_gone_without_are_not_counted_as_taken_whatever_is_gone_back_to(tm
         assert {state["step"].item() for state in run.engine.optimizer.state.values()} == {step - 1}
 
 
-def test_a_run_does_not_begin_with_what_is_not_finite(tmp_path):
+def test_a_run_does_not_start_with_a_non_finite_state(tmp_path):
     run = Guarded(tmp_path)
     run.ema.tensors[3][0] = NAN
-    with pytest.raises(NonFiniteError, match="that the run begins with are not finite, on rank 0"):
-        run.recovery.begin(0)
+    with pytest.raises(NonFiniteError, match="the initial weights, moments or EMA weights are not finite on rank 0"):
+        run.recovery.check_start(0)
     off = Guarded(tmp_path, "guard.enabled=false")
     off.ema.tensors[3][0] = NAN
-    off.recovery.begin(0)
-    assert off.recovery.keep(100, certainly=True) and not off.recovery.snapshots.ring
+    off.recovery.check_start(0)
+    assert off.recovery.check_and_snapshot(100, checkpoint_due=True) and not off.recovery.snapshots.ring
 
 
-def test_averages_are_looked_at_where_a_step_fails(tmp_path, monkeypatch):
+def test_ema_weights_are_checked_when_a_step_fails(tmp_path, monkeypatch):
     run = Guarded(tmp_path)
-    run.recovery.begin(0)
+    run.recovery.check_start(0)
     run.ema.tensors[3][0] = NAN
     run.spoil(monkeypatch, 1)
     assert run.resolve().action is Action.ROLL_BACK
 
 
-def test_what_is_computed_with_comes_anew_from_the_shards_before_a_second_attempt(tmp_path, monkeypatch):
+def test_compute_weights_are_refreshed_from_the_shards_before_a_retry(tmp_path, monkeypatch):
     run = Guarded(tmp_path)
     told = []
     monkeypatch.setattr(run.engine, "shards_written", told.append)
@@ -216,26 +216,26 @@ def test_what_is_computed_with_comes_anew_from_the_shards_before_a_second_attemp
     assert told == [3]
 
 
-def test_without_anything_to_go_back_to_the_run_ends(tmp_path):
+def test_without_a_state_to_roll_back_to_the_run_ends(tmp_path):
     run = Guarded(tmp_path, "guard.snapshots=0")
-    run.recovery.begin(0)
-    with pytest.raises(NonFiniteError, match="no snapshot or checkpoint to go back to"):
+    run.recovery.check_start(0)
+    with pytest.raises(NonFiniteError, match="no snapshot or checkpoint to roll back to"):
         run.recovery.roll_back()
 
 
 @pytest.mark.parametrize("which", ["master", "exp_avg", "exp_avg_sq", "average"])
-def test_what_is_not_finite_is_neither_snapshotted_nor_saved(tmp_path, which):
+def test_a_non_finite_state_is_neither_snapshotted_nor_saved(tmp_path, which):
     run = Guarded(tmp_path, "guard.snapshot_every=2")
     run.train(2)
     shard = list(run.engine.shards())[7]
     (run.ema.tensors[7] if which == "average" else getattr(shard, which))[0] = float("inf")
-    assert run.recovery.keep(1, certainly=False)  # neither is due
-    assert not run.recovery.keep(2, certainly=False)
-    assert not run.recovery.keep(1, certainly=True)
+    assert run.recovery.check_and_snapshot(1, checkpoint_due=False)  # neither is due
+    assert not run.recovery.check_and_snapshot(2, checkpoint_due=False)
+    assert not run.recovery.check_and_snapshot(1, checkpoint_due=True)
     assert len(run.recovery.snapshots.ring) == 0 and run.recovery.state.rollbacks == 2
 
 
-def test_snapshots_use_their_memory_again(tmp_path):
+def test_snapshots_reuse_their_memory(tmp_path):
     run = Guarded(tmp_path)
     snapshots = Snapshots(run.engine, run.ema, GuardConfig(snapshots=2))
     seen = set()
@@ -248,7 +248,7 @@ def test_snapshots_use_their_memory_again(tmp_path):
     assert {snapshot.staged.copies[0].data_ptr() for snapshot in snapshots.ring} == seen
 
 
-def test_a_spike_gone_without_leaves_the_state_and_counts(tmp_path):
+def test_a_skipped_spike_leaves_the_state_and_is_counted(tmp_path):
     run = Guarded(tmp_path, "guard.spike=5", "guard.spike_window=3", "train.precision=bf16")
     for step in range(3):
         resolved = run.resolve(random_batch(1), step)
@@ -262,7 +262,7 @@ def test_a_spike_gone_without_leaves_the_state_and_counts(tmp_path):
     assert run.resolve(random_batch(1), 4).action is Action.STEP and run.engine.mode == "bf16"
 
 
-def test_only_samples_that_are_not_finite_are_suspects(tmp_path):
+def test_only_non_finite_samples_are_suspects(tmp_path):
     run = Guarded(tmp_path)
     batch = random_batch(0)
     batch.latents[3, 0, 1, 1] = float("inf")
@@ -277,7 +277,7 @@ def test_suspects_are_those_of_all_ranks(tmp_path, monkeypatch):
     run, batch, others = Guarded(tmp_path), random_batch(0), []
     monkeypatch.setattr(dist, "gather_objects", lambda ours: [ours, others.pop(0)])
     others[:] = [[[2, 7]]]
-    assert run.recovery._suspects([batch], Bad.INPUT) == [(2, 7)]  # the other rank's alone is not finite
+    assert run.recovery._suspects([batch], Bad.INPUT) == [(2, 7)]  # only the other rank's is not finite
     others[:] = [[], [[2, row] for row in range(8)]]
     assert run.recovery._suspects([batch], Bad.GRADIENT) == [(shard, row) for shard in (0, 2) for row in range(8)]
 
@@ -303,7 +303,7 @@ def test_where_no_sample_stands_out_all_are_suspects(tmp_path, monkeypatch):
     assert run.recovery.suspects == [(0, row) for row in range(8)]
 
 
-def test_beyond_the_last_rung_one_line_says_all(tmp_path, monkeypatch):
+def test_beyond_the_last_rung_one_line_reports_everything(tmp_path, monkeypatch):
     run = Guarded(tmp_path, "guard.max_quarantined=0")
     run.train(1)
     saved = run.save()
@@ -312,7 +312,7 @@ def test_beyond_the_last_rung_one_line_says_all(tmp_path, monkeypatch):
         run.resolve()
     said = str(caught.value)
     assert said.startswith(
-        "step 5 cannot be taken: samples to take out: 8, left of guard.max_quarantined 0: 0; traced to rank 0"
+        "step 5 cannot be taken: samples to quarantine: 8, guard.max_quarantined 0 leaves 0; traced to rank 0"
     )
     assert f"the newest checkpoint, {saved}, is finite; xar-scale replay {tmp_path}/reports/step-00000005.json" in said
     assert caught.value.exit_code == 70 and "\n" not in said and gradients(run) == []

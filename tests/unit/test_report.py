@@ -167,7 +167,7 @@ def test_reports_of_the_guard_also_without_their_batch_and_torn(tmp_path, monkey
     torn, whole = incidents.guard_reports(tmp_path / "run")
     assert (torn.step, whole.step) == (2, 5) and "torn or changed" in torn.lines[0]
     assert "rank 0" in whole.lines[0] and "tf32: not finite: nothing; step, precision was to blame" in whole.lines[0]
-    assert "first behind out_proj" in text_of(build_page(tmp_path / "run"))
+    assert "first in the gradient of out_proj's output" in text_of(build_page(tmp_path / "run"))
 
 
 def test_hangs_name_the_rank_that_the_others_waited_for(run):

@@ -1,4 +1,4 @@
-"""Where a pass goes wrong, what a report says of it, and running it again."""
+"""Where a forward-backward pass breaks, what a report holds, and its replay."""
 
 import math
 import re
@@ -55,7 +55,7 @@ def test_the_largest_activation_is_the_blocks_own(tmp_path):
     assert len(seen) == 2 and activations.largest["encoder.0"] == max(seen)
 
 
-def test_a_report_holds_what_was_met_tried_and_decided_and_the_batch(tmp_path, monkeypatch):
+def test_a_report_holds_findings_attempts_decisions_and_the_batch(tmp_path, monkeypatch):
     run = Guarded(tmp_path, "train.precision=bf16")
     run.spoil(monkeypatch, 2)
     batch = random_batch(5)
@@ -108,12 +108,12 @@ def test_reports_of_one_step_do_not_overwrite_each_other_and_a_full_disk_ends_no
         ([dict(bad=["gradient"]), dict(bad=["gradient"])], []),
     ],
 )
-def test_the_culprit_is_who_had_it_first(ranks, culprits):
+def test_the_culprit_is_the_rank_on_which_it_started(ranks, culprits):
     made = [reports.RankReport(rank, "host", "CPU 0", **values) for rank, values in enumerate(ranks)]
     assert [rank.rank for rank in reports._culprits(made)] == culprits
 
 
-def test_a_replay_finds_what_the_run_met(tmp_path, capsys):
+def test_a_replay_reproduces_the_failure(tmp_path, capsys):
     run = Guarded(tmp_path, "train.precision=bf16")
     run.train(2)
     run.save()
@@ -123,16 +123,16 @@ def test_a_replay_finds_what_the_run_met(tmp_path, capsys):
     path = tmp_path / "reports" / "step-00000005.json"
     assert main(["replay", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "bf16: not finite: loss and gradient; retry, the same again" in shown
+    assert "bf16: not finite: loss and gradient; retry, the same batch in the same precision" in shown
     assert "with the weights after 2 steps" in shown and shown.endswith("reproduced\n") and "not reproduced" not in shown
     assert shown.count("first output that is not finite") == 2 and "\n  tf32: loss inf" in shown
 
 
-def test_a_replay_has_that_ranks_dropout_that_loss_scale_and_the_newest_weights_before(tmp_path):
+def test_a_replay_uses_the_ranks_dropout_its_loss_scale_and_the_newest_weights_before(tmp_path):
     run = Guarded(tmp_path, "train.precision=fp16", "model.dropout=0.3")
     run.engine.rank = 3
     run.train(5)
-    run.save()  # of the very step that fails
+    run.save()  # at the step that fails
     run.engine.loss_scale = 2.0**30  # which overflows
     batch = random_batch(5)
     verdict = run.engine.attempt(5, [batch])
@@ -156,7 +156,7 @@ def test_a_replay_has_that_ranks_dropout_that_loss_scale_and_the_newest_weights_
 
 @pytest.fixture
 def met(tmp_path, monkeypatch):
-    """The report of a run."""
+    """The report of a failed step."""
     run = Guarded(tmp_path / "run")
     run.save()
     run.spoil(monkeypatch, 1)
@@ -169,7 +169,7 @@ def test_a_report_is_replayed_from_within_its_own_folder(met, monkeypatch):
     assert find_checkpoint(reports.read(Path(met.name))).path.parent == met.parent.parent / "checkpoints"
 
 
-def test_of_a_replay_s_activations_the_largest_is_one_that_is_not_finite(met, capsys, monkeypatch):
+def test_a_replay_shows_a_non_finite_activation_as_the_largest(met, capsys, monkeypatch):
     verdict = Verdict(1.0, 1.0, Bad.NOTHING, faults=0, stop=False)
     blocks = {"a": 3.0, "b": math.nan, "c": 5.0}
     monkeypatch.setattr("xar_scale.replay.replay", lambda *_: iter([Replayed("fp32", verdict, None, None, blocks)]))
@@ -195,7 +195,7 @@ def test_a_replay_with_the_weights_of_another_model_says_what_differs(met, tmp_p
     said = f"report {met}: model.width is 16, checkpoint {wider} was made with 32"
     assert capsys.readouterr().err == f"xar-scale: {said}\n"
     deeper = Guarded(tmp_path / "deeper", "model.depth_decoder=5")
-    deeper.store.save(deeper.manifest(config={}))  # as made of another format
+    deeper.store.save(deeper.manifest(config={}))  # as if converted from another format
     deeper.store.finish()
     assert main(["replay", str(met), "--checkpoint", str(tmp_path / "deeper")]) == 65
     said = r"xar-scale: checkpoint \S+: decoder\.2\.\S+ is \[.*\], the model's is None\n"
@@ -214,7 +214,7 @@ def test_a_report_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="torn or changed"):
         reports.read(path)
     path.write_text(whole.replace('"format": 1', '"format": 7'))
-    with pytest.raises(DataError, match=r"^report \S+ is of format 7, this version reads 1$"):
+    with pytest.raises(DataError, match=r"^report \S+ has format 7, this version reads 1$"):
         reports.read(path)
     path.write_text(whole)
     batch.write_bytes(batch.read_bytes()[:50])

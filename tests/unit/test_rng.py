@@ -1,4 +1,4 @@
-"""Counter-based randomness: a draw is a function of (seed, purpose, n) and of nothing else."""
+"""Counter-based randomness: a draw depends on (seed, purpose, n) only."""
 
 import itertools
 import math
@@ -65,11 +65,11 @@ def test_no_global_state_is_read_or_touched():
         torch.set_rng_state(torch_before)
 
 
-def test_the_words_of_a_number_do_not_depend_on_who_asks_for_what_beside_it():
+def test_the_words_of_a_number_do_not_depend_on_the_batch():
     whole = rng.words(3, "sample", 0, 50, 7)
     assert whole.shape == (50, 7) and whole.dtype == np.uint64 and len(np.unique(whole)) == 350
     assert np.array_equal(rng.words(3, "sample", 17, 5, 7), whole[17:22])
-    far = 2**62 // 7  # numbers of a run that no run reaches
+    far = 2**62 // 7  # numbers that no run reaches
     assert np.array_equal(rng.words(3, "sample", far + 1, 1, 7)[0], rng.words(3, "sample", far, 3, 7)[1])
     for other in (rng.words(4, "sample", 0, 50, 7), rng.words(3, "other", 0, 50, 7), rng.words(3, "sample", far, 50, 7)):
         assert not np.intersect1d(whole, other).size
@@ -106,7 +106,7 @@ def test_normals_are_finite_for_every_word():
 
 
 @pytest.mark.parametrize("size", [1, 2, 9, 100])
-def test_normals_of_a_number_are_the_same_bits_in_any_company(size):
+def test_normals_of_a_number_are_the_same_bits_in_any_batch(size):
     together = rng.normals(rng.words(0, "sample", 0, 70, size))
     for first, count in ((0, 1), (3, 5), (64, 6)):
         assert torch.equal(rng.normals(rng.words(0, "sample", first, count, size)), together[first : first + count])

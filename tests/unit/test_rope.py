@@ -10,7 +10,7 @@ COORDINATES = nano_model().layout.coordinates
 
 
 def turn(x_BNTH, cos, sin):
-    """Queries and keys of the same numbers, each of their two kinds turned alike."""
+    """Return queries and keys of equal values, rotated alike."""
     x_BTSNH = x_BNTH.transpose(1, 2)[:, :, None].expand(-1, -1, 2, -1, -1)
     turned = apply_rotary(x_BTSNH, cos, sin)
     assert torch.equal(turned[:, :, 0], turned[:, :, 1])
@@ -22,12 +22,12 @@ def rotary(coordinates, head_width):
     return angles.cos(), angles.sin()
 
 
-def test_rotary_turns_complex_numbers():
+def test_rotary_rotates_complex_numbers():
     head_width, coordinates = 8, torch.tensor([[0.0, 0.0], [3.0, 1.0], [7.0, 15.0]])
     x = normal(0, 2, 1, 3, head_width)
     numbers = torch.view_as_complex(x.clone().unflatten(-1, (-1, 2)))
     for token, (row, column) in enumerate(coordinates.tolist()):
-        # two pairs turn with the row, two with the column, the second of each more slowly
+        # two pairs rotate with the row, two with the column, the second of each more slowly
         angles = torch.tensor([row, row * BASE**-0.5, column, column * BASE**-0.5], dtype=torch.float64)
         numbers[:, :, token] *= torch.polar(torch.ones(4, dtype=torch.float64), angles)
     expected = torch.view_as_real(numbers).flatten(-2)
@@ -63,7 +63,7 @@ def test_rotary_computes_in_the_type_of_its_angles_and_returns_that_of_its_input
     assert torch.equal(turned, turn(x.float(), cos, sin).bfloat16())
 
 
-def test_rotary_gradients_are_those_of_finite_differences():
+def test_rotary_gradients_match_finite_differences():
     cos, sin = (tensor.double() for tensor in rotary(COORDINATES[:5], 8))
     assert gradcheck(lambda x: turn(x, cos, sin), normal(0, 1, 2, 5, 8).requires_grad_())
 

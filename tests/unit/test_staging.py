@@ -1,4 +1,4 @@
-"""Copies in the host's memory: of any tensors, each its own."""
+"""Copies in host memory, of any tensors, without overlap."""
 
 import torch
 
@@ -7,13 +7,13 @@ from xar_scale.staging import ALIGNED, Staging
 TENSORS = [
     torch.randn(5, 3),
     torch.tensor(2.0, dtype=torch.float64),
-    torch.empty(0),  # a rank's part of a tensor that others have
+    torch.empty(0),  # a rank's empty shard
     torch.arange(7, dtype=torch.int16),
     torch.randn(4, 6).t(),
 ]
 
 
-def test_copies_are_of_the_moment_and_lie_apart():
+def test_copies_are_of_the_moment_and_do_not_overlap():
     staging, now = Staging(TENSORS), [tensor.clone() for tensor in TENSORS]
     given = [tensor.clone() for tensor in now]
     staging.take(given)

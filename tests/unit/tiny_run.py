@@ -17,7 +17,7 @@ from xar_scale.config import Config
 from xar_scale.data.loader import Batch
 from xar_scale.data.order import Position
 from xar_scale.data.shards import DatasetInfo, ShardInfo
-from xar_scale.ema import EMA, widths_of
+from xar_scale.ema import EMA, ema_widths
 from xar_scale.engines import create_engine
 from xar_scale.guard import GuardState
 from xar_scale.model.recompute import apply_recompute
@@ -53,7 +53,7 @@ class Run:
         model = meta_model(config.model)
         apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
         self.engine = create_engine(model, initial_weights(model, seed), config, torch.device("cpu"))
-        self.ema = EMA([shard.master for shard in self.engine.shards()], 0.9, widths_of(config.optim))
+        self.ema = EMA([shard.master for shard in self.engine.shards()], 0.9, ema_widths(config.optim))
         settings = replace(config.train, keep_last=keep_last, keep_every=keep_every)
         self.store, self.step = Store(folder, self.engine, self.ema, settings, mirror), 0
 

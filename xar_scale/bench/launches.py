@@ -28,6 +28,6 @@ def bench_launches(options: argparse.Namespace) -> None:
         engine.discard()
 
     ms = median_ms(work, device)
-    how = f"{options.engine}{', compiled' if options.compile else ''}{', played' if engine.plays_records else ''}"
+    how = f"{options.engine}{', compiled' if options.compile else ''}{', played' if engine.replays_graphs else ''}"
     where = f"{options.model}'s {blocks} blocks, {options.precision}, {how}, rank 0 of {ranks} on {device}"
     dist.say(f"{where}: {ms:.1f} ms a pass, {ms / blocks:.2f} a block")

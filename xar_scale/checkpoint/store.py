@@ -281,7 +281,7 @@ def _kind(manifest: Manifest) -> str:
 
 def _vectors_to_write(engine: Engine, ema: EMA) -> list[tuple[str, int, torch.Tensor]]:
     """Return what this rank writes of what it owns. Where several ranks own the same range, each writes an equal part."""
-    copies = engine.copies
+    copies = engine.replicas
     copy = dist.rank() // (dist.world() // copies)
     parts = []
     for key, start, tensor in state_vectors(engine, ema):

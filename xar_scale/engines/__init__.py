@@ -1,4 +1,4 @@
-"""Engines, by name: how a model is spread over ranks and stepped."""
+"""Engines by name: how a model is distributed over ranks and stepped."""
 
 from collections.abc import Iterable
 
@@ -12,10 +12,10 @@ __all__ = ["Engine", "Shard", "Verdict", "create_engine"]
 
 
 def create_engine(model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> Engine:
-    """The engine that ``train.engine`` names; an engine's library is imported only when it is asked for.
+    """Return the engine that ``train.engine`` names; an engine's library is imported only when it is used.
 
-    ``model`` may be on the meta device: the engine takes ``weights``, which are all of its parameters, one at a time and
-    keeps of each what is this rank's.
+    ``model`` may be on the meta device. ``weights`` yields all of its parameters; the engine takes them one at a time and keeps
+    this rank's shard of each.
     """
     if config.train.engine == "deepspeed":
         from xar_scale.engines.deepspeed import create_deepspeed_engine

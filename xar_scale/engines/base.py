@@ -1,4 +1,4 @@
-"""What every engine does: passes, one agreed verdict, a step or none, and its shard of weights and moments by name."""
+"""The engine base class: micro-batches, one verdict agreed by all ranks, a step or none, and shards of the state by name."""
 
 import math
 from abc import ABC, abstractmethod
@@ -24,10 +24,10 @@ NORM_ROW = 4096
 
 
 class Shard(NamedTuple):
-    """The flat range [start, stop) of one parameter that this rank owns; the tensors are float32 views of that length."""
+    """This rank's flat range [start, stop) of one parameter; the tensors are float32 views of that length."""
 
     name: str
-    shape: torch.Size  # of the whole parameter
+    shape: torch.Size  # of the unsharded parameter
     start: int
     stop: int
     master: Tensor
@@ -37,32 +37,32 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks know of a step before it is taken: the same numbers everywhere."""
+    """What all ranks know about a step before it is taken; the same numbers on every rank."""
 
     loss: float  # mean over the global batch
     grad_norm: float
     bad: Bad  # what is not finite
-    faults: int  # samples that some rank could not read, and the run has not met yet
-    stop: bool  # some rank was asked to
+    faults: int  # newly unreadable samples, summed over the ranks
+    stop: bool  # whether some rank was asked to stop
 
 
 class Engine(ABC):
-    """Trains a model whose float32 weights and moments are cut over the ranks, and shows them by name.
+    """Trains a model, and exposes this rank's shards of its float32 weights and Adam moments by name.
 
-    A step is ``attempt`` and then ``step`` or ``discard``; after the latter it can be attempted again.
+    A step is ``attempt`` and then ``step`` or ``discard``. After ``discard`` it can be attempted again.
     """
 
     def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
         self.model, self.layout, self.config, self.device = model, model.layout, config, device
-        self.passes = micro_batches(config.train, dist.world())[1]
-        self.copies = dist.world() // shard_ranks(config.train, dist.world())
+        self.accumulation_steps = micro_batches(config.train, dist.world())[1]
+        self.replicas = dist.world() // shard_ranks(config.train, dist.world())
         self.network: nn.Module = model
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        self.rank = dist.rank()  # whose dropout it is
-        self.loss_scale = 1.0  # what gradients are multiplied by on their way, where 16 bits would lose them
+        self.rank = dist.rank()  # seeds dropout
+        self.loss_scale = 1.0  # multiplies the loss, and so the gradients, where fp16 would underflow
         self.mode: str = config.train.precision
         self.splits = 1
-        self.around_pass: AbstractContextManager[object] = nullcontext()  # entered for each of an attempt
+        self.micro_batch_context: AbstractContextManager[object] = nullcontext()  # entered once per micro-batch
         apply_matmul_mode(self.mode)
 
     @property
@@ -70,33 +70,33 @@ class Engine(ABC):
         return MODES[self.mode]
 
     @property
-    def plays_records(self) -> bool:
-        """Whether passes are CUDA graphs, in which nothing can be looked at."""
+    def replays_graphs(self) -> bool:
+        """Whether micro-batches are replayed from CUDA graphs, which hooks cannot observe."""
         return False
 
     def set_precision(self, mode: str, splits: int = 1) -> None:
-        """Between steps: compute in ``mode`` from here on, each pass as ``splits`` smaller ones, one after another."""
+        """Between steps: compute in ``mode`` from here on, and split each micro-batch into ``splits`` parts, run in turn."""
         self.mode, self.splits = mode, splits
         apply_matmul_mode(mode)
         self.model.use_kernels(self.config.kernels, self.device, self.precision.compute, training=True)
         self._apply_precision()
 
     def attempt(self, step: int, batches: Sequence[Batch], faults: int = 0, stop: bool = False) -> Verdict:
-        """All passes of a step, and what the ranks make of it. ``faults``: samples that this rank could not read. ``stop``:
-        whether it was asked to.
+        """Run all micro-batches of a step and return the ranks' verdict. ``faults``: the samples that this rank could not read.
+        ``stop``: whether this rank was asked to stop.
 
-        The one moment of a step at which the host waits for the device is here.
+        This is the only point of a step where the host waits for the device.
         """
         self._seed(step)
         loss, inputs = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for batch in batches:
-            with self.around_pass:
-                loss += self.forward_backward(batch) / self.passes
+            with self.micro_batch_context:
+                loss += self.forward_backward(batch) / self.accumulation_steps
             inputs += batch.inputs_sum()
         return self.agree(loss, inputs, faults, stop)
 
     def _seed(self, step: int) -> None:
-        """Seed whatever draws on the device (dropout) from (seed, step, rank)."""
+        """Seed the device generator (dropout) from (seed, step, rank)."""
         torch.manual_seed(rng.torch_seed(self.config.train.seed, f"device/{self.rank}", step))
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -107,41 +107,45 @@ class Engine(ABC):
         return torch.autocast(self.device.type, dtype=compute, enabled=compute is not FP32)
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """One pass: adds its part of the step's mean gradient. Returns this rank's loss of the pass, detached."""
+        """Run one micro-batch and accumulate its share of the step's mean gradient. Returns its loss on this rank, detached."""
         total = torch.zeros((), device=self.device)
         for part in batch.split(self.splits):
             with self._autocast():
                 loss = self._loss(part) / self.splits
-            (loss * (self.loss_scale / self.passes)).backward()
+            (loss * (self.loss_scale / self.accumulation_steps)).backward()
             total += loss.detach()
         return total
 
     def agree(self, loss: Tensor, inputs: Tensor | None = None, faults: int = 0, stop: bool = False) -> Verdict:
-        """After the last pass: this rank's mean loss over passes, a number that is finite where all of its inputs are, its
-        faults and whether it was asked to stop, put together with all others'. One reduction, and one wait for the device.
+        """Reduce a step's results over all ranks into one verdict: one all-reduce, and one wait for the device.
+
+        Called after the last micro-batch with this rank's values: ``loss``, the mean over micro-batches; ``inputs``, a number
+        that is finite if all inputs are; ``faults``; and ``stop``, whether it was asked to stop.
         """
-        # what is offloaded is summed up where it is
+        # offloaded shards are summed where they are
         squares = sum_of_squares(self.gradients()).to(self.device)
-        weights = finite_if_all_are(self._masters).to(self.device)
+        weights = finite_if_all_are(self._master_weights).to(self.device)
         inputs = torch.zeros_like(loss) if inputs is None else inputs
         self._bad = ~torch.isfinite(torch.stack([loss, squares, weights, inputs]))
         counts = torch.tensor([faults, stop], dtype=loss.dtype).to(self.device, non_blocking=True)
-        parts = torch.cat([torch.stack([loss / dist.world(), squares / self.copies]), counts])
+        parts = torch.cat([torch.stack([loss / dist.world(), squares / self.replicas]), counts])
         sums = dist.all_reduce_sum(torch.cat([parts, self._bad.float()])).tolist()
         found = _flags(sums[4:])
         if not math.isfinite(sums[1]):
-            found |= Bad.GRADIENT  # the sum over ranks may be too large where no rank's own is
+            found |= Bad.GRADIENT  # the sum over ranks may overflow where no rank's own does
         return Verdict(sums[0], math.sqrt(max(sums[1], 0.0)) / self.loss_scale, found, round(sums[2]), sums[3] > 0)
 
     @property
     def local_bad(self) -> Bad:
-        """What this rank itself met in the last attempt; the gradient is the reduced one. Waits for the device."""
+        """What was not finite on this rank in the last attempt; the gradient is the reduced one. Waits for the device."""
         return _flags(self._bad.tolist())
 
     @contextmanager
-    def drawing(self, averages: Sequence[Tensor], steps: int) -> Iterator[XAR]:
-        """Between steps: the network, to be called on all ranks alike, with ``averages`` (flat, one a shard) for weights. These
-        are in the averages' memory meanwhile, and both are back afterwards, bitwise. ``steps``: that were taken.
+    def ema_weights(self, averages: Sequence[Tensor], steps: int) -> Iterator[XAR]:
+        """Between steps: a context in which the network has the EMA weights ``averages`` (flat, one per shard).
+
+        All ranks must call the network alike. The trained weights are kept in the memory of ``averages`` meanwhile; both are
+        restored afterwards, bitwise. ``steps``: the number of steps taken so far.
         """
 
         def exchange() -> None:
@@ -157,23 +161,23 @@ class Engine(ABC):
         with torch.no_grad():
             exchange()
         use_kernels(training=False)
-        yield self.model  # an error ends the run: back would be collectives, in which a rank that failed alone would wait
+        yield self.model  # no finally: an error ends the run, and restoring takes collectives, in which a rank would wait alone
         use_kernels(training=True)
         with torch.no_grad():
             exchange()
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:
-        """Of each sample alone (B,). Every rank calls this, with as many samples."""
+        """Return the loss of each sample (B,). Collective: every rank calls this with the same number of samples."""
         with self._autocast():
             return torch.stack([self._loss(part) for part in batch.split(len(batch.labels))])
 
     @cached_property
-    def _masters(self) -> list[Tensor]:
+    def _master_weights(self) -> list[Tensor]:
         return [shard.master for shard in self.shards() if shard.stop > shard.start]
 
     def ranks_with_bad_state(self, averages: Sequence[Tensor] = ()) -> list[int]:
-        """Those whose weights or moments, or ``averages`` of them, are not finite. Reads all of it."""
+        """Return the ranks on which weights, moments or the EMA weights ``averages`` are not finite. Reads the whole state."""
         tensors = [tensor for shard in self.shards() for tensor in shard[4:]]
         tensors = [tensor for tensor in (*tensors, *averages) if tensor.numel()]
         seen = dist.gather_objects(finite_if_all_are(tensors).item())
@@ -182,17 +186,17 @@ class Engine(ABC):
     def step(self, learning_rate: float, verdict: Verdict) -> None:
         """Clip the agreed gradient norm to ``optim.clip`` and update the weights."""
         scale = min(self.config.optim.clip / (verdict.grad_norm + 1e-6), 1.0) / self.loss_scale
-        if scale != 1.0:  # a pass over all gradients, and most steps of a run are shorter than the limit
+        if scale != 1.0:  # it reads and writes all gradients, and most steps of a run are below the clip norm
             torch._foreach_mul_(self.gradients(), scale)
         self._optimizer_step(learning_rate)
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:
-        """This rank's shards of the reduced gradient, each element on one rank only (padding is zero)."""
+        """Return this rank's shards of the reduced gradient, each element on one rank of a replica (padding is zero)."""
 
     @abstractmethod
     def _apply_precision(self) -> None:
-        """Make what the engine itself does follow ``precision`` and ``splits``."""
+        """Make the engine's own state follow ``precision`` and ``splits``."""
 
     @abstractmethod
     def _optimizer_step(self, learning_rate: float) -> None: ...
@@ -203,16 +207,17 @@ class Engine(ABC):
 
     @abstractmethod
     def shards(self) -> Iterator[Shard]:
-        """This rank's part of every parameter, in the model's order."""
+        """Yield this rank's part of every parameter, in the model's order."""
 
     @abstractmethod
     def shards_written(self, steps: int) -> None:
-        """Tell the engine that ``shards()`` were written to: weights used by the next pass, and ``steps`` taken, follow."""
+        """Tell the engine that ``shards()`` were written to: it updates the weights that it computes with, and sets the
+        optimizer's step count to ``steps``."""
 
 
 def sum_of_squares(tensors: list[Tensor]) -> Tensor:
-    """In float32, of tensors on one device."""
-    if tensors[0].device.type == "cpu":  # where a norm adds its numbers up one after another: of rows, then of those
+    """Return the sum of squares in float32, of tensors on one device."""
+    if tensors[0].device.type == "cpu":  # a CPU norm sums sequentially, which loses digits: take norms of rows first
         rows = [tensor.flatten() for tensor in tensors]
         cuts = [row.numel() // NORM_ROW * NORM_ROW for row in rows]
         whole = [torch.linalg.vector_norm(row[:cut].view(-1, NORM_ROW), dim=1) for row, cut in zip(rows, cuts, strict=True)]
@@ -221,30 +226,30 @@ def sum_of_squares(tensors: list[Tensor]) -> Tensor:
 
 
 def finite_if_all_are(tensors: list[Tensor]) -> Tensor:
-    """A number for the question alone: on a CPU these norms are quick, and of large tensors not exact."""
-    if not tensors:  # of a rank that owns none
+    """Return a number that is finite if all ``tensors`` are; its value is inexact (a CPU's fast norms of large tensors are)."""
+    if not tensors:  # on a rank that owns nothing
         return torch.zeros(())
     return torch.stack(torch._foreach_norm(tensors)).sum()
 
 
 def _flags(ranks: Sequence[float]) -> Bad:
-    """Of what some rank has."""
+    """Return the flags that at least one rank has set, from the counts of ranks."""
     flags = (Bad.LOSS, Bad.GRADIENT, Bad.WEIGHTS, Bad.INPUT)
     return reduce(or_, (flag for flag, number in zip(flags, ranks, strict=True) if number), Bad.NOTHING)
 
 
 def adam_state(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Tensor]:
-    """The moments of one tensor, made as zeros where no step has been taken yet."""
+    """Return the Adam state of one tensor, created as zeros where no step has been taken yet."""
     state: dict[str, Tensor] = optimizer.state[weight]
     if "exp_avg" not in state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)  # where fused kernels read it
+        state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)  # fused kernels read it on the device
         state["exp_avg"] = torch.zeros_like(weight, requires_grad=False)
         state["exp_avg_sq"] = torch.zeros_like(weight, requires_grad=False)
     return state
 
 
 def set_steps(optimizer: torch.optim.Optimizer, weight: Tensor, steps: int) -> None:
-    """Tell the optimizer how many steps its moments of ``weight`` have seen; where it counts a group, the whole group."""
+    """Set how many steps the optimizer's moments of ``weight`` have seen; where it counts per group, for the whole group."""
     adam_state(optimizer, weight)["step"].fill_(steps)
     for group in optimizer.param_groups:
         group["step"] = steps

@@ -1,4 +1,4 @@
-"""FSDP2: PyTorch's own sharding of parameters, gradients and moments over all ranks, a block at a time."""
+"""FSDP2: PyTorch's own sharding of parameters, gradients and Adam moments over the ranks, block by block."""
 
 import math
 import warnings
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from xar_scale import dist
 from xar_scale.config import Config, shard_ranks
 from xar_scale.engines.base import Engine, Shard, adam_state, set_steps
-from xar_scale.model.aligned import weights_are_gathered
+from xar_scale.model.aligned import mark_weights_gathered
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
@@ -22,14 +22,14 @@ from xar_scale.precision import FP32
 
 
 class FSDP2Engine(Engine):
-    """Float32 shards by rows. A block's parameters are gathered for its passes, in the mode's dtype, and let go of after each;
-    those in no block in float32. Gradients are reduced in float32.
+    """Float32 shards by rows. A block's parameters are gathered in the mode's dtype for its forward and its backward pass, and
+    freed after each. Parameters outside the blocks are gathered in float32. Gradients are reduced in float32.
     """
 
     def __init__(self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> None:
         super().__init__(model, config, device)
         self.ranks = shard_ranks(config.train, dist.world())
-        # an optimizer need not know what they are shards of
+        # plain tensors: the optimizer need not know about DTensor
         self.local = shard_model(model, self.ranks, self._policy(), device)
         for weight in weights:
             parameter = getattr(weight.module, weight.key)
@@ -40,18 +40,18 @@ class FSDP2Engine(Engine):
         self.optimizer = create_adamw(self.local, self.shapes, config.optim, library)
 
     def _policy(self) -> MixedPrecisionPolicy:
-        # Inputs stay as they are: times in 16 bits would fall into other bins. Autocast decides what is computed in what
+        # Inputs are not cast: times in 16 bits would fall into other time bins. Autocast chooses compute dtypes
         precision = self.precision
         return MixedPrecisionPolicy(precision.gather, precision.reduce, cast_forward_inputs=False)
 
     def _apply_precision(self) -> None:
         self.network.reshard()  # type: ignore[operator]
         for module, policy in _policies(self.model, self._policy()):
-            # torch 2.15: a module's state casts inputs and outputs, its parameters are cast one by one, up to 2.14 by their
-            # group's policy, and what they are gathered in is made once, by the first gather
+            # torch 2.15: a module's state casts inputs and outputs, and each parameter is cast by its own policy (up to 2.14 by
+            # its group's). The buffers that parameters are gathered in are created once, by the first gather
             state = module._get_fsdp_state()  # type: ignore[operator]
             state._mp_policy = policy
-            # in torch 2.11 a state has one group
+            # in torch 2.11 a state has a single group
             for group in getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]:
                 group.mp_policy = policy
                 for parameter in group.fsdp_params:
@@ -87,38 +87,41 @@ class FSDP2Engine(Engine):
     def shards_written(self, steps: int) -> None:
         for weight in self.local.values():
             set_steps(self.optimizer, weight, steps)
-        self.network.reshard()  # type: ignore[operator]  # the next pass gathers anew
+        self.network.reshard()  # type: ignore[operator]  # the next forward pass gathers again
 
 
 def shard_model(model: XAR, ranks: int, policy: MixedPrecisionPolicy, device: torch.device) -> dict[str, Tensor]:
-    """Spread the parameters by rows over groups of ``ranks`` neighbours, each of which shares a copy; their values are yet to
-    come. A block's are gathered for its passes, and let go of after each.
+    """Shard the parameters by rows over sharding groups of ``ranks`` neighbouring ranks, each of which holds one replica (HSDP
+    if there are several). Values are left uninitialised. A block's parameters are gathered for its forward and its backward
+    pass, and freed after each.
 
     Returns this rank's shards by name, as plain tensors that share the parameters' memory.
     """
-    # blocks put out views, which nothing changes in place
+    # blocks return views, which nothing changes in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-    weights_are_gathered(model)
+    mark_weights_gathered(model)
     copies = dist.world() // ranks
-    # of two dimensions where there are several copies: gathered among neighbours, gradients reduced over all
+    # a 2-D mesh where there are several replicas: weights are gathered within a group, gradients are reduced over all ranks
     shape, names = ((ranks,), ("shard",)) if copies == 1 else ((copies, ranks), ("copy", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     for module, its_policy in _policies(model, policy):
         fully_shard(module, mesh=mesh, mp_policy=its_policy)
-    model.to_empty(device=device)  # of the shards
+    model.to_empty(device=device)  # allocates the shards only
     return {name: _local(parameter) for name, parameter in model.named_parameters()}
 
 
 def _policies(model: XAR, policy: MixedPrecisionPolicy) -> Iterator[tuple[nn.Module, MixedPrecisionPolicy]]:
-    """Blocks by ``policy``; what is in none is gathered in float32: it is little, and from positions in 16 bits on all that is
-    added block by block would be of 16 bits, which under other engines is float32."""
+    """Yield each block with ``policy``, and the rest of the model with a policy that gathers in float32.
+
+    The rest is small. With positions gathered in 16 bits, the residual stream would be 16-bit, and is float32 in other engines.
+    """
     yield from ((block, policy) for block in model.blocks)
     yield model, replace(policy, param_dtype=FP32)
 
 
 def owned_range(shape: torch.Size, ranks: int) -> tuple[int, int]:
-    """The elements [start, stop) of a parameter that this rank owns of a copy that ``ranks`` neighbours share: whole rows, as
-    many on each rank, but for the last ones."""
+    """Return the elements [start, stop) of a parameter that this rank owns, sharded over ``ranks`` ranks: whole rows, the same
+    number on each rank but for the last ones."""
     rows, row = shape[0], math.prod(shape[1:])
     chunk = -(-rows // ranks)
     start = min(dist.rank() % ranks * chunk, rows)

@@ -1,4 +1,4 @@
-"""One process, whole tensors, plain PyTorch: the engine that the others are held to."""
+"""One process, unsharded tensors, plain PyTorch: the reference that the other engines are tested against."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -8,16 +8,16 @@ from torch import Tensor
 from xar_scale import dist
 from xar_scale.config import Config
 from xar_scale.engines.base import Shard, adam_state, set_steps
-from xar_scale.engines.whole import WholeEngine
+from xar_scale.engines.replicated import ReplicatedEngine
 from xar_scale.errors import ConfigError
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
 
 
-class SingleEngine(WholeEngine):
+class SingleEngine(ReplicatedEngine):
     def __init__(self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> None:
-        """Raises ConfigError when there is more than one rank."""
+        """Raises ConfigError if there is more than one rank."""
         if dist.world() > 1:
             raise ConfigError(
                 f"train.engine single is one process, not {dist.world()}; use train.engine=ddp, fsdp2 or deepspeed"
@@ -55,4 +55,4 @@ class SingleEngine(WholeEngine):
     def shards_written(self, steps: int) -> None:
         for parameter in self.parameters.values():
             set_steps(self.optimizer, parameter, steps)
-        self._apply_precision()  # whoever writes may draw next, and needs the records' memory
+        self._apply_precision()  # drops the graphs: the caller may sample next, and needs their memory

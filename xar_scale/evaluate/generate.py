@@ -18,7 +18,7 @@ from xar_scale.dist import say
 from xar_scale.errors import ConfigError
 from xar_scale.evaluate.trained import TrainedModel
 from xar_scale.graphs import Graphs
-from xar_scale.model.compiled import graph_of
+from xar_scale.model.compiled import compile_static
 from xar_scale.model.kv_cache import KVCache
 from xar_scale.model.xar import XAR, meta_model
 from xar_scale.precision import FP32, MODES, apply_matmul_mode
@@ -167,7 +167,7 @@ def prepare(model: XAR, device: torch.device, compute: torch.dtype, *, compiled:
                 module.to(compute)
     if compiled:
         for block in model.blocks:
-            block.forward = graph_of(block.forward, fullgraph=True)  # type: ignore[method-assign]
+            block.forward = compile_static(block.forward, fullgraph=True)  # type: ignore[method-assign]
     if device.type == "cuda":
         graphed = _GraphedNetwork(model, device)
         model.forward, model.new_cache = graphed.forward, graphed.new_cache  # type: ignore[method-assign, assignment]
@@ -188,7 +188,7 @@ class _GraphedNetwork:
         if cache is not self._cache:
             (velocity,) = work(x, t, labels)
             return velocity
-        (replayed,) = self._graphs.play(first, work, x, t, labels)
+        (replayed,) = self._graphs.run(first, work, x, t, labels)
         assert replayed is not None
         return replayed.clone()
 

@@ -65,7 +65,7 @@ class Previews:
         """Make the preview after ``done`` steps, of which ``updates`` updated the weights. Every rank calls this."""
         pictures: dict[str, bytes] = {}
         numbers: dict[str, float] = {}
-        with self.engine.drawing(self.ema.averages["ema"], updates) as model:
+        with self.engine.ema_weights(self.ema.averages["ema"], updates) as model:
             device, compute = self.engine.device, self.engine.precision.compute
             scale = self.dataset.latent_scale
             settings = replace(self.config.sample, batch=min(self.config.sample.batch, BATCH))

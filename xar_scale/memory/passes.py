@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from xar_scale.config import Config, KernelConfig, ModelConfig
 from xar_scale.flow import velocity_loss
-from xar_scale.model.aligned import weights_are_gathered
-from xar_scale.model.cpu import standing_for
+from xar_scale.model.aligned import mark_weights_gathered
+from xar_scale.model.cpu import emulate
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import blank_weights, meta_model
 from xar_scale.precision import FP32, MODES
@@ -163,7 +163,7 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
 
 
 def _as_on_a_gpu(forward: Callable[..., Any], *arguments: Any) -> Any:
-    with standing_for(gpu=True, graph=False), _FusedKernels():
+    with emulate(gpu=True, graph=False), _FusedKernels():
         return forward(*arguments)
 
 
@@ -184,7 +184,7 @@ class _Graph:
         model = meta_model(config)
         model.use_kernels(kernels, torch.device("cuda" if gpu else "cpu"), MODES[mode].compute, training=True)
         if engine == "fsdp2":
-            weights_are_gathered(model)
+            mark_weights_gathered(model)
         model.layout.on(torch.device("cpu"))
         self.made, self.gpu, self.block = False, gpu, model.blocks[0]
         self.names = [name for name, _ in self.block.named_parameters()]
@@ -195,7 +195,7 @@ class _Graph:
         self._call = aot_function(self._forward, as_it_is, as_it_is, cut, decompositions=select_decomp_table())
 
     def _forward(self, weights: list[Tensor], *arguments: Any) -> Any:
-        with standing_for(gpu=self.gpu, graph=True), _FusedKernels() if self.gpu else nullcontext():
+        with emulate(gpu=self.gpu, graph=True), _FusedKernels() if self.gpu else nullcontext():
             return functional_call(self.block, dict(zip(self.names, weights, strict=True)), arguments)
 
     def __call__(self, block: nn.Module, *arguments: Any) -> Any:

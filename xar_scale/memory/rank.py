@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from xar_scale.config import Config, ModelConfig, TrainConfig, micro_batches, read_settings, shard_ranks
-from xar_scale.ema import averages_of
+from xar_scale.ema import ema_count
 from xar_scale.memory.passes import Passes, pass_memory
 from xar_scale.model.xar import meta_model
 from xar_scale.precision import FP32, MODES
@@ -122,7 +122,7 @@ def rank_memory(
     state = {
         "parameters": WEIGHT * parameters,
         "moments": WEIGHT * 2 * share,
-        "averages": WEIGHT * share * averages_of(config.optim),
+        "averages": WEIGHT * share * ema_count(config.optim),
     }
     # those of one pass come as activations go; of more than one, and where an engine sums them up elsewhere, the sums are there
     sums = engine in ("deepspeed", "ddp") or samples < math.prod(micro_batches(train, world))

@@ -1,1 +1,1 @@
-"""The xAR network and its mathematics: no processes, no files."""
+"""The xAR network and its mathematics: no distributed code, no files."""

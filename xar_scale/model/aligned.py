@@ -1,4 +1,4 @@
-"""Linear layers between channels whose number GPUs multiply slowly: xAR-L has 2730 of them inside its MLP, xAR-H 3413."""
+"""Linear layers that pad channel counts which GPUs multiply slowly: the MLP of xAR-L has 2730 hidden channels, xAR-H's 3413."""
 
 from typing import Any
 
@@ -6,36 +6,40 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xar_scale.model.cpu import on_a_gpu
+from xar_scale.model.cpu import on_gpu
 
-CHANNELS = 8  # 16 bytes in 16 bits: what a row has to be a multiple of for tensor cores to be fed from it
+CHANNELS = 8  # 16 bytes in 16 bits: tensor cores need rows that are a multiple of it
 
 
 class _Aligned(nn.Linear):
-    gathered = False  # whether an engine gathers its weight for each pass, and lets go of it between
+    gathered = False  # whether an engine gathers the weight for each pass and frees it in between
 
 
-def weights_are_gathered(model: nn.Module) -> None:
-    """Graphs then keep no padded copies of weights between their two passes: of all blocks they would be most of a network."""
+def mark_weights_gathered(model: nn.Module) -> None:
+    """Tell the layers that an engine gathers their weights for each pass.
+
+    Compiled graphs then keep no padded weights from the forward to the backward pass: over all blocks these copies would be
+    most of the network.
+    """
     for layer in model.modules():
         if isinstance(layer, _Aligned):
             layer.gathered = True
 
 
 class WideningLinear(_Aligned):
-    """nn.Linear whose output, on a GPU, has zeros for further channels, up to a multiple of 8.
+    """nn.Linear whose output, on a GPU, is padded with zero channels to a multiple of 8.
 
     On an H100 the product of 8192 tokens by 1280 x 3413 weights takes 0.79 ms in bf16, by 1280 x 3416 0.11 ms
-    (docs/benchmarks). Its weights, its checkpoints and its gradients are those of nn.Linear.
+    (docs/benchmarks). Weights, checkpoints and gradients are those of nn.Linear.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        more = -self.out_features % CHANNELS if on_a_gpu(x) else 0
+        more = -self.out_features % CHANNELS if on_gpu(x) else 0
         return _padded_linear(self, x, more) if more else super().forward(x)
 
 
 class NarrowingLinear(_Aligned):
-    """nn.Linear that takes further channels, which are zero: what lies between the two may make nothing else of zeros."""
+    """nn.Linear that accepts the padded zero channels: operations between the two layers must map zeros to zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _padded_linear(self, x, 0) if x.shape[-1] > self.in_features else super().forward(x)
@@ -51,7 +55,7 @@ def _padded_linear(layer: _Aligned, x: Tensor, more: int) -> Tensor:
 
 
 class _PaddedProduct(torch.autograd.Function):
-    """For the backward pass the weight is kept as it is, and padded anew: engines gather it again, and know of no copies."""
+    """Saves the unpadded weight and pads it again in the backward pass: engines gather that weight again, but no copy of it."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor, more: int, gathered: bool) -> Tensor:
@@ -77,7 +81,8 @@ def _pad(weight: Tensor, columns: int, more: int) -> Tensor:
 
 @torch.library.custom_op("xar_scale::pad_in_backward", mutates_args=())
 def _pad_in_backward(weight: Tensor, columns: int, more: int, gradient: Tensor) -> Tensor:
-    """As ``_pad``, once ``gradient`` is there: what depends on weights alone a graph makes in its forward pass, and keeps."""
+    """As ``_pad``, but depends on ``gradient``: what depends on weights alone, a graph computes in its forward pass and
+    keeps."""
     return _pad(weight, columns, more)
 
 

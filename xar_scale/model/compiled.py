@@ -1,19 +1,19 @@
-"""torch.compile as it is used here: for shapes that do not change, of which there may be many."""
+"""torch.compile as used here: one graph per static shape, of which there may be many."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-MOST = 1024  # graphs of one function; PyTorch's own limit is 8, beyond which it goes on without a graph, or fails
+MAX_GRAPHS = 1024  # of one function; PyTorch's own limit is 8, beyond which it runs eagerly, or fails
 
 
-def graph_of(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """A graph for each kind of call: shapes, training or not, a precision of autocast, entities before those fed.
+def compile_static(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Return ``function`` compiled, with a graph per kind of call: shapes, training or not, autocast dtype, first entity fed.
 
-    PyTorch's limit of them is the process's, and is raised for good: to raise it around each call takes time in each block.
+    PyTorch's limit on graphs is per process and is raised permanently: raising it around each call costs time in each block.
     """
-    from torch._dynamo import config  # seconds, for which each process would wait
+    from torch._dynamo import config  # imported here: it takes seconds, which every process would pay
 
-    config.recompile_limit = config.accumulated_recompile_limit = MOST
+    config.recompile_limit = config.accumulated_recompile_limit = MAX_GRAPHS
     return torch.compile(function, dynamic=False, **options)

@@ -1,4 +1,4 @@
-"""Where a CPU goes a way of its own, because it is faster there; and tensors of it that stand for a GPU's, or a graph's."""
+"""Where a CPU takes a code path of its own, because it is faster; and CPU tensors that emulate a GPU or a compiled graph."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,35 +8,35 @@ import torch
 from torch import Tensor
 
 
-class _Standing(NamedTuple):
+class _Emulated(NamedTuple):
     gpu: bool = False
     graph: bool = False
 
 
-_standing = _Standing()
+_emulated = _Emulated()
 
 
-def goes_own_way(x: Tensor) -> bool:
-    """Not in a graph, which makes its own kernels, nor where a CPU's tensors stand for a GPU's."""
-    return x.device.type == "cpu" and not in_a_graph() and not _standing.gpu
+def takes_cpu_path(x: Tensor) -> bool:
+    """Whether ``x`` takes the CPU path: not in a compiled graph, which has its own kernels, nor where a GPU is emulated."""
+    return x.device.type == "cpu" and not in_graph() and not _emulated.gpu
 
 
-def on_a_gpu(x: Tensor) -> bool:
-    """Or as if it were."""
-    return x.device.type == "cuda" or (x.device.type == "cpu" and _standing.gpu)
+def on_gpu(x: Tensor) -> bool:
+    """Whether ``x`` is on a GPU, or emulates one."""
+    return x.device.type == "cuda" or (x.device.type == "cpu" and _emulated.gpu)
 
 
-def in_a_graph() -> bool:
-    """Whether torch.compile looks on. Or as if it did."""
-    return torch.compiler.is_compiling() or _standing.graph
+def in_graph() -> bool:
+    """Whether torch.compile is tracing, or is emulated."""
+    return torch.compiler.is_compiling() or _emulated.graph
 
 
 @contextmanager
-def standing_for(*, gpu: bool, graph: bool) -> Iterator[None]:
-    """What is computed here, on a CPU's tensors, takes the functions that it would on a GPU, in a graph, or both."""
-    global _standing
-    before, _standing = _standing, _Standing(gpu, graph)
+def emulate(*, gpu: bool, graph: bool) -> Iterator[None]:
+    """A context in which CPU tensors take the code paths of a GPU, of a compiled graph, or both."""
+    global _emulated
+    before, _emulated = _emulated, _Emulated(gpu, graph)
     try:
         yield
     finally:
-        _standing = before
+        _emulated = before

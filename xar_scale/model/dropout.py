@@ -1,16 +1,16 @@
-"""Dropout: PyTorch's own; on a CPU one that draws the bits of four values at once; in graphs one that draws a seed."""
+"""Dropout: PyTorch's own; on a CPU one that draws four values' bits at once; in compiled graphs one that hashes a seed."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xar_scale.model.cpu import goes_own_way, in_a_graph
+from xar_scale.model.cpu import in_graph, takes_cpu_path
 
 _LEVELS = 2**16
 
 
 class Dropout(nn.Module):
-    """In training a share ``p`` of the values becomes 0, and the rest grows, so that the mean stays."""
+    """In training zeroes a share ``p`` of the values and scales up the rest, so that the mean stays."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -21,14 +21,15 @@ class Dropout(nn.Module):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Of a share ``p`` of the values, drawn from the device's generator; on a CPU a multiple of 2^-16, in graphs of 2^-32."""
+    """Return ``x`` with dropout, drawn from the device's generator. ``p`` is rounded to multiples of 2^-16 on a CPU, of 2^-32
+    in compiled graphs."""
     if not 0 < p < 1:
         return F.dropout(x, p)
-    if in_a_graph():
+    if in_graph():
         return _hashed(x, p)
-    if not goes_own_way(x):
+    if not takes_cpu_path(x):
         return F.dropout(x, p)
-    # PyTorch draws one number a value, in one thread (docs/benchmarks/2026-11-23-cpu-step.md)
+    # PyTorch draws one number per value, in one thread (docs/benchmarks/2026-11-23-cpu-step.md)
     dropped = round(p * _LEVELS)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = bits[: x.numel()].view(x.shape) >= dropped - _LEVELS // 2
@@ -36,10 +37,11 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def _hashed(x: Tensor, p: float) -> Tensor:
-    """Whether a value is kept is a hash of its place and of a seed.
+    """Keep or drop each value by a hash of its index and of a seed.
 
-    A graph's own random numbers are 32 bits a value of Philox, of ten rounds, and bound what they are fused with; the mask is
-    kept for the backward pass. Of this, which is made anew there, the seed is (docs/benchmarks/2026-11-27-h200.md).
+    A compiled graph's own random numbers are ten rounds of Philox per value: they take longer than what they are fused with,
+    and the mask is kept for the backward pass. The hash is recomputed there: only the seed is kept
+    (docs/benchmarks/2026-11-27-h200.md).
     """
     seed = _seed(torch.empty(0, device=x.device))
     places = torch.arange(x.numel(), dtype=torch.int32, device=x.device).view(x.shape)
@@ -48,21 +50,21 @@ def _hashed(x: Tensor, p: float) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The last steps of MurmurHash3 (32 bits), after which each bit depends on all."""
+    """MurmurHash3's 32-bit finaliser: each output bit depends on all input bits."""
     x = (x ^ _shifted(x, 16)) * (0x85EBCA6B - 2**32)
     x = (x ^ _shifted(x, 13)) * (0xC2B2AE35 - 2**32)
     return x ^ _shifted(x, 16)
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """To the right, as of unsigned numbers."""
+    """Shift right, as for unsigned numbers."""
     return (x >> bits) & (2 ** (32 - bits) - 1)
 
 
-# The tag: two of one graph are not the same
+# The tag keeps a graph from merging two draws into one
 @torch.library.custom_op("xar_scale::dropout_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _seed(like: Tensor) -> Tensor:
-    """Two words. Graphs do not look inside: drawn there it would be drawn again for each value."""
+    """Draw two words. An opaque operation: traced into the graph, the draw would be repeated for each value."""
     return torch.randint(2**31 - 1, (2,), dtype=torch.int32, device=like.device)
 
 

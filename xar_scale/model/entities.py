@@ -1,4 +1,4 @@
-"""EntityLayout: which tokens form an entity, in which order, and where each token lies. Nothing else knows the kind.
+"""EntityLayout: which tokens form an entity, in which order, and each token's position. No other code knows the kind.
 
 The kinds are those of xAR (Ren et al., 2025), section 3.1 and figure 3.
 """
@@ -25,17 +25,17 @@ class _Indices(NamedTuple):
     order: Tensor  # (T,) raster index of each token
     inverse: Tensor  # (rows * columns,) token of each raster index of the full grid
     entity: Tensor  # (T,) entity of each token
-    ends: Tensor  # (T,) int32: the first token that it does not see
+    ends: Tensor  # (T,) int32: for each token the first one that it does not attend to
     coordinates: Tensor  # (T, 2) float32
 
 
 @dataclass(frozen=True, eq=False)
 class EntityLayout:
-    """The sequence of one kind of entity on one grid.
+    """The token sequence of one kind of entity on one grid.
 
-    Tokens are entity-major: first all of entity 0, then all of entity 1. They are taken from a pyramid of ``grids``, the full
-    one last and mostly alone: ``order[i]`` is the raster index (row-major, grid after grid) of token i. ``lengths[k]`` is the
-    number of tokens of entity k.
+    Tokens are entity-major: first all of entity 0, then all of entity 1. They come from a pyramid of ``grids``, the full grid
+    last; all kinds but ``scale`` have that one only. ``order[i]`` is the raster index (row-major, grid after grid) of token i,
+    and ``lengths[k]`` the number of tokens of entity k.
     """
 
     grids: tuple[Grid, ...]
@@ -58,12 +58,12 @@ class EntityLayout:
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """K + 1 positions: entity k is tokens offsets[k] to offsets[k + 1]."""
+        """K + 1 positions: entity k is the tokens from offsets[k] up to, not including, offsets[k + 1]."""
         return tuple(accumulate(self.lengths, initial=0))
 
     @cached_property
     def coordinates(self) -> Tensor:
-        """(T, 2) float32: row and column of each token on the full grid; of a coarser grid's token, of its centre."""
+        """(T, 2) float32: row and column of each token on the full grid; for a coarser grid's token, those of its centre."""
         rows, columns = self.grid
         places = [
             torch.cartesian_prod(
@@ -75,7 +75,7 @@ class EntityLayout:
         return torch.cat(places)[self.order]
 
     def on(self, device: torch.device) -> _Indices:
-        """The index tensors on ``device``, copied there once: a copy each step would stall it."""
+        """Return the index tensors on ``device``, copied there once: a copy in each step would stall it."""
         if device not in self._indices:
             entity = torch.repeat_interleave(_numbers(self.entities), torch.tensor(self.lengths, device="cpu"))
             inverse = torch.argsort(self.order)[-self.grid[0] * self.grid[1] :]
@@ -100,12 +100,12 @@ class EntityLayout:
 
 
 def create_layout(config: ModelConfig) -> EntityLayout:
-    """The layout that ``config`` names. Raises ConfigError with the sizes that would divide."""
+    """Return the layout that ``config`` names. Raises ConfigError, naming the sizes that fit, if the grid cannot be tiled."""
     return _KINDS[config.entity](config.grid, config.entity_size)
 
 
 def _patch(grid: Grid, size: int | None) -> EntityLayout:
-    """Every token an entity, row by row."""
+    """Each token is an entity, row by row."""
     _no_size("patch", size)
     tokens = grid[0] * grid[1]
     return EntityLayout((grid,), (1,) * tokens, _numbers(tokens))
@@ -130,7 +130,7 @@ def _scale(grid: Grid, scales: int | None) -> EntityLayout:
     while grids[0][0] % 2 == 0 and grids[0][1] % 2 == 0:
         grids.insert(0, (grids[0][0] // 2, grids[0][1] // 2))
     if scales is not None and scales > len(grids):
-        raise ConfigError(f"{scales} scales of a {grid[0]}x{grid[1]} grid, which halves evenly to at most {len(grids)}")
+        raise ConfigError(f"{scales} scales do not fit a {grid[0]}x{grid[1]} grid, which halves evenly to at most {len(grids)}")
     grids = grids[-scales:] if scales else grids
     lengths = tuple(rows * columns for rows, columns in grids)
     return EntityLayout(tuple(grids), lengths, _numbers(sum(lengths)))
@@ -153,7 +153,7 @@ _KINDS: dict[str, Callable[[Grid, int | None], EntityLayout]] = {
 
 
 def _numbers(count: int) -> Tensor:
-    """0, 1, 2, ... on the CPU, also where a model is built on the meta device: a layout has no parameters to postpone."""
+    """Return 0, 1, 2, ... on the CPU, even while a model is built on the meta device: a layout has no parameters to defer."""
     return torch.arange(count, device="cpu")
 
 
@@ -162,7 +162,7 @@ def _raster(grid: Grid) -> Tensor:
 
 
 def _grouped(grid: Grid, groups: Tensor) -> EntityLayout:
-    """Entities of equal length from raster indices (entity row, entity column, row in it, column in it)."""
+    """Return entities of equal length, from raster indices (entity row, entity column, row in it, column in it)."""
     groups = groups.flatten(2).flatten(0, 1)
     return EntityLayout((grid,), (groups.shape[1],) * groups.shape[0], groups.reshape(-1))
 
@@ -180,9 +180,9 @@ def _divisors(grid: Grid) -> list[int]:
 
 def _no_size(kind: str, size: int | None) -> None:
     if size is not None:
-        raise ConfigError(f"model.entity_size is {size}, an entity of kind {kind} has none")
+        raise ConfigError(f"model.entity_size is {size}, but entities of kind {kind} have no size")
 
 
 def kinds() -> Sequence[str]:
-    """Names of all kinds of entity."""
+    """Return the names of all kinds of entity."""
     return list(_KINDS)

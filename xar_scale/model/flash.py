@@ -1,7 +1,7 @@
 """flash_attention: block-causal attention as one fused Triton kernel forward and two backward (FlashAttention-2, Dao, 2023).
 
-Heads need no power of two channels: their tiles are two, of the widest power of two and of the rest, so that 80 channels are
-64 and 16 and not 128. Rows beyond the last one are the last one again, read but never written, so that no row needs a mask.
+Head widths need not be powers of two: a head is split into two tiles, the largest power of two and the rest, so 80 channels are
+64 and 16 instead of 128. Rows beyond the last one are clamped to it, read but never written, so loads of rows need no mask.
 """
 
 import os
@@ -18,15 +18,15 @@ try:
     import triton  # type: ignore[import-untyped]
     import triton.language as tl  # type: ignore[import-untyped]
     from triton.language import constexpr
-except ImportError:  # wheels for a CPU come without
+except ImportError:  # CPU wheels of PyTorch come without Triton
     triton, constexpr = None, Any
 
 NARROWEST, WIDEST = 16, 128  # channels of a head
 
 
-class Blocks(NamedTuple):
-    """How a kernel is cut: tokens of a block of queries and of one of keys; warps of a program, stages of its pipeline, and the
-    most registers of a thread, which decide how many programs are on a multiprocessor at once."""
+class BlockSizes(NamedTuple):
+    """A kernel's launch parameters: tokens per block of queries and of keys, warps per program, pipeline stages, and the
+    maximum registers per thread, which decide how many programs share a multiprocessor."""
 
     queries: int
     keys: int
@@ -35,20 +35,20 @@ class Blocks(NamedTuple):
     registers: int
 
 
-# By kernel and by the widest head that they serve, as measured (docs/benchmarks/2026-11-27-h200.md). 64 queries are an entity
-# of the published model, of which nothing is masked; of three programs of 4 warps that share a multiprocessor a thread has 168
-# registers, and of two 255
+# By kernel and by the widest head that the sizes serve, as measured (docs/benchmarks/2026-11-27-h200.md). 64 queries are one
+# entity of the published model, in which nothing is masked. With three programs of 4 warps on a multiprocessor a thread has 168
+# registers, with two it has 255
 BLOCKS = {
-    "forward": {128: Blocks(64, 64, 4, 2, 168)},
-    "queries": {96: Blocks(64, 64, 4, 2, 168), 128: Blocks(64, 32, 4, 2, 168)},
-    "keys": {96: Blocks(32, 64, 4, 2, 168), 128: Blocks(32, 64, 4, 2, 255)},
+    "forward": {128: BlockSizes(64, 64, 4, 2, 168)},
+    "queries": {96: BlockSizes(64, 64, 4, 2, 168), 128: BlockSizes(64, 32, 4, 2, 168)},
+    "keys": {96: BlockSizes(32, 64, 4, 2, 168), 128: BlockSizes(32, 64, 4, 2, 255)},
 }
-NEEDS = "Triton, a C compiler, Python's headers and an NVIDIA GPU of compute capability 8.0 or later"
+REQUIREMENTS = "Triton, a C compiler, Python's headers and an NVIDIA GPU of compute capability 8.0 or later"
 
 
 def available(device: torch.device) -> bool:
-    """Whether ``device`` is what the kernels need. A GPU that is not there stands for one that is. In a graph, which cannot
-    look, whether it was when this was last asked outside; if it never was, no."""
+    """Whether the kernels run on ``device``. A CUDA device on a machine without GPUs counts as a suitable one. Inside a
+    compiled graph, which cannot check, the answer is the last one from outside, or False if there is none."""
     if device.type != "cuda":
         return False
     if torch.compiler.is_compiling():
@@ -65,17 +65,18 @@ _found: dict[int, bool] = {}
 
 @cache
 def _builds() -> bool:
-    """Whether Triton can make what launches a kernel, a module of Python's in C."""
-    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton has it, for Debian
+    """Whether Triton can build its kernel launcher, a C extension module."""
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does, for Debian
     headers = Path(sysconfig.get_path("include", scheme), "Python.h")
     return headers.exists() and bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
 def flash_attention(q_BNTH: Tensor, k_BNTH: Tensor, v_BNTH: Tensor, ends_T: Tensor, dropout: float) -> Tensor:
-    """Attention of query t to the keys before ``ends_T[t]``, int32, which never falls and is at least 1.
+    """Attention of query t to the keys before ``ends_T[t]`` (int32, non-decreasing, at least 1).
 
-    All are of one 16-bit dtype and of any strides but the last, 1. Returns (B, N, T, H) as q, which is (B, T, N, H) in memory,
-    as are the gradients. Scale is H^-0.5; ``dropout`` acts on the probabilities, drawn from the device's generator.
+    q, k and v have one 16-bit dtype and any strides, but the last stride is 1. Returns (B, N, T, H), like q, laid out as (B, T,
+    N, H) in memory, as are the gradients. The scale is H^-0.5; ``dropout`` acts on the probabilities, drawn from the device's
+    generator.
     """
     return _attention(q_BNTH, k_BNTH, v_BNTH, ends_T, dropout)[0]
 
@@ -86,7 +87,7 @@ def _jit(kernel: Any) -> Any:
 
 @_jit
 def _load(x, rows, stride, H: constexpr, MAIN: constexpr, REST: constexpr):  # type: ignore[no-untyped-def]
-    """Rows of x: their first MAIN channels, and the REST from there on, which are 0 from H on."""
+    """Load rows of x: their first MAIN channels, and the REST after them, which are 0 from H on."""
     main = tl.load(x + rows[:, None] * stride + tl.arange(0, MAIN)[None, :])
     rest = main
     if REST:
@@ -97,7 +98,7 @@ def _load(x, rows, stride, H: constexpr, MAIN: constexpr, REST: constexpr):  # t
 
 @_jit
 def _store(x, rows, stride, real, main, rest, H: constexpr, MAIN: constexpr, REST: constexpr):  # type: ignore[no-untyped-def]
-    """What _load would load, of the rows that are real."""
+    """Store what _load loads, for the real rows only."""
     dtype = x.dtype.element_ty
     tl.store(x + rows[:, None] * stride + tl.arange(0, MAIN)[None, :], main.to(dtype), mask=real[:, None])
     if REST:
@@ -107,7 +108,7 @@ def _store(x, rows, stride, real, main, rest, H: constexpr, MAIN: constexpr, RES
 
 @_jit
 def _products(a, a_rest, b, b_rest, REST: constexpr):  # type: ignore[no-untyped-def]
-    """Of each row of a with each row of b."""
+    """Dot products of each row of a with each row of b."""
     products = tl.dot(a, tl.trans(b))
     if REST:
         products = tl.dot(a_rest, tl.trans(b_rest), products)
@@ -116,14 +117,14 @@ def _products(a, a_rest, b, b_rest, REST: constexpr):  # type: ignore[no-untyped
 
 @_jit
 def _mixed(x):  # type: ignore[no-untyped-def]
-    """MurmurHash3's 32-bit finaliser but for its last step, x ^ (x >> 16), which changes the lower half alone."""
+    """MurmurHash3's 32-bit finaliser without its last step, x ^ (x >> 16), which changes the lower half only."""
     x = (x ^ (x >> 16)) * 0x85EBCA6B
     return (x ^ (x >> 13)) * 0xC2B2AE35
 
 
 @_jit
 def _words(places, seed):  # type: ignore[no-untyped-def]
-    """A random word of each query, of a head of a sample: two rounds of the finaliser, before each a word of the seed."""
+    """A random word per query of a head of a sample: two rounds of the finaliser, each after xor with a word of the seed."""
     x = _mixed(places.to(tl.uint32) ^ tl.load(seed).to(tl.uint32))
     x = _mixed(x ^ (x >> 16) ^ tl.load(seed + 1).to(tl.uint32))
     return x ^ (x >> 16)
@@ -133,7 +134,8 @@ def _words(places, seed):  # type: ignore[no-untyped-def]
 def _kept(words, keys, dropped):  # type: ignore[no-untyped-def]
     """Which probabilities dropout keeps: a third round, of the query's word times an odd number for the key.
 
-    Nothing else takes as much of a kernel's time: with all rounds here, of a counter of probabilities, it would be twice that.
+    This takes more of a kernel's time than anything else. With all rounds here, over a counter of probabilities, it would take
+    twice as long.
     """
     return _mixed(words * (2 * keys + 1).to(tl.uint32)).to(tl.int32, bitcast=True) >= dropped
 
@@ -148,10 +150,10 @@ def _forward(  # type: ignore[no-untyped-def]
     QUERIES: constexpr, KEYS: constexpr, DROPOUT: constexpr,
 ):
     # fmt: on
-    """Output and log2 of the sum of exponentials of a block of queries."""
+    """Compute the output, and log2 of the sum of exponentials, of a block of queries."""
     blocks = tl.cdiv(Tq, QUERIES)
-    head = tl.program_id(0) // blocks  # of all samples
-    begin = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES  # the longest first
+    head = tl.program_id(0) // blocks  # counted over all samples
+    begin = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES  # longest blocks first
     b, n = (head // N).to(tl.int64), (head % N).to(tl.int64)
     q += b * q_b + n * q_n
     k += b * k_b + n * k_n
@@ -162,7 +164,7 @@ def _forward(  # type: ignore[no-untyped-def]
     real = begin + tl.arange(0, QUERIES) < Tq
     rows = tl.minimum(begin + tl.arange(0, QUERIES), Tq - 1)
     end = tl.load(ends + rows)
-    by_all = tl.load(ends + begin) // KEYS * KEYS  # keys that all queries see, in whole blocks
+    by_all = tl.load(ends + begin) // KEYS * KEYS  # keys that all queries attend to, in whole blocks
     by_any = tl.load(ends + tl.minimum(begin + QUERIES, Tq) - 1)
     if DROPOUT:
         drawn = _words(head * Tq + rows, seed)
@@ -173,7 +175,7 @@ def _forward(  # type: ignore[no-untyped-def]
     total = tl.zeros([QUERIES], tl.float32)
     main = tl.zeros([QUERIES, MAIN], tl.float32)
     rest = tl.zeros([QUERIES, REST], tl.float32) if REST else main
-    for PARTLY in tl.static_range(2):  # seen by all of the queries, then by some
+    for PARTLY in tl.static_range(2):  # keys of all of the queries, then of some
         for start in range(by_all if PARTLY else 0, by_any if PARTLY else by_all, KEYS):
             keys = start + tl.arange(0, KEYS)
             there = tl.minimum(keys, Tk - 1) if PARTLY else keys
@@ -181,14 +183,14 @@ def _forward(  # type: ignore[no-untyped-def]
             scores = _products(q_main, q_rest, k_main, k_rest, REST)
             if PARTLY:
                 scores = tl.where(keys[None, :] < end[:, None], scores, float("-inf"))
-            # never of -inf alone: key 0 is in the first block, and all see it
+            # never a maximum of -inf only: key 0 is in the first block, and all queries attend to it
             higher = tl.maximum(peak, tl.max(scores, 1) * log2_scale)
             p = tl.exp2(scores * log2_scale - higher[:, None])
             shrink = tl.exp2(peak - higher)
             peak = higher
             total = total * shrink + tl.sum(p, 1)
             if DROPOUT:
-                # a product: of a selection the compiler makes one of 16-bit halves, which takes more instructions
+                # a product, not tl.where: the compiler makes that a selection of 16-bit halves, which takes more instructions
                 p *= _kept(drawn[:, None], keys[None, :], dropped).to(tl.float32)
             v_main, v_rest = _load(v, there, v_t, H, MAIN, REST)
             p = p.to(v_main.dtype)
@@ -211,9 +213,9 @@ def _backward_queries(  # type: ignore[no-untyped-def]
     QUERIES: constexpr, KEYS: constexpr, DROPOUT: constexpr,
 ):
     # fmt: on
-    """Gradients of a block of queries; and delta = rowsum(dO * O), as FlashAttention-2 names it.
+    """Compute the gradients of a block of queries, and delta = rowsum(dO * O), as FlashAttention-2 names it.
 
-    What dropout keeps has grown: that factor is taken out of the loops, and out of delta.
+    Dropout scales up what it keeps: that factor is taken out of the loops, and out of delta.
     """
     blocks = tl.cdiv(Tq, QUERIES)
     head = tl.program_id(0) // blocks
@@ -280,10 +282,10 @@ def _backward_keys(  # type: ignore[no-untyped-def]
     QUERIES: constexpr, KEYS: constexpr, DROPOUT: constexpr,
 ):
     # fmt: on
-    """Gradients of a block of keys and of their values. Scores are keys by queries here, as they are multiplied."""
+    """Compute the gradients of a block of keys and values. Scores are (keys, queries) here, as the products need them."""
     blocks = tl.cdiv(Tk, KEYS)
     head = tl.program_id(0) // blocks
-    begin = tl.program_id(0) % blocks * KEYS  # the first have most queries
+    begin = tl.program_id(0) % blocks * KEYS  # the first blocks have most queries
     b, n = (head // N).to(tl.int64), (head % N).to(tl.int64)
     q += b * q_b + n * q_n
     k += b * k_b + n * k_n
@@ -299,10 +301,10 @@ def _backward_keys(  # type: ignore[no-untyped-def]
     there = tl.minimum(keys, Tk - 1)
     k_main, k_rest = _load(k, there, k_t, H, MAIN, REST)
     v_main, v_rest = _load(v, there, v_t, H, MAIN, REST)
-    none = 0  # blocks of queries that see none of the keys
+    none = 0  # blocks of queries that attend to none of the keys
     while (none * QUERIES < Tq) & (tl.load(ends + tl.minimum(none * QUERIES + QUERIES, Tq) - 1) <= begin):
         none += 1
-    some = none  # and those that do not see all
+    some = none  # plus those that do not attend to all
     while (some * QUERIES < Tq) & (tl.load(ends + tl.minimum(some * QUERIES, Tq - 1)) < tl.minimum(begin + KEYS, Tk)):
         some += 1
 
@@ -317,7 +319,7 @@ def _backward_keys(  # type: ignore[no-untyped-def]
             rows = tl.minimum(queries, Tq - 1)
             q_main, q_rest = _load(q, rows, q_t, H, MAIN, REST)
             grad_main, grad_rest = _load(grad, rows, grad_t, H, MAIN, REST)
-            # beyond the last query the probability is 0
+            # inf: beyond the last query the probability is 0
             logs = tl.load(lse + rows, mask=queries < Tq, other=float("inf"))
             mean = tl.load(delta + rows)
             scores = _products(k_main, k_rest, q_main, q_rest, REST)
@@ -345,12 +347,12 @@ def _backward_keys(  # type: ignore[no-untyped-def]
 _KERNELS = {"forward": _forward, "queries": _backward_queries, "keys": _backward_keys}
 
 
-def cut_of(name: str, head_width: int) -> Blocks:
+def block_sizes(name: str, head_width: int) -> BlockSizes:
     return BLOCKS[name][min(widest for widest in BLOCKS[name] if widest >= head_width)]
 
 
-def constants(head_width: int, cut: Blocks, *, dropout: bool) -> dict[str, int]:
-    """What a kernel is compiled for."""
+def constants(head_width: int, cut: BlockSizes, *, dropout: bool) -> dict[str, int]:
+    """Return the constants that a kernel is compiled for."""
     main = 2 ** (head_width.bit_length() - 1)
     rest = max(NARROWEST, triton.next_power_of_2(head_width - main)) if main < head_width else 0
     sizes = {"H": head_width, "MAIN": main, "REST": rest, "QUERIES": cut.queries, "KEYS": cut.keys}
@@ -358,9 +360,10 @@ def constants(head_width: int, cut: Blocks, *, dropout: bool) -> dict[str, int]:
 
 
 def _launch(name: str, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...], dropout_p: float) -> None:
-    """A kernel, over all samples and heads: of ``tensors``, and the strides of those (B, N, T, H), q and k the first."""
+    """Launch a kernel over all samples and heads, with ``tensors`` and the strides of ``strided``, (B, N, T, H), q and k
+    first."""
     (B, N, Tq, H), Tk = strided[0].shape, strided[1].shape[2]
-    cut = cut_of(name, H)
+    cut = block_sizes(name, H)
     blocks = triton.cdiv(Tk, cut.keys) if name == "keys" else triton.cdiv(Tq, cut.queries)
     with torch.cuda.device_of(strided[0]):
         _KERNELS[name][(B * N * blocks,)](
@@ -376,15 +379,15 @@ def _launch(name: str, tensors: tuple[Tensor, ...], strided: tuple[Tensor, ...],
 
 
 def _empty(like_BNTH: Tensor) -> Tensor:
-    """(B, T, N, H) in memory, where the heads of a token are neighbours."""
+    """Return an empty tensor, laid out as (B, T, N, H) in memory, with the heads of a token adjacent."""
     B, N, T, H = like_BNTH.shape
     return like_BNTH.new_empty(B, T, N, H).transpose(1, 2)
 
 
-# The tag: a graph draws anew for each call, and the same again where it computes one again
+# The tag makes a graph draw anew for each call, and draw the same again where it recomputes one
 @torch.library.custom_op("xar_scale::flash_attention", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _attention(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, log2 of the sums of exponentials (B, N, T), and the seed of dropout."""
+    """Return the output, log2 of the sums of exponentials (B, N, T), and the seed of dropout."""
     assert q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16), (q.dtype, k.dtype, v.dtype)
     assert NARROWEST <= q.shape[-1] <= WIDEST, q.shape
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, (q.stride(), k.stride(), v.stride())
@@ -415,12 +418,12 @@ def _attention_backward(
     seed: Tensor,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Return the gradients of q, k and v."""
     if grad.stride(-1) != 1:
         grad = grad.contiguous()
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
     delta, words = torch.empty_like(lse), torch.empty_like(lse, dtype=torch.int32)
-    # in this order: the first writes delta and words, which the second reads
+    # the order matters: the first kernel writes delta and words, which the second reads
     _launch("queries", (q, k, v, ends, seed, grad, out, lse, delta, words, dq), (q, k, v, grad, out), dropout_p)
     _launch("keys", (q, k, v, ends, grad, lse, delta, words, dk, dv), (q, k, v, grad), dropout_p)
     return dq, dk, dv
@@ -434,7 +437,7 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.dropout_p = inputs
     ctx.save_for_backward(*tensors, *output)
-    ctx.set_materialize_grads(False)  # nor zeros for lse and the seed
+    ctx.set_materialize_grads(False)  # no zero gradients for lse and the seed
 
 
 def _differentiate(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:

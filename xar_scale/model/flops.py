@@ -1,4 +1,4 @@
-"""Floating-point operations of the network, exactly: a multiply and an add are two; matrix products only, as is usual."""
+"""The network's floating-point operations, exactly: a multiply-add counts as two; matrix products only, as is usual."""
 
 from itertools import pairwise
 
@@ -8,7 +8,7 @@ from xar_scale.model.layers import TIME_CHANNELS, mlp_width
 
 
 def forward_flops(config: ModelConfig) -> int:
-    """Of one image's forward pass: modulation and time per entity, attention by its mask, everything else per token."""
+    """Return those of one image's forward pass: modulation and time per entity, attention by its mask, the rest per token."""
     layout, width = create_layout(config), config.width
     blocks = config.depth_encoder + config.depth_decoder
     per_token = blocks * (4 * width**2 + 3 * width * mlp_width(config)) + width**2 + 2 * width * config.channels
@@ -18,5 +18,5 @@ def forward_flops(config: ModelConfig) -> int:
 
 
 def training_flops(config: ModelConfig) -> int:
-    """Of one image forward and backward, without recomputation: the backward pass has two products for each."""
+    """Return those of one image forward and backward, without recomputation: the backward pass has two products for each."""
     return 3 * forward_flops(config)

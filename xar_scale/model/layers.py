@@ -21,7 +21,7 @@ MAX_PERIOD = 10000.0
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension, statistics in float32 or better; ``affine``: with a learned weight."""
+    """Root-mean-square norm over the last dimension, with statistics in at least float32; ``affine``: with a learned weight."""
 
     def __init__(self, width: int, affine: bool) -> None:
         super().__init__()
@@ -57,12 +57,12 @@ class TimeEmbedding(nn.Module):
 
 
 def mlp_width(config: ModelConfig) -> int:
-    """Hidden channels of the gated MLP: two thirds of a plain one's, for as many parameters."""
+    """Return the hidden channels of the gated MLP: two thirds of a plain MLP's, for the same number of parameters."""
     return int(config.width * config.mlp_ratio * 2 / 3)
 
 
 class GatedMLP(nn.Module):
-    """down(gelu(gate(x)) * up(x)), with timm's two drops: on the product and on the output."""
+    """down(gelu(gate(x)) * up(x)), with timm's two dropouts: on the product and on the output."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -103,9 +103,10 @@ class Attention(nn.Module):
 def each_entity(
     layout: EntityLayout, first: int, change: Callable[..., Tensor], tokens_BTD: Sequence[Tensor], rows_BKD: Sequence[Tensor]
 ) -> Tensor:
-    """``change(*tokens, *rows)`` of each entity's tokens, from entity ``first`` on, and its rows of D values, broadcast.
+    """Apply ``change(*tokens, *rows)`` to the tokens of each entity, from ``first`` on, and its rows of D values, broadcast.
 
-    Rows are never repeated for tokens in memory: entities of one length are a dimension of their own, others go one by one.
+    Rows are never repeated in memory for each token: entities of equal length become a dimension, others are processed one by
+    one.
     """
     entities = rows_BKD[0].shape[1]
     lengths = layout.lengths[first : first + entities]
@@ -137,7 +138,7 @@ class Block(nn.Module):
             return each_entity(self.layout, first, lambda x, a, b: torch.addcmul(b, x, 1 + a), [self.norm(x)], [scale, shift])
 
         def plus_gated(x: Tensor, change: Tensor, gate: Tensor) -> Tensor:
-            # no addcmul: CUDA's autocast would make float32 copies of 16 bits for it
+            # not addcmul: under CUDA autocast it would make float32 copies of 16-bit tensors
             return each_entity(self.layout, first, lambda x, y, g: x + y * g, [x, change], [gate])
 
         x = plus_gated(x_BTD, self.attn(modulated(x_BTD, scale1, shift1), rotary, first, cache), gate1)

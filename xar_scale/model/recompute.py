@@ -1,4 +1,4 @@
-"""Activation checkpointing of blocks: what the backward pass finds in memory and what it computes again."""
+"""Activation checkpointing of blocks: what the backward pass finds in memory and what it recomputes."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -11,12 +11,12 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from xar_scale.config import Recompute
-from xar_scale.model import dropout, flash  # noqa: F401  (which define operations)
-from xar_scale.model.compiled import graph_of
+from xar_scale.model import dropout, flash  # noqa: F401  (they define the custom operations below)
+from xar_scale.model.compiled import compile_static
 
 _aten = torch.ops.aten
-# Matrix products and attention: most of the time of a block, little of its memory. flash_attn's kernel and FlexAttention are
-# computed again.
+# Matrix products and attention: most of a block's time, little of its memory. flash_attn's kernel and FlexAttention are
+# recomputed.
 _KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -26,7 +26,7 @@ _KEPT = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.xar_scale.flash_attention.default,
-    torch.ops.xar_scale.dropout_seed.default,  # drawn again it would be another
+    torch.ops.xar_scale.dropout_seed.default,  # a second draw would differ
 }
 
 
@@ -34,16 +34,16 @@ def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute, *, compiled: b
     """Make the backward pass of each block recompute its forward: all of it ("full"), all but matrix products and attention
     ("selective"), or all of it from an input kept in host memory, pinned on a GPU ("offload"). Dropout is replayed.
 
-    ``compiled``: a block's forward is a graph, one for all; with "selective", which goes by operations, the graph is around.
-    A block's hooks, which engines and those who look on have, stay outside.
+    ``compiled``: each block's forward is compiled, into one graph shared by all blocks. The graph is inside the recomputation,
+    but around it for "selective", which selects operations. Hooks on a block (of engines and observers) stay outside the graph.
     """
     for block in blocks:
         if compiled and mode != "selective":
-            block.forward = graph_of(block.forward)
+            block.forward = compile_static(block.forward)
         if mode != "none":
             block.forward = partial(_recomputed, block.forward, mode)
         if compiled and mode == "selective":
-            block.forward = graph_of(block.forward)
+            block.forward = compile_static(block.forward)
 
 
 def _recomputed(forward: Callable[..., Any], mode: Recompute, *arguments: Any) -> Any:
@@ -65,7 +65,7 @@ def _policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> C
 
 
 def _draws(operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-    """Whether it draws dropout inside. Such a one is computed again: what is skipped moves no generator, and all that draws
-    after it in the block would draw another mask than in the forward pass."""
+    """Whether the operation draws dropout inside. Such an operation is recomputed: skipping it would not advance the generator,
+    and everything that draws after it in the block would draw another mask than in the forward pass."""
     names = [argument.name for argument in operation._schema.arguments]
     return bool((dict(zip(names, arguments, strict=False)) | keywords).get("dropout_p", 0.0))

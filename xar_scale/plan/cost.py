@@ -4,8 +4,8 @@ import math
 from typing import NamedTuple
 
 from xar_scale.config import Config, micro_batches, shard_ranks
-from xar_scale.ema import averages_of
-from xar_scale.graphs import records
+from xar_scale.ema import ema_count
+from xar_scale.graphs import can_capture
 from xar_scale.memory.rank import WEIGHT, ZERO3_LIVE, Weights, owners, padded
 from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import forward_flops, training_flops
@@ -150,7 +150,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
         compute=passes * samples * image_flops(config) / (gpu.peak(train.precision) * machines.mfu),
         communication=communication,
         host=2 * passes * samples * inputs / gpu.host,
-        launches=0.0 if records(config, train.precision) else passes * weights.blocks * launch,
+        launches=0.0 if can_capture(config, train.precision) else passes * weights.blocks * launch,
         exposed=ends + (1 - machines.overlap) * (communication - ends),
         optimizer=optimizer_bytes(config, weights, machines.gpus) / gpu.memory_bandwidth,
         data=train.global_batch / (machines.loader * workers),
@@ -170,7 +170,7 @@ def optimizer_bytes(config: Config, weights: Weights, world: int) -> float:
     and to be clipped (2), AdamW's four tensors (4 read, 3 written), the averages (3 each); under ZeRO-3 the copy that is
     gathered from (2). Under DDP the ranks' mean (2), and of all weights each pass's gradients, put where they are reduced (2,
     or 3 where there are some). Four bytes each."""
-    times = 11 + 3 * averages_of(config.optim) + (2 if config.train.engine in ("deepspeed", "ddp") else 0)
+    times = 11 + 3 * ema_count(config.optim) + (2 if config.train.engine in ("deepspeed", "ddp") else 0)
     ranks = owners(config.train, world)
     put = 3 * micro_batches(config.train, world)[1] - 1 if config.train.engine == "ddp" else 0
     return WEIGHT * (times * weights.cut(config.train.engine, ranks) / ranks + put * weights.whole)
@@ -186,7 +186,7 @@ class Checkpoint(NamedTuple):
 
 def checkpoint(config: Config, weights: Weights, machines: Machines) -> Checkpoint:
     """size = 4 W (3 + averages); copy = size / ranks / host link; write = size / (disk x nodes)."""
-    size = WEIGHT * weights.whole * (3 + averages_of(config.optim))
+    size = WEIGHT * weights.whole * (3 + ema_count(config.optim))
     return Checkpoint(size, size / machines.gpus / machines.gpu.host, size / (machines.disk * machines.nodes))
 
 

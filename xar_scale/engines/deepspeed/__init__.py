@@ -1,6 +1,7 @@
-"""DeepSpeed ZeRO: moments, gradients and weights cut over the ranks, as far as the stage goes. Only this room knows DeepSpeed.
+"""DeepSpeed ZeRO: moments, gradients and weights sharded over the ranks, as far as the stage goes. Only this package uses
+DeepSpeed.
 
-Private names are used where DeepSpeed has no public ones, each marked with the version it was read from.
+Private names are used where DeepSpeed has no public ones. Each is marked with the version it was read from.
 """
 
 from collections.abc import Iterable
@@ -17,7 +18,10 @@ __all__ = ["create_deepspeed_engine", "deepspeed_settings"]
 
 
 def create_deepspeed_engine(model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> Engine:
-    """Raises ConfigError when the DeepSpeed config contradicts ours or asks for what no stage here runs."""
+    """Return the engine of the configured ZeRO stage.
+
+    Raises ConfigError if the DeepSpeed config contradicts ours or asks for something that is not supported here.
+    """
     settings = deepspeed_settings(config, dist.world())
     if settings["zero_optimization"]["stage"] == 3:
         from xar_scale.engines.deepspeed.stage3 import ZeRO3Engine

@@ -1,4 +1,4 @@
-"""What the ZeRO stages have in common: DeepSpeed's engine, its passes and its precision."""
+"""What the ZeRO stages share: DeepSpeed's engine, its micro-batches and its precision."""
 
 import logging
 import warnings
@@ -25,21 +25,21 @@ class DeepSpeedEngine(Engine):
     def __init__(
         self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device, settings: dict[str, Any]
     ) -> None:
-        """``settings``: DeepSpeed's config. Raises ConfigError when it refuses it."""
+        """``settings``: DeepSpeed's config. Raises ConfigError if DeepSpeed rejects it."""
         super().__init__(model, config, device)
-        self.copies = 1  # neighbours may share a copy of the weights (hpZ); gradients are cut over all ranks all the same
+        self.replicas = 1  # even with hpZ, gradients are sharded over all ranks
         import deepspeed
 
-        # 0.19.8 calls collectives by names that torch 2.14 has given up
+        # 0.19.8 calls collectives by names that torch 2.14 deprecates
         warnings.filterwarnings("ignore", "`torch.distributed.* is deprecated", FutureWarning)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        # 0.19.8: on a CPU it would compile a shared-memory all-reduce, a minute and a C++ compiler for something that
-        # ZeRO, whose collectives are torch.distributed's, never calls
+        # 0.19.8: on a CPU it would compile a shared-memory all-reduce, which takes a minute and a C++ compiler. ZeRO never
+        # calls it: its collectives are torch.distributed's
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo")
         if choose_library(config.kernels.library, device) == "apex":
-            # it would count a step for each sub-group that ZeRO-3 steps, and so correct the moments' bias wrongly
-            dist.say("kernels.library apex: its Adam counts steps a parameter group, ZeRO-3 has sub-groups: Adam is torch's")
+            # apex's Adam would count a step for each sub-group that ZeRO-3 steps, and correct the moments' bias wrongly
+            dist.say("kernels.library apex: its Adam counts steps per parameter group, not per ZeRO-3 sub-group; using torch's")
         try:
             self._place(weights, settings)
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -48,37 +48,37 @@ class DeepSpeedEngine(Engine):
                 config=settings,
             )
         except (ValidationError, deepspeed.DeepSpeedConfigError) as error:
-            raise ConfigError(f"{config.train.ds_config}: DeepSpeed refuses it: {' '.join(str(error).split())}") from None
+            raise ConfigError(f"{config.train.ds_config}: DeepSpeed rejects it: {' '.join(str(error).split())}") from None
         self.network = self.engine
-        # 0.19.8: those of Linear layers, where it was told of autocast
-        self.lowered = [parameter for parameter in model.parameters() if hasattr(parameter, "comm_dtype")]
+        # 0.19.8: the parameters of Linear layers, where torch_autocast is configured
+        self.autocast_parameters = [parameter for parameter in model.parameters() if hasattr(parameter, "comm_dtype")]
 
     @abstractmethod
     def _place(self, weights: Iterable[Weight], settings: dict[str, Any]) -> None:
-        """Give the model its parameters, as this stage wants them before DeepSpeed takes the model."""
+        """Give the model its parameters, in the form that this stage needs before DeepSpeed wraps the model."""
 
     def load_universal(self, folder: str, tag: str) -> None:
-        """DeepSpeed's own way to load what its own tool has converted, which this project compares itself with."""
+        """Load a universal checkpoint, converted by DeepSpeed's own tool, with DeepSpeed's own loader. For comparisons."""
         self.engine._config.load_universal_checkpoint = True  # 0.19.8
         self.engine.load_checkpoint(folder, tag=tag)
 
     def _apply_precision(self) -> None:
         config = self.engine._config
-        # 0.19.8: read at each pass, and at each gather and reduction of a parameter
+        # 0.19.8: read in each forward pass, and at each gather and reduction of a parameter
         config.torch_autocast_enabled = self.precision.compute is not FP32
-        for parameter in self.lowered:
+        for parameter in self.autocast_parameters:
             parameter.comm_dtype = self.precision.gather
         assert torch.float32 in self.optimizer.ipg_buckets, "no bucket for gradients in float32"
-        config.gradient_accumulation_steps = self.passes * self.splits
+        config.gradient_accumulation_steps = self.accumulation_steps * self.splits
         self.engine.micro_steps = 0
 
     def forward_backward(self, batch: Batch) -> Tensor:
         total = torch.zeros((), device=self.device)
         for part in batch.split(self.splits):
             loss = self._loss(part)
-            self.engine.backward(loss)  # divides by the passes of a step
+            self.engine.backward(loss)  # divides by the micro-batches of a step
             if not self.engine.is_gradient_accumulation_boundary():
-                self.engine.step()  # only counts the pass
+                self.engine.step()  # only counts the micro-batch
             total += loss.detach() / self.splits
         return total
 
@@ -89,7 +89,7 @@ class DeepSpeedEngine(Engine):
 
     def discard(self) -> None:
         self._drop_gradients()
-        self.engine.micro_steps += 1  # 0.19.8: which engine.step() would have counted
+        self.engine.micro_steps += 1  # 0.19.8: engine.step() would have counted it
 
     @abstractmethod
     def _drop_gradients(self) -> None: ...

@@ -1,4 +1,4 @@
-"""The DeepSpeed config of a run: the user's file, which holds DeepSpeed's own affairs, with what ours decides."""
+"""The DeepSpeed config of a run: the user's file, which holds DeepSpeed-only keys, merged with what our config decides."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from xar_scale.config import Config, TrainConfig, micro_batches, read_settings, 
 from xar_scale.errors import ConfigError
 from xar_scale.precision import MODES
 
-# What a ds_config may hold beside what ours decides: DeepSpeed's own affairs
+# The DeepSpeed-only keys that a ds_config may hold, besides those that our config decides
 THEIRS = {
     "zero_optimization",
     "zero_allow_untested_optimizer",
@@ -24,7 +24,10 @@ PRECISION = {"bf16", "fp16", "torch_autocast", "amp", "communication_data_type",
 
 
 def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
-    """Raises ConfigError, naming both keys and values, when the file contradicts ours or asks for what is not run here."""
+    """Return the merged DeepSpeed config.
+
+    Raises ConfigError, naming both keys and values, if the file contradicts our config or asks for something unsupported here.
+    """
     train, path = config.train, config.train.ds_config
     if MODES[train.precision].scaled:
         raise ConfigError(
@@ -49,14 +52,14 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
         if key in settings:
             raise ConfigError(f"{path}: {key} contradicts {name}, which decides; remove it")
     if unknown := sorted(set(settings) - set(ours) - PRECISION - THEIRS):
-        raise ConfigError(f"{path}: this engine does not take {unknown[0]}; it takes {', '.join(sorted(THEIRS))}")
+        raise ConfigError(f"{path}: the deepspeed engine does not accept {unknown[0]}; it accepts {', '.join(sorted(THEIRS))}")
     settings["zero_optimization"] = _zero_settings(settings.get("zero_optimization"), train, world)
     settings |= {key: value for key, (_, value) in ours.items()}
-    settings["gradient_clipping"] = 0.0  # Engine.step clips, by the norm that all ranks agreed on
+    settings["gradient_clipping"] = 0.0  # Engine.step clips, by the norm agreed by all ranks
     settings["zero_allow_untested_optimizer"] = True  # torch's AdamW
-    settings["zero_force_ds_cpu_optimizer"] = False  # also where its state is offloaded
+    settings["zero_force_ds_cpu_optimizer"] = False  # even where its state is offloaded
     if MODES[train.precision].compute is torch.bfloat16:
-        # not "bf16", which casts the parameters themselves: with autocast shards stay float32 and precision can change
+        # not "bf16", which casts the parameters themselves: with autocast the shards stay float32 and the precision can change
         settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return settings
 
@@ -72,12 +75,12 @@ def _zero_settings(given: Any, train: TrainConfig, world: int) -> dict[str, Any]
     ranks = shard_ranks(train, world)
     if ranks != world and stage != 3:
         raise ConfigError(
-            f"train.shard_ranks {ranks} is of weights that are cut, and {path}: zero_optimization.stage {stage} cuts none; "
-            "use stage 3, or leave train.shard_ranks out"
+            f"train.shard_ranks {ranks} shards weights, and {path}: zero_optimization.stage {stage} does not; "
+            "use stage 3, or leave train.shard_ranks unset"
         )
     if ranks == 1 != world:
-        raise ConfigError("train.shard_ranks 1 is whole weights on each rank, which ZeRO-3 does not have; use ZeRO stage 2")
-    neighbours = {"zero_hpz_partition_size": 1 if ranks == world else ranks}  # DeepSpeed's 1: no copies among neighbours
+        raise ConfigError("train.shard_ranks 1 replicates the weights on each rank, which ZeRO-3 does not do; use ZeRO stage 2")
+    neighbours = {"zero_hpz_partition_size": 1 if ranks == world else ranks}  # 1 in DeepSpeed: no hpZ
     for key, value in {**neighbours, "mics_shard_size": -1}.items():
         if zero.get(key, value) != value:
             raise ConfigError(
@@ -87,9 +90,9 @@ def _zero_settings(given: Any, train: TrainConfig, world: int) -> dict[str, Any]
     if ranks != world:
         zero |= neighbours
     if stage == 3 and train.recompute == "selective":
-        # 0.19.8: its Linear adds the bias in place, to the very product that selective recomputation has kept and adds it to
-        # once more: wrong gradients. What that Linear saves, gathered weights held until the backward pass, recomputation
-        # saves too.
+        # 0.19.8: its Linear adds the bias in place to the product that selective recomputation keeps, and recomputation then
+        # adds the bias once more: wrong gradients. That Linear exists so that gathered weights are not held until the backward
+        # pass; recomputation avoids that too.
         if zero.get("memory_efficient_linear"):
             raise ConfigError(f"{path}: zero_optimization.memory_efficient_linear contradicts train.recompute selective")
         zero["memory_efficient_linear"] = False
@@ -97,16 +100,16 @@ def _zero_settings(given: Any, train: TrainConfig, world: int) -> dict[str, Any]
 
 
 def _check_offload(key: str, given: Any, stage: int) -> None:
-    """To the host's memory alone, all of it, stepped by torch's AdamW."""
+    """Accept offload to host memory only, of the whole state, stepped by torch's AdamW. Raises ConfigError otherwise."""
     if given is None:
         return
     if not isinstance(given, dict):
         raise ConfigError(f"{key} {given!r} is not an object")
     device = given.get("device", "none")
     if device not in ("none", "cpu"):
-        raise ConfigError(f"{key}.device {device}: the deepspeed engine offloads to the CPU; checkpoints read shards in memory")
+        raise ConfigError(f"{key}.device {device}: only cpu offload is supported, as checkpoints read shards from memory")
     if device == "cpu" and stage != 3:
-        # 0.19.8: there it waits for the device once a parameter and step, and accumulates whole gradients in the host's memory
+        # 0.19.8: there it waits for the device once per parameter and step, and accumulates unsharded gradients in host memory
         raise ConfigError(f"{key}.device cpu with stage {stage}: the deepspeed engine offloads in stage 3 only")
     if given.get("ratio", 1.0) != 1.0 or given.get("super_offload"):
-        raise ConfigError(f"{key}: ratio and super_offload are for DeepSpeed's own Adam, and optim.* is torch's; remove them")
+        raise ConfigError(f"{key}: ratio and super_offload are for DeepSpeed's own Adam; AdamW here is torch's; remove them")

@@ -1,4 +1,4 @@
-"""ZeRO-1 and ZeRO-2: whole weights on each rank; master weights and moments cut over all, in stage 2 gradients too."""
+"""ZeRO-1 and ZeRO-2: replicated weights; fp32 master weights and moments sharded over all ranks, in stage 2 gradients too."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,8 +19,9 @@ class ZeRO12Engine(DeepSpeedEngine):
     ) -> None:
         super().__init__(model, weights, config, device, settings)
         names = {parameter: name for name, parameter in model.named_parameters()}
-        # 0.19.8: the parameters of a group lie end to end, in the order and at the offsets of round_robin_bit16_*, whatever
-        # their dtype and whether or not that order was asked for; a rank owns one stretch of them, wherever it cuts
+        # 0.19.8: the parameters of a group are contiguous, in the order and at the offsets of round_robin_bit16_*, whatever
+        # their dtype and whether or not that order was requested. A rank owns one contiguous range, which may start or end
+        # inside a parameter
         self.places = {
             names[parameter]: (group, offset)
             for group, parameters in enumerate(self.optimizer.round_robin_bit16_groups)
@@ -32,11 +33,12 @@ class ZeRO12Engine(DeepSpeedEngine):
             weight.place(self.device)
 
     def gradients(self) -> list[Tensor]:
-        # 0.19.8: filled by the last pass; what the rank owns of each parameter's, and padding, a list a group
+        # 0.19.8: filled by the last micro-batch: a list per group, of this rank's part of each parameter's gradient, and
+        # padding
         return [shard for shards in self.optimizer.averaged_gradients.values() for shard in shards or ()]
 
     def _drop_gradients(self) -> None:
-        # 0.19.8: what its own overflow path does, which has no function to itself here
+        # 0.19.8: what its own overflow path does, inline there
         self.optimizer.zero_grad(set_to_none=True)
         for group in self.optimizer.averaged_gradients:
             self.optimizer.averaged_gradients[group] = self.optimizer.all_grad_tensors[group] = None
@@ -46,7 +48,7 @@ class ZeRO12Engine(DeepSpeedEngine):
             group, offset = self.places[name]
             flat = self.optimizer.single_partition_of_fp32_groups[group]
             state = adam_state(self.optimizer.optimizer, flat)
-            begin = dist.rank() * flat.numel() - offset  # of this rank's stretch, counted from the parameter's first element
+            begin = dist.rank() * flat.numel() - offset  # of this rank's range, relative to the parameter's first element
             start, stop = (min(max(at, 0), shape.numel()) for at in (begin, begin + flat.numel()))
             tensors = (flat, state["exp_avg"], state["exp_avg_sq"])
             views = (tensor.detach()[start - begin : stop - begin] for tensor in tensors)
@@ -55,4 +57,4 @@ class ZeRO12Engine(DeepSpeedEngine):
     def shards_written(self, steps: int) -> None:
         for flat in self.optimizer.single_partition_of_fp32_groups:
             set_steps(self.optimizer.optimizer, flat, steps)
-        self.optimizer.update_lp_params()  # 0.19.8: copies the masters to the weights, and gathers them from all ranks
+        self.optimizer.update_lp_params()  # 0.19.8: copies master weights to the weights and gathers from all ranks

@@ -1,6 +1,8 @@
-"""ZeRO-3: weights, gradients and moments cut over all ranks; weights gathered for each pass, or among neighbours (hpZ).
+"""ZeRO-3: weights, gradients and moments sharded over all ranks; weights gathered for each forward and backward pass, with hpZ
+within a sharding group in the backward pass.
 
-Masters and moments may live in the host's memory (offload_optimizer), and what is gathered too (offload_param).
+Master weights and moments may be in host memory (offload_optimizer), and so may the parameter shards that are gathered
+(offload_param).
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,29 +25,30 @@ class ZeRO3Engine(DeepSpeedEngine):
     ) -> None:
         super().__init__(model, weights, config, device, settings)
         names = {parameter: name for name, parameter in model.named_parameters()}
-        # 0.19.8: fp16_groups holds the parameters of each sub-group, whatever their dtype; their shards lie end to end in
+        # 0.19.8: fp16_groups holds the parameters of each sub-group, whatever their dtype. Their shards are contiguous in
         # fp32_partitioned_groups_flat, each ds_tensor.ds_numel long (the last rank's padded)
         self.places = {
             names[parameter]: (parameter, group, offset)
             for group, parameters in enumerate(self.optimizer.fp16_groups)
             for parameter, offset in zip(parameters, _offsets(parameters), strict=False)
         }
-        self._let_go()
+        self._release_gathered()
 
     def _place(self, weights: Iterable[Weight], settings: dict[str, Any]) -> None:
         import deepspeed
 
-        # an empty module: this makes the partitioner and its memory-saving Linear, and converts nothing yet
+        # with an empty module this creates the partitioner and installs its memory-saving Linear, and converts nothing yet
         partitioner = deepspeed.zero.Init(module=nn.Module(), config_dict_or_path=settings, dtype=torch.float32)
-        for weight in weights:  # 0.19.8: sends rank 0's value to all, then every rank keeps its shard of it
+        for weight in weights:  # 0.19.8: broadcasts rank 0's value, then every rank keeps its shard of it
             partitioner._convert_to_zero_parameters([weight.place(self.device)])
 
     def _apply_precision(self) -> None:
         super()._apply_precision()
-        self._let_go()
+        self._release_gathered()
 
     def gradients(self) -> list[Tensor]:
-        # 0.19.8: filled by the last pass; offloaded, flat beside the masters, else by the epilogue, a list a sub-group
+        # 0.19.8: filled by the last micro-batch. Offloaded: the flat .grad of the master weights; else a list per sub-group,
+        # filled by the epilogue
         if self.optimizer.offload_optimizer:
             return [flat.grad for flat in self.optimizer.fp32_partitioned_groups_flat]
         return [shard for shards in self.optimizer.averaged_gradients.values() for shard in shards]
@@ -68,19 +71,21 @@ class ZeRO3Engine(DeepSpeedEngine):
     def shards_written(self, steps: int) -> None:
         for flat in self.optimizer.fp32_partitioned_groups_flat:
             set_steps(self.optimizer.optimizer, flat, steps)
-        self._let_go()
+        self._release_gathered()
 
-    def _let_go(self) -> None:
-        # 0.19.8: the master shards are not what the next pass gathers: let go of what is gathered, and copy them there
+    def _release_gathered(self) -> None:
+        # 0.19.8: the next pass gathers the parameter partitions, not the master shards: free what is gathered and copy the
+        # master shards to the partitions
         self.optimizer._partition_all_parameters()
         for group in range(len(self.optimizer.fp16_groups)):
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        # 0.19.8: with hpZ, letting go keeps what was gathered as the neighbours' copy, which comes first until a step is taken
+        # 0.19.8: with hpZ, freeing keeps what was gathered as the group's secondary copy, which is used first until a step is
+        # taken
         self.optimizer.invalidate_secondary_tensor()
-        # 0.19.8: parameters that stay gathered (small ones) are so in float32 after a step, but in 16 bits if a pass has to do
-        # it, and its Linear adds the bias as it is gathered: in bf16 a resumed run would go on otherwise than one that was not.
-        # With selective recomputation that Linear is off, and the first pass must not find anything gathered: it would then
-        # gather otherwise in the forward pass than when that is computed again
+        # 0.19.8: small parameters that stay gathered are float32 after a step, but 16-bit if a pass has to gather them, and
+        # DeepSpeed's Linear adds the bias as gathered: in bf16 a resumed run would differ from an uninterrupted one. With
+        # selective recomputation that Linear is off, and the first pass must find nothing gathered: otherwise the forward pass
+        # would gather differently from its recomputation
         if self.optimizer.persistent_parameters and self.config.train.recompute != "selective":
             self.optimizer.persistent_parameters[0].all_gather(self.optimizer.persistent_parameters)
 
