@@ -135,8 +135,8 @@ def test_a_host_launches_each_block_of_each_pass_but_for_records():
 
 def test_blocks_are_compiled_where_the_engine_can_and_it_is_not_said_otherwise():
     def compiled(*words: str) -> set[tuple[str, bool]]:
-        ways = found("nano", 2, "h100", *FEW, "train.recompute=none", "train.micro_batch=1", *words).fitting()
-        return {(way.config.train.engine, way.config.kernels.compile) for way in ways}
+        candidates = found("nano", 2, "h100", *FEW, "train.recompute=none", "train.micro_batch=1", *words).feasible()
+        return {(candidate.config.train.engine, candidate.config.kernels.compile) for candidate in candidates}
 
     assert compiled() == {("ddp", True), ("deepspeed", False), ("fsdp2", True)}
     assert compiled("kernels.compile=false") == {("ddp", False), ("deepspeed", False), ("fsdp2", False)}
@@ -180,10 +180,10 @@ def test_parts_of_whole_rows_are_padded(rows, ranks, kept):
 def test_zero3_is_not_planned_with_whole_weights_on_each_rank():
     """Which training refuses: groups of one, also where a node has one GPU."""
     few = "train.global_batch=16", "data.lanes=16", "train.recompute=full"
-    shares = {way.config.train.shard_ranks for way in found("nano", 16, "h100", *few, per_node=1).fitting()}
+    shares = {candidate.config.train.shard_ranks for candidate in found("nano", 16, "h100", *few, per_node=1).feasible()}
     assert shares == {None}
-    ways = [*found("nano", 16, "h100", "train.shard_ranks=1", *few).fitting()]
-    assert ways and {way.config.train.engine for way in ways} == {"fsdp2"}
+    candidates = [*found("nano", 16, "h100", "train.shard_ranks=1", *few).feasible()]
+    assert candidates and {candidate.config.train.engine for candidate in candidates} == {"fsdp2"}
 
 
 FSDP2_FULL = ("train.engine=fsdp2", "train.shard_ranks=null", "train.recompute=full", "kernels.compile=false")
@@ -191,13 +191,13 @@ FSDP2_FULL = ("train.engine=fsdp2", "train.shard_ranks=null", "train.recompute=f
 
 def test_what_is_given_is_not_searched_and_the_quickest_is_first():
     chosen = found("nano", 2, "h100", *FSDP2_FULL)
-    trains = [way.config.train for way in chosen.fitting()]
+    trains = [candidate.config.train for candidate in chosen.feasible()]
     assert {(train.engine, train.shard_ranks, train.recompute) for train in trains} == {("fsdp2", None, "full")}
     assert sorted(train.micro_batch for train in trains) == [2**n for n in range(11)]
-    speeds = [way.speed for way in chosen.fitting()]
+    speeds = [candidate.time_bucket for candidate in chosen.feasible()]
     assert speeds == sorted(speeds) and speeds[0] < speeds[-1]
     given = found("nano", 2, "h100", *FSDP2_FULL, "train.micro_batch=16")
-    assert [way.config.train.micro_batch for way in given.fitting()] == [16]
+    assert [candidate.config.train.micro_batch for candidate in given.feasible()] == [16]
 
 
 @pytest.mark.long
@@ -205,22 +205,25 @@ def test_all_that_fit_are_found_and_what_does_not_is_not():
     """A GPU of little memory: some micro batches fit, larger ones do not, and recomputation makes room."""
     small = Machines(GPUS["h100"]._replace(memory=0.4e9), 16, 8)
     chosen = search(config(), small, [])
-    kinds = {(way.config.train.engine, way.config.train.shard_ranks, way.config.train.recompute) for way in chosen.fitting()}
+    kinds = {
+        (candidate.config.train.engine, candidate.config.train.shard_ranks, candidate.config.train.recompute)
+        for candidate in chosen.feasible()
+    }
     assert kinds == {
         (engine, shared, recompute)
         for engine, shared in (("ddp", None), ("deepspeed", None), ("deepspeed", 8), ("fsdp2", None), ("fsdp2", 8))
         for recompute in RECOMPUTE
     }
-    assert all(way.memory.total <= 0.4e9 for way in chosen.fitting())
+    assert all(candidate.memory.total <= 0.4e9 for candidate in chosen.feasible())
     of = {}
-    for way in chosen.fitting():
-        train = way.config.train
+    for candidate in chosen.feasible():
+        train = candidate.config.train
         if (train.engine, train.shard_ranks) == ("fsdp2", None):
             of[train.recompute] = max(of.get(train.recompute, 0), train.micro_batch)
     assert of["none"] <= of["selective"] <= of["full"] and of["none"] < of["full"]
     best = chosen.best
     assert chosen.largest(best.config, "bf16") >= best.config.train.micro_batch
-    split = next(way for way in chosen.fitting() if way.parts > 1)
+    split = next(candidate for candidate in chosen.feasible() if candidate.parts > 1)
     size = split.config.train.micro_batch
     assert (
         chosen.memory(split.config, "tf32", size).total
@@ -240,7 +243,7 @@ EAGER = ("train.engine=fsdp2", "kernels.compile=false")  # graphs take longer to
 
 def test_one_gpu_has_one_engine():
     chosen = found("nano", 1, "h100", *FEW, "train.recompute=none", "train.micro_batch=8", "kernels.compile=false")
-    assert [way.config.train.engine for way in chosen.fitting()] == ["single"] and chosen.best.sent == []
+    assert [candidate.config.train.engine for candidate in chosen.feasible()] == ["single"] and chosen.best.sent == []
     said = text.describe(chosen, "nano", "h100")
     assert not any(word in said for word in ("network", "overlap", "alone", "ZeRO", "nodes"))
 
@@ -274,8 +277,8 @@ def test_a_step_is_bound_by_what_runs_longest_beside_the_rest(change, bound):
     """Not by communication whose ends are not hidden, nor by data that is there before the step has ended."""
     chosen = found("nano", 8, "h100", *FEW, *EAGER, "train.micro_batch=1")
     time = cost.StepTime(compute=5, communication=6, host=1, launches=2, exposed=2, optimizer=0.25, data=6)._replace(**change)
-    way = dataclasses.replace(chosen.best, time=time)
-    assert f"bound by {bound};" in text.describe(dataclasses.replace(chosen, ways=[way]), "nano", "h100")
+    candidate = dataclasses.replace(chosen.best, time=time)
+    assert f"bound by {bound};" in text.describe(dataclasses.replace(chosen, candidates=[candidate]), "nano", "h100")
 
 
 def test_data_of_a_node_are_those_of_a_full_one():
@@ -287,7 +290,7 @@ def test_data_of_a_node_are_those_of_a_full_one():
 
 def test_a_loss_scale_leaves_deepspeed_out():
     chosen = found("nano", 2, "a100", "train.precision=fp16", "train.recompute=none", "train.micro_batch=64")
-    assert {way.config.train.engine for way in chosen.fitting()} == {"ddp", "fsdp2"}
+    assert {candidate.config.train.engine for candidate in chosen.feasible()} == {"ddp", "fsdp2"}
 
 
 PLAN = ["plan", "--model", "nano", "--gpus", "4", "--gpu", "h100"]

@@ -12,7 +12,7 @@ from xar_scale.memory.passes import PassMemory
 from xar_scale.memory.rank import RankMemory, Weights, weights_of
 from xar_scale.plan import cost, text
 from xar_scale.plan.hardware import GPU, Machines
-from xar_scale.plan.search import Search, Way, _order, search
+from xar_scale.plan.search import Candidate, Search, _sort_key, search
 
 ROUND = GPU(1e12, 1e12, 1e12, 1e12, memory_bandwidth=650.0, nvlink=1000.0, host=100.0, network=10.0)
 TWO_NODES = Machines(ROUND, 8, 4, launch=0.5, link_share=0.5, hop=0.4, disk=40.0, loader=2.0)
@@ -84,28 +84,28 @@ def test_a_sample_is_two_float16_of_each_latent_value_and_a_tar_s_headers():
 SHORT = ("train.steps=7200", "optim.warmup_steps=0")
 
 
-def way(seconds: float, recompute: str, engine: str, micro: int, compiled: str = "false") -> Way:
+def candidate(seconds: float, recompute: str, engine: str, micro: int, compiled: str = "false") -> Candidate:
     kernels = f"kernels.compile={compiled}"
     shape = config(*SHORT, f"train.recompute={recompute}", f"train.engine={engine}", f"train.micro_batch={micro}", kernels)
-    return Way(shape, [], cost.StepTime(seconds, 0, 0, 0, 0, 0, 0))
+    return Candidate(shape, [], cost.StepTime(seconds, 0, 0, 0, 0, 0, 0))
 
 
 def test_the_quickest_is_first_then_the_least_recomputation_then_compiled_then_by_engine_then_the_largest_micro_batch():
-    ways = [
-        way(1.0, "offload", "fsdp2", 1),
-        way(2.01, "none", "fsdp2", 2, "true"),
-        way(2.0, "none", "ddp", 4),
-        way(2.0, "none", "deepspeed", 8),
-        way(2.01, "none", "deepspeed", 4),  # as quick, as far as is known
-        way(2.0, "none", "fsdp2", 16),
-        way(2.0, "selective", "deepspeed", 32),
-        way(2.0, "full", "deepspeed", 64),
-        way(2.0, "offload", "deepspeed", 128),
-        way(2.1, "none", "deepspeed", 8),
+    candidates = [
+        candidate(1.0, "offload", "fsdp2", 1),
+        candidate(2.01, "none", "fsdp2", 2, "true"),
+        candidate(2.0, "none", "ddp", 4),
+        candidate(2.0, "none", "deepspeed", 8),
+        candidate(2.01, "none", "deepspeed", 4),  # as quick, as far as is known
+        candidate(2.0, "none", "fsdp2", 16),
+        candidate(2.0, "selective", "deepspeed", 32),
+        candidate(2.0, "full", "deepspeed", 64),
+        candidate(2.0, "offload", "deepspeed", 128),
+        candidate(2.1, "none", "deepspeed", 8),
     ]
-    found = [*reversed(ways)]
-    found.sort(key=_order)
-    assert found == ways
+    found = [*reversed(candidates)]
+    found.sort(key=_sort_key)
+    assert found == candidates
 
 
 def test_what_does_not_fit_after_a_fallback_is_not_planned(monkeypatch):
@@ -125,13 +125,17 @@ def test_a_plan_s_text_has_its_numbers(monkeypatch):
     """Of 7200 steps of half a second on 16 GPUs."""
     monkeypatch.setattr("xar_scale.plan.search.rank_memory", lambda *_: RankMemory(40e9 / 1.1, 0, 0, 0))
     shape = config(*SHORT)
-    ways = [way(0.5, "none", "fsdp2", 128), way(0.6, "full", "fsdp2", 128), way(0.75, "none", "deepspeed", 64)]
+    candidates = [
+        candidate(0.5, "none", "fsdp2", 128),
+        candidate(0.6, "full", "fsdp2", 128),
+        candidate(0.75, "none", "deepspeed", 64),
+    ]
 
-    def said(*ways: Way) -> list[str]:
-        chosen = Search(shape, H100, frozenset(), weights_of(shape.model), lambda *_: PassMemory(0, 0, 0), [*ways])
+    def said(*candidates: Candidate) -> list[str]:
+        chosen = Search(shape, H100, frozenset(), weights_of(shape.model), lambda *_: PassMemory(0, 0, 0), [*candidates])
         return [re.sub(" +", " ", line) for line in text.describe(chosen, "nano", "h100").splitlines()]
 
-    lines, size = said(*ways), 16 * weights_of(shape.model).whole
+    lines, size = said(*candidates), 16 * weights_of(shape.model).whole
     assert {
         "images/s 4,096, 256.0 a GPU",
         "the recipe 1.0 hours, 16 GPU-hours",
@@ -139,10 +143,10 @@ def test_a_plan_s_text_has_its_numbers(monkeypatch):
         "runner-up: ZeRO-3, recompute none, micro batch 64: 750.0 ms a step, 40.0 GB",
     } <= {*lines}
     assert any(line.startswith(f"checkpoint {size / 1e9:,.1f} GB; ") for line in lines)
-    assert "runner-up: FSDP2, recompute full, micro batch 128: 600.0 ms a step, 40.0 GB" in said(*ways[:2])
-    assert not any(line.startswith("runner-up") for line in said(ways[0]))
+    assert "runner-up: FSDP2, recompute full, micro batch 128: 600.0 ms a step, 40.0 GB" in said(*candidates[:2])
+    assert not any(line.startswith("runner-up") for line in said(candidates[0]))
     assert not any("as quick" in line for line in lines)
-    quick = way(0.5, "none", "ddp", 128), way(0.501, "none", "deepspeed", 128), way(0.9, "none", "fsdp2", 128)
+    quick = candidate(0.5, "none", "ddp", 128), candidate(0.501, "none", "deepspeed", 128), candidate(0.9, "none", "fsdp2", 128)
     reason = " before 1 as quick, to 2%, that may fit too: the least recomputation, then DDP, then the largest micro batch"
     assert reason in said(*quick)
     assert {

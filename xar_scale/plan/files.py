@@ -9,7 +9,7 @@ from xar_scale.config import Config
 from xar_scale.errors import UsageError
 from xar_scale.files import make_folder, write_atomically
 from xar_scale.memory.rank import Weights
-from xar_scale.plan.search import Way, bucket
+from xar_scale.plan.search import Candidate, bucket
 
 CONFIG, SETTINGS = "config.yaml", "ds_config.json"
 
@@ -22,9 +22,9 @@ def prepare(folder: Path) -> None:
     make_folder(folder)
 
 
-def write(way: Way, weights: Weights, folder: Path) -> list[Path]:
+def write(candidate: Candidate, weights: Weights, folder: Path) -> list[Path]:
     """Into a folder that is prepared, over an earlier plan."""
-    config, written = way.config, {}
+    config, written = candidate.config, {}
     if config.train.engine == "deepspeed":
         config = with_settings(config, folder / SETTINGS)
         written[folder / SETTINGS] = json.dumps(settings(weights), indent=2) + "\n"

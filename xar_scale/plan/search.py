@@ -1,4 +1,4 @@
-"""The ways to run a model on some GPUs, and the cheapest that fits."""
+"""The candidates to run a model on some GPUs, and the cheapest that fits."""
 
 import dataclasses
 import math
@@ -20,13 +20,13 @@ from xar_scale.plan.hardware import Machines
 from xar_scale.precision import MODES
 
 CUDA = torch.device("cuda", 0)
-KNOWN = 0.02  # of a step's seconds
+TIME_TOLERANCE = 0.02  # of a step's seconds
 ENGINES = {"single": "single", "ddp": "DDP", "deepspeed": "ZeRO-3", "fsdp2": "FSDP2"}  # among equals the first
 RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full", "offload")  # the least work first
 
 
 @dataclass(frozen=True)
-class Way:
+class Candidate:
     """One config, and the seconds of a step."""
 
     config: Config
@@ -41,13 +41,13 @@ class Way:
         return f"{ENGINES[train.engine]}{shared}{compiled}, recompute {train.recompute}, micro batch {train.micro_batch}"
 
     @property
-    def speed(self) -> int:
+    def time_bucket(self) -> int:
         """Of a step, the quickest's the smallest: what differs by less than is known is equal."""
-        return round(math.log(self.time.total, 1 + KNOWN))
+        return round(math.log(self.time.total, 1 + TIME_TOLERANCE))
 
 
 @dataclass(frozen=True)
-class Fitting(Way):
+class FeasibleCandidate(Candidate):
     """One that fits. ``parts``: of a pass after the guard's fall back to TF32."""
 
     memory: RankMemory
@@ -56,7 +56,7 @@ class Fitting(Way):
 
 @dataclass(frozen=True)
 class Search:
-    """What is looked at: ``ways``, the best first, whether they fit or not, which takes longer to know. ``config``: as asked
+    """What is looked at: ``candidates``, the best first, whether they fit or not, which takes longer to know. ``config``: as asked
     for, and ``fixed`` keys stay so."""
 
     config: Config
@@ -64,22 +64,22 @@ class Search:
     fixed: frozenset[str]
     weights: Weights
     passes: Passes
-    ways: list[Way]
+    candidates: list[Candidate]
 
     @cached_property
-    def best(self) -> Fitting:
+    def best(self) -> FeasibleCandidate:
         """Raises ConfigError where nothing fits."""
-        best = next(self.fitting(), None)
+        best = next(self.feasible(), None)
         if best is None:
             raise ConfigError(_nothing_fits(self))
         return best
 
-    def fitting(self) -> Iterator[Fitting]:
-        """The best first. A way's memory is reckoned when it is asked for."""
-        for way in self.ways:
-            need, memory, parts = self.need(way.config)
-            if need <= self.room:
-                yield Fitting(way.config, way.sent, way.time, memory, parts)
+    def feasible(self) -> Iterator[FeasibleCandidate]:
+        """The best first. A candidate's memory is reckoned when it is asked for."""
+        for candidate in self.candidates:
+            need, memory, parts = self.need(candidate.config)
+            if need <= self.gpu_memory:
+                yield FeasibleCandidate(candidate.config, candidate.sent, candidate.time, memory, parts)
 
     def need(self, config: Config) -> tuple[float, RankMemory, int]:
         """(bytes that a GPU must have, a pass's parts of them, in how many parts passes run after the guard's fall back)."""
@@ -87,9 +87,9 @@ class Search:
         samples, _ = micro_batches(train, world)
         memory = self.memory(config, train.precision, samples)
         fallback = MODES[train.precision].fallback
-        if memory.total > self.room or not (fallback and config.guard.enabled):
+        if memory.total > self.gpu_memory or not (fallback and config.guard.enabled):
             return memory.total, memory, 1
-        parts, _ = plan_fallback(config, world, CUDA, self.room, self.passes, bucket(self.weights))
+        parts, _ = plan_fallback(config, world, CUDA, self.gpu_memory, self.passes, bucket(self.weights))
         return max(memory.total, self.memory(config, fallback, samples // parts).total), memory, parts
 
     def memory(self, config: Config, mode: str, samples: int) -> RankMemory:
@@ -98,10 +98,13 @@ class Search:
     def largest(self, config: Config, mode: str) -> int:
         """The largest micro batch that divides a rank's part of the global batch and fits in precision ``mode``; 0: none."""
         sizes = reversed(_divisors(self.config, self.machines))
-        return next((size for size in sizes if self.memory(_with(config, micro_batch=size), mode, size).total <= self.room), 0)
+        return next(
+            (size for size in sizes if self.memory(_with_train(config, micro_batch=size), mode, size).total <= self.gpu_memory),
+            0,
+        )
 
     @property
-    def room(self) -> float:
+    def gpu_memory(self) -> float:
         return self.machines.gpu.memory
 
 
@@ -135,20 +138,26 @@ def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
     if "train.engine" in fixed and train.engine == "deepspeed" and train.shard_ranks == 1 != machines.gpus:
         raise ConfigError("train.shard_ranks 1 is whole weights on each rank, which ZeRO-3 does not have; use ddp without it")
     weights = weights_of(config.model)
-    ways = []
-    for candidate in _candidates(config, machines, fixed):
-        sent = collectives(candidate, weights, machines)
-        ways.append(Way(candidate, sent, step_time(candidate, weights, machines, sent)))
-    return Search(config, machines, frozenset(fixed), weights, extrapolated_passes(), sorted(ways, key=_order))
+    candidates = []
+    for each in _configs(config, machines, fixed):
+        sent = collectives(each, weights, machines)
+        candidates.append(Candidate(each, sent, step_time(each, weights, machines, sent)))
+    return Search(config, machines, frozenset(fixed), weights, extrapolated_passes(), sorted(candidates, key=_sort_key))
 
 
-def _order(way: Way) -> tuple[int, int, bool, int, int]:
-    train = way.config.train
-    eager = not way.config.kernels.compile  # whose launches take longer than they are known to
-    return way.speed, RECOMPUTE.index(train.recompute), eager, [*ENGINES].index(train.engine), -(train.micro_batch or 0)
+def _sort_key(candidate: Candidate) -> tuple[int, int, bool, int, int]:
+    train = candidate.config.train
+    eager = not candidate.config.kernels.compile  # whose launches take longer than they are known to
+    return (
+        candidate.time_bucket,
+        RECOMPUTE.index(train.recompute),
+        eager,
+        [*ENGINES].index(train.engine),
+        -(train.micro_batch or 0),
+    )
 
 
-def _candidates(config: Config, machines: Machines, fixed: Sequence[str]) -> Iterator[Config]:
+def _configs(config: Config, machines: Machines, fixed: Sequence[str]) -> Iterator[Config]:
     train = config.train
     several = ("ddp", "fsdp2") if MODES[train.precision].scaled else ("ddp", "deepspeed", "fsdp2")  # ZeRO-3 has no loss scale
     engines = ("single",) if machines.gpus == 1 else several
@@ -169,8 +178,8 @@ def _candidates(config: Config, machines: Machines, fixed: Sequence[str]) -> Ite
         if zero3 and compiled:
             continue  # which training refuses
         kernels = dataclasses.replace(config.kernels, compile=compiled)
-        way = _with(config, engine=engine, shard_ranks=share, recompute=recompute, micro_batch=micro)
-        yield dataclasses.replace(way, kernels=kernels)
+        chosen = _with_train(config, engine=engine, shard_ranks=share, recompute=recompute, micro_batch=micro)
+        yield dataclasses.replace(chosen, kernels=kernels)
 
 
 def _divisors(config: Config, machines: Machines) -> list[int]:
@@ -178,17 +187,19 @@ def _divisors(config: Config, machines: Machines) -> list[int]:
     return [size for size in range(1, of_rank + 1) if of_rank % size == 0]
 
 
-def _with(config: Config, **train: object) -> Config:
+def _with_train(config: Config, **train: object) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))  # type: ignore[arg-type]
 
 
 def _nothing_fits(found: Search) -> str:
-    need, config = min(((found.need(way.config)[0], way.config) for way in found.ways), key=lambda pair: pair[0])
+    need, config = min(
+        ((found.need(candidate.config)[0], candidate.config) for candidate in found.candidates), key=lambda pair: pair[0]
+    )
     held = ", ".join(sorted(found.fixed & {"train.engine", "train.shard_ranks", "train.recompute", "train.micro_batch"}))
     instead = f"leave {held} to the search" if held else "take more GPUs, or GPUs with more memory"
     train = config.train
     return (
-        f"nothing fits {found.room / 1e9:.0f} GB a GPU on {found.machines.gpus}: the smallest need is {need / 1e9:.0f} GB "
+        f"nothing fits {found.gpu_memory / 1e9:.0f} GB a GPU on {found.machines.gpus}: the smallest need is {need / 1e9:.0f} GB "
         f"({train.engine}, recompute {train.recompute}, micro_batch {train.micro_batch}); {instead}"
     )
 

@@ -9,7 +9,7 @@ from xar_scale.memory.rank import MARGIN, RankMemory
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.plan.cost import UNGATHERED, checkpoint, launched_again, link_of, optimizer_bytes, sample_bytes, snapshot_bytes
 from xar_scale.plan.hardware import Machines
-from xar_scale.plan.search import ENGINES, KNOWN, RECOMPUTE, Fitting, Search, Way
+from xar_scale.plan.search import ENGINES, RECOMPUTE, TIME_TOLERANCE, Candidate, FeasibleCandidate, Search
 from xar_scale.precision import MODES
 from xar_scale.presets import IMAGENET_IMAGES
 
@@ -36,7 +36,7 @@ def _model(found: Search, model: str, gpu: str) -> str:
     return table((model, ""), rows)
 
 
-def _memory(found: Search, best: Fitting) -> str:
+def _memory(found: Search, best: FeasibleCandidate) -> str:
     """With the chosen engine, at its micro batch; beside it the largest that fits. In the run's precision, and after the
     fallback."""
     train = best.config.train
@@ -55,7 +55,7 @@ def _memory(found: Search, best: Fitting) -> str:
     return table([titles[n] for n in used], [[row[n] for n in used] for row in rows])
 
 
-def _communication(best: Fitting) -> str:
+def _communication(best: FeasibleCandidate) -> str:
     if not best.sent:
         return "communication: none"
     rows = [(each.name, str(each.ranks), str(each.calls), _gb(each.sent), f"{each.seconds * 1e3:.1f}") for each in best.sent]
@@ -64,7 +64,7 @@ def _communication(best: Fitting) -> str:
     return table(("communication a step", "ranks", "calls", "GB sent a GPU", "ms"), rows)
 
 
-def _step(found: Search, best: Fitting) -> str:
+def _step(found: Search, best: FeasibleCandidate) -> str:
     time, train = best.time, best.config.train
     hours = time.total * train.steps / 3600
     rows = [("compute", f"{_ms(time.compute)} ms")]
@@ -91,7 +91,7 @@ def _step(found: Search, best: Fitting) -> str:
     return table(("a step", ""), rows)
 
 
-def _kept(found: Search, best: Fitting) -> str:
+def _kept(found: Search, best: FeasibleCandidate) -> str:
     config, machines, weights = best.config, found.machines, found.weights
     kept, train = checkpoint(config, weights, machines), config.train
     of_node = train.global_batch / best.time.total / machines.gpus * min(machines.per_node, machines.gpus)
@@ -106,7 +106,7 @@ def _kept(found: Search, best: Fitting) -> str:
     return table(("beside the GPUs", ""), rows)
 
 
-def _assumed(found: Search, best: Fitting) -> str:
+def _assumed(found: Search, best: FeasibleCandidate) -> str:
     machines, gpu = found.machines, found.machines.gpu
     data, peak = best.config.data, gpu.peak(best.config.train.precision) / 1e12
     lines = [
@@ -124,13 +124,13 @@ def _assumed(found: Search, best: Fitting) -> str:
     return "\n".join(["assumed", *(f"  {line}" for line in lines)])
 
 
-def _assumed_of_launches(machines: Machines, best: Fitting) -> str:
+def _assumed_of_launches(machines: Machines, best: FeasibleCandidate) -> str:
     whole = f" x {UNGATHERED:g}, with nothing to gather" if best.config.train.whole_weights else ""
     again = f" x {times:g}, to compute again" if (times := launched_again(best.config)) > 1 else ""
     return f"launches: {machines.launch * 1e3:g} ms of the host a block and pass (--launch){whole}{again}, of eager ones more"
 
 
-def _assumed_of_links(machines: Machines, best: Fitting) -> list[str]:
+def _assumed_of_links(machines: Machines, best: FeasibleCandidate) -> list[str]:
     gpu, reached = machines.gpu, f"collectives reach {machines.link_share:.0%}"
     near = f"{link_of(machines, 1).hop * 1e6:g} us"
     links = [f"network: NVLink {gpu.nvlink / 1e9:.0f} GB/s; {reached}, {near} a hop"]
@@ -159,15 +159,15 @@ def _chosen(found: Search) -> str:
     return "\n".join(lines)
 
 
-def _why(found: Search, best: Fitting) -> str:
+def _why(found: Search, best: FeasibleCandidate) -> str:
     time = best.time
     sent = max(time.communication - time.exposed, time.exposed)  # beside the rest, or alone
     parts = {"compute": time.compute, "communication": sent, "copies to the host": time.host}
     parts["launches of the host"] = time.launches
     bound = "data" if time.total == time.data else max(parts, key=parts.__getitem__)
     # whether those fit is not asked: to know it would take as long as all else
-    after = dropwhile(lambda way: way.config is not best.config, found.ways)
-    same = [way.config for way in takewhile(lambda way: way.speed == best.speed, after)]
+    after = dropwhile(lambda candidate: candidate.config is not best.config, found.candidates)
+    same = [candidate.config for candidate in takewhile(lambda candidate: candidate.time_bucket == best.time_bucket, after)]
     compiled, engines = {each.kernels.compile for each in same}, {each.train.engine for each in same}
     then = ""
     if len(compiled) > 1:
@@ -175,23 +175,25 @@ def _why(found: Search, best: Fitting) -> str:
     elif len(engines) > 1:
         then = f", then {ENGINES[best.config.train.engine]}"
     order = f"the least recomputation{then}, then the largest micro batch"
-    equal = f"\n  before {len(same) - 1} as quick, to {KNOWN:.0%}, that may fit too: {order}"
+    equal = f"\n  before {len(same) - 1} as quick, to {TIME_TOLERANCE:.0%}, that may fit too: {order}"
     among = equal if len(same) > 1 else ""
     return (
-        f"the fewest GPU-hours of {len(found.ways)} ways, of those that fit{among}\n"
-        f"  bound by {bound}; {_gb(best.memory.total)} of {_gb(found.room)} GB"
+        f"the fewest GPU-hours of {len(found.candidates)} candidates, of those that fit{among}\n"
+        f"  bound by {bound}; {_gb(best.memory.total)} of {_gb(found.gpu_memory)} GB"
     )
 
 
-def _runner_up(found: Search) -> Fitting | None:
+def _runner_up(found: Search) -> FeasibleCandidate | None:
     """The next with another engine or sharing, or where there is none with other recomputation."""
 
-    def kind(way: Way) -> tuple[str, int | None]:
-        return way.config.train.engine, way.config.train.shard_ranks
+    def kind(candidate: Candidate) -> tuple[str, int | None]:
+        return candidate.config.train.engine, candidate.config.train.shard_ranks
 
     best = found.best
-    by_kind = (way for way in found.fitting() if kind(way) != kind(best))
-    by_recompute = (way for way in found.fitting() if way.config.train.recompute != best.config.train.recompute)
+    by_kind = (candidate for candidate in found.feasible() if kind(candidate) != kind(best))
+    by_recompute = (
+        candidate for candidate in found.feasible() if candidate.config.train.recompute != best.config.train.recompute
+    )
     return next(by_kind, None) or next(by_recompute, None)
 
 
