@@ -34,7 +34,7 @@ def config(*overrides: str, model: str = "nano") -> Config:
 
 def time_of(config: Config, machines: Machines = H100) -> cost.StepTime:
     weights = weights_of(config.model)
-    return cost.step_time(config, weights, machines, cost.collectives(config, weights, machines))
+    return cost.step_time(config, weights, machines, cost.step_collectives(config, weights, machines))
 
 
 @cache
@@ -56,7 +56,7 @@ def test_weights_are_counted():
 def test_each_byte_is_sent_once_around_a_ring(engine, shared, gathered, reduced):
     shape = config(f"train.engine={engine}", f"train.shard_ranks={shared or 'null'}", "train.micro_batch=128")  # one pass
     weights = weights_of(shape.model)
-    sent = {each.name: each.sent for each in cost.collectives(shape, weights, H100)}
+    sent = {each.name: each.bytes_sent for each in cost.step_collectives(shape, weights, H100)}
     far, near, whole = 15 / 16, 7 / 8 if shared else 15 / 16, weights.cut(engine, shared or 16)
     assert engine == "fsdp2" or whole == pytest.approx(weights.whole, rel=1e-3)
     if engine == "deepspeed":
@@ -77,12 +77,12 @@ def test_zero3_gathers_again_what_it_does_not_keep_and_neighbours_from_each_othe
     words = ["train.engine=deepspeed", f"train.shard_ranks={shared or 'null'}", "train.micro_batch=64"]
     shape = config(*words, model="xar_h")
     weights = weights_of(shape.model)
-    sent = {each.name: each for each in cost.collectives(shape, weights, H100)}
+    sent = {each.name: each for each in cost.step_collectives(shape, weights, H100)}
     whole, again = 2 * weights.cut("deepspeed", shared or 16), 1 - 0.5e9 / weights.whole
-    forward = sent["gather forward"].sent + (sent["gather forward near"].sent if shared else 0)
+    forward = sent["gather forward"].bytes_sent + (sent["gather forward near"].bytes_sent if shared else 0)
     assert forward == pytest.approx((1 + (near * 16 / 15 if shared else 1)) * whole * 15 / 16)
-    assert sent["gather backward"].sent == pytest.approx(2 * whole * again * near)
-    assert sent["reduce"].sent == pytest.approx(2 * whole * 15 / 16)
+    assert sent["gather backward"].bytes_sent == pytest.approx(2 * whole * again * near)
+    assert sent["reduce"].bytes_sent == pytest.approx(2 * whole * 15 / 16)
     calls = weights.blocks + 1
     assert [each.calls for name, each in sent.items() if "forward" in name] == ([calls, calls] if shared else [2 * calls])
 
@@ -106,7 +106,7 @@ def test_computation_follows_flops(recompute, again):
     flops = training_flops(shape.model) + again * forward_flops(shape.model)
     assert time_of(shape).compute == pytest.approx(2048 / 16 * flops / (989e12 * H100.mfu))
     inputs = 4 * 256 * 128 * 4 if recompute == "offload" else 0  # of four blocks, float32
-    assert time_of(shape).host == pytest.approx(2 * 2048 / 16 * inputs / 50e9)
+    assert time_of(shape).offload == pytest.approx(2 * 2048 / 16 * inputs / 50e9)
 
 
 def test_more_passes_send_more_and_compute_as_much():
@@ -144,9 +144,9 @@ def test_blocks_are_compiled_where_the_engine_can_and_it_is_not_said_otherwise()
 
 
 def test_a_step_is_its_longest_part_and_what_nothing_hides():
-    time = cost.StepTime(compute=5, communication=3, host=1, launches=2, exposed=0.5, optimizer=0.25, data=2)
+    time = cost.StepTime(compute=5, communication=3, offload=1, launches=2, exposed=0.5, optimizer=0.25, data=2)
     assert time.total == 5.75
-    assert time._replace(communication=7).total == 7.25 and time._replace(host=6).total == 6.75
+    assert time._replace(communication=7).total == 7.25 and time._replace(offload=6).total == 6.75
     assert time._replace(data=9).total == 9 and time._replace(launches=8).total == 8.75
 
 
@@ -243,7 +243,7 @@ EAGER = ("train.engine=fsdp2", "kernels.compile=false")  # graphs take longer to
 
 def test_one_gpu_has_one_engine():
     chosen = found("nano", 1, "h100", *FEW, "train.recompute=none", "train.micro_batch=8", "kernels.compile=false")
-    assert [candidate.config.train.engine for candidate in chosen.feasible()] == ["single"] and chosen.best.sent == []
+    assert [candidate.config.train.engine for candidate in chosen.feasible()] == ["single"] and chosen.best.collectives == []
     said = text.describe(chosen, "nano", "h100")
     assert not any(word in said for word in ("network", "overlap", "alone", "ZeRO", "nodes"))
 
@@ -268,7 +268,7 @@ def test_the_parts_of_a_step_add_up():
         ({}, "compute"),
         ({"communication": 8}, "communication"),
         ({"exposed": 5.5}, "communication"),
-        ({"host": 6}, "copies to the host"),
+        ({"offload": 6}, "copies to the host"),
         ({"launches": 6}, "launches of the host"),
         ({"data": 9}, "data"),
     ],
@@ -276,7 +276,8 @@ def test_the_parts_of_a_step_add_up():
 def test_a_step_is_bound_by_what_runs_longest_beside_the_rest(change, bound):
     """Not by communication whose ends are not hidden, nor by data that is there before the step has ended."""
     chosen = found("nano", 8, "h100", *FEW, *EAGER, "train.micro_batch=1")
-    time = cost.StepTime(compute=5, communication=6, host=1, launches=2, exposed=2, optimizer=0.25, data=6)._replace(**change)
+    time = cost.StepTime(compute=5, communication=6, offload=1, launches=2, exposed=2, optimizer=0.25, data=6)
+    time = time._replace(**change)
     candidate = dataclasses.replace(chosen.best, time=time)
     assert f"bound by {bound};" in text.describe(dataclasses.replace(chosen, candidates=[candidate]), "nano", "h100")
 

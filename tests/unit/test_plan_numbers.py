@@ -14,7 +14,7 @@ from xar_scale.plan import cost, text
 from xar_scale.plan.hardware import GPU, Machines
 from xar_scale.plan.search import Candidate, Search, _sort_key, search
 
-ROUND = GPU(1e12, 1e12, 1e12, 1e12, memory_bandwidth=650.0, nvlink=1000.0, host=100.0, network=10.0)
+ROUND = GPU(1e12, 1e12, 1e12, 1e12, memory_bandwidth=650.0, nvlink=1000.0, host_link=100.0, network=10.0)
 TWO_NODES = Machines(ROUND, 8, 4, launch=0.5, link_share=0.5, hop=0.4, disk=40.0, loader=2.0)
 NEAR, FAR, OWN = cost.Link(500.0, 0.04), cost.Link(20.0, 0.13), cost.Link(5.0, 0.4)
 SMALL = Weights((torch.Size([8, 4]),), 3, (torch.Size([4]),))  # 100, which four ranks cut without padding
@@ -36,22 +36,23 @@ def test_a_ring_between_nodes_leaves_a_node_by_one_hop_of_as_many_as_it_has_rank
 
 
 def test_each_collective_has_its_calls_and_its_link():
-    assert cost.collectives(GROUPS, SMALL, TWO_NODES) == IN_GROUPS
-    in_one = cost.collectives(GROUPS, SMALL, TWO_NODES._replace(per_node=8))
+    assert cost.step_collectives(GROUPS, SMALL, TWO_NODES) == IN_GROUPS
+    in_one = cost.step_collectives(GROUPS, SMALL, TWO_NODES._replace(per_node=8))
     assert in_one[3] == IN_GROUPS[3]._replace(link=NEAR)  # copies of one node meet by NVLink
-    assert cost.collectives(ZERO3, LARGE, TWO_NODES) == [
+    assert cost.step_collectives(ZERO3, LARGE, TWO_NODES) == [
         cost.Collective("gather forward", 8e9, 8, 18, FAR),
         cost.Collective("gather backward", 6e9, 8, 14, FAR),
         cost.Collective("reduce", 8e9, 8, 18, FAR),
     ]
-    assert cost.collectives(DDP, SMALL, TWO_NODES) == [  # once a step, however many passes it has; 100 weights, padded to 104
+    # once a step, however many micro-batches it has; 100 weights, padded to 104
+    assert cost.step_collectives(DDP, SMALL, TWO_NODES) == [
         cost.Collective("reduce", 416, 8, 1, FAR),
         cost.Collective("gather", 416, 8, 1, FAR),
     ]
 
 
 def test_nothing_is_computed_beside_what_whole_weights_send():
-    time = cost.step_time(DDP, SMALL, TWO_NODES, cost.collectives(DDP, SMALL, TWO_NODES))
+    time = cost.step_time(DDP, SMALL, TWO_NODES, cost.step_collectives(DDP, SMALL, TWO_NODES))
     assert time.exposed == time.communication == pytest.approx(2 * (416 * 7 / 8 / 20 + 7 * 0.13))
 
 
@@ -60,7 +61,7 @@ def test_each_part_of_a_step_has_its_seconds():
     first, last = (416 * 3 / 4 / 500 + 8 * 3 * 0.04) / 8, 2 * (200 / 2 / 5 + 8 * 0.4) / 8
     assert time.exposed == pytest.approx(first + last) == pytest.approx(0.198 + 5.8)
     assert time.communication == pytest.approx(1.584 + 1.296 + 2.16 + 46.4)
-    assert time.host == pytest.approx(2 * 2 * 3 * 256 * 128 * 4 / 100)  # there and back, of two passes of one sample
+    assert time.offload == pytest.approx(2 * 2 * 3 * 256 * 128 * 4 / 100)  # there and back, of two passes of one sample
     assert time.launches == 2 * 3 * 0.5 * 1.5  # and again to compute what is not kept
     assert time.optimizer == pytest.approx(14 * 4 * 100 / 4 / 650)
     assert time.data == 16 / (2 * 4 * 8)
@@ -152,7 +153,7 @@ def test_a_plan_s_text_has_its_numbers(monkeypatch):
     assert {
         "communication alone 0.00 ms: a reduction and a gather",
         " overlap: none of communication; nothing waits for a slow rank",
-    } <= {*said(dataclasses.replace(quick[0], sent=cost.collectives(quick[0].config, SMALL, H100)))}
+    } <= {*said(dataclasses.replace(quick[0], collectives=cost.step_collectives(quick[0].config, SMALL, H100)))}
     large = RankMemory(90e9, 0, 0, 0)  # which does not fit, and is none of the choice
     monkeypatch.setattr(
         "xar_scale.plan.search.rank_memory",

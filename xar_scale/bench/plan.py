@@ -23,7 +23,7 @@ from xar_scale.model.flops import training_flops
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import blank_weights, meta_model
 from xar_scale.optim import create_adamw
-from xar_scale.plan.cost import Collective, Link, collectives, optimizer_bytes, step_time
+from xar_scale.plan.cost import Collective, Link, optimizer_bytes, step_collectives, step_time
 from xar_scale.plan.hardware import GPU, Machines
 from xar_scale.precision import MODES
 from xar_scale.presets import model_values, recipe
@@ -133,12 +133,12 @@ def bench_scaling(options: argparse.Namespace) -> None:
     def machines(compute: float, optimizer: float) -> Machines:
         """Of which one has a peak and a memory bandwidth that give these seconds."""
         peak, read = options.batch * training_flops(config.model) / compute, optimizer_bytes(single, weights, 1) / optimizer
-        gpu = GPU(memory=0, bf16=peak, tf32=peak, fp32=peak, memory_bandwidth=read, nvlink=1, host=1, network=1)
+        gpu = GPU(memory=0, bf16=peak, tf32=peak, fp32=peak, memory_bandwidth=read, nvlink=1, host_link=1, network=1)
         return Machines(gpu, world, world, mfu=1.0, launch=0.0, overlap=0.0, loader=1e12)
 
     sent = [
-        each._replace(link=Link(each.sent / (each.calls * _collective_seconds(each, device)), 0.0))
-        for each in collectives(config, weights, machines(*alone))
+        each._replace(link=Link(each.bytes_sent / (each.calls * _collective_seconds(each, device)), 0.0))
+        for each in step_collectives(config, weights, machines(*alone))
     ]
     measured = _step_seconds(config, device)
     shape = f"batch {options.batch} a rank, {world} ranks on {cores} cores"

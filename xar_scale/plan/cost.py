@@ -31,14 +31,14 @@ class Collective(NamedTuple):
     rounds: int = 1  # an all-reduce is a reduce-scatter and an all-gather
 
     @property
-    def sent(self) -> float:
+    def bytes_sent(self) -> float:
         """Bytes that each rank sends, and receives: size (n - 1) / n, the ring's."""
         return self.rounds * self.size * (self.ranks - 1) / self.ranks
 
     @property
     def seconds(self) -> float:
         """sent / bandwidth + calls (n - 1) hop: each call goes once around the ring."""
-        return self.sent / self.link.bandwidth + self.rounds * self.calls * (self.ranks - 1) * self.link.hop
+        return self.bytes_sent / self.link.bandwidth + self.rounds * self.calls * (self.ranks - 1) * self.link.hop
 
 
 def link_of(machines: Machines, ranks: int) -> Link:
@@ -53,7 +53,7 @@ def link_of(machines: Machines, ranks: int) -> Link:
     return Link(min(gpu.nvlink, machines.per_node * gpu.network) * machines.link_share, hop)
 
 
-def collectives(config: Config, weights: Weights, machines: Machines) -> list[Collective]:
+def step_collectives(config: Config, weights: Weights, machines: Machines) -> list[Collective]:
     """Of one step of p passes: in each weights are gathered for the forward pass and again for the backward pass, and
     gradients reduced.
 
@@ -104,21 +104,21 @@ class StepTime(NamedTuple):
 
     compute: float
     communication: float  # all of it
-    host: float  # activations to the host's memory and back
+    offload: float  # activations to the host's memory and back
     launches: float  # of kernels, one after another, by the host
     exposed: float  # of communication, what nothing is computed beside
     optimizer: float
     data: float  # until the loaders have a global batch
 
     @property
-    def beside(self) -> float:
-        """max(compute, communication - exposed, host, launches)."""
-        return max(self.compute, self.communication - self.exposed, self.host, self.launches)
+    def overlapped(self) -> float:
+        """max(compute, communication - exposed, offload, launches)."""
+        return max(self.compute, self.communication - self.exposed, self.offload, self.launches)
 
     @property
     def total(self) -> float:
-        """max(beside + exposed + optimizer, data)."""
-        return max(self.beside + self.exposed + self.optimizer, self.data)
+        """max(overlapped + exposed + optimizer, data)."""
+        return max(self.overlapped + self.exposed + self.optimizer, self.data)
 
 
 def image_flops(config: Config) -> int:
@@ -128,12 +128,11 @@ def image_flops(config: Config) -> int:
     return training_flops(config.model) + again
 
 
-def step_time(config: Config, weights: Weights, machines: Machines, sent: list[Collective]) -> StepTime:
+def step_time(config: Config, weights: Weights, machines: Machines, collectives: list[Collective]) -> StepTime:
     """Each part by its formula; b samples a rank and pass, p passes.
 
-    compute = p b FLOPs / (peak x mfu); communication = that of all collectives; host = 2 p b x inputs of blocks / host;
-    launches = p x blocks x launch, of passes that are not recorded; with whole weights UNGATHERED of it, and more of it where
-    blocks are computed again;
+    compute = p b FLOPs / (peak x mfu); communication = that of all collectives; offload = 2 p b x inputs of blocks / host link;
+    launches = p x blocks x launch x recompute_launch_factor, without CUDA graphs, x REPLICATED_LAUNCH_FACTOR if replicated;
     exposed = one call of the first gather and of the last reduction, and of the rest what is not overlapped;
     data = global batch / (loader x workers x ranks).
     """
@@ -142,14 +141,14 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
     inputs = 0.0
     if train.recompute == "offload":
         inputs = weights.blocks * create_layout(config.model).tokens * config.model.width * WEIGHT
-    launch = machines.launch * (UNGATHERED if train.whole_weights else 1) * launched_again(config)
+    launch = machines.launch * (REPLICATED_LAUNCH_FACTOR if train.whole_weights else 1) * recompute_launch_factor(config)
     workers = max(config.data.workers, 1) * machines.gpus
-    communication = sum(each.seconds for each in sent)
-    ends = sum(each.seconds / each.calls for each in (sent[0], sent[-1])) if sent else 0.0
+    communication = sum(each.seconds for each in collectives)
+    ends = sum(each.seconds / each.calls for each in (collectives[0], collectives[-1])) if collectives else 0.0
     return StepTime(
         compute=passes * samples * image_flops(config) / (gpu.peak(train.precision) * machines.mfu),
         communication=communication,
-        host=2 * passes * samples * inputs / gpu.host,
+        offload=2 * passes * samples * inputs / gpu.host_link,
         launches=0.0 if records(config, train.precision) else passes * weights.blocks * launch,
         exposed=ends + (1 - machines.overlap) * (communication - ends),
         optimizer=optimizer_bytes(config, weights, machines.gpus) / gpu.memory_bandwidth,
@@ -157,7 +156,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, sent: list[C
     )
 
 
-def launched_again(config: Config) -> float:
+def recompute_launch_factor(config: Config) -> float:
     """What recomputation multiplies a pass's launches by, as a CPU's host had it (docs/benchmarks/2026-11-27-cpu-ddp.md)."""
     if config.train.recompute in ("full", "offload"):
         return 1.5
@@ -187,7 +186,7 @@ class Checkpoint(NamedTuple):
 def checkpoint(config: Config, weights: Weights, machines: Machines) -> Checkpoint:
     """size = 4 W (3 + averages); copy = size / ranks / host link; write = size / (disk x nodes)."""
     size = WEIGHT * weights.whole * (3 + averages_of(config.optim))
-    return Checkpoint(size, size / machines.gpus / machines.gpu.host, size / (machines.disk * machines.nodes))
+    return Checkpoint(size, size / machines.gpus / machines.gpu.host_link, size / (machines.disk * machines.nodes))
 
 
 def snapshot_bytes(config: Config, weights: Weights, machines: Machines) -> float:
@@ -204,5 +203,6 @@ def sample_bytes(config: Config) -> int:
     return 2 * 2 * config.model.channels * rows * columns + HEADERS
 
 
-UNGATHERED = 0.7  # of a block's launches: its own kernels'. 164 of 246 ms and 290 of 406, on two hosts (docs/benchmarks)
+# A block's own kernels, of all that FSDP2 launches for it: 164 of 246 ms and 290 of 406, on two hosts (docs/benchmarks)
+REPLICATED_LAUNCH_FACTOR = 0.7
 HEADERS = 4 * 512  # of the latents' member and of the label's, whose 512 bytes follow

@@ -14,7 +14,7 @@ class GPU(NamedTuple):
     fp32: float  # of no tensor core
     memory_bandwidth: float
     nvlink: float
-    host: float  # PCIe or NVLink-C2C
+    host_link: float  # PCIe or NVLink-C2C
     network: float  # of its own adapter
 
     def peak(self, mode: str) -> float:

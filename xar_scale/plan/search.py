@@ -15,7 +15,7 @@ from xar_scale.errors import ConfigError
 from xar_scale.memory.fallback import plan_fallback
 from xar_scale.memory.passes import Passes, extrapolated_passes
 from xar_scale.memory.rank import RankMemory, Weights, rank_memory, weights_of
-from xar_scale.plan.cost import Collective, StepTime, collectives, step_time
+from xar_scale.plan.cost import Collective, StepTime, step_collectives, step_time
 from xar_scale.plan.hardware import Machines
 from xar_scale.precision import MODES
 
@@ -30,7 +30,7 @@ class Candidate:
     """One config, and the seconds of a step."""
 
     config: Config
-    sent: list[Collective]
+    collectives: list[Collective]
     time: StepTime
 
     @property
@@ -56,8 +56,8 @@ class FeasibleCandidate(Candidate):
 
 @dataclass(frozen=True)
 class Search:
-    """What is looked at: ``candidates``, the best first, whether they fit or not, which takes longer to know. ``config``: as asked
-    for, and ``fixed`` keys stay so."""
+    """The configuration asked for, whose ``fixed`` keys are not searched, and all ``candidates``, the best first. Whether they
+    fit is not known yet: that takes longer to find out."""
 
     config: Config
     machines: Machines
@@ -79,7 +79,7 @@ class Search:
         for candidate in self.candidates:
             need, memory, parts = self.need(candidate.config)
             if need <= self.gpu_memory:
-                yield FeasibleCandidate(candidate.config, candidate.sent, candidate.time, memory, parts)
+                yield FeasibleCandidate(candidate.config, candidate.collectives, candidate.time, memory, parts)
 
     def need(self, config: Config) -> tuple[float, RankMemory, int]:
         """(bytes that a GPU must have, a pass's parts of them, in how many parts passes run after the guard's fall back)."""
@@ -140,8 +140,8 @@ def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
     weights = weights_of(config.model)
     candidates = []
     for each in _configs(config, machines, fixed):
-        sent = collectives(each, weights, machines)
-        candidates.append(Candidate(each, sent, step_time(each, weights, machines, sent)))
+        collectives = step_collectives(each, weights, machines)
+        candidates.append(Candidate(each, collectives, step_time(each, weights, machines, collectives)))
     return Search(config, machines, frozenset(fixed), weights, extrapolated_passes(), sorted(candidates, key=_sort_key))
 
 
@@ -199,7 +199,8 @@ def _nothing_fits(found: Search) -> str:
     instead = f"leave {held} to the search" if held else "take more GPUs, or GPUs with more memory"
     train = config.train
     return (
-        f"nothing fits {found.gpu_memory / 1e9:.0f} GB a GPU on {found.machines.gpus}: the smallest need is {need / 1e9:.0f} GB "
+        f"nothing fits {found.gpu_memory / 1e9:.0f} GB a GPU on {found.machines.gpus}: "
+        f"the smallest need is {need / 1e9:.0f} GB "
         f"({train.engine}, recompute {train.recompute}, micro_batch {train.micro_batch}); {instead}"
     )
 

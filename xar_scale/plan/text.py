@@ -7,7 +7,15 @@ from xar_scale.config import micro_batches
 from xar_scale.doctor import table
 from xar_scale.memory.rank import MARGIN, RankMemory
 from xar_scale.model.flops import forward_flops, training_flops
-from xar_scale.plan.cost import UNGATHERED, checkpoint, launched_again, link_of, optimizer_bytes, sample_bytes, snapshot_bytes
+from xar_scale.plan.cost import (
+    REPLICATED_LAUNCH_FACTOR,
+    checkpoint,
+    link_of,
+    optimizer_bytes,
+    recompute_launch_factor,
+    sample_bytes,
+    snapshot_bytes,
+)
 from xar_scale.plan.hardware import Machines
 from xar_scale.plan.search import ENGINES, RECOMPUTE, TIME_TOLERANCE, Candidate, FeasibleCandidate, Search
 from xar_scale.precision import MODES
@@ -56,10 +64,13 @@ def _memory(found: Search, best: FeasibleCandidate) -> str:
 
 
 def _communication(best: FeasibleCandidate) -> str:
-    if not best.sent:
+    if not best.collectives:
         return "communication: none"
-    rows = [(each.name, str(each.ranks), str(each.calls), _gb(each.sent), f"{each.seconds * 1e3:.1f}") for each in best.sent]
-    sent = sum(each.sent for each in best.sent)
+    rows = [
+        (each.name, str(each.ranks), str(each.calls), _gb(each.bytes_sent), f"{each.seconds * 1e3:.1f}")
+        for each in best.collectives
+    ]
+    sent = sum(each.bytes_sent for each in best.collectives)
     rows.append(("all", "", "", _gb(sent), f"{best.time.communication * 1e3:.1f}"))
     return table(("communication a step", "ranks", "calls", "GB sent a GPU", "ms"), rows)
 
@@ -68,18 +79,18 @@ def _step(found: Search, best: FeasibleCandidate) -> str:
     time, train = best.time, best.config.train
     hours = time.total * train.steps / 3600
     rows = [("compute", f"{_ms(time.compute)} ms")]
-    if best.sent and not train.whole_weights:
+    if best.collectives and not train.whole_weights:
         rows += [("communication beside it", f"{_ms(time.communication - time.exposed)} ms")]
-    if time.host:
-        rows += [("copies to and from the host beside it", f"{_ms(time.host)} ms")]
+    if time.offload:
+        rows += [("copies to and from the host beside it", f"{_ms(time.offload)} ms")]
     if time.launches:
         rows += [("launches of the host beside it", f"{_ms(time.launches)} ms")]
-    if best.sent:
+    if best.collectives:
         which = "a reduction and a gather" if train.whole_weights else "the first gather and the last reduction"
         rows += [("communication alone", f"{_ms(time.exposed)} ms: {which}")]
     rows += [("optimizer", f"{_ms(time.optimizer)} ms"), ("data for the next, beside all", f"{_ms(time.data)} ms")]
-    alone = [time.exposed] if best.sent else []
-    parts = " + ".join(map(_ms, [time.beside, *alone, time.optimizer]))
+    alone = [time.exposed] if best.collectives else []
+    parts = " + ".join(map(_ms, [time.overlapped, *alone, time.optimizer]))
     rows += [
         ("step", f"{_ms(time.total)} ms, the data's" if time.total == time.data else f"{parts} = {_ms(time.total)} ms"),
         (
@@ -114,9 +125,9 @@ def _assumed(found: Search, best: FeasibleCandidate) -> str:
         "memory: the moment of a step that needs most, a pass or the optimizer's step; attention and dropout as fused kernels",
         f"compute: {machines.mfu:.0%} of {peak:,.0f} TFLOP/s, recomputed work included, at any micro batch (--mfu)",
         *([_assumed_of_launches(machines, best)] if best.time.launches else []),
-        *(_assumed_of_links(machines, best) if best.sent else []),
+        *(_assumed_of_links(machines, best) if best.collectives else []),
         f"optimizer: {optimizer_bytes(best.config, found.weights, machines.gpus) / 1e9:.2f} GB read and written a GPU at "
-        f"{gpu.memory_bandwidth / 1e12:.2f} TB/s; host link {gpu.host / 1e9:.0f} GB/s",
+        f"{gpu.memory_bandwidth / 1e12:.2f} TB/s; host link {gpu.host_link / 1e9:.0f} GB/s",
         f"data: {machines.loader:,.0f} samples/s a core, {max(data.workers, 1)} workers a GPU (data.workers)",
         f"checkpoint: float32, {machines.disk / 1e9:.0f} GB/s a node to disk; it is written while training goes on",
         "not in it: restarts, evaluation, previews, the first steps' warm-up",
@@ -125,8 +136,8 @@ def _assumed(found: Search, best: FeasibleCandidate) -> str:
 
 
 def _assumed_of_launches(machines: Machines, best: FeasibleCandidate) -> str:
-    whole = f" x {UNGATHERED:g}, with nothing to gather" if best.config.train.whole_weights else ""
-    again = f" x {times:g}, to compute again" if (times := launched_again(best.config)) > 1 else ""
+    whole = f" x {REPLICATED_LAUNCH_FACTOR:g}, with nothing to gather" if best.config.train.whole_weights else ""
+    again = f" x {times:g}, to compute again" if (times := recompute_launch_factor(best.config)) > 1 else ""
     return f"launches: {machines.launch * 1e3:g} ms of the host a block and pass (--launch){whole}{again}, of eager ones more"
 
 
@@ -162,7 +173,7 @@ def _chosen(found: Search) -> str:
 def _why(found: Search, best: FeasibleCandidate) -> str:
     time = best.time
     sent = max(time.communication - time.exposed, time.exposed)  # beside the rest, or alone
-    parts = {"compute": time.compute, "communication": sent, "copies to the host": time.host}
+    parts = {"compute": time.compute, "communication": sent, "copies to the host": time.offload}
     parts["launches of the host"] = time.launches
     bound = "data" if time.total == time.data else max(parts, key=parts.__getitem__)
     # whether those fit is not asked: to know it would take as long as all else
