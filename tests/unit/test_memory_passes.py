@@ -12,7 +12,7 @@ from tests.conftest import digits_config
 from xar_scale.config import Config
 from xar_scale.flow import velocity_loss
 from xar_scale.memory import passes
-from xar_scale.memory.passes import PassMemory, extrapolated_passes, pass_memory
+from xar_scale.memory.passes import PassMemory, pass_estimator, pass_memory
 from xar_scale.memory.rank import weights_of
 from xar_scale.model.aligned import CHANNELS
 from xar_scale.model.layers import mlp_width
@@ -152,7 +152,7 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own 
 @pytest.mark.parametrize("mode", ["bf16", pytest.param("tf32", marks=LONG)])
 def test_shallow_passes_tell_of_deep_ones(recompute, mode):
     """Where activations count, and where copies of weights do: in bf16 a wide network's are most of a small pass."""
-    found_by = extrapolated_passes()
+    found_by = pass_estimator()
     for sizes, numbers in ([IMAGES, (1, 24, 600)], [[*REDUCED_B, *IMAGES[2:]], (3, 24)]):
         config = config_of(*sizes, f"train.recompute={recompute}", "model.dropout=0.1")
         for samples in numbers:
@@ -177,13 +177,13 @@ def test_graphs_keep_no_padded_copies_of_weights_that_are_gathered(monkeypatch):
     config = config_of(*GRID, "model.width=80", "model.heads=5", "train.engine=fsdp2", "kernels.compile=true")
 
     def saved() -> int:
-        passes._known_graph.cache_clear()
+        passes._cached_graph.cache_clear()
         return pass_memory(config, "bf16", SAMPLES, CUDA).saved
 
     without = saved()
     monkeypatch.setattr(passes, "weights_are_gathered", lambda model: None)
     assert saved() - without == weights_of(config.model).blocks * 3 * 80 * 216 * 2
-    passes._known_graph.cache_clear()
+    passes._cached_graph.cache_clear()
 
 
 def test_compiled_blocks_leave_the_host_their_inputs_too():
@@ -235,7 +235,7 @@ def test_what_is_known_of_a_pass_is_of_no_other(monkeypatch):
         return PassMemory(*[len(measured)] * 3)
 
     monkeypatch.setattr(passes, "pass_memory", measure)
-    found_by = extrapolated_passes.__wrapped__()
+    found_by = pass_estimator.__wrapped__()
 
     def found(*words: str, mode: str = "bf16", samples: int = 1) -> PassMemory:
         return found_by(config_of(*GRID, *words), mode, samples, CUDA)

@@ -11,7 +11,7 @@ from tests.unit.test_memory_passes import CPU, CUDA, GRID, REDUCED_B, config_of
 from xar_scale.bench.record import read_record
 from xar_scale.config import Config, merge
 from xar_scale.memory import rank
-from xar_scale.memory.passes import PassMemory, extrapolated_passes
+from xar_scale.memory.passes import PassMemory, pass_estimator
 from xar_scale.memory.rank import rank_memory, weights_of
 from xar_scale.presets import model_values, recipe
 
@@ -28,7 +28,7 @@ def test_a_compiled_step_is_reckoned_as_an_h200_took_it(name):
     train = {"global_batch": settings["batch"], "engine": settings["engine"], "precision": settings["precision"]}
     changes = {"model": model, "train": train, "kernels": {"compile": True}, "data": {"lanes": 1}}
     config = Config.from_dict(merge(recipe("imagenet256_h"), changes))
-    needed = rank_memory(config, settings["precision"], settings["batch"], 1, CUDA, extrapolated_passes())
+    needed = rank_memory(config, settings["precision"], settings["batch"], 1, CUDA, pass_estimator())
     assert sum(needed) / 1e9 == pytest.approx(record.memory_gb, rel=0.02)
 
 
@@ -41,10 +41,10 @@ def test_under_fsdp2_a_block_s_gradients_come_as_its_activations_go(saved, peak,
     """Sizes in a block's gradients; a block leaves saved / 4."""
     config = config_of("train.engine=fsdp2", "train.global_batch=512", "train.micro_batch=1", *GRID)
     weights = weights_of(config.model)
-    one = 4 * rank.padded(weights.inside, "fsdp2", 512)
+    one = 4 * rank.padded(weights.block_shapes, "fsdp2", 512)
     assert weights.blocks == 4
     stub = PassMemory(round(saved * one), 0, round(peak * one))
-    needed = rank_memory(config, "tf32", 1, 512, CUDA, passes=lambda *_: stub)
+    needed = rank_memory(config, "tf32", 1, 512, CUDA, estimate_pass=lambda *_: stub)
     assert needed.unreduced == unreduced * one
     assert needed.activations == pytest.approx((peak - gone) * one)
 
@@ -54,7 +54,7 @@ def test_gradients_come_as_activations_go_where_a_step_is_one_pass():
         rank_memory(config_of(f"train.global_batch={size}", "train.micro_batch=64", *GRID), "tf32", 64, 1, CPU)
         for size in (64, 128)
     )
-    assert (one.gradients, two.gradients) == (0, 4 * weights_of(config_of(*GRID).model).whole)
+    assert (one.gradients, two.gradients) == (0, 4 * weights_of(config_of(*GRID).model).total)
     assert one.activations == two.activations > 0
 
 
@@ -71,7 +71,7 @@ def test_neighbours_copies_are_counted_once():
     """hpZ: masters stay cut over all ranks, and each keeps its part of the neighbours' copy."""
     plain = digits_config("train.engine=deepspeed", "train.global_batch=128", "train.micro_batch=8", *GRID)
     shared = dataclasses.replace(plain, train=dataclasses.replace(plain.train, shard_ranks=4))
-    weights = weights_of(plain.model).whole
+    weights = weights_of(plain.model).total
     more = rank_memory(shared, "tf32", 8, 16, CPU).parameters - rank_memory(plain, "tf32", 8, 16, CPU).parameters
     assert more == pytest.approx(4 * weights / 4, rel=1e-3)
 
@@ -84,7 +84,7 @@ def test_a_rank_needs_less_among_more_ranks():
     copies = dataclasses.replace(config, train=dataclasses.replace(config.train, shard_ranks=2))
     assert rank_memory(copies, "tf32", 8, 16, CPU) == needs[1]
     weights = weights_of(config.model)
-    assert states[0] == 20 * weights.whole and states[1] == 20 * weights.cut("fsdp2", 2) / 2
+    assert states[0] == 20 * weights.total and states[1] == 20 * weights.padded_total("fsdp2", 2) / 2
 
 
 SMALL = rank.Weights((torch.Size([8, 4]),), 3, (torch.Size([100, 4]),))  # 496: 124 a rank of four

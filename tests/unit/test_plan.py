@@ -44,7 +44,7 @@ def found(model: str, gpus: int, gpu: str, *overrides: str, **machines: float) -
 
 
 def test_weights_are_counted():
-    assert weights_of(config(model="xar_b").model).whole == sum(
+    assert weights_of(config(model="xar_b").model).total == sum(
         p.numel() for p in meta_model(config(model="xar_b").model).parameters()
     )
 
@@ -57,14 +57,14 @@ def test_each_byte_is_sent_once_around_a_ring(engine, shared, gathered, reduced)
     shape = config(f"train.engine={engine}", f"train.shard_ranks={shared or 'null'}", "train.micro_batch=128")  # one pass
     weights = weights_of(shape.model)
     sent = {each.name: each.bytes_sent for each in cost.step_collectives(shape, weights, H100)}
-    far, near, whole = 15 / 16, 7 / 8 if shared else 15 / 16, weights.cut(engine, shared or 16)
-    assert engine == "fsdp2" or whole == pytest.approx(weights.whole, rel=1e-3)
+    far, near, whole = 15 / 16, 7 / 8 if shared else 15 / 16, weights.padded_total(engine, shared or 16)
+    assert engine == "fsdp2" or whole == pytest.approx(weights.total, rel=1e-3)
     if engine == "deepspeed":
         assert sent["gather forward"] == pytest.approx(gathered * whole * far)
         assert sent["reduce"] == pytest.approx(reduced * whole * far)
         assert {*sent} == {"gather forward", "reduce"}  # so small a network stays gathered
     else:
-        root = whole - weights.blocks * padded(weights.inside, engine, shared or 16)  # in float32, and kept
+        root = whole - weights.blocks * padded(weights.block_shapes, engine, shared or 16)  # in float32, and kept
         assert sent["gather forward"] == pytest.approx((gathered * (whole - root) + 4 * root) * near)
         assert sent["gather backward"] == pytest.approx(gathered * (whole - root) * near)
         assert sent["reduce"] == pytest.approx(reduced * whole * near)
@@ -78,7 +78,7 @@ def test_zero3_gathers_again_what_it_does_not_keep_and_neighbours_from_each_othe
     shape = config(*words, model="xar_h")
     weights = weights_of(shape.model)
     sent = {each.name: each for each in cost.step_collectives(shape, weights, H100)}
-    whole, again = 2 * weights.cut("deepspeed", shared or 16), 1 - 0.5e9 / weights.whole
+    whole, again = 2 * weights.padded_total("deepspeed", shared or 16), 1 - 0.5e9 / weights.total
     forward = sent["gather forward"].bytes_sent + (sent["gather forward near"].bytes_sent if shared else 0)
     assert forward == pytest.approx((1 + (near * 16 / 15 if shared else 1)) * whole * 15 / 16)
     assert sent["gather backward"].bytes_sent == pytest.approx(2 * whole * again * near)
@@ -160,14 +160,14 @@ def test_what_is_not_overlapped_is_added():
 def test_shares_and_powers_in_what_is_kept():
     plain, powers = config("train.engine=fsdp2"), config("train.engine=fsdp2", "optim.ema_snapshots_every=1000")
     weights = weights_of(plain.model)
-    assert cost.checkpoint(plain, weights, H100).size == 16 * weights.whole
-    assert cost.checkpoint(powers, weights, H100).size == 24 * weights.whole
+    assert cost.checkpoint(plain, weights, H100).size == 16 * weights.total
+    assert cost.checkpoint(powers, weights, H100).size == 24 * weights.total
     copies = config("train.engine=fsdp2", "train.shard_ranks=8")
-    assert cost.snapshot_bytes(plain, weights, H100) == 3 * 16 * weights.whole / 2  # of two nodes
+    assert cost.snapshot_bytes(plain, weights, H100) == 3 * 16 * weights.total / 2  # of two nodes
     # a rank's own, and of a checkpoint what it writes of that
-    assert cost.snapshot_bytes(copies, weights, H100) == (2 + 1 / 2) * 16 * weights.whole
-    assert cost.snapshot_bytes(config("guard.enabled=false"), weights, H100) == 16 * weights.whole / 2
-    shares = weights.cut("fsdp2", 8) / 8, weights.cut("fsdp2", 16) / 16
+    assert cost.snapshot_bytes(copies, weights, H100) == (2 + 1 / 2) * 16 * weights.total
+    assert cost.snapshot_bytes(config("guard.enabled=false"), weights, H100) == 16 * weights.total / 2
+    shares = weights.padded_total("fsdp2", 8) / 8, weights.padded_total("fsdp2", 16) / 16
     assert cost.optimizer_bytes(copies, weights, 16) / cost.optimizer_bytes(plain, weights, 16) == shares[0] / shares[1]
 
 
@@ -234,7 +234,7 @@ def test_all_that_fit_are_found_and_what_does_not_is_not():
     assert max(map(len, said.splitlines())) <= 120
     assert f"chosen: {best.name}" in said and "assumed\n" in said and "runner-up: " in said
     assert "1,024,933,888, 800.0 times ImageNet" in said and "between nodes (--network)" in said
-    assert f"{2048 / best.time.total:,.0f}, " in said and f"{weights_of(config().model).whole:,} in 4 blocks" in said
+    assert f"{2048 / best.time.total:,.0f}, " in said and f"{weights_of(config().model).total:,} in 4 blocks" in said
 
 
 FEW = ("train.global_batch=8", "data.lanes=8")  # few sizes of batch, each of which is measured

@@ -136,7 +136,7 @@ def test_a_plan_s_text_has_its_numbers(monkeypatch):
         chosen = Search(shape, H100, frozenset(), weights_of(shape.model), lambda *_: PassMemory(0, 0, 0), [*candidates])
         return [re.sub(" +", " ", line) for line in text.describe(chosen, "nano", "h100").splitlines()]
 
-    lines, size = said(*candidates), 16 * weights_of(shape.model).whole
+    lines, size = said(*candidates), 16 * weights_of(shape.model).total
     assert {
         "images/s 4,096, 256.0 a GPU",
         "the recipe 1.0 hours, 16 GPU-hours",

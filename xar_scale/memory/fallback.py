@@ -7,7 +7,7 @@ import torch
 
 from xar_scale import dist
 from xar_scale.config import Config, micro_batches
-from xar_scale.memory.passes import Passes, extrapolated_passes, pass_memory
+from xar_scale.memory.passes import PassEstimator, pass_estimator, pass_memory
 from xar_scale.memory.rank import rank_memory
 from xar_scale.precision import MODES
 
@@ -17,7 +17,7 @@ def plan_fallback(
     world: int,
     device: torch.device,
     room: float,
-    passes: Passes = pass_memory,
+    estimate_pass: PassEstimator = pass_memory,
     bucket: int | None = None,
 ) -> tuple[int, str]:
     """(parts of a pass after the fallback, a warning or "") on devices of ``room`` bytes: as few equal parts as fit.
@@ -30,7 +30,7 @@ def plan_fallback(
     samples = micro_batches(config.train, world)[0]
 
     def need(mode: str, samples: int) -> float:
-        return rank_memory(config, mode, samples, world, device, passes, bucket).total
+        return rank_memory(config, mode, samples, world, device, estimate_pass, bucket).total
 
     most = need(fallback, samples)
     if most <= room:
@@ -62,7 +62,7 @@ def fallback_splits(config: Config, device: torch.device) -> int:
     Rank 0 says what is to be known of it."""
     room = min(dist.gather_objects(device_memory(device)))
     splits, warning = dist.on_rank_0(
-        lambda: _or_whole(lambda: plan_fallback(config, dist.world(), device, room, extrapolated_passes()))
+        lambda: _or_whole(lambda: plan_fallback(config, dist.world(), device, room, pass_estimator()))
     )
     if warning:
         dist.say(f"memory: {warning}")

@@ -38,7 +38,7 @@ class PassMemory(NamedTuple):
         return max(self.forward, self.backward)
 
 
-class _Living(TorchDispatchMode):
+class _LiveStorages(TorchDispatchMode):
     """Follows the storages that operations make on ``device``: ``bytes`` of those alive, the ``peak`` of that."""
 
     def __init__(self, device: torch.device) -> None:
@@ -119,7 +119,7 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
     graph = None
     if compiled:
         shallow = replace(config.model, depth_encoder=1, depth_decoder=1)
-        graph = _known_graph(shallow, kernels, mode, samples, config.train.engine, stands)
+        graph = _cached_graph(shallow, kernels, mode, samples, config.train.engine, stands)
         for block in model.blocks:
             block.forward = partial(graph, block)  # type: ignore[method-assign]
     elif stands:
@@ -130,12 +130,12 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
     # DeepSpeed gathers the weights of Linear layers in 16 bits, FSDP2 those of blocks
     sources = model.blocks if config.train.engine == "fsdp2" else [model]
     lowered = {layer for source in sources for layer in source.modules() if isinstance(layer, nn.Linear)}
-    living = _Living(device)
+    living = _LiveStorages(device)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for weight in blank_weights(model):
             cast = weight.value.to(gathered) if weight.module in lowered else weight.value
-            weight._replace(value=cast).place(device).register_post_accumulate_grad_hook(_let_go)
+            weight._replace(value=cast).place(device).register_post_accumulate_grad_hook(_free_gradient)
         latents = torch.zeros(samples, config.model.channels, *layout.grid, device=device)
         noise = torch.zeros(samples, layout.tokens, config.model.channels, device=device)
         t = torch.zeros(samples, layout.entities, device=device)
@@ -202,19 +202,19 @@ class _Graph:
         return self._call([*block.parameters()], *arguments)
 
 
-_known_graph = cache(_Graph)
+_cached_graph = cache(_Graph)
 
 
-def _let_go(parameter: Tensor) -> None:
+def _free_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-Passes = Callable[[Config, str, int, torch.device], PassMemory]
+PassEstimator = Callable[[Config, str, int, torch.device], PassMemory]
 SHALLOW, DEEPER = 2, 3  # blocks, of which the decoder has one
 
 
 @cache
-def extrapolated_passes() -> Passes:
+def pass_estimator() -> PassEstimator:
     """``pass_memory`` of any depth and number of samples, from shallow ones of the powers of 8 around it, that are kept.
 
     Bytes of the forward pass grow evenly with blocks, and so do those of the backward pass. In samples each is the largest of
@@ -230,20 +230,20 @@ def extrapolated_passes() -> Passes:
             known[key] = pass_memory(replace(config, model=model), mode, samples, device)
         return known[key]
 
-    def passes(config: Config, mode: str, samples: int, device: torch.device) -> PassMemory:
+    def estimate(config: Config, mode: str, samples: int, device: torch.device) -> PassMemory:
         few = 8 ** ((samples.bit_length() - 1) // 3)  # the largest power of 8 that is no more
         share = (samples - few) / (7 * few)
         deep = (config.model.depth_encoder + config.model.depth_decoder - SHALLOW) / (DEEPER - SHALLOW)
 
         def at(size: int) -> list[float]:
             pairs = zip(*(measured(config, mode, size, device, depth) for depth in (SHALLOW, DEEPER)), strict=True)
-            return [line(shallow, deeper, deep) for shallow, deeper in pairs]
+            return [_linear(shallow, deeper, deep) for shallow, deeper in pairs]
 
         ends = zip(at(few), at(8 * few) if share else at(few), strict=True)
-        return PassMemory(*(round(line(low, high, share)) for low, high in ends))
+        return PassMemory(*(round(_linear(low, high, share)) for low, high in ends))
 
-    return passes
+    return estimate
 
 
-def line(low: float, high: float, share: float) -> float:
+def _linear(low: float, high: float, share: float) -> float:
     return low + (high - low) * share

@@ -9,7 +9,7 @@ import torch
 
 from xar_scale.config import Config, ModelConfig, TrainConfig, micro_batches, read_settings, shard_ranks
 from xar_scale.ema import averages_of
-from xar_scale.memory.passes import Passes, pass_memory
+from xar_scale.memory.passes import PassEstimator, pass_memory
 from xar_scale.model.xar import meta_model
 from xar_scale.precision import FP32, MODES
 
@@ -21,28 +21,28 @@ MARGIN = 1.1  # CUDA's context, NCCL's buffers, what the allocator cannot use
 class Weights(NamedTuple):
     """How many a network has: the shapes of its tensors in each block, and of those in none."""
 
-    inside: tuple[torch.Size, ...]
+    block_shapes: tuple[torch.Size, ...]
     blocks: int
-    outside: tuple[torch.Size, ...]
+    other_shapes: tuple[torch.Size, ...]
 
     @property
     def block(self) -> int:
-        return sum(map(math.prod, self.inside))
+        return sum(map(math.prod, self.block_shapes))
 
     @property
-    def whole(self) -> int:
-        return self.blocks * self.block + sum(map(math.prod, self.outside))
+    def total(self) -> int:
+        return self.blocks * self.block + sum(map(math.prod, self.other_shapes))
 
     @property
     def largest(self) -> int:
-        return max(map(math.prod, (*self.inside, *self.outside)))
+        return max(map(math.prod, (*self.block_shapes, *self.other_shapes)))
 
-    def cut(self, engine: str, ranks: int) -> int:
+    def padded_total(self, engine: str, ranks: int) -> int:
         """Elements of all parts, as many of each tensor and equal, the last ones padded; FSDP2's are of whole rows, DDP's of
         all tensors together."""
         if engine == "ddp":
-            return ranks * -(-self.whole // ranks)
-        return self.blocks * padded(self.inside, engine, ranks) + padded(self.outside, engine, ranks)
+            return ranks * -(-self.total // ranks)
+        return self.blocks * padded(self.block_shapes, engine, ranks) + padded(self.other_shapes, engine, ranks)
 
 
 def padded(shapes: Sequence[torch.Size], engine: str, ranks: int) -> int:
@@ -63,7 +63,7 @@ class RankMemory(NamedTuple):
 
     parameters: float  # float32 masters; under ZeRO-3 also what is gathered from
     moments: float
-    averages: float
+    ema: float
     gradients: float  # reduced
     gathered: float = 0  # weights of other ranks, those there at once
     unreduced: float = 0  # gradients on their way to the ranks that keep them
@@ -76,7 +76,7 @@ class RankMemory(NamedTuple):
         return MARGIN * sum(self)
 
 
-def owners(train: TrainConfig, world: int) -> int:
+def state_shard_ranks(train: TrainConfig, world: int) -> int:
     """Ranks that a copy of weights and moments is cut over: under ZeRO-3 all, also where neighbours gather from each other."""
     return world if train.engine == "deepspeed" else shard_ranks(train, world)
 
@@ -87,11 +87,11 @@ def rank_memory(
     samples: int,
     world: int,
     device: torch.device,
-    passes: Passes = pass_memory,
+    estimate_pass: PassEstimator = pass_memory,
     bucket: int | None = None,
 ) -> RankMemory:
     """What a rank of ``world`` needs for passes of ``samples`` in ``mode``, of which a step has as many as make up its part of
-    the global batch; ``passes`` is used for ``pass_memory``.
+    the global batch; ``estimate_pass`` is used for ``pass_memory``.
 
     Its share of the state, and the largest of what the backward pass takes and the optimizer's step: the pass where it begins
     and, under FSDP2, after a block or two, and where it ends. DDP has all weights, and of all gradients the sums.
@@ -101,17 +101,17 @@ def rank_memory(
     """
     train, precision = config.train, MODES[mode]
     weights, ranks, engine = weights_of(config.model), shard_ranks(train, world), train.engine
-    holders = owners(train, world)
-    share = parameters = weights.cut(engine, holders) / holders
-    outside, inside = (padded(shapes, engine, ranks) for shapes in (weights.outside, weights.inside))
+    holders = state_shard_ranks(train, world)
+    share = parameters = weights.padded_total(engine, holders) / holders
+    outside, inside = (padded(shapes, engine, ranks) for shapes in (weights.other_shapes, weights.block_shapes))
     gathered = unreduced = flat = one = last = 0.0
     piece = weights.largest / ranks  # the most that an optimizer has at once
     if engine == "ddp":
-        parameters, piece = weights.whole, min(weights.largest, share)
+        parameters, piece = weights.total, min(weights.largest, share)
     elif engine == "deepspeed":
         bucket = bucket or reduce_bucket(train)
-        parameters = 2 * share + (weights.whole / ranks if ranks != world else 0)
-        gathered = WEIGHT * max(outside + 2 * inside, min(weights.whole, ZERO3_LIVE))  # in 16 bits on their way only
+        parameters = 2 * share + (weights.total / ranks if ranks != world else 0)
+        gathered = WEIGHT * max(outside + 2 * inside, min(weights.total, ZERO3_LIVE))  # in 16 bits on their way only
         unreduced = last = bucket * sum(dtype.itemsize for dtype in {FP32, precision.gather}) + WEIGHT * weights.largest
         piece = flat = min(share, ZERO3_LIVE)  # its sub-groups are as large
     elif engine == "fsdp2":
@@ -122,12 +122,12 @@ def rank_memory(
     state = {
         "parameters": WEIGHT * parameters,
         "moments": WEIGHT * 2 * share,
-        "averages": WEIGHT * share * averages_of(config.optim),
+        "ema": WEIGHT * share * averages_of(config.optim),
     }
     # those of one pass come as activations go; of more than one, and where an engine sums them up elsewhere, the sums are there
     sums = engine in ("deepspeed", "ddp") or samples < math.prod(micro_batches(train, world))
-    gradients = WEIGHT * (weights.whole if engine == "ddp" else share)
-    peak = passes(config, mode, samples, device)
+    gradients = WEIGHT * (weights.total if engine == "ddp" else share)
+    peak = estimate_pass(config, mode, samples, device)
     activations: float = peak.peak
     if engine == "fsdp2":  # a block's gradients come as its activations go, and are sent beside the next block's pass
         kept = peak.saved / weights.blocks

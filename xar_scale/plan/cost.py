@@ -6,7 +6,7 @@ from typing import NamedTuple
 from xar_scale.config import Config, micro_batches, shard_ranks
 from xar_scale.ema import averages_of
 from xar_scale.graphs import records
-from xar_scale.memory.rank import WEIGHT, ZERO3_LIVE, Weights, owners, padded
+from xar_scale.memory.rank import WEIGHT, ZERO3_LIVE, Weights, padded, state_shard_ranks
 from xar_scale.model.entities import create_layout
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.plan.hardware import Machines
@@ -67,16 +67,16 @@ def step_collectives(config: Config, weights: Weights, machines: Machines) -> li
     if train.engine == "single" or world == 1:
         return []
     if train.engine == "ddp":
-        everything, link = WEIGHT * weights.cut(train.engine, world), link_of(machines, world)
+        everything, link = WEIGHT * weights.padded_total(train.engine, world), link_of(machines, world)
         return [Collective(name, everything, world, 1, link) for name in ("reduce", "gather")]
     passes = micro_batches(train, world)[1]
     ranks, calls, everywhere = shard_ranks(train, world), weights.blocks + 1, link_of(machines, world)
     near = link_of(machines, ranks)
-    inside, outside = (padded(shapes, train.engine, ranks) for shapes in (weights.inside, weights.outside))
+    inside, outside = (padded(shapes, train.engine, ranks) for shapes in (weights.block_shapes, weights.other_shapes))
     blocks = weights.blocks * inside * precision.gather.itemsize
     if train.engine == "deepspeed":
         whole = passes * (blocks + outside * precision.gather.itemsize)
-        again = max(0.0, 1 - ZERO3_LIVE / 2 / weights.whole)  # of it: it lies as far back as ahead
+        again = max(0.0, 1 - ZERO3_LIVE / 2 / weights.total)  # of it: it lies as far back as ahead
         near_forward = whole * (1 - 1 / passes) if ranks != world else 0.0
         found = [
             Collective("gather forward", whole - near_forward, world, calls if near_forward else passes * calls, everywhere),
@@ -170,9 +170,9 @@ def optimizer_bytes(config: Config, weights: Weights, world: int) -> float:
     gathered from (2). Under DDP the ranks' mean (2), and of all weights each pass's gradients, put where they are reduced (2,
     or 3 where there are some). Four bytes each."""
     times = 11 + 3 * averages_of(config.optim) + (2 if config.train.engine in ("deepspeed", "ddp") else 0)
-    ranks = owners(config.train, world)
+    ranks = state_shard_ranks(config.train, world)
     put = 3 * micro_batches(config.train, world)[1] - 1 if config.train.engine == "ddp" else 0
-    return WEIGHT * (times * weights.cut(config.train.engine, ranks) / ranks + put * weights.whole)
+    return WEIGHT * (times * weights.padded_total(config.train.engine, ranks) / ranks + put * weights.total)
 
 
 class Checkpoint(NamedTuple):
@@ -185,7 +185,7 @@ class Checkpoint(NamedTuple):
 
 def checkpoint(config: Config, weights: Weights, machines: Machines) -> Checkpoint:
     """size = 4 W (3 + averages); copy = size / ranks / host link; write = size / (disk x nodes)."""
-    size = WEIGHT * weights.whole * (3 + averages_of(config.optim))
+    size = WEIGHT * weights.total * (3 + averages_of(config.optim))
     return Checkpoint(size, size / machines.gpus / machines.gpu.host_link, size / (machines.disk * machines.nodes))
 
 
@@ -194,7 +194,7 @@ def snapshot_bytes(config: Config, weights: Weights, machines: Machines) -> floa
     where several ranks own the same is a part of it."""
     size, world = checkpoint(config, weights, machines).size, machines.gpus
     snapshots = config.guard.snapshots if config.guard.enabled else 0
-    return min(machines.per_node, world) * (snapshots * size / owners(config.train, world) + size / world)
+    return min(machines.per_node, world) * (snapshots * size / state_shard_ranks(config.train, world) + size / world)
 
 
 def sample_bytes(config: Config) -> int:

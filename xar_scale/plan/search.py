@@ -13,7 +13,7 @@ import torch
 from xar_scale.config import Config, Recompute, micro_batches
 from xar_scale.errors import ConfigError
 from xar_scale.memory.fallback import plan_fallback
-from xar_scale.memory.passes import Passes, extrapolated_passes
+from xar_scale.memory.passes import PassEstimator, pass_estimator
 from xar_scale.memory.rank import RankMemory, Weights, rank_memory, weights_of
 from xar_scale.plan.cost import Collective, StepTime, step_collectives, step_time
 from xar_scale.plan.hardware import Machines
@@ -63,7 +63,7 @@ class Search:
     machines: Machines
     fixed: frozenset[str]
     weights: Weights
-    passes: Passes
+    estimate_pass: PassEstimator
     candidates: list[Candidate]
 
     @cached_property
@@ -89,11 +89,11 @@ class Search:
         fallback = MODES[train.precision].fallback
         if memory.total > self.gpu_memory or not (fallback and config.guard.enabled):
             return memory.total, memory, 1
-        parts, _ = plan_fallback(config, world, CUDA, self.gpu_memory, self.passes, bucket(self.weights))
+        parts, _ = plan_fallback(config, world, CUDA, self.gpu_memory, self.estimate_pass, bucket(self.weights))
         return max(memory.total, self.memory(config, fallback, samples // parts).total), memory, parts
 
     def memory(self, config: Config, mode: str, samples: int) -> RankMemory:
-        return rank_memory(config, mode, samples, self.machines.gpus, CUDA, self.passes, bucket(self.weights))
+        return rank_memory(config, mode, samples, self.machines.gpus, CUDA, self.estimate_pass, bucket(self.weights))
 
     def largest(self, config: Config, mode: str) -> int:
         """The largest micro batch that divides a rank's part of the global batch and fits in precision ``mode``; 0: none."""
@@ -142,7 +142,7 @@ def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
     for each in _configs(config, machines, fixed):
         collectives = step_collectives(each, weights, machines)
         candidates.append(Candidate(each, collectives, step_time(each, weights, machines, collectives)))
-    return Search(config, machines, frozenset(fixed), weights, extrapolated_passes(), sorted(candidates, key=_sort_key))
+    return Search(config, machines, frozenset(fixed), weights, pass_estimator(), sorted(candidates, key=_sort_key))
 
 
 def _sort_key(candidate: Candidate) -> tuple[int, int, bool, int, int]:

@@ -34,7 +34,7 @@ def _model(found: Search, model: str, gpu: str) -> str:
     sizes, train = config.model, config.train
     images = train.steps * train.global_batch
     rows = [
-        ("parameters", f"{found.weights.whole:,} in {found.weights.blocks} blocks of {found.weights.block:,}"),
+        ("parameters", f"{found.weights.total:,} in {found.weights.blocks} blocks of {found.weights.block:,}"),
         ("entities", f"{sizes.entity} on {sizes.grid[0]}x{sizes.grid[1]} tokens"),
         ("TFLOP an image", f"{forward_flops(sizes) / 1e12:.2f} forward, {training_flops(sizes) / 1e12:.2f} in training"),
         ("GPUs", f"{machines.gpus} x {gpu}, {min(machines.gpus, machines.per_node)} a node"),
