@@ -112,7 +112,7 @@ def _row(done: Done) -> str:
     if record is None:
         return f"| `{done.words}` | {done.said} | | | | |"
     mfu = "" if record.mfu is None else f"{record.mfu:.0%}"
-    times = f"{record.times(PUBLISHED):.2f}" if PUBLISHED in record.seconds else ""
+    times = f"{record.speedup(PUBLISHED):.2f}" if PUBLISHED in record.seconds else ""
     speed = f"{record.median(OURS) * 1e3:.4g} | {record.images / record.median(OURS):.4g} | {mfu}"
     return f"| `{done.words}` | {speed} | {record.memory_gb or 0:.1f} | {times} |"
 

@@ -49,7 +49,7 @@ def _row(record: Record) -> str:
     name = f"{WORK[record.what]}, {settings['model']}, batch {settings['batch']}{more}, {settings['precision']}"
     theirs, ours = (record.images / record.median(case) for case in (PUBLISHED, OURS))
     peak = "" if record.mfu is None else f"{record.mfu:.0%}"
-    return f"| {name} | {theirs:.3g} | {ours:.3g} | {record.times(PUBLISHED):.2f} | {peak} |"
+    return f"| {name} | {theirs:.3g} | {ours:.3g} | {record.speedup(PUBLISHED):.2f} | {peak} |"
 
 
 def put(text: str, made: str) -> str:

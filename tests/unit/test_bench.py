@@ -16,7 +16,7 @@ from xar_scale.bench.published import Published
 from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, Record, SlowerError, compare, markdown, read_record
 from xar_scale.bench.step import _earlier
 from xar_scale.bench.timing import WARM_UP, in_turns, median_ms
-from xar_scale.bench.trace import both, length, trace
+from xar_scale.bench.trace import overlap_length, trace, union_length
 from xar_scale.errors import UsageError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -30,9 +30,9 @@ def record(ours: float, baseline: float = 1.0, **changes):
 
 def test_the_ratio_is_of_neighbours_in_time():
     """A machine that slows down fourfold in the middle changes no ratio."""
-    assert record(2.0).times(BASELINE) == 0.5
+    assert record(2.0).speedup(BASELINE) == 0.5
     seconds = {OURS: [1.0, 2.0, 8.0], BASELINE: [3.0, 2.0, 8.0]}
-    assert record(1.0, seconds=seconds).times(BASELINE) == 1.0  # of the medians it is 1.5
+    assert record(1.0, seconds=seconds).speedup(BASELINE) == 1.0  # of the medians it is 1.5
 
 
 def test_mfu_and_images():
@@ -139,9 +139,9 @@ def test_seconds_are_of_the_last_turns_and_a_median_is_in_ms(monkeypatch):
 
 
 def test_spans_are_joined_and_met():
-    assert length([(0, 4), (2, 6), (10, 11)]) == 7
-    assert both([(0, 4), (10, 20)], [(3, 12), (11, 13)]) == 1 + 3
-    assert both([(0, 4)], []) == 0
+    assert union_length([(0, 4), (2, 6), (10, 11)]) == 7
+    assert overlap_length([(0, 4), (10, 20)], [(3, 12), (11, 13)]) == 1 + 3
+    assert overlap_length([(0, 4)], []) == 0
 
 
 def test_a_trace_names_what_takes_longest():

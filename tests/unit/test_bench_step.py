@@ -82,7 +82,7 @@ def test_a_step_of_the_published_code_is_its_loop_s(checkout, capsys):
     groups = theirs.optimizer.param_groups
     assert [(group["weight_decay"], [weight.ndim for weight in group["params"]]) for group in groups] == [(0.02, [2]), (0, [1])]
     assert all(group["betas"] == BETAS for group in groups)
-    for first, weight, average in zip(before, theirs.weights, theirs.averages, strict=True):
+    for first, weight, average in zip(before, theirs.weights, theirs.ema, strict=True):
         assert not torch.equal(first, weight) and weight.grad is None
         torch.testing.assert_close(average.detach(), EMA_DECAY * first + (1 - EMA_DECAY) * weight.detach())
     with pytest.raises(UsageError, match="the published code's loss is not finite"):
@@ -137,7 +137,7 @@ def test_a_step_s_record_has_what_was_measured(measure, monkeypatch, capsys):
     assert len(calls()) == WARM_UP + 2 and {*calls()} == {(True, 2, 16, 16, 16, 2, torch.float32)}
     assert {name: len(taken) for name, taken in found.seconds.items()} == {OURS: 2, BASELINE: 2, PUBLISHED: 2}
     said = capsys.readouterr().out
-    assert f"| {found.times(PUBLISHED):.2f} |" in said.split("| published |")[1] and "said by" not in said
+    assert f"| {found.speedup(PUBLISHED):.2f} |" in said.split("| published |")[1] and "said by" not in said
 
 
 def test_sampling_takes_turns_with_the_published_code(measure):

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 
 from xar_scale import dist
-from xar_scale.bench.absent import join_absent
+from xar_scale.bench.fake_group import join_fake_group
 from xar_scale.bench.plan import config_of, train_steps, zeros
 from xar_scale.bench.timing import median_ms
 from xar_scale.config import KernelConfig
@@ -17,7 +17,7 @@ def bench_launches(options: argparse.Namespace) -> None:
     nothing. On a CPU its arithmetic, which is little, is in it."""
     device = dist.local_device()
     ranks = 1 if options.engine == "single" else options.ranks
-    join_absent(ranks)
+    join_fake_group(ranks)
     config = config_of(options, ranks)
     model = dataclasses.replace(config.model, **NARROW)  # type: ignore[arg-type]
     engine, _ = train_steps(dataclasses.replace(config, model=model, kernels=KernelConfig(compile=options.compile)), device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xar_scale import dist
-from xar_scale.bench.absent import join_absent
+from xar_scale.bench.fake_group import join_fake_group
 from xar_scale.bench.memory import resident
 from xar_scale.bench.timing import median_ms
 from xar_scale.config import Config, ModelConfig, Recompute, merge, validated
@@ -120,7 +120,7 @@ def bench_build(options: argparse.Namespace) -> None:
     """Until a rank of many has its weights."""
     if options.ranks < 1:
         raise UsageError("--ranks is at least 1")
-    join_absent(options.ranks)
+    join_fake_group(options.ranks)
     values = merge(
         recipe("imagenet256_h"),
         {"model": model_values(options.model), "train": {"global_batch": options.ranks}, "data": {"lanes": 1}},

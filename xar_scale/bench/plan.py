@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from xar_scale import dist
-from xar_scale.bench.absent import join_absent
+from xar_scale.bench.fake_group import join_fake_group
 from xar_scale.bench.memory import peak_resident
 from xar_scale.bench.timing import median_ms
 from xar_scale.config import Config, merge
@@ -67,12 +67,12 @@ def train_steps(config: Config, device: torch.device) -> tuple[Engine, EMA]:
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     engine = create_engine(model, blank_weights(model), config, device)
     engine.set_precision(config.train.precision)
-    averages = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
+    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     for step in range(STEPS):
         verdict = engine.attempt(step, [zeros(config, config.train.micro_batch or 1, device)])
         engine.step(1e-4, verdict)
-        averages.update(step + 1)
-    return engine, averages
+        ema.update(step + 1)
+    return engine, ema
 
 
 def zeros(config: Config, samples: int, device: torch.device) -> Batch:
@@ -93,7 +93,7 @@ def bench_memory(options: argparse.Namespace) -> None:
     """One rank's training steps, in one process, under a launcher, or among ``--ranks`` that are not there."""
     device = dist.local_device()
     if options.ranks:
-        join_absent(options.ranks)
+        join_fake_group(options.ranks)
     elif options.engine != "single":
         dist.init(device)
     config = config_of(options, dist.world())
@@ -154,7 +154,7 @@ def bench_scaling(options: argparse.Namespace) -> None:
 
 
 def _computed(options: argparse.Namespace, device: torch.device) -> tuple[float, float]:
-    """Seconds of a pass, and of the optimizer's step and the averages', of whole weights in this process without a group."""
+    """Seconds of a pass, and of the optimizer's step and the ema', of whole weights in this process without a group."""
     config = config_of(options, 1)
     model = meta_model(config.model)
     model.use_kernels(config.kernels, device, MODES[options.precision].compute, training=True)
@@ -163,7 +163,7 @@ def _computed(options: argparse.Namespace, device: torch.device) -> tuple[float,
         weight.place(device)
     parameters = dict(model.named_parameters())
     optimizer = create_adamw(parameters, {name: weight.shape for name, weight in parameters.items()}, config.optim)
-    averages, batch = EMA([*parameters.values()], config.optim.ema_decay), zeros(config, options.batch, device)
+    ema, batch = EMA([*parameters.values()], config.optim.ema_decay), zeros(config, options.batch, device)
     compute = MODES[options.precision].compute
 
     def computed() -> None:
@@ -176,7 +176,7 @@ def _computed(options: argparse.Namespace, device: torch.device) -> tuple[float,
         torch.stack([gradient.square().sum() for gradient in gradients]).sum()
         torch._foreach_mul_(gradients, 0.5)
         optimizer.step()
-        averages.update(1)
+        ema.update(1)
 
     return median_ms(computed, device) / 1e3, median_ms(stepped, device) / 1e3
 
@@ -192,11 +192,11 @@ def _collective_seconds(collective: Collective, device: torch.device) -> float:
 
 
 def _step_seconds(config: Config, device: torch.device) -> float:
-    engine, averages = train_steps(config, device)
+    engine, ema = train_steps(config, device)
     batch = zeros(config, config.train.micro_batch or 1, device)
 
     def step() -> None:
         engine.step(1e-4, engine.attempt(0, [batch]))
-        averages.update(1)
+        ema.update(1)
 
     return dist.largest(median_ms(step, device) / 1e3)

@@ -36,7 +36,7 @@ class Published:
             self.network: torch.nn.Module = create(attn_dropout=dropout, proj_dropout=dropout).to(device)
         self.weights = list(self.network.parameters())
         self.optimizer: torch.optim.Optimizer | None = None
-        self.averages: list[Tensor] = []
+        self.ema: list[Tensor] = []
 
     def step(self, latents_BCHW: Tensor, labels_B: Tensor, compute: torch.dtype) -> None:
         """Forward, backward, clipping, AdamW, averages. It draws times and noise itself."""
@@ -45,7 +45,7 @@ class Published:
             decays = zip(groups, (WEIGHT_DECAY, 0.0), strict=True)
             options = [{"params": group, "weight_decay": decay} for group, decay in decays]
             self.optimizer = torch.optim.AdamW(options, lr=1e-4, betas=BETAS)
-            self.averages = copy.deepcopy(self.weights)
+            self.ema = copy.deepcopy(self.weights)
             self.network.train()
         with self._as_it_expects(), _autocast(self.device, compute):
             loss = self.network(latents_BCHW, labels_B)
@@ -55,7 +55,7 @@ class Published:
         torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for average, weight in zip(self.averages, self.weights, strict=True):
+        for average, weight in zip(self.ema, self.weights, strict=True):
             average.detach().mul_(EMA_DECAY).add_(weight, alpha=1 - EMA_DECAY)
 
     @torch.no_grad()

@@ -51,14 +51,14 @@ class Record:
         """Largest less smallest, as a share of the median."""
         return (max(self.seconds[case]) - min(self.seconds[case])) / self.median(case)
 
-    def times(self, case: str) -> float:
+    def speedup(self, case: str) -> float:
         """How many times as long ``case`` takes as ours: the median of neighbours' ratios."""
         return statistics.median(self._ratios(case))
 
     def scatter(self, case: str) -> float:
-        """Of neighbours' ratios, the largest less the smallest, as a share of ``times``."""
+        """Of neighbours' ratios, the largest less the smallest, as a share of ``speedup``."""
         ratios = self._ratios(case)
-        return (max(ratios) - min(ratios)) / self.times(case)
+        return (max(ratios) - min(ratios)) / self.speedup(case)
 
     def _ratios(self, case: str) -> list[float]:
         return [theirs / ours for theirs, ours in zip(self.seconds[case], self.seconds[OURS], strict=True)]
@@ -101,7 +101,7 @@ def compare(now: Record, before: Record) -> str:
     """What became of the time beside the baseline's. Raises SlowerError where it is more than SLOWER times as long, UsageError
     where the two records are not of the same work."""
     check_same_work(now.what, now.settings, before)
-    share, earlier = 1 / now.times(BASELINE), 1 / before.times(BASELINE)
+    share, earlier = 1 / now.speedup(BASELINE), 1 / before.speedup(BASELINE)
     said = f"{share:.2f} of the baseline's time, {earlier:.2f} in the record of {before.date}: {share / earlier - 1:+.0%}"
     if (scatter := max(now.scatter(BASELINE), before.scatter(BASELINE))) > SLOWER - 1:
         said += f" (single turns differ by {scatter:.0%})"
@@ -134,7 +134,7 @@ def markdown(record: Record) -> str:
     lines = ["| | ms, median | spread | images/s | beside ours |", "| --- | --- | --- | --- | --- |"]
     for case in record.seconds:
         images = "" if case == BASELINE else f"{record.images / record.median(case):.4g}"
-        cells = f"{record.median(case) * 1e3:.4g} | {record.spread(case):.0%} | {images} | {record.times(case):.2f}"
+        cells = f"{record.median(case) * 1e3:.4g} | {record.spread(case):.0%} | {images} | {record.speedup(case):.2f}"
         lines.append(f"| {case} | {cells} |")
     rest = {
         "MFU": None if record.mfu is None else f"{record.mfu:.0%} of {record.peak or 0:.3g} FLOP/s",

@@ -20,7 +20,12 @@ from xar_scale.presets import model_values, recipe
 STDOUT = 1
 ZEROS = "xar-scale"
 # a folder, the format that it becomes, and the folder of that
-WAYS = [(ZEROS, "safetensors", "a"), (ZEROS, "pth", "b"), (ZEROS, "universal", "universal"), ("universal", "xar-scale", "c")]
+CONVERSIONS = [
+    (ZEROS, "safetensors", "a"),
+    (ZEROS, "pth", "b"),
+    (ZEROS, "universal", "universal"),
+    ("universal", "xar-scale", "c"),
+]
 
 
 def bench_reshard(options: argparse.Namespace) -> None:
@@ -29,14 +34,14 @@ def bench_reshard(options: argparse.Namespace) -> None:
     size = _zeros(options.model, options.data / ZEROS)
     print(f"{options.model}, weights, averages and moments: {size / 1e9:.2f} GB\n")
     print("| from | to | GB written | seconds | peak memory, MiB |\n| --- | --- | --- | --- | --- |")
-    for source, target, name in WAYS:
+    for source, target, name in CONVERSIONS:
         destination = options.data / name
         seconds, peak = _measured("tools/reshard.py", str(options.data / source), str(destination), "--to", target)
         written = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
         print(f"| {source} | {target} | {written / 1e9:.2f} | {seconds:.1f} | {peak / 1024:.0f} |", flush=True)
-        if name not in {source for source, _, _ in WAYS}:
+        if name not in {source for source, _, _ in CONVERSIONS}:
             shutil.rmtree(destination)
-    for name in {source for source, _, _ in WAYS}:
+    for name in {source for source, _, _ in CONVERSIONS}:
         shutil.rmtree(options.data / name)
 
 

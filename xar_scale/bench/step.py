@@ -39,7 +39,7 @@ SQUARE = 4096  # rows of the matrices whose product says what this machine reach
 
 
 def bench_step(options: argparse.Namespace) -> None:
-    """Batches of synthetic data through the loader, forward, backward, what engine and guard decide, optimizer, averages."""
+    """Batches of synthetic data through the loader, forward, backward, what engine and guard decide, optimizer, ema."""
     device = dist.local_device()
     if options.engine != "single":
         dist.init(device)
@@ -56,14 +56,14 @@ def bench_step(options: argparse.Namespace) -> None:
     kernels = model.use_kernels(config.kernels, device, compute, training=True)
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     before = _memory(device, reset=True)
-    engine = create_engine(model, _quick_weights(model, device), config, device)
-    averages = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
+    engine = create_engine(model, _random_weights(model, device), config, device)
+    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     feed = Feed(dataset, config.train, device)
     feed.seek(0)
 
     def ours() -> None:
         engine.step(1e-4, engine.attempt(0, feed.take()))
-        averages.update(1)
+        ema.update(1)
 
     for _ in range(WARM_UP + 1):
         ours()
@@ -107,7 +107,7 @@ def bench_sample(options: argparse.Namespace) -> None:
     published, apart = _published(options, device, lambda: _published_sampling(options, labels, device))
     before = _memory(device, reset=True)
     model = meta_model(_config(options).model).eval()
-    for weight in _quick_weights(model, device):
+    for weight in _random_weights(model, device):
         weight.place(device)
     kernels = model.use_kernels(_config(options).kernels, device, compute, training=False)
     prepare(model, device, compute, compiled=options.compile)
@@ -158,7 +158,7 @@ def _published_sampling(options: argparse.Namespace, labels: list[int], device: 
     return lambda: published.sample(labels, options.steps, options.guidance, MODES[options.precision].compute)
 
 
-def _quick_weights(model: XAR, device: torch.device) -> Iterator[Weight]:
+def _random_weights(model: XAR, device: torch.device) -> Iterator[Weight]:
     """Matrices drawn on the device: on one core a billion numbers take a quarter of a minute."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 

@@ -46,21 +46,21 @@ def trace(work: Callable[[], Any], device: torch.device, save: Path | None = Non
     own = {row.key: (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e3 for row in rows}
     counts = {row.key: row.count for row in rows}
     top = [(name, own[name], counts[name]) for name in sorted(own, key=own.__getitem__, reverse=True)[:TOP]]
-    return Trace(top, length(sent) / 1e9, both(sent, computed) / 1e9)
+    return Trace(top, union_length(sent) / 1e9, overlap_length(sent, computed) / 1e9)
 
 
 def _moves(name: str) -> bool:
     return name.startswith(("nccl", "gloo:", "Memcpy", "Memset"))
 
 
-def length(spans: Sequence[Span]) -> int:
+def union_length(spans: Sequence[Span]) -> int:
     """Of their union."""
     return sum(end - begin for begin, end in _merged(spans))
 
 
-def both(left: Sequence[Span], right: Sequence[Span]) -> int:
+def overlap_length(left: Sequence[Span], right: Sequence[Span]) -> int:
     """The time that lies in both unions."""
-    return length(left) + length(right) - length([*left, *right])
+    return union_length(left) + union_length(right) - union_length([*left, *right])
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:
