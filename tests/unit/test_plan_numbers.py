@@ -24,10 +24,10 @@ GROUPS = config("train.engine=fsdp2", "train.shard_ranks=4", *TWO_PASSES)
 ZERO3 = config("train.engine=deepspeed", *TWO_PASSES)
 DDP = config("train.engine=ddp", *TWO_PASSES)
 IN_GROUPS = [
-    cost.Collective("gather forward", 2 * (192 + 16), 4, 8, NEAR),  # three blocks in bf16, the rest in float32
-    cost.Collective("gather backward", 2 * 192, 4, 6, NEAR),
-    cost.Collective("reduce", 2 * 400, 4, 8, NEAR),
-    cost.Collective("reduce copies", 200, 2, 8, OWN, rounds=2),
+    cost.Collective("all-gather forward", 2 * (192 + 16), 4, 8, NEAR),  # three blocks in bf16, the rest in float32
+    cost.Collective("all-gather backward", 2 * 192, 4, 6, NEAR),
+    cost.Collective("reduce-scatter", 2 * 400, 4, 8, NEAR),
+    cost.Collective("all-reduce replicas", 200, 2, 8, OWN, rounds=2),
 ]
 
 
@@ -40,14 +40,14 @@ def test_each_collective_has_its_calls_and_its_link():
     in_one = cost.step_collectives(GROUPS, SMALL, TWO_NODES._replace(per_node=8))
     assert in_one[3] == IN_GROUPS[3]._replace(link=NEAR)  # copies of one node meet by NVLink
     assert cost.step_collectives(ZERO3, LARGE, TWO_NODES) == [
-        cost.Collective("gather forward", 8e9, 8, 18, FAR),
-        cost.Collective("gather backward", 6e9, 8, 14, FAR),
-        cost.Collective("reduce", 8e9, 8, 18, FAR),
+        cost.Collective("all-gather forward", 8e9, 8, 18, FAR),
+        cost.Collective("all-gather backward", 6e9, 8, 14, FAR),
+        cost.Collective("reduce-scatter", 8e9, 8, 18, FAR),
     ]
     # once a step, however many micro-batches it has; 100 weights, padded to 104
     assert cost.step_collectives(DDP, SMALL, TWO_NODES) == [
-        cost.Collective("reduce", 416, 8, 1, FAR),
-        cost.Collective("gather", 416, 8, 1, FAR),
+        cost.Collective("reduce-scatter", 416, 8, 1, FAR),
+        cost.Collective("all-gather", 416, 8, 1, FAR),
     ]
 
 
@@ -97,7 +97,7 @@ def test_the_quickest_is_first_then_the_least_recomputation_then_compiled_then_b
         candidate(2.01, "none", "fsdp2", 2, "true"),
         candidate(2.0, "none", "ddp", 4),
         candidate(2.0, "none", "deepspeed", 8),
-        candidate(2.01, "none", "deepspeed", 4),  # as quick, as far as is known
+        candidate(2.01, "none", "deepspeed", 4),  # equal within the tolerance
         candidate(2.0, "none", "fsdp2", 16),
         candidate(2.0, "selective", "deepspeed", 32),
         candidate(2.0, "full", "deepspeed", 64),
@@ -117,7 +117,7 @@ def test_what_does_not_fit_after_a_fallback_is_not_planned(monkeypatch):
         monkeypatch.setattr(f"xar_scale.{module}.rank_memory", memory)
     words = [*FEW, "train.engine=fsdp2", "train.recompute=none", "train.micro_batch=4"]
     fixed = [word.partition("=")[0] for word in words]
-    with pytest.raises(ConfigError, match="nothing fits 80 GB a GPU on 2: the smallest need is 99 GB"):
+    with pytest.raises(ConfigError, match="no candidate fits in 80 GB per GPU on 2 GPUs: the smallest needs 99 GB"):
         _ = search(config(*words), H100._replace(gpus=2), fixed).best
     assert search(config(*words, "guard.enabled=false"), H100._replace(gpus=2), fixed).best.parts == 1
 
@@ -138,25 +138,25 @@ def test_a_plan_s_text_has_its_numbers(monkeypatch):
 
     lines, size = said(*candidates), 16 * weights_of(shape.model).total
     assert {
-        "images/s 4,096, 256.0 a GPU",
-        "the recipe 1.0 hours, 16 GPU-hours",
-        "data a node 2,048 samples/s, 37.7 MB/s",
-        "runner-up: ZeRO-3, recompute none, micro batch 64: 750.0 ms a step, 40.0 GB",
+        "images/s 4,096 (256.0 per GPU)",
+        "whole run 1.0 hours, 16 GPU-hours",
+        "data per node 2,048 samples/s, 37.7 MB/s",
+        "runner-up: ZeRO-3, recompute none, micro batch 64: 750.0 ms per step, 40.0 GB",
     } <= {*lines}
-    assert any(line.startswith(f"checkpoint {size / 1e9:,.1f} GB; ") for line in lines)
-    assert "runner-up: FSDP2, recompute full, micro batch 128: 600.0 ms a step, 40.0 GB" in said(*candidates[:2])
+    assert any(line.startswith(f"checkpoint {size / 1e9:,.1f} GB: ") for line in lines)
+    assert "runner-up: FSDP2, recompute full, micro batch 128: 600.0 ms per step, 40.0 GB" in said(*candidates[:2])
     assert not any(line.startswith("runner-up") for line in said(candidates[0]))
-    assert not any("as quick" in line for line in lines)
+    assert not any("tied" in line for line in lines)
     quick = candidate(0.5, "none", "ddp", 128), candidate(0.501, "none", "deepspeed", 128), candidate(0.9, "none", "fsdp2", 128)
-    reason = " before 1 as quick, to 2%, that may fit too: the least recomputation, then DDP, then the largest micro batch"
+    reason = " tied within 2% with 1 other that may fit; tie-breakers: least recomputation, DDP, largest micro batch"
     assert reason in said(*quick)
     assert {
-        "communication alone 0.00 ms: a reduction and a gather",
-        " overlap: none of communication; nothing waits for a slow rank",
+        "communication (exposed) 0.00 ms: all of it",
+        " overlap: no communication overlaps with compute; no rank waits for a slower one",
     } <= {*said(dataclasses.replace(quick[0], collectives=cost.step_collectives(quick[0].config, SMALL, H100)))}
     large = RankMemory(90e9, 0, 0, 0)  # which does not fit, and is none of the choice
     monkeypatch.setattr(
         "xar_scale.plan.search.rank_memory",
         lambda config, *_: large if config.train.engine == "ddp" else RankMemory(1, 0, 0, 0),
     )
-    assert not any("as quick" in line for line in said(*quick))
+    assert not any("tied" in line for line in said(*quick))

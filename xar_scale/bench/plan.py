@@ -186,7 +186,9 @@ def _collective_seconds(collective: Collective, device: torch.device) -> float:
     part = -(-int(collective.size / 4 / collective.calls) // collective.ranks)
     piece, whole = torch.zeros(part, device=device), torch.zeros(part * collective.ranks, device=device)
     call: Callable[[], object] = (
-        partial(dist.reduce_scatter, piece, whole) if collective.name == "reduce" else partial(dist.all_gather, whole, piece)
+        partial(dist.reduce_scatter, piece, whole)
+        if collective.name == "reduce-scatter"
+        else partial(dist.all_gather, whole, piece)
     )
     return dist.largest(median_ms(call, device) / 1e3)
 
