@@ -43,7 +43,7 @@ def test_the_warning_has_the_numbers(simple):
     assert simple(64) == (1, "")
     assert simple(40) == (
         2,
-        "TF32 after a fallback needs about 64 GB of 40 GB: it will run each pass in 2 parts (micro_batch 64 as 2 x 32)",
+        "after a fallback TF32 needs about 64 GB of 40 GB: each micro-batch will run in 2 parts (micro_batch 64 as 2 x 32)",
     )
     parts, warning = simple(7, micro=12)
     assert parts == 2 and warning.endswith("(micro_batch 12 as 2 x 6)")
@@ -55,7 +55,7 @@ def test_single_samples_that_do_not_fit_are_warned_of(simple):
     parts, warning = simple(0.7, micro=1)
     assert (parts, warning) == (
         1,
-        "TF32 after a fallback needs about 1.0 GB of 0.7 GB, with one sample a pass still 1.0 GB: it may run out of memory",
+        "after a fallback TF32 needs about 1.0 GB of 0.7 GB, and 1.0 GB even for one sample: it may run out of memory",
     )
 
 
@@ -77,7 +77,7 @@ def test_the_rank_with_the_least_memory_decides(simple, monkeypatch, capsys):
     config = digits_config("train.precision=bf16", "train.micro_batch=64")
     assert fallback.fallback_splits(config, CPU) == 2
     assert gathered == [fallback.device_memory(CPU)]
-    assert capsys.readouterr().out.startswith("memory: TF32 after a fallback needs about 64 GB of 33 GB")
+    assert capsys.readouterr().out.startswith("memory: after a fallback TF32 needs about 64 GB of 33 GB")
 
 
 def test_a_machines_memory_is_shared_by_its_ranks(monkeypatch):
@@ -93,7 +93,7 @@ def test_what_cannot_be_reckoned_ends_no_run(monkeypatch, capsys):
     monkeypatch.setattr(fallback, "rank_memory", fail)
     assert fallback.fallback_splits(digits_config("train.precision=bf16"), CPU) == 1
     said = capsys.readouterr().out
-    assert "cannot be reckoned here (RuntimeError: no such operation)" in said and said.count("\n") == 1
+    assert "cannot estimate the memory after a fallback (RuntimeError: no such operation)" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("little", [False, True])
@@ -119,4 +119,4 @@ def test_training_splits_the_fallback_as_reckoned(tmp_path, monkeypatch, capsys,
     assert dict(seen) == {"bf16": 1, "tf32": 2 if little else 1}
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory:")]
     assert len(said) == little
-    assert not little or said[0].endswith("it will run each pass in 2 parts (micro_batch 128 as 2 x 64)")
+    assert not little or said[0].endswith("each micro-batch will run in 2 parts (micro_batch 128 as 2 x 64)")
