@@ -382,10 +382,10 @@ def test_wrong_plans(capsys, words, code, parts):
     ],
     ids=["single", "fsdp2 on 2 ranks", "fsdp2 of 512", "ZeRO-3 of 512", "DDP of 512"],
 )
-def test_memory_of_real_steps_is_as_reckoned(launch, words):
+def test_memory_of_real_steps_is_as_estimated(launch, words):
     command = [sys.executable, *launch, "tools/bench.py", "memory", "--model", "nano", *words]
     kept = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=kept, capture_output=True, text=True, check=True, timeout=400)
     rows = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|"))
-    reckoned, measured = float(rows["reckoned"]), float(rows["measured: allocator"].split()[0])
-    assert reckoned == pytest.approx(measured, rel=0.05)
+    estimated, measured = float(rows["estimated"]), float(rows["measured: allocator"].split()[0])
+    assert estimated == pytest.approx(measured, rel=0.05)

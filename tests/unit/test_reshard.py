@@ -428,7 +428,7 @@ def test_the_benchmark_measures_time_and_memory_and_leaves_nothing(tmp_path, mon
     (row,) = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "safetensors" in line]
     assert 0 < float(row[2]) < 0.1 and float(row[3]) > 0 and int(row[4].rstrip(" |")) > 100
     assert list((tmp_path / "bench").iterdir()) == []
-    with pytest.raises(DataError, match="ended with code 64"):
+    with pytest.raises(DataError, match="exited with code 64"):
         bench._measured("tools/reshard.py", str(tmp_path / "nothing"), str(tmp_path / "new"), "--to", "pth")
 
 
