@@ -120,7 +120,7 @@ def _row(done: Done) -> str:
 def _page(done: list[Done]) -> str:
     measured = [each for each in done if each.record is not None]
     where = measured[0].record.machine if measured and measured[0].record else "nothing was measured"
-    head = "| `tools/bench.py` | ms | images/s | MFU | GB | speedup over the published code |\n| --- | --- | --- | --- | --- | --- |"
+    head = "| `tools/bench.py` | ms | images/s | MFU | GB | speedup over published |\n| --- | --- | --- | --- | --- | --- |"
     rows = "\n".join(_row(each) for each in done)
     shown = next((each for each in measured if LONGEST in each.said), None)
     longest = f"Longest in `{shown.words}`:\n\n{LONGEST}{shown.said.partition(LONGEST)[2].rstrip()}\n" if shown else ""
