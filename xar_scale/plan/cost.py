@@ -73,36 +73,36 @@ def step_collectives(config: Config, weights: Weights, machines: Machines) -> li
     if train.engine == "ddp":
         everything, link = WEIGHT * weights.padded_total(train.engine, world), link_of(machines, world)
         return [Collective(name, everything, world, 1, link) for name in ("reduce-scatter", "all-gather")]
-    passes = micro_batches(train, world)[1]
+    batches = micro_batches(train, world)[1]
     ranks, calls, everywhere = shard_ranks(train, world), weights.blocks + 1, link_of(machines, world)
     near = link_of(machines, ranks)
     inside, outside = (padded(shapes, train.engine, ranks) for shapes in (weights.block_shapes, weights.other_shapes))
     blocks = weights.blocks * inside * precision.gather.itemsize
     if train.engine == "deepspeed":
-        whole = passes * (blocks + outside * precision.gather.itemsize)
+        whole = batches * (blocks + outside * precision.gather.itemsize)
         # share gathered again: only weights within ZERO3_LIVE / 2 of the forward pass's end are reused within ZERO3_LIVE
         again = max(0.0, 1 - ZERO3_LIVE / 2 / weights.total)
-        near_forward = whole * (1 - 1 / passes) if ranks != world else 0.0
+        near_forward = whole * (1 - 1 / batches) if ranks != world else 0.0
         found = [
             Collective(
-                "all-gather forward", whole - near_forward, world, calls if near_forward else passes * calls, everywhere
+                "all-gather forward", whole - near_forward, world, calls if near_forward else batches * calls, everywhere
             ),
-            Collective("all-gather forward, in group", near_forward, ranks, (passes - 1) * calls, near),
-            Collective("all-gather backward", whole * again, ranks, math.ceil(passes * calls * again), near),
-            Collective("reduce-scatter", whole, world, passes * calls, everywhere),
+            Collective("all-gather forward, in group", near_forward, ranks, (batches - 1) * calls, near),
+            Collective("all-gather backward", whole * again, ranks, math.ceil(batches * calls * again), near),
+            Collective("reduce-scatter", whole, world, batches * calls, everywhere),
         ]
         return [each for each in found if each.size]
-    reduced = passes * (weights.blocks * inside + outside) * precision.reduce.itemsize
+    reduced = batches * (weights.blocks * inside + outside) * precision.reduce.itemsize
     found = [
-        Collective("all-gather forward", passes * (blocks + outside * WEIGHT), ranks, passes * calls, near),
-        Collective("all-gather backward", passes * blocks, ranks, passes * weights.blocks, near),
-        Collective("reduce-scatter", reduced, ranks, passes * calls, near),
+        Collective("all-gather forward", batches * (blocks + outside * WEIGHT), ranks, batches * calls, near),
+        Collective("all-gather backward", batches * blocks, ranks, batches * weights.blocks, near),
+        Collective("reduce-scatter", reduced, ranks, batches * calls, near),
     ]
     if ranks != world:
         # replicas on other nodes: by the rank's own adapter; on the same node: by NVLink
         apart = Link(machines.gpu.network * machines.link_share, machines.hop)
         across = everywhere if world <= machines.per_node else apart
-        found.append(Collective("all-reduce replicas", reduced / ranks, world // ranks, passes * calls, across, rounds=2))
+        found.append(Collective("all-reduce replicas", reduced / ranks, world // ranks, batches * calls, across, rounds=2))
     return found
 
 
@@ -147,7 +147,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, collectives:
     data = global batch / (loader x workers x ranks)
     """
     train, gpu = config.train, machines.gpu
-    samples, passes = micro_batches(train, machines.gpus)
+    samples, batches = micro_batches(train, machines.gpus)
     inputs = 0.0
     if train.recompute == "offload":
         inputs = weights.blocks * create_layout(config.model).tokens * config.model.width * WEIGHT
@@ -156,10 +156,10 @@ def step_time(config: Config, weights: Weights, machines: Machines, collectives:
     communication = sum(each.seconds for each in collectives)
     ends = sum(each.seconds / each.calls for each in (collectives[0], collectives[-1])) if collectives else 0.0
     return StepTime(
-        compute=passes * samples * image_flops(config) / (gpu.peak(train.precision) * machines.mfu),
+        compute=batches * samples * image_flops(config) / (gpu.peak(train.precision) * machines.mfu),
         communication=communication,
-        offload=2 * passes * samples * inputs / gpu.host_link,
-        launches=0.0 if records(config, train.precision) else passes * weights.blocks * launch,
+        offload=2 * batches * samples * inputs / gpu.host_link,
+        launches=0.0 if records(config, train.precision) else batches * weights.blocks * launch,
         exposed=ends + (1 - machines.overlap) * (communication - ends),
         optimizer=optimizer_bytes(config, weights, machines.gpus) / gpu.memory_bandwidth,
         data=train.global_batch / (machines.loader * workers),
