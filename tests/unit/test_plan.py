@@ -1,5 +1,4 @@
-"""The plan: each formula, the choice, what is printed and written; and its memory beside real steps and 512 ranks that are not
-there."""
+"""The plan: its formulas, its choice, what it prints and writes; its memory against real steps and 512 simulated ranks."""
 
 import dataclasses
 import os
@@ -54,7 +53,9 @@ def test_weights_are_counted():
     [("fsdp2", None, 2, 4), ("deepspeed", None, 2, 2), ("fsdp2", 8, 2, 4), ("deepspeed", 8, 2, 2)],
 )
 def test_each_byte_is_sent_once_around_a_ring(engine, shared, gathered, reduced):
-    shape = config(f"train.engine={engine}", f"train.shard_ranks={shared or 'null'}", "train.micro_batch=128")  # one pass
+    shape = config(
+        f"train.engine={engine}", f"train.shard_ranks={shared or 'null'}", "train.micro_batch=128"
+    )  # one micro-batch
     weights = weights_of(shape.model)
     sent = {each.name: each.bytes_sent for each in cost.step_collectives(shape, weights, H100)}
     far, near, whole = 15 / 16, 7 / 8 if shared else 15 / 16, weights.padded_total(engine, shared or 16)
@@ -62,9 +63,9 @@ def test_each_byte_is_sent_once_around_a_ring(engine, shared, gathered, reduced)
     if engine == "deepspeed":
         assert sent["all-gather forward"] == pytest.approx(gathered * whole * far)
         assert sent["reduce-scatter"] == pytest.approx(reduced * whole * far)
-        assert {*sent} == {"all-gather forward", "reduce-scatter"}  # so small a network stays gathered
+        assert {*sent} == {"all-gather forward", "reduce-scatter"}  # a network this small stays gathered
     else:
-        root = whole - weights.blocks * padded(weights.block_shapes, engine, shared or 16)  # in float32, and kept
+        root = whole - weights.blocks * padded(weights.block_shapes, engine, shared or 16)  # in float32, and kept gathered
         assert sent["all-gather forward"] == pytest.approx((gathered * (whole - root) + 4 * root) * near)
         assert sent["all-gather backward"] == pytest.approx(gathered * (whole - root) * near)
         assert sent["reduce-scatter"] == pytest.approx(reduced * whole * near)
@@ -72,8 +73,8 @@ def test_each_byte_is_sent_once_around_a_ring(engine, shared, gathered, reduced)
 
 
 @pytest.mark.parametrize(("shared", "near"), [(None, 15 / 16), (8, 7 / 8)])
-def test_zero3_gathers_again_what_it_does_not_keep_and_neighbours_from_each_other(shared, near):
-    """Of a step of two passes."""
+def test_zero3_gathers_again_what_it_does_not_keep_and_hpz_gathers_within_the_group(shared, near):
+    """A step of two micro-batches."""
     words = ["train.engine=deepspeed", f"train.shard_ranks={shared or 'null'}", "train.micro_batch=64"]
     shape = config(*words, model="xar_h")
     weights = weights_of(shape.model)
@@ -87,7 +88,7 @@ def test_zero3_gathers_again_what_it_does_not_keep_and_neighbours_from_each_othe
     assert [each.calls for name, each in sent.items() if "forward" in name] == ([calls, calls] if shared else [2 * calls])
 
 
-def test_between_nodes_a_ring_is_as_quick_as_all_adapters_of_a_node():
+def test_between_nodes_a_ring_is_as_fast_as_all_adapters_of_a_node():
     near, far = cost.link_of(H100, 8), cost.link_of(H100, 16)
     assert near.bandwidth == 0.7 * 450e9 and far.bandwidth == 0.7 * 8 * 50e9
     slow = H100._replace(gpu=H100.gpu._replace(network=1e9))
@@ -109,13 +110,13 @@ def test_computation_follows_flops(recompute, again):
     assert time_of(shape).offload == pytest.approx(2 * 2048 / 16 * inputs / 50e9)
 
 
-def test_more_passes_send_more_and_compute_as_much():
+def test_more_micro_batches_send_more_and_compute_as_much():
     one, four = (time_of(config(f"train.micro_batch={size}", "train.engine=fsdp2")) for size in (128, 32))
     assert four.communication == pytest.approx(4 * one.communication) and four.compute == one.compute
     assert four.exposed == one.exposed and four.optimizer == one.optimizer
 
 
-def test_a_host_launches_each_block_of_each_pass_but_for_records():
+def test_each_block_of_each_micro_batch_is_launched_except_with_cuda_graphs():
     blocks = weights_of(config().model).blocks
     assert time_of(config("train.engine=fsdp2", "train.micro_batch=32")).launches == 4 * blocks * H100.launch
     alone = Machines(GPUS["h100"], 1, 8)
@@ -133,7 +134,7 @@ def test_a_host_launches_each_block_of_each_pass_but_for_records():
         assert launches(word, "kernels.compile=true") == pytest.approx(compiled * once)
 
 
-def test_blocks_are_compiled_where_the_engine_can_and_it_is_not_said_otherwise():
+def test_blocks_are_compiled_where_the_engine_can_unless_the_config_says_otherwise():
     def compiled(*words: str) -> set[tuple[str, bool]]:
         candidates = found("nano", 2, "h100", *FEW, "train.recompute=none", "train.micro_batch=1", *words).feasible()
         return {(candidate.config.train.engine, candidate.config.kernels.compile) for candidate in candidates}
@@ -143,7 +144,7 @@ def test_blocks_are_compiled_where_the_engine_can_and_it_is_not_said_otherwise()
     assert compiled("train.engine=fsdp2", "kernels.compile=true") == {("fsdp2", True)}
 
 
-def test_a_step_is_its_longest_part_and_what_nothing_hides():
+def test_a_step_takes_its_longest_overlapped_part_and_what_is_exposed():
     time = cost.StepTime(compute=5, communication=3, offload=1, launches=2, exposed=0.5, optimizer=0.25, data=2)
     assert time.total == 5.75
     assert time._replace(communication=7).total == 7.25 and time._replace(offload=6).total == 6.75
@@ -157,14 +158,14 @@ def test_what_is_not_overlapped_is_added():
     assert bare.total == pytest.approx(bare.compute + bare.communication + bare.optimizer)
 
 
-def test_shares_and_powers_in_what_is_kept():
+def test_sharding_groups_and_ema_snapshots_in_checkpoints_and_snapshots():
     plain, powers = config("train.engine=fsdp2"), config("train.engine=fsdp2", "optim.ema_snapshots_every=1000")
     weights = weights_of(plain.model)
     assert cost.checkpoint(plain, weights, H100).size == 16 * weights.total
     assert cost.checkpoint(powers, weights, H100).size == 24 * weights.total
     copies = config("train.engine=fsdp2", "train.shard_ranks=8")
-    assert cost.snapshot_bytes(plain, weights, H100) == 3 * 16 * weights.total / 2  # of two nodes
-    # a rank's own, and of a checkpoint what it writes of that
+    assert cost.snapshot_bytes(plain, weights, H100) == 3 * 16 * weights.total / 2  # two nodes
+    # a rank's shard, and the part of it that it writes to a checkpoint
     assert cost.snapshot_bytes(copies, weights, H100) == (2 + 1 / 2) * 16 * weights.total
     assert cost.snapshot_bytes(config("guard.enabled=false"), weights, H100) == 16 * weights.total / 2
     shares = weights.padded_total("fsdp2", 8) / 8, weights.padded_total("fsdp2", 16) / 16
@@ -172,13 +173,13 @@ def test_shares_and_powers_in_what_is_kept():
 
 
 @pytest.mark.parametrize(("rows", "ranks", "kept"), [(128, 16, 128), (10, 4, 12), (1, 16, 16)])
-def test_parts_of_whole_rows_are_padded(rows, ranks, kept):
+def test_shards_of_whole_rows_are_padded(rows, ranks, kept):
     assert padded([torch.Size([rows, 5])], "fsdp2", ranks) == 5 * kept
     assert padded([torch.Size([rows, 5])], "deepspeed", ranks) == -(-rows * 5 // ranks) * ranks
 
 
-def test_zero3_is_not_planned_with_whole_weights_on_each_rank():
-    """Which training refuses: groups of one, also where a node has one GPU."""
+def test_zero3_is_not_planned_with_replicated_weights():
+    """Training refuses groups of one, even if a node has one GPU."""
     few = "train.global_batch=16", "data.lanes=16", "train.recompute=full"
     shares = {candidate.config.train.shard_ranks for candidate in found("nano", 16, "h100", *few, per_node=1).feasible()}
     assert shares == {None}
@@ -189,7 +190,7 @@ def test_zero3_is_not_planned_with_whole_weights_on_each_rank():
 FSDP2_FULL = ("train.engine=fsdp2", "train.shard_ranks=null", "train.recompute=full", "kernels.compile=false")
 
 
-def test_what_is_given_is_not_searched_and_the_quickest_is_first():
+def test_fixed_keys_are_not_searched_and_the_fastest_is_first():
     chosen = found("nano", 2, "h100", *FSDP2_FULL)
     trains = [candidate.config.train for candidate in chosen.feasible()]
     assert {(train.engine, train.shard_ranks, train.recompute) for train in trains} == {("fsdp2", None, "full")}
@@ -201,8 +202,8 @@ def test_what_is_given_is_not_searched_and_the_quickest_is_first():
 
 
 @pytest.mark.long
-def test_all_that_fit_are_found_and_what_does_not_is_not():
-    """A GPU of little memory: some micro batches fit, larger ones do not, and recomputation makes room."""
+def test_exactly_those_that_fit_are_found():
+    """A GPU with little memory: some micro-batch sizes fit, larger ones do not, and recomputation frees memory."""
     small = Machines(GPUS["h100"]._replace(memory=0.4e9), 16, 8)
     chosen = search(config(), small, [])
     kinds = {
@@ -237,8 +238,8 @@ def test_all_that_fit_are_found_and_what_does_not_is_not():
     assert f"{2048 / best.time.total:,.0f} (" in said and f"{weights_of(config().model).total:,} in 4 blocks" in said
 
 
-FEW = ("train.global_batch=8", "data.lanes=8")  # few sizes of batch, each of which is measured
-EAGER = ("train.engine=fsdp2", "kernels.compile=false")  # graphs take longer to be made
+FEW = ("train.global_batch=8", "data.lanes=8")  # few batch sizes, as each is measured
+EAGER = ("train.engine=fsdp2", "kernels.compile=false")  # compiled graphs take longer to trace
 
 
 def test_one_gpu_has_one_engine():
@@ -273,8 +274,8 @@ def test_the_parts_of_a_step_add_up():
         ({"data": 9}, "data loading"),
     ],
 )
-def test_a_step_is_bound_by_what_runs_longest_beside_the_rest(change, bound):
-    """Not by communication whose ends are not hidden, nor by data that is there before the step has ended."""
+def test_a_step_is_bound_by_its_longest_part(change, bound):
+    """Not by exposed communication that is shorter, nor by data that is loaded before the step ends."""
     chosen = found("nano", 8, "h100", *FEW, *EAGER, "train.micro_batch=1")
     time = cost.StepTime(compute=5, communication=6, offload=1, launches=2, exposed=2, optimizer=0.25, data=6)
     time = time._replace(**change)
@@ -282,14 +283,14 @@ def test_a_step_is_bound_by_what_runs_longest_beside_the_rest(change, bound):
     assert f"bound by {bound};" in text.describe(dataclasses.replace(chosen, candidates=[candidate]), "nano", "h100")
 
 
-def test_data_of_a_node_are_those_of_a_full_one():
+def test_data_per_node_is_that_of_a_full_node():
     words = "train.global_batch=96", "data.lanes=12", "train.micro_batch=8"
     chosen = found("nano", 12, "h100", *EAGER, *words, loader=1e9)
     samples = 8 * 8 / chosen.best.time.total
     assert f"{samples:,.0f} samples/s" in text.describe(chosen, "nano", "h100")
 
 
-def test_a_loss_scale_leaves_deepspeed_out():
+def test_a_loss_scale_rules_out_deepspeed():
     chosen = found("nano", 2, "a100", "train.precision=fp16", "train.recompute=none", "train.micro_batch=64")
     assert {candidate.config.train.engine for candidate in chosen.feasible()} == {"ddp", "fsdp2"}
 
@@ -313,18 +314,18 @@ def test_what_is_written_is_what_training_takes(engine, capsys, tmp_path):
         block = weights_of(planned.model).block
         assert settings["zero_optimization"]["reduce_bucket_size"] == block and settings["gradient_accumulation_steps"] == 2
         device = torch.device("cuda", 0)
-        known = rank_memory(planned, "tf32", 8, 4, device).unreduced  # as the run's own guard reads it from the file
+        known = rank_memory(planned, "tf32", 8, 4, device).unreduced  # as the run reads it from the file
         assert known == WEIGHT * (block + weights_of(planned.model).largest)
 
 
-def test_compiled_blocks_may_be_asked_for_whatever_engine_the_recipe_has(capsys):
+def test_compiled_blocks_may_be_requested_whatever_engine_the_recipe_has(capsys):
     assert main([*PLAN, *QUICK, "kernels.compile=true"]) == 0
     assert "chosen: DDP, compiled" in capsys.readouterr().out
 
 
-def test_files_of_others_are_left_alone_and_that_is_said_before_the_work(capsys, tmp_path, monkeypatch):
+def test_foreign_files_are_kept_and_reported_before_the_search(capsys, tmp_path, monkeypatch):
     (tmp_path / "notes").write_text("mine")
-    monkeypatch.setattr("xar_scale.plan.search.search", lambda *_: pytest.fail("it was planned first"))
+    monkeypatch.setattr("xar_scale.plan.search.search", lambda *_: pytest.fail("the search ran first"))
     assert_ends(capsys, [*PLAN, "--out", tmp_path, *QUICK], 64, "holds notes, which no plan writes")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes"]
 

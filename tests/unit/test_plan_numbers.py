@@ -1,4 +1,4 @@
-"""The plan's formulas, its order and its text, beside numbers worked out by hand for weights and machines of round sizes."""
+"""The plan's formulas, order and text against numbers computed by hand for weights and machines of round sizes."""
 
 import dataclasses
 import re
@@ -17,12 +17,18 @@ from xar_scale.plan.search import Candidate, Search, _sort_key, search
 ROUND = GPU(1e12, 1e12, 1e12, 1e12, memory_bandwidth=650.0, nvlink=1000.0, host_link=100.0, network=10.0)
 TWO_NODES = Machines(ROUND, 8, 4, launch=0.5, link_share=0.5, hop=0.4, disk=40.0, loader=2.0)
 NEAR, FAR, OWN = cost.Link(500.0, 0.04), cost.Link(20.0, 0.13), cost.Link(5.0, 0.4)
-SMALL = Weights((torch.Size([8, 4]),), 3, (torch.Size([4]),))  # 100, which four ranks cut without padding
-LARGE = Weights((torch.Size([250_000_000]),), 8, ())  # of which ZeRO-3 keeps a quarter for the backward pass
-TWO_PASSES = ("train.global_batch=16", "data.lanes=16", "train.micro_batch=1", "train.recompute=offload", "data.workers=4")
-GROUPS = config("train.engine=fsdp2", "train.shard_ranks=4", *TWO_PASSES)
-ZERO3 = config("train.engine=deepspeed", *TWO_PASSES)
-DDP = config("train.engine=ddp", *TWO_PASSES)
+SMALL = Weights((torch.Size([8, 4]),), 3, (torch.Size([4]),))  # 100, which four ranks shard without padding
+LARGE = Weights((torch.Size([250_000_000]),), 8, ())  # ZeRO-3 keeps a quarter gathered for the backward pass
+TWO_MICRO_BATCHES = (
+    "train.global_batch=16",
+    "data.lanes=16",
+    "train.micro_batch=1",
+    "train.recompute=offload",
+    "data.workers=4",
+)
+GROUPS = config("train.engine=fsdp2", "train.shard_ranks=4", *TWO_MICRO_BATCHES)
+ZERO3 = config("train.engine=deepspeed", *TWO_MICRO_BATCHES)
+DDP = config("train.engine=ddp", *TWO_MICRO_BATCHES)
 IN_GROUPS = [
     cost.Collective("all-gather forward", 2 * (192 + 16), 4, 8, NEAR),  # three blocks in bf16, the rest in float32
     cost.Collective("all-gather backward", 2 * 192, 4, 6, NEAR),
@@ -31,14 +37,14 @@ IN_GROUPS = [
 ]
 
 
-def test_a_ring_between_nodes_leaves_a_node_by_one_hop_of_as_many_as_it_has_ranks():
+def test_in_a_ring_between_nodes_one_hop_in_per_node_leaves_the_node():
     assert cost.link_of(TWO_NODES, 4) == NEAR and cost.link_of(TWO_NODES, 8) == FAR
 
 
 def test_each_collective_has_its_calls_and_its_link():
     assert cost.step_collectives(GROUPS, SMALL, TWO_NODES) == IN_GROUPS
     in_one = cost.step_collectives(GROUPS, SMALL, TWO_NODES._replace(per_node=8))
-    assert in_one[3] == IN_GROUPS[3]._replace(link=NEAR)  # copies of one node meet by NVLink
+    assert in_one[3] == IN_GROUPS[3]._replace(link=NEAR)  # replicas within a node use NVLink
     assert cost.step_collectives(ZERO3, LARGE, TWO_NODES) == [
         cost.Collective("all-gather forward", 8e9, 8, 18, FAR),
         cost.Collective("all-gather backward", 6e9, 8, 14, FAR),
@@ -51,7 +57,7 @@ def test_each_collective_has_its_calls_and_its_link():
     ]
 
 
-def test_nothing_is_computed_beside_what_whole_weights_send():
+def test_ddp_communication_is_exposed():
     time = cost.step_time(DDP, SMALL, TWO_NODES, cost.step_collectives(DDP, SMALL, TWO_NODES))
     assert time.exposed == time.communication == pytest.approx(2 * (416 * 7 / 8 / 20 + 7 * 0.13))
 
@@ -61,20 +67,20 @@ def test_each_part_of_a_step_has_its_seconds():
     first, last = (416 * 3 / 4 / 500 + 8 * 3 * 0.04) / 8, 2 * (200 / 2 / 5 + 8 * 0.4) / 8
     assert time.exposed == pytest.approx(first + last) == pytest.approx(0.198 + 5.8)
     assert time.communication == pytest.approx(1.584 + 1.296 + 2.16 + 46.4)
-    assert time.offload == pytest.approx(2 * 2 * 3 * 256 * 128 * 4 / 100)  # there and back, of two passes of one sample
-    assert time.launches == 2 * 3 * 0.5 * 1.5  # and again to compute what is not kept
+    assert time.offload == pytest.approx(2 * 2 * 3 * 256 * 128 * 4 / 100)  # there and back, two micro-batches of one sample
+    assert time.launches == 2 * 3 * 0.5 * 1.5  # recomputation launches more
     assert time.optimizer == pytest.approx(14 * 4 * 100 / 4 / 650)
     assert time.data == 16 / (2 * 4 * 8)
 
 
-def test_an_optimizer_reads_and_writes_14_numbers_a_weight_under_zero3_16_and_under_ddp_those_of_gradients():
+def test_an_optimizer_reads_and_writes_14_numbers_per_weight_16_under_zero3_and_gradients_under_ddp():
     assert cost.optimizer_bytes(GROUPS, SMALL, 8) == 14 * 4 * 25
     assert cost.optimizer_bytes(ZERO3, SMALL, 8) == 16 * 4 * 13  # 100 weights, padded to 104
-    # and what two passes put where gradients are reduced: of all weights
+    # and all gradients of two micro-batches, copied into the reduced vector
     assert cost.optimizer_bytes(DDP, SMALL, 8) == 16 * 4 * 13 + (2 + 3) * 4 * 100
 
 
-def test_each_rank_copies_its_share_of_a_checkpoint_and_each_node_writes_its():
+def test_each_rank_copies_and_each_node_writes_its_part_of_a_checkpoint():
     assert cost.checkpoint(GROUPS, SMALL, TWO_NODES) == cost.Checkpoint(1600, copy=1600 / 8 / 100, write=1600 / (40 * 2))
 
 
@@ -91,7 +97,7 @@ def candidate(seconds: float, recompute: str, engine: str, micro: int, compiled:
     return Candidate(shape, [], cost.StepTime(seconds, 0, 0, 0, 0, 0, 0))
 
 
-def test_the_quickest_is_first_then_the_least_recomputation_then_compiled_then_by_engine_then_the_largest_micro_batch():
+def test_the_fastest_is_first_then_the_least_recomputation_then_compiled_then_by_engine_then_the_largest_micro_batch():
     candidates = [
         candidate(1.0, "offload", "fsdp2", 1),
         candidate(2.01, "none", "fsdp2", 2, "true"),
@@ -123,7 +129,7 @@ def test_what_does_not_fit_after_a_fallback_is_not_planned(monkeypatch):
 
 
 def test_a_plan_s_text_has_its_numbers(monkeypatch):
-    """Of 7200 steps of half a second on 16 GPUs."""
+    """7200 steps of half a second on 16 GPUs."""
     monkeypatch.setattr("xar_scale.plan.search.rank_memory", lambda *_: RankMemory(40e9 / 1.1, 0, 0, 0))
     shape = config(*SHORT)
     candidates = [
@@ -154,7 +160,7 @@ def test_a_plan_s_text_has_its_numbers(monkeypatch):
         "communication (exposed) 0.00 ms: all of it",
         " overlap: no communication overlaps with compute; no rank waits for a slower one",
     } <= {*said(dataclasses.replace(quick[0], collectives=cost.step_collectives(quick[0].config, SMALL, H100)))}
-    large = RankMemory(90e9, 0, 0, 0)  # which does not fit, and is none of the choice
+    large = RankMemory(90e9, 0, 0, 0)  # does not fit, so it is not among the choices
     monkeypatch.setattr(
         "xar_scale.plan.search.rank_memory",
         lambda config, *_: large if config.train.engine == "ddp" else RankMemory(1, 0, 0, 0),
