@@ -163,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, required=True, help="total number of GPUs")
     plan.add_argument("--gpu", required=True, help="a100, h100, h200, b200")
     plan.add_argument("--recipe", default="imagenet256_h", help="source of batch, steps and data (default: imagenet256_h)")
-    plan.add_argument("--gpus-per-node", type=int, default=8, help="(default: 8)")
+    plan.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per node (default: 8)")
     plan.add_argument(
         "--mfu", type=float, help="share of the peak FLOP/s that forward and backward reach (default: as measured)"
     )

@@ -37,9 +37,7 @@ class Machines(NamedTuple):
     gpu: GPU
     gpus: int
     per_node: int
-    mfu: float = (
-        0.35  # share of the peak that forward and backward reach, with recomputation (docs/benchmarks/2026-11-27-plan.md)
-    )
+    mfu: float = 0.35  # share of the peak reached, recomputed FLOPs included (docs/benchmarks/2026-11-27-plan.md)
     launch: float = 6e-3  # CPU seconds to launch a block's kernels per micro-batch, without CUDA graphs (same record)
     link_share: float = 0.7  # share of a link's peak that collectives reach
     overlap: float = 1.0  # share of communication that can overlap with compute

@@ -118,7 +118,7 @@ def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
     (section.key), which keep their values. Blocks are compiled where the engine allows it.
 
     They are sorted by step time, then least recomputation, then compiled blocks, then engine (DDP, ZeRO-3, FSDP2), then the
-    largest micro batch. Raises ConfigError if the GPUs do not divide the global batch, or a fixed key rules all candidates out.
+    largest micro batch. Raises ConfigError if the GPUs do not divide the global batch, or fixed keys contradict each other.
     """
     train = config.train
     if train.global_batch % machines.gpus:
