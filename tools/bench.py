@@ -1,4 +1,4 @@
-"""Time and memory of parts of training on this machine, as a Markdown table.
+"""Measure time and memory of parts of training on this machine; prints Markdown tables.
 
 python tools/bench.py step --model xar_b --batch 4 --precision bf16
 python tools/bench.py sample --model xar_b --batch 4 --steps 8
@@ -38,71 +38,79 @@ from xar_scale.precision import MODES, apply_matmul_mode
 def create_parser() -> Parser:
     parser = Parser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    attention = commands.add_parser("attention", help="every backend on every kind of entity, forward and backward")
+    attention = commands.add_parser("attention", help="every attention backend on every kind of entity, forward and backward")
     attention.set_defaults(command=bench_attention)
-    attention.add_argument("--dropout", type=float, default=0.0, help="of the backward pass's forward")
+    attention.add_argument("--dropout", type=float, default=0.0, help="in the forward pass that is followed by a backward pass")
     recompute = commands.add_parser("recompute", help="every mode of activation checkpointing: time and peak memory")
     recompute.set_defaults(command=bench_recompute)
-    recompute.add_argument("--mode", choices=get_args(Recompute), help="this one only, in this process; a line of JSON")
-    guard = commands.add_parser("guard", help="what the guard adds to a step in which nothing happens")
+    recompute.add_argument(
+        "--mode", choices=get_args(Recompute), help="measure only this mode, in this process, and print a line of JSON"
+    )
+    guard = commands.add_parser("guard", help="overhead of the guard in a step without faults")
     guard.set_defaults(command=bench_guard)
-    build = commands.add_parser("build", help="one ZeRO-3 rank of many, simulated: memory and time until its weights are there")
+    build = commands.add_parser("build", help="memory and time to build one simulated ZeRO-3 rank of many")
     build.set_defaults(command=bench_build, batch=1, grid=16, precision="fp32")
     build.add_argument("--model", default="xar_b")
     build.add_argument("--ranks", type=int, default=64)
-    loader = commands.add_parser("loader", help="one process: our shards, MAR's folder of .npz, stock webdataset, same latents")
+    loader = commands.add_parser(
+        "loader", help="reading the same latents in one process: our shards, MAR's folder of .npz, stock webdataset"
+    )
     loader.set_defaults(command=bench_loader, batch=1, grid=16, precision="fp32")
-    loader.add_argument("--data", type=Path, required=True, help="a folder for the latents, made there once")
+    loader.add_argument("--data", type=Path, required=True, help="folder for the latents, which are created once")
     loader.add_argument("--samples", type=int, default=8192)
-    checkpoint = commands.add_parser("checkpoint", help="saving and loading a run's state: ours, and DeepSpeed's universal way")
+    checkpoint = commands.add_parser(
+        "checkpoint", help="saving and loading a run's state: our checkpoints, and DeepSpeed's universal ones"
+    )
     checkpoint.set_defaults(command=bench_checkpoint, batch=1, grid=16, precision="fp32")
-    checkpoint.add_argument("--data", type=Path, required=True, help="a folder to make, and remove")
+    checkpoint.add_argument("--data", type=Path, required=True, help="folder to create and remove")
     checkpoint.add_argument("--model", default="xar_b")
-    order = commands.add_parser("order", help="memory and time to begin, and to find samples, at cluster scale")
+    order = commands.add_parser("order", help="memory and time to open a data set and locate samples, at cluster scale")
     order.set_defaults(command=bench_order, batch=1, grid=16, precision="fp32")
     order.add_argument("--shards", type=int, default=100_000)
     order.add_argument("--samples-per-shard", type=int, default=1000)
-    reshard = commands.add_parser("reshard", help="a checkpoint of a model's size into each other format: time and memory")
+    reshard = commands.add_parser(
+        "reshard", help="time and memory to convert a checkpoint of a model's size to each other format"
+    )
     reshard.set_defaults(command=bench_reshard, batch=1, grid=16, precision="fp32")
     reshard.add_argument("--model", default="xar_b")
-    reshard.add_argument("--data", type=Path, required=True, help="a folder with room for three such checkpoints")
-    memory = commands.add_parser("memory", help="a rank's training steps: the memory that is planned, and that is measured")
+    reshard.add_argument("--data", type=Path, required=True, help="folder with space for three such checkpoints")
+    memory = commands.add_parser("memory", help="estimated and measured memory of a rank's training steps")
     memory.set_defaults(command=bench_memory, grid=16)
-    scaling = commands.add_parser("scaling", help="a step on these ranks, predicted from its parts, and measured")
+    scaling = commands.add_parser("scaling", help="a step on these ranks: predicted from its parts, and measured")
     scaling.set_defaults(command=bench_scaling, grid=16)
-    launches = commands.add_parser("launches", help="what the host takes for a pass, whatever its size: for `plan --launch`")
+    launches = commands.add_parser("launches", help="CPU time to launch a micro-batch's kernels, for `plan --launch`")
     launches.set_defaults(command=bench_launches, batch=1, grid=16, shard_ranks=None)
-    launches.add_argument("--ranks", type=int, default=8, help="this rank is 0 of, in a process group that sends nothing")
-    launches.add_argument("--compile", action="store_true", help="the blocks")
+    launches.add_argument("--ranks", type=int, default=8, help="size of the fake process group, of which this is rank 0")
+    launches.add_argument("--compile", action="store_true", help="compile the blocks")
     for command in (memory, scaling, launches):
         command.add_argument("--model", default="xar_b")
-        command.add_argument("--batch", type=int, default=1, help="samples a rank and pass")
+        command.add_argument("--batch", type=int, default=1, help="samples per rank and micro-batch")
         command.add_argument("--engine", choices=get_args(EngineName), default="deepspeed")
         command.add_argument("--precision", choices=MODES, default="fp32")
         command.add_argument("--recompute", choices=get_args(Recompute), default="none")
-    memory.add_argument("--shard-ranks", type=int, help="that share one copy of the weights (default: all)")
+    memory.add_argument("--shard-ranks", type=int, help="ranks per sharding group (default: all)")
     scaling.set_defaults(shard_ranks=None)
-    memory.add_argument("--ranks", type=int, help="this rank is 0 of, in a process group that sends nothing")
+    memory.add_argument("--ranks", type=int, help="size of a fake process group, of which this is rank 0")
     for command in (attention, recompute):
         command.add_argument("--entity", help=f"one of {', '.join(kinds())} (attention: default all; recompute: cell)")
-    step = commands.add_parser("step", help="a training step, beside a baseline of PyTorch's own and the published code")
+    step = commands.add_parser("step", help="a training step, against a baseline of PyTorch layers and the published code")
     step.set_defaults(command=bench_step)
     step.add_argument("--engine", choices=get_args(EngineName), default="single")
-    step.add_argument("--ds-config", default=TrainConfig.ds_config, help="of --engine deepspeed")
+    step.add_argument("--ds-config", default=TrainConfig.ds_config, help="settings file for --engine deepspeed")
     step.add_argument("--recompute", choices=get_args(Recompute), default="none")
     step.add_argument("--dropout", type=float, default=0.1)
-    step.add_argument("--trace", type=Path, help="a file for one step's trace, as chrome://tracing and Perfetto show it")
-    sampling = commands.add_parser("sample", help="drawing latents, beside the same")
+    step.add_argument("--trace", type=Path, help="file for a trace of one step, for chrome://tracing or Perfetto")
+    sampling = commands.add_parser("sample", help="sampling latents, against the same")
     sampling.set_defaults(command=bench_sample)
-    sampling.add_argument("--steps", type=int, default=8, help="an entity")
+    sampling.add_argument("--steps", type=int, default=8, help="per entity")
     sampling.add_argument("--guidance", type=float, default=2.7)
     step.add_argument("--attention", choices=get_args(AttentionBackend), default="auto")
     for command in (step, sampling):
-        command.add_argument("--compile", action="store_true", help="ours")
+        command.add_argument("--compile", action="store_true", help="compile our model")
         add_options(command)
     for command in (attention, recompute, guard, step, sampling):
         command.add_argument("--model", default="xar_b")
-        command.add_argument("--grid", type=int, default=16, help="tokens on a side: 16 is 256 px, 32 is 512 px")
+        command.add_argument("--grid", type=int, default=16, help="tokens per side: 16 is 256 px, 32 is 512 px")
         command.add_argument("--batch", type=int, default=4)
         command.add_argument("--precision", choices=MODES, default="fp32")
     return parser
@@ -112,7 +120,7 @@ def main() -> int:
     def run() -> None:
         options = create_parser().parse_args()
         if min(options.batch, options.grid) < 1:
-            raise UsageError("--batch and --grid are at least 1")
+            raise UsageError("--batch and --grid must be at least 1")
         apply_matmul_mode(options.precision)
         options.command(options)
 

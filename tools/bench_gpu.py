@@ -1,4 +1,4 @@
-"""What a device does, within minutes: bench.py's step and sample in all ways that matter, their records, and a table of them.
+"""Benchmark one device within minutes: all relevant cases of bench.py's step and sample, their records, and a table.
 
 python tools/bench_gpu.py --out docs/benchmarks --reference ../xAR     # make bench-gpu, on a GPU
 """
@@ -19,17 +19,17 @@ from xar_scale.errors import UsageError, XarScaleError
 
 BENCH = Path(__file__).parent / "bench.py"
 LONGEST = "| longest |"
-LIMIT_S = 240  # of a case; none took half of it
+LIMIT_S = 240  # per case; none took half of it
 
 
 class Case(NamedTuple):
-    """``published``: whether the published code is timed beside it, where it is given."""
+    """``published``: also time the published code, if --reference is given."""
 
     words: str
     published: bool = False
 
 
-# What matters most comes first: what no time is left for is named, and not run
+# Most important first: cases that do not fit into the time limit are listed as not run
 CASES = [
     Case("step --model xar_h --batch 32 --precision bf16 --compile", published=True),
     Case("step --model xar_b --batch 128 --precision bf16 --compile", published=True),
@@ -54,32 +54,32 @@ CASES = [
 class Done(NamedTuple):
     words: str
     record: Record | None
-    said: str  # its output; where it failed, its last line
+    said: str  # its output, or if it failed the last line of it
 
 
 def main() -> int:
     parser = Parser(prog="bench_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--out", type=Path, required=True, help="a folder for DATE-gpu.md (DATE-small.md) and, in records, a file a case"
+        "--out", type=Path, required=True, help="folder for DATE-gpu.md (DATE-small.md) and, in records/, a file per case"
     )
-    parser.add_argument("--reference", type=Path, help="a checkout of the published code")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which no case is begun (default: 8)")
-    parser.add_argument("--small", action="store_true", help="every case with nano and two images: whether it runs at all")
+    parser.add_argument("--reference", type=Path, help="checkout of the published code")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no case after this many minutes (default: 8)")
+    parser.add_argument("--small", action="store_true", help="run every case with nano and two images, to check that it works")
 
     def run() -> None:
         options = parser.parse_args()
         if not options.small and not torch.cuda.is_available():
-            raise UsageError("no GPU is here; --small runs every case with a small model on a CPU")
+            raise UsageError("no GPU found; --small runs every case with a small model on a CPU")
         (options.out / "records").mkdir(parents=True, exist_ok=True)
         begun, name = time.monotonic(), f"{datetime.date.today()}-{'small' if options.small else 'gpu'}"
         done = []
         for number, case in enumerate(CASES):
             if time.monotonic() - begun > 60 * options.minutes:
-                done.append(Done(case.words, None, "not run: no time was left"))
+                done.append(Done(case.words, None, "not run: out of time"))
             else:
                 done.append(_run(case, options, options.out / "records" / f"{name}-{number:02d}.json"))
                 print(_row(done[-1]), flush=True)
-            (options.out / f"{name}.md").write_text(_page(done))  # each time: whatever ends it leaves what it has
+            (options.out / f"{name}.md").write_text(_page(done))  # after each case: an interrupted run leaves its results
         if not any(each.record for each in done):
             raise XarScaleError(f"no case was measured; {options.out / name}.md says why")
 
@@ -95,15 +95,15 @@ def _run(case: Case, options: argparse.Namespace, file: Path) -> Done:
         words += ["--grid", "8"]
     elif case.published and options.reference:
         words += ["--reference", str(options.reference)]
-    file.unlink(missing_ok=True)  # of an earlier run of that day
+    file.unlink(missing_ok=True)  # from an earlier run that day
     command = [sys.executable, str(BENCH), *words, "--json", str(file)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
     except subprocess.TimeoutExpired:
-        return Done(" ".join(words), None, f"ended after {LIMIT_S} s")
+        return Done(" ".join(words), None, f"timed out after {LIMIT_S} s")
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return Done(" ".join(words), None, f"ended with code {done.returncode}: {last}")
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return Done(" ".join(words), None, f"exited with code {done.returncode}: {last}")
     return Done(" ".join(words), read_record(file), done.stdout)
 
 
@@ -112,20 +112,20 @@ def _row(done: Done) -> str:
     if record is None:
         return f"| `{done.words}` | {done.said} | | | | |"
     mfu = "" if record.mfu is None else f"{record.mfu:.0%}"
-    times = f"{record.times(PUBLISHED):.2f}" if PUBLISHED in record.seconds else ""
+    speedup = f"{record.speedup(PUBLISHED):.2f}" if PUBLISHED in record.seconds else ""
     speed = f"{record.median(OURS) * 1e3:.4g} | {record.images / record.median(OURS):.4g} | {mfu}"
-    return f"| `{done.words}` | {speed} | {record.memory_gb or 0:.1f} | {times} |"
+    return f"| `{done.words}` | {speed} | {record.memory_gb or 0:.1f} | {speedup} |"
 
 
 def _page(done: list[Done]) -> str:
     measured = [each for each in done if each.record is not None]
     where = measured[0].record.machine if measured and measured[0].record else "nothing was measured"
-    head = "| `tools/bench.py` | ms | images/s | MFU | GB | times the published code's |\n| --- | --- | --- | --- | --- | --- |"
+    head = "| `tools/bench.py` | ms | images/s | MFU | GB | speedup over published |\n| --- | --- | --- | --- | --- | --- |"
     rows = "\n".join(_row(each) for each in done)
     shown = next((each for each in measured if LONGEST in each.said), None)
     longest = f"Longest in `{shown.words}`:\n\n{LONGEST}{shown.said.partition(LONGEST)[2].rstrip()}\n" if shown else ""
     title = f"# {datetime.date.today()}: training steps and sampling on one device"
-    how = f"{where}. `make bench-gpu`; medians, each case in a process of its own."
+    how = f"{where}. `make bench-gpu`; medians, each case in its own process."
     return f"{title}\n\n{how}\n\n{head}\n{rows}\n\n{longest}"
 
 

@@ -1,7 +1,7 @@
-"""README's table of speed, from the records in docs/benchmarks/records.
+"""README's speed table, generated from docs/benchmarks/records.
 
-python tools/records.py            # prints it
-python tools/records.py --write    # puts it into README.md
+python tools/records.py            # print it
+python tools/records.py --write    # write it into README.md
 """
 
 import argparse
@@ -20,7 +20,7 @@ WORK = {"step": "training step", "sample": "sampling"}
 
 def main() -> int:
     parser = Parser(prog="records", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into README.md, in place of the one that is there")
+    parser.add_argument("--write", action="store_true", help="replace the table in README.md")
 
     def run() -> None:
         options = parser.parse_args()
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def table(records: list[Record]) -> str:
-    """Of those that have the published code beside ours: for each machine its rows."""
+    """Return one table per machine, of the records that also time the published code."""
     rows: dict[str, list[str]] = {}
     for record in sorted(records, key=lambda record: (record.what != "step", record.settings["model"], record.date)):
         if PUBLISHED in record.seconds:
@@ -49,11 +49,11 @@ def _row(record: Record) -> str:
     name = f"{WORK[record.what]}, {settings['model']}, batch {settings['batch']}{more}, {settings['precision']}"
     theirs, ours = (record.images / record.median(case) for case in (PUBLISHED, OURS))
     peak = "" if record.mfu is None else f"{record.mfu:.0%}"
-    return f"| {name} | {theirs:.3g} | {ours:.3g} | {record.times(PUBLISHED):.2f} | {peak} |"
+    return f"| {name} | {theirs:.3g} | {ours:.3g} | {record.speedup(PUBLISHED):.2f} | {peak} |"
 
 
 def put(text: str, made: str) -> str:
-    """``text`` with the table between its marks. Raises UsageError where they are not there."""
+    """Return ``text`` with the table ``made`` between the marks. Raises UsageError if the marks are missing."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

@@ -159,18 +159,22 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser(
         "plan",
-        help="memory, time and cost of a run before it starts, and the cheapest config that fits",
+        help="estimate memory, time and cost of a run before it starts, and find the cheapest config that fits",
         epilog="section.key=value arguments override the recipe; what they set is not searched, e.g. train.micro_batch=8",
     )
     plan.add_argument("--model", required=True, help=f"one of {', '.join(MODELS)}")
     plan.add_argument("--gpus", type=int, required=True, help="total number of GPUs")
     plan.add_argument("--gpu", required=True, help="a100, h100, h200, b200")
-    plan.add_argument("--recipe", default="imagenet256_h", help="recipe for batch, steps and data (default: imagenet256_h)")
-    plan.add_argument("--gpus-per-node", type=int, default=8, help="(default: 8)")
-    plan.add_argument("--mfu", type=float, help="model FLOPs utilization, 0 to 1 (default: as measured)")
-    plan.add_argument("--launch", type=float, help="ms of kernel launches per block (default: as measured)")
-    plan.add_argument("--network", type=float, help="GB/s of each GPU's network adapter between nodes (default: the usual one)")
-    plan.add_argument("--out", type=Path, help="a folder for config.yaml and ds_config.json (default: they are not written)")
+    plan.add_argument("--recipe", default="imagenet256_h", help="source of batch, steps and data (default: imagenet256_h)")
+    plan.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per node (default: 8)")
+    plan.add_argument(
+        "--mfu", type=float, help="share of the peak FLOP/s that forward and backward reach (default: as measured)"
+    )
+    plan.add_argument(
+        "--launch", type=float, help="CPU ms to launch one block's kernels per micro-batch (default: as measured)"
+    )
+    plan.add_argument("--network", type=float, help="GB/s between nodes of each GPU's own adapter (default: the usual one)")
+    plan.add_argument("--out", type=Path, help="folder for config.yaml and ds_config.json (default: write none)")
     plan.set_defaults(run_command=_plan, overridable=True)
 
     report = commands.add_parser("report", help="one HTML page about a run: curves, trouble, checkpoints, samples, evaluations")
@@ -316,19 +320,19 @@ def _plan(options: argparse.Namespace) -> None:
     gpu = find_gpu(options.gpu)
     for name, count in (("--gpus", options.gpus), ("--gpus-per-node", options.gpus_per_node)):
         if count < 1:
-            raise UsageError(f"{name} {count}: at least 1")
+            raise UsageError(f"{name} {count}: must be at least 1")
     if options.mfu is not None and not 0 < options.mfu <= 1:
-        raise UsageError(f"--mfu {options.mfu:g}: above 0 and at most 1")
+        raise UsageError(f"--mfu {options.mfu:g}: must be above 0 and at most 1")
     if options.launch is not None and not 0 <= options.launch < math.inf:
-        raise UsageError(f"--launch {options.launch:g}: ms, not below 0")
+        raise UsageError(f"--launch {options.launch:g}: must be at least 0 ms")
     if options.network is not None and not 0 < options.network < math.inf:
-        raise UsageError(f"--network {options.network:g}: GB/s, above 0")
-    # an engine that goes with everything: it is searched
+        raise UsageError(f"--network {options.network:g}: must be above 0 GB/s")
+    # fsdp2 is valid with every setting; the engine is searched
     values = merge(recipe(options.recipe), {"model": model_values(options.model), "train": {"engine": "fsdp2"}})
     config = Config.from_dict(override(values, options.overrides))
     fixed = [word.partition("=")[0] for word in options.overrides]
     if "train.ds_config" in fixed:
-        raise UsageError("train.ds_config: the plan writes one (--out)")
+        raise UsageError("train.ds_config cannot be set: the plan writes one (--out)")
     if options.network is not None:
         gpu = gpu._replace(network=options.network * 1e9)
     machines = Machines(gpu, options.gpus, options.gpus_per_node)

@@ -169,7 +169,7 @@ def test_attention_and_recomputation_are_timed():
     peaks = {row[0]: float(row[2]) for row in rows}
     assert 0 < peaks["full"] < peaks["none"]
     wrong = command(sys.executable, "tools/bench.py", "recompute", "--model", "nosuch")
-    assert wrong.returncode == 64 and "mode none ended with code 64: bench: no model 'nosuch'" in wrong.stderr
+    assert wrong.returncode == 64 and "mode none exited with code 64: bench: no model 'nosuch'" in wrong.stderr
 
 
 def test_the_orders_are_drawn(tmp_path):
@@ -290,7 +290,7 @@ def test_what_the_guard_adds_to_a_step_is_the_sum_of_its_parts(monkeypatch, caps
 def test_a_pass_s_launches_are_timed_a_block(tmp_path, engine, ranks):
     ended = launch(1, ["tools/bench.py", "launches", "--model", "nano", "--engine", engine], tmp_path)
     assert ended.codes == [0], ended.text
-    said = rf"nano's 4 blocks, fp32, {engine}, rank 0 of {ranks} on cpu: (.*) ms a pass, (.*) a block\n"
+    said = rf"nano's 4 blocks, fp32, {engine}, rank 0 of {ranks} on cpu: (.*) ms per micro-batch, (.*) per block\n"
     whole, block = map(float, re.fullmatch(said, ended.outputs[0]).groups())
     assert 0 < block == pytest.approx(whole / 4, abs=0.02)
 

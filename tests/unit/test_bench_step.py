@@ -1,4 +1,4 @@
-"""A step and sampling as bench.py measures them: what is counted in, and turns of published code, from a checkout made here."""
+"""bench.py's step and sample: what is counted, and turns of the published code, from a checkout created here."""
 
 import sys
 
@@ -20,7 +20,7 @@ from xar_scale.model.flops import training_flops
 from xar_scale.presets import model_values
 
 CPU = torch.device("cpu")
-# As the published code is used: it names a library that may be absent, prints, and calls .cuda()
+# Like the published code: it imports a library that may be absent, prints, and calls .cuda()
 CHECKOUT = {
     "xar.py": """
 from flash_attn import flash_attn_func
@@ -63,17 +63,17 @@ def checkout(tmp_path):
         (tmp_path / "models" / name).write_text(content)
     cuda, path = torch.Tensor.cuda, [*sys.path]
     yield tmp_path
-    for name in [name for name in sys.modules if name.split(".")[0] == "models"]:  # another folder's are read anew
+    for name in [name for name in sys.modules if name.split(".")[0] == "models"]:  # so that another folder's are imported
         del sys.modules[name]
     assert torch.Tensor.cuda is cuda and sys.path == path
 
 
 def calls() -> list[tuple]:
-    """Of the published code's network."""
+    """Calls of the published code's network."""
     return sys.modules["models.network"].Network.calls
 
 
-def test_a_step_of_the_published_code_is_its_loop_s(checkout, capsys):
+def test_a_step_of_the_published_code_is_that_of_its_loop(checkout, capsys):
     theirs = Published(checkout, "xar_b", 0.25, CPU)
     before = [weight.detach().clone() for weight in theirs.weights]
     theirs.step(torch.randn(2, 16, 16, 16), torch.zeros(2), torch.bfloat16)
@@ -82,7 +82,7 @@ def test_a_step_of_the_published_code_is_its_loop_s(checkout, capsys):
     groups = theirs.optimizer.param_groups
     assert [(group["weight_decay"], [weight.ndim for weight in group["params"]]) for group in groups] == [(0.02, [2]), (0, [1])]
     assert all(group["betas"] == BETAS for group in groups)
-    for first, weight, average in zip(before, theirs.weights, theirs.averages, strict=True):
+    for first, weight, average in zip(before, theirs.weights, theirs.ema, strict=True):
         assert not torch.equal(first, weight) and weight.grad is None
         torch.testing.assert_close(average.detach(), EMA_DECAY * first + (1 - EMA_DECAY) * weight.detach())
     with pytest.raises(UsageError, match="the published code's loss is not finite"):
@@ -92,7 +92,7 @@ def test_a_step_of_the_published_code_is_its_loop_s(checkout, capsys):
 
 @pytest.fixture
 def measure(checkout, tmp_path, monkeypatch):
-    """bench.py with the checkout, of nano in place of xar_b, and the record it leaves."""
+    """Run bench.py on the checkout, with nano in place of xar_b, and return the record."""
     monkeypatch.setitem(published.NAMES, "nano", "xar_base")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
@@ -106,7 +106,7 @@ def measure(checkout, tmp_path, monkeypatch):
 
 
 def test_a_step_s_record_has_what_was_measured(measure, monkeypatch, capsys):
-    """Every step waits a second for its data, a product of matrices takes two milliseconds."""
+    """Every step waits a second for its data; a matrix product takes two milliseconds."""
     counts = {SingleEngine.step: 0, EMA.update: 0}
 
     def counted(owner, work):
@@ -130,14 +130,16 @@ def test_a_step_s_record_has_what_was_measured(measure, monkeypatch, capsys):
     monkeypatch.setattr(step, "_memory", lambda _, reset=False: 1e9 if reset else 3e9)
     monkeypatch.setattr(step, "trace", lambda *_: Trace([], 0.002, 0.001))
     found = measure("step", "--repeats", "2")
-    assert [*counts.values()] == [WARM_UP + 1 + WARM_UP + 2] * 2  # all that is timed, and before it what memory is read after
+    assert [*counts.values()] == [
+        WARM_UP + 1 + WARM_UP + 2
+    ] * 2  # all timed steps, and before them those that the memory is read after
     assert found.flops == 2 * training_flops(ModelConfig(**model_values("nano")))
     assert found.peak == 2 * 1024**3 / 2e-3
     assert (found.memory_gb, found.data_wait_s, found.communication_s, found.hidden_s) == (2.0, 1.0, 0.002, 0.001)
     assert len(calls()) == WARM_UP + 2 and {*calls()} == {(True, 2, 16, 16, 16, 2, torch.float32)}
     assert {name: len(taken) for name, taken in found.seconds.items()} == {OURS: 2, BASELINE: 2, PUBLISHED: 2}
     said = capsys.readouterr().out
-    assert f"| {found.times(PUBLISHED):.2f} |" in said.split("| published |")[1] and "said by" not in said
+    assert f"| {found.speedup(PUBLISHED):.2f} |" in said.split("| published |")[1] and "said by" not in said
 
 
 def test_sampling_takes_turns_with_the_published_code(measure):

@@ -1,4 +1,4 @@
-"""In how many parts a pass is run after a fallback, and that training splits it so."""
+"""How many parts a micro-batch is split into after a fallback, and that training splits it so."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from xar_scale.memory.rank import rank_memory
 CPU = torch.device("cpu")
 
 
-# Gigabytes of a pass, by samples: 1 a sample in TF32, 0.5 in bf16; the state takes none
+# Memory of a micro-batch: 1 GB per sample in TF32, 0.5 GB in bf16; the state takes none
 @pytest.fixture
 def simple(monkeypatch):
     def needs(config, mode, samples, *_):
@@ -43,7 +43,7 @@ def test_the_warning_has_the_numbers(simple):
     assert simple(64) == (1, "")
     assert simple(40) == (
         2,
-        "TF32 after a fallback needs about 64 GB of 40 GB: it will run each pass in 2 parts (micro_batch 64 as 2 x 32)",
+        "after a fallback TF32 needs about 64 GB of 40 GB: each micro-batch will run in 2 parts (micro_batch 64 as 2 x 32)",
     )
     parts, warning = simple(7, micro=12)
     assert parts == 2 and warning.endswith("(micro_batch 12 as 2 x 6)")
@@ -51,21 +51,21 @@ def test_the_warning_has_the_numbers(simple):
     assert parts == 3 and warning.endswith("(micro_batch 15 as 3 x 5)")
 
 
-def test_single_samples_that_do_not_fit_are_warned_of(simple):
+def test_there_is_a_warning_if_a_single_sample_does_not_fit(simple):
     parts, warning = simple(0.7, micro=1)
     assert (parts, warning) == (
         1,
-        "TF32 after a fallback needs about 1.0 GB of 0.7 GB, with one sample a pass still 1.0 GB: it may run out of memory",
+        "after a fallback TF32 needs about 1.0 GB of 0.7 GB, and 1.0 GB even for one sample: it may run out of memory",
     )
 
 
-def test_what_does_not_fit_without_a_fallback_is_no_business_of_its(simple):
+def test_there_is_no_warning_if_the_run_s_own_precision_does_not_fit(simple):
     parts, warning = simple(31)
     assert (parts, warning) == (4, "")
 
 
 @pytest.mark.parametrize("without", ["train.precision=tf32", "train.precision=fp32", "guard.enabled=false"])
-def test_runs_that_never_fall_back_reckon_nothing(simple, without, monkeypatch):
+def test_runs_that_never_fall_back_estimate_nothing(simple, without, monkeypatch):
     monkeypatch.setattr(fallback, "rank_memory", None)
     assert simple(0.1, without) == (1, "")
 
@@ -77,7 +77,7 @@ def test_the_rank_with_the_least_memory_decides(simple, monkeypatch, capsys):
     config = digits_config("train.precision=bf16", "train.micro_batch=64")
     assert fallback.fallback_splits(config, CPU) == 2
     assert gathered == [fallback.device_memory(CPU)]
-    assert capsys.readouterr().out.startswith("memory: TF32 after a fallback needs about 64 GB of 33 GB")
+    assert capsys.readouterr().out.startswith("memory: after a fallback TF32 needs about 64 GB of 33 GB")
 
 
 def test_a_machines_memory_is_shared_by_its_ranks(monkeypatch):
@@ -86,19 +86,19 @@ def test_a_machines_memory_is_shared_by_its_ranks(monkeypatch):
     assert fallback.device_memory(CPU) == whole // 4
 
 
-def test_what_cannot_be_reckoned_ends_no_run(monkeypatch, capsys):
+def test_a_failed_estimate_does_not_end_the_run(monkeypatch, capsys):
     def fail(*arguments):
         raise RuntimeError("no such\noperation")
 
     monkeypatch.setattr(fallback, "rank_memory", fail)
     assert fallback.fallback_splits(digits_config("train.precision=bf16"), CPU) == 1
     said = capsys.readouterr().out
-    assert "cannot be reckoned here (RuntimeError: no such operation)" in said and said.count("\n") == 1
+    assert "cannot estimate the memory after a fallback (RuntimeError: no such operation)" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("little", [False, True])
-def test_training_splits_the_fallback_as_reckoned(tmp_path, monkeypatch, capsys, little):
-    """A run in bf16 whose every step in it fails; said once, and only where it does not fit."""
+def test_training_splits_the_fallback_as_estimated(tmp_path, monkeypatch, capsys, little):
+    """A run in which every bf16 step fails. The warning is printed once, and only if TF32 does not fit."""
     cache_digits(tmp_path / "data", 1000)
     settings = ["train.engine=single", "train.precision=bf16", "train.steps=2", "train.global_batch=128"]
     settings += ["optim.warmup_steps=1", "data.workers=0"]
@@ -119,4 +119,4 @@ def test_training_splits_the_fallback_as_reckoned(tmp_path, monkeypatch, capsys,
     assert dict(seen) == {"bf16": 1, "tf32": 2 if little else 1}
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory:")]
     assert len(said) == little
-    assert not little or said[0].endswith("it will run each pass in 2 parts (micro_batch 128 as 2 x 64)")
+    assert not little or said[0].endswith("each micro-batch will run in 2 parts (micro_batch 128 as 2 x 64)")

@@ -1,4 +1,4 @@
-"""A pass reckoned on tensors without memory, beside what an allocator gives out."""
+"""Estimates of a forward and backward pass on fake tensors, against the allocator."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from tests.conftest import digits_config
 from xar_scale.config import Config
 from xar_scale.flow import velocity_loss
 from xar_scale.memory import passes
-from xar_scale.memory.passes import PassMemory, extrapolated_passes, pass_memory
+from xar_scale.memory.passes import PassMemory, pass_estimator, pass_memory
 from xar_scale.memory.rank import weights_of
 from xar_scale.model.aligned import CHANNELS
 from xar_scale.model.layers import mlp_width
@@ -33,7 +33,7 @@ def config_of(*overrides: str) -> Config:
 
 
 def real_pass(config: Config, mode: str, device: torch.device = CPU):
-    """The forward pass of real tensors, as a function; its backward pass is the result's."""
+    """Return a model and a function that runs its forward pass on real tensors and returns the loss."""
     model = meta_model(config.model)
     compute = MODES[mode].compute
     model.use_kernels(config.kernels, device, compute, training=True)
@@ -53,9 +53,9 @@ def real_pass(config: Config, mode: str, device: torch.device = CPU):
 
 
 def allocated(config: Config, mode: str) -> list[int]:
-    """As the allocator of the CPU saw it: left by the forward pass, its peak, that of both."""
+    """Bytes from the CPU allocator: saved by the forward pass, its peak, the peak of both passes."""
     _, forward = real_pass(config, mode)
-    forward().backward()  # what is made once is there
+    forward().backward()  # allocate what is allocated once
     sizes = []
     for backward in (False, True):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -73,7 +73,7 @@ def allocated(config: Config, mode: str) -> list[int]:
 
 
 def hooked(config: Config, mode: str) -> int:
-    """Bytes of different storages that autograd saves, but for parameters."""
+    """Bytes of the distinct storages that autograd saves, without parameters."""
     model, forward = real_pass(config, mode)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
@@ -88,23 +88,23 @@ def hooked(config: Config, mode: str) -> int:
     return sum(size for pointer, size in saved.items() if pointer not in own)
 
 
-# a CPU without 16 bits of its own takes minutes for the larger
+# a CPU without native 16-bit arithmetic takes minutes for the larger one
 @pytest.mark.parametrize(
     "sizes", [pytest.param(NANO, id="nano"), pytest.param(REDUCED_B, id="reduced xar_b", marks=pytest.mark.long)]
 )
 @pytest.mark.parametrize("recompute", ["none", "full", "selective", "offload"])
 @pytest.mark.parametrize("mode", ["bf16", "tf32"])
-def test_a_pass_takes_what_the_allocator_gives_it(sizes, recompute, mode):
+def test_the_estimate_matches_the_allocator(sizes, recompute, mode):
     config = config_of(*sizes, f"train.recompute={recompute}")
-    reckoned, measured = pass_memory(config, mode, SAMPLES, CPU), allocated(config, mode)
-    assert [reckoned.saved, reckoned.forward, reckoned.peak] == pytest.approx(measured, rel=0.05)
+    estimated, measured = pass_memory(config, mode, SAMPLES, CPU), allocated(config, mode)
+    assert [estimated.saved, estimated.forward, estimated.peak] == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 @pytest.mark.parametrize("change", ["kernels.attention=dense", "kernels.attention=prefix", "model.dropout=0.1"])
 @pytest.mark.parametrize("mode", ["bf16", "tf32"])
-def test_the_forward_pass_leaves_what_autograd_saves(recompute, change, mode):
-    """Selective recomputation keeps its products where hooks do not see them: the allocator does, above."""
+def test_saved_bytes_are_what_autograd_saves(recompute, change, mode):
+    """Not selective recomputation, whose products hooks do not see; the test above covers it by the allocator."""
     config = config_of(*REDUCED_B, f"train.recompute={recompute}", change)
     assert pass_memory(config, mode, SAMPLES, CPU).saved == pytest.approx(hooked(config, mode), rel=0.01)
 
@@ -113,7 +113,7 @@ def test_the_forward_pass_leaves_what_autograd_saves(recompute, change, mode):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("recompute", ["none", "full", "selective", "offload"])
 @pytest.mark.parametrize("mode", ["bf16", "tf32"])
-def test_a_pass_takes_what_a_gpu_gives_it(recompute, mode):
+def test_the_estimate_matches_a_gpu_s_allocator(recompute, mode):
     config, device = config_of(*REDUCED_B, f"train.recompute={recompute}", "model.dropout=0.1"), torch.device("cuda", 0)
     _, forward = real_pass(config, mode, device)
     forward().backward()
@@ -125,7 +125,7 @@ def test_a_pass_takes_what_a_gpu_gives_it(recompute, mode):
 
 
 def test_copies_of_weights_count_where_autocast_makes_them():
-    """Not with an engine that gathers them in 16 bits; in float32 there are none."""
+    """Not with an engine that gathers weights in 16 bits; in float32 there are no copies."""
     config = config_of(*REDUCED_B)
     cut = dataclasses.replace(config, train=dataclasses.replace(config.train, engine="deepspeed"))
     linear = sum(layer.weight.numel() for layer in meta_model(config.model).modules() if isinstance(layer, nn.Linear))
@@ -135,24 +135,24 @@ def test_copies_of_weights_count_where_autocast_makes_them():
 
 
 @pytest.mark.long
-def test_a_compiled_pass_takes_what_the_allocator_gives_it():
-    """Real graphs of a CPU, by Inductor, in which more is fused than is reckoned."""
+def test_the_estimate_of_compiled_blocks_matches_the_allocator():
+    """Real CPU graphs from Inductor, which fuse more than the estimate assumes."""
     config = config_of(*NANO, "kernels.compile=true", "model.dropout=0.1")
-    reckoned, measured = pass_memory(config, "tf32", SAMPLES, CPU), allocated(config, "tf32")
-    assert reckoned.saved == pytest.approx(measured[0], rel=0.05)
-    assert reckoned.peak == pytest.approx(measured[2], rel=0.1)
+    estimated, measured = pass_memory(config, "tf32", SAMPLES, CPU), allocated(config, "tf32")
+    assert estimated.saved == pytest.approx(measured[0], rel=0.05)
+    assert estimated.peak == pytest.approx(measured[2], rel=0.1)
 
 
 LONG = pytest.mark.long
 IMAGES = [*GRID, "model.depth_encoder=3", "model.depth_decoder=4"]
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's own kernels stand there")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU its own kernels are used")
 
 
 @pytest.mark.parametrize("recompute", ["full", *(pytest.param(mode, marks=LONG) for mode in ("none", "selective", "offload"))])
 @pytest.mark.parametrize("mode", ["bf16", pytest.param("tf32", marks=LONG)])
-def test_shallow_passes_tell_of_deep_ones(recompute, mode):
-    """Where activations count, and where copies of weights do: in bf16 a wide network's are most of a small pass."""
-    found_by = extrapolated_passes()
+def test_shallow_networks_predict_deep_ones(recompute, mode):
+    """Both where activations dominate and where copies of weights do, as in a small bf16 micro-batch of a wide network."""
+    found_by = pass_estimator()
     for sizes, numbers in ([IMAGES, (1, 24, 600)], [[*REDUCED_B, *IMAGES[2:]], (3, 24)]):
         config = config_of(*sizes, f"train.recompute={recompute}", "model.dropout=0.1")
         for samples in numbers:
@@ -161,8 +161,8 @@ def test_shallow_passes_tell_of_deep_ones(recompute, mode):
 
 
 @without_gpu
-def test_a_gpu_that_is_not_there_keeps_what_its_kernels_keep():
-    """Of dropout a byte an element; of attention no probabilities; with offload no block's input but the one at work on."""
+def test_an_emulated_gpu_saves_what_its_kernels_save():
+    """One byte per element of dropout, no attention probabilities; with offload only the current block's input."""
     shape = config_of(*IMAGES).model
     saved = {share: pass_memory(config_of(*IMAGES, f"model.dropout={share}"), "tf32", 8, CUDA).saved for share in (0.0, 0.1)}
     tokens, blocks = 8 * 256, 7
@@ -172,27 +172,27 @@ def test_a_gpu_that_is_not_there_keeps_what_its_kernels_keep():
     check_offload(blocks, 4 * tokens * shape.width)
 
 
-def test_graphs_keep_no_padded_copies_of_weights_that_are_gathered(monkeypatch):
-    """They would be the MLPs' of all blocks. Rows of 80 channels, and 213 hidden ones, with zeros 216."""
+def test_graphs_save_no_padded_copies_of_gathered_weights(monkeypatch):
+    """They would be those of all MLPs. Rows have 80 channels, and 213 hidden channels, padded to 216."""
     config = config_of(*GRID, "model.width=80", "model.heads=5", "train.engine=fsdp2", "kernels.compile=true")
 
     def saved() -> int:
-        passes._known_graph.cache_clear()
+        passes._cached_graph.cache_clear()
         return pass_memory(config, "bf16", SAMPLES, CUDA).saved
 
     without = saved()
     monkeypatch.setattr(passes, "mark_weights_gathered", lambda model: None)
     assert saved() - without == weights_of(config.model).blocks * 3 * 80 * 216 * 2
-    passes._known_graph.cache_clear()
+    passes._cached_graph.cache_clear()
 
 
-def test_compiled_blocks_leave_the_host_their_inputs_too():
-    """In bf16: what is added block by block is in float32."""
+def test_compiled_blocks_offload_their_inputs_too():
+    """In bf16; the residual stream is float32."""
     check_offload(7, 4 * 8 * 256 * config_of(*IMAGES).model.width, "bf16", "kernels.compile=true")
 
 
 def check_offload(blocks: int, one: int, mode: str = "tf32", *overrides: str) -> None:
-    """Of inputs of ``one`` size each the device keeps the one at work on."""
+    """Of block inputs of ``one`` bytes each the device keeps only the current one."""
     full, offload = (
         pass_memory(config_of(*IMAGES, f"train.recompute={recompute}", *overrides), mode, 8, CUDA)
         for recompute in ("full", "offload")
@@ -201,14 +201,14 @@ def check_offload(blocks: int, one: int, mode: str = "tf32", *overrides: str) ->
     assert full.saved - offload.saved == blocks * one
 
 
-def test_attention_that_is_named_is_reckoned_as_the_one_that_is_chosen():
-    """flash, too, where no GPU is: a run of many may be planned anywhere."""
+def test_named_attention_is_estimated_as_the_automatic_choice():
+    """flash too, without a GPU: a run on many GPUs may be planned anywhere."""
     named = [config_of(*GRID, f"kernels.attention={name}") for name in ("auto", "flash")]
     chosen, flash = (pass_memory(config, "bf16", 2, CUDA) for config in named)
     assert chosen == flash
 
 
-def test_what_is_added_block_by_block_is_of_the_same_type_under_every_engine():
+def test_the_residual_stream_has_the_same_dtype_under_every_engine():
     saved = {
         engine: pass_memory(config_of(*GRID, f"train.engine={engine}", "train.recompute=full"), "bf16", 8, CUDA).saved
         for engine in ("single", "fsdp2", "deepspeed")
@@ -226,8 +226,8 @@ def test_memory_grows_with_samples_and_falls_with_recomputation():
     assert pass_memory(config_of(*GRID), "bf16", 8, CPU).peak < peaks["none"][2]
 
 
-def test_what_is_known_of_a_pass_is_of_no_other(monkeypatch):
-    """Each that is measured gets a number of its own."""
+def test_cached_estimates_are_not_mixed_up(monkeypatch):
+    """Each measurement gets its own number."""
     measured = []
 
     def measure(*which):
@@ -235,7 +235,7 @@ def test_what_is_known_of_a_pass_is_of_no_other(monkeypatch):
         return PassMemory(*[len(measured)] * 3)
 
     monkeypatch.setattr(passes, "pass_memory", measure)
-    found_by = extrapolated_passes.__wrapped__()
+    found_by = pass_estimator.__wrapped__()
 
     def found(*words: str, mode: str = "bf16", samples: int = 1) -> PassMemory:
         return found_by(config_of(*GRID, *words), mode, samples, CUDA)
@@ -249,7 +249,7 @@ def test_what_is_known_of_a_pass_is_of_no_other(monkeypatch):
     assert len(measured) == 2 * len(known)
 
 
-def test_a_network_of_a_billion_weights_is_reckoned_without_them():
+def test_a_network_of_a_billion_weights_is_estimated_without_allocating_them():
     config = config_of(*(f"model.{key}={value}" for key, value in model_values("xar_h").items()), *GRID)
     none = pass_memory(config, "tf32", 64, CPU)
     assert 80e9 < none.saved < none.peak < 95e9

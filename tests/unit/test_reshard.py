@@ -424,12 +424,12 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path, sparse):
 
 
 def test_the_benchmark_measures_time_and_memory_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "WAYS", [(bench.ZEROS, "safetensors", "a")])
+    monkeypatch.setattr(bench, "CONVERSIONS", [(bench.ZEROS, "safetensors", "a")])
     bench.bench_reshard(argparse.Namespace(model="nano", data=tmp_path / "bench"))
     (row,) = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "safetensors" in line]
     assert 0 < float(row[2]) < 0.1 and float(row[3]) > 0 and int(row[4].rstrip(" |")) > 100
     assert list((tmp_path / "bench").iterdir()) == []
-    with pytest.raises(DataError, match="ended with code 64"):
+    with pytest.raises(DataError, match="exited with code 64"):
         bench._measured("tools/reshard.py", str(tmp_path / "nothing"), str(tmp_path / "new"), "--to", "pth")
 
 

@@ -1,1 +1,1 @@
-"""What takes how long, and how much memory: the measurements behind docs/benchmarks."""
+"""Time and memory measurements behind docs/benchmarks."""

@@ -1,4 +1,4 @@
-"""What keeping a run's state takes: here, and by DeepSpeed's own checkpoints, of the same model in the same processes."""
+"""Saving and loading a run's state: our checkpoints and DeepSpeed's, for the same model in the same processes."""
 
 import argparse
 import shutil
@@ -25,11 +25,11 @@ REPEATS = 3
 
 
 def bench_checkpoint(options: argparse.Namespace) -> None:
-    """Under a launcher, on each rank. Medians; the slowest rank's seconds, all ranks' bytes."""
+    """Run under a launcher, on each rank. Prints medians: seconds of the slowest rank, bytes of all ranks."""
     device = dist.local_device()
     dist.init(device)
     if options.data.exists():
-        raise ConfigError(f"{options.data} exists; --data is a folder to make and remove")
+        raise ConfigError(f"{options.data} exists; --data names a folder to create and remove")
     model = {**model_values(options.model), "grid": [options.grid] * 2, "channels": 16, "classes": 1000}
     train = {"engine": "deepspeed", "precision": options.precision, "global_batch": dist.world()}
     config = Config.from_dict(merge(recipe("digits"), {"model": model, "train": train, "data": {"lanes": 1}}))
@@ -42,7 +42,7 @@ def bench_checkpoint(options: argparse.Namespace) -> None:
     finally:
         dist.on_rank_0(lambda: shutil.rmtree(options.data, ignore_errors=True))
     dist.say(f"\n{options.model}, ZeRO-3 on {dist.world()} x {device.type}, medians of {REPEATS}\n")
-    dist.say("| | training waits, s | saved after, s | converted, s | loaded, s | read by all ranks, GB | on disk, GB |")
+    dist.say("| | training stalls, s | save, s | convert, s | load, s | read by all ranks, GB | on disk, GB |")
     dist.say("| --- | --- | --- | --- | --- | --- | --- |")
     for name, (*seconds, read, size) in rows.items():
         dist.say(f"| {name} | {' | '.join(f'{value:.2f}' for value in seconds)} | {read / 1e9:.2f} | {size / 1e9:.2f} |")
@@ -71,7 +71,7 @@ def _saved(store: Store, manifest: Manifest) -> None:
 
 
 def _theirs(engine: Any, folder: Path) -> tuple[float, ...]:
-    """Its save blocks; another number of ranks takes the conversion, once."""
+    """DeepSpeed's save blocks. Loading on another number of ranks needs one conversion."""
     own, universal = folder / "zero", folder / "universal"
     saves = []
     for step in range(REPEATS):
@@ -93,7 +93,7 @@ def _theirs(engine: Any, folder: Path) -> tuple[float, ...]:
 
 
 def _loads(work: Callable[[], Any]) -> tuple[float, int]:
-    """Seconds, and bytes that all ranks asked the system for."""
+    """Return the seconds, and the bytes that all ranks read through system calls."""
     before = _bytes_read()
     seconds = statistics.median(_slowest(work) for _ in range(REPEATS))
     return seconds, sum(dist.gather_objects((_bytes_read() - before) // REPEATS))
@@ -105,7 +105,7 @@ def _bytes_read() -> int:
 
 
 def _slowest(work: Callable[[], Any]) -> float:
-    dist.gather_objects(None)  # all begin together
+    dist.gather_objects(None)  # a barrier: all start together
     begun = time.perf_counter()
     work()
     return dist.max_over_ranks(time.perf_counter() - begun)

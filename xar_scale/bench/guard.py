@@ -1,4 +1,4 @@
-"""What the guard adds to a step in which nothing happens."""
+"""Overhead of the guard in a step without faults."""
 
 import argparse
 from pathlib import Path
@@ -21,7 +21,7 @@ from xar_scale.recovery import Recovery
 
 
 def bench_guard(options: argparse.Namespace) -> None:
-    """Medians of the parts, and their share of the step that they are part of."""
+    """Print the median time of each part of the guard, and its share of the step."""
     model = {**model_values(options.model), "grid": [options.grid] * 2, "channels": 16, "classes": 1000}
     train = {"engine": "single", "precision": options.precision, "global_batch": options.batch}
     config = Config.from_dict(merge(recipe("digits"), {"model": model, "train": train, "data": {"lanes": 1}}))
@@ -42,15 +42,15 @@ def bench_guard(options: argparse.Namespace) -> None:
     whole = median_ms(step, device)
     every = config.guard.snapshot_every
     parts: dict[str, float] = {
-        "weights looked at": median_ms(lambda: finite_if_all_are(masters), device),
-        "inputs looked at": median_ms(batch.inputs_sum, device),
-        "decision": median_ms(lambda: recovery.resolve(0, [batch], verdict), device),
-        f"all of the state looked at, every {every} steps": median_ms(lambda: engine.ranks_with_bad_state(ema.tensors), device)
+        "check weights": median_ms(lambda: finite_if_all_are(masters), device),
+        "check inputs": median_ms(batch.inputs_sum, device),
+        "decide": median_ms(lambda: recovery.resolve(0, [batch], verdict), device),
+        f"check the whole state, every {every} steps": median_ms(lambda: engine.ranks_with_bad_state(ema.tensors), device)
         / every,
-        f"a snapshot, every {every} steps": median_ms(lambda: recovery.snapshots.take(0, recovery.state), device) / every,
+        f"take a snapshot, every {every} steps": median_ms(lambda: recovery.snapshots.take(0, recovery.state), device) / every,
     }
     print(f"{options.model}, {options.grid}x{options.grid} tokens, batch {options.batch}, {options.precision}, {device}\n")
-    print("| part | ms a step | of the step |\n| --- | --- | --- |")
+    print("| part | ms per step | share of the step |\n| --- | --- | --- |")
     for name, ms in parts.items():
         print(f"| {name} | {ms:.3f} | {ms / whole:.3%} |")
     print(f"| the guard | {sum(parts.values()):.3f} | {sum(parts.values()) / whole:.3%} |\n| the step | {whole:.1f} | |")

@@ -1,23 +1,27 @@
-"""What the host takes for a pass, whatever its size: what ``plan --launch`` is to be told."""
+"""CPU time to launch the kernels of a micro-batch, whatever its size: the value for ``plan --launch``."""
 
 import argparse
 import dataclasses
 
 from xar_scale import dist
-from xar_scale.bench.absent import join_absent
+from xar_scale.bench.fake_group import join_fake_group
 from xar_scale.bench.plan import config_of, train_steps, zeros
 from xar_scale.bench.timing import median_ms
 from xar_scale.config import KernelConfig
 
-NARROW = {"width": 128, "heads": 2, "grid": (4, 4)}  # of as many layers, which a GPU is through with before the host is
+NARROW = {
+    "width": 128,
+    "heads": 2,
+    "grid": (4, 4),
+}  # narrow enough for the GPU to finish before the CPU has launched the next kernel
 
 
 def bench_launches(options: argparse.Namespace) -> None:
-    """A pass, forward and backward, in a narrow network of the model's depth, as one rank of a group that sends
-    nothing. On a CPU its arithmetic, which is little, is in it."""
+    """Time forward and backward of a narrow network with the model's depth, as one rank of a group that sends nothing. On a CPU
+    the time includes the little arithmetic that is left."""
     device = dist.local_device()
     ranks = 1 if options.engine == "single" else options.ranks
-    join_absent(ranks)
+    join_fake_group(ranks)
     config = config_of(options, ranks)
     model = dataclasses.replace(config.model, **NARROW)  # type: ignore[arg-type]
     engine, _ = train_steps(dataclasses.replace(config, model=model, kernels=KernelConfig(compile=options.compile)), device)
@@ -28,6 +32,6 @@ def bench_launches(options: argparse.Namespace) -> None:
         engine.discard()
 
     ms = median_ms(work, device)
-    how = f"{options.engine}{', compiled' if options.compile else ''}{', played' if engine.replays_graphs else ''}"
+    how = f"{options.engine}{', compiled' if options.compile else ''}{', CUDA graphs' if engine.replays_graphs else ''}"
     where = f"{options.model}'s {blocks} blocks, {options.precision}, {how}, rank 0 of {ranks} on {device}"
-    dist.say(f"{where}: {ms:.1f} ms a pass, {ms / blocks:.2f} a block")
+    dist.say(f"{where}: {ms:.1f} ms per micro-batch, {ms / blocks:.2f} per block")

@@ -1,4 +1,4 @@
-"""Feeding training: our reader beside others on the same latents, and the order at cluster scale."""
+"""Data loading: our reader against others on the same latents, and the sample order at cluster scale."""
 
 import argparse
 import statistics
@@ -23,21 +23,21 @@ from xar_scale.presets import recipe
 from xar_scale.tokenizers.kl16 import MAX_LOG_VARIANCE, MIN_LOG_VARIANCE
 
 BATCH, REPEATS = 64, 5
-SHAPE = (32, 16, 16)  # of the moments of a 256 px image
+SHAPE = (32, 16, 16)  # posterior mean and log variance of a 256 px image
 INFO = DatasetInfo({"name": "none: random numbers"}, 0.2325, "moments", SHAPE, "float16", 1000, flipped=True)
 
 
 def bench_loader(options: argparse.Namespace) -> None:
-    """Warm cache, a batch of 64 at a time, with all randomness: flip, posterior, times, noise, label drop."""
+    """Time reading in batches of 64 from a warm cache, with all randomness: flip, posterior, times, noise, label drop."""
     if options.samples < 1:
-        raise UsageError("--samples is at least 1")
+        raise UsageError("--samples must be at least 1")
     torch.set_num_threads(1)
     values = merge(recipe("imagenet256_b"), {"data": {"path": str(options.data / "shards")}})
     config = Config.from_dict(values)
     _write_sets(options.data, options.samples)
     dataset = LatentDataset(LatentShards(options.data / "shards"), config, create_layout(config.model))
-    print(f"{options.samples:,} samples of moments (32, 16, 16) in float16, mirrored ones too; one process\n")
-    print("| reader | samples/s | of MAR's |\n| --- | --- | --- |")
+    print(f"{options.samples:,} samples of posterior moments (32, 16, 16) in float16, with mirrored ones; one process\n")
+    print("| reader | samples/s | relative to MAR's |\n| --- | --- | --- |")
     readers = {
         "MAR's folder of .npz": lambda: _from_npz(options.data / "npz", config),
         "stock webdataset": lambda: _from_webdataset(options.data / "shards", config),
@@ -56,9 +56,9 @@ def bench_loader(options: argparse.Namespace) -> None:
 
 
 def bench_order(options: argparse.Namespace) -> None:
-    """One process's part of beginning: the set's description opened, the order made, a whole global batch located."""
+    """Time the start of one process: open the data set's description, build the order, locate a whole global batch."""
     if min(options.shards, options.samples_per_shard) < 1:
-        raise UsageError("--shards and --samples-per-shard are at least 1")
+        raise UsageError("--shards and --samples-per-shard must be at least 1")
     shards = [ShardInfo(f"latents-{n:06d}", options.samples_per_shard, 2**30, n, n) for n in range(options.shards)]
     with TemporaryDirectory() as folder:
         write_dataset_file(Path(folder), INFO, shards)
@@ -81,10 +81,10 @@ def bench_order(options: argparse.Namespace) -> None:
 
 
 def _write_sets(folder: Path, samples: int) -> None:
-    """The same latents as our shards and as MAR's files, unless they are there."""
+    """Write the same latents as our shards and as MAR's files, unless they exist."""
     if (folder / "shards" / DATASET_FILE).exists():
         if (there := LatentShards(folder / "shards").info.samples) != samples:
-            raise UsageError(f"{folder} holds {there} samples already, not {samples}; give another folder")
+            raise UsageError(f"{folder} already holds {there} samples, not {samples}; choose another folder")
         return
     generator = np.random.default_rng(0)
     with ShardWriter(folder / "shards", INFO, samples_per_shard=256) as writer:
@@ -114,7 +114,7 @@ def _from_npz(folder: Path, config: Config) -> Iterator[int]:
 
 
 def _from_webdataset(folder: Path, config: Config) -> Iterator[int]:
-    """Shuffled in a buffer of a window's size, as it is used."""
+    """Stock webdataset as commonly used: shuffled in a buffer of a window's size."""
     import webdataset as wds
 
     urls = [str(path) for path in sorted(folder.glob("*.tar"))]
@@ -130,7 +130,7 @@ def _from_webdataset(folder: Path, config: Config) -> Iterator[int]:
 
 
 def _finish(moments: Tensor, labels: Tensor, config: Config) -> int:
-    """What is left to do for a batch of others: posterior, times, noise and label drop, by torch's global generator."""
+    """Finish a batch of another reader: posterior, times, noise and label drop, with torch's global generator."""
     mean, log_variance = moments.chunk(2, dim=1)
     latents = (
         mean + (0.5 * log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE)).exp() * torch.randn_like(mean)

@@ -1,4 +1,4 @@
-"""The model's parts: attention by each backend, activation checkpointing by each mode, building one rank's shards."""
+"""Parts of the model: each attention backend, each mode of activation checkpointing, building one rank's shards."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from xar_scale import dist
-from xar_scale.bench.absent import join_absent
+from xar_scale.bench.fake_group import join_fake_group
 from xar_scale.bench.memory import resident
 from xar_scale.bench.timing import median_ms
 from xar_scale.config import Config, ModelConfig, Recompute, merge, validated
@@ -41,7 +41,7 @@ def _title(options: argparse.Namespace, columns: str) -> None:
 
 
 def bench_attention(options: argparse.Namespace) -> None:
-    """One layer's attention by every backend; the chosen one is marked."""
+    """Time one layer's attention with every backend; the one that training would choose is marked."""
     device, dtype = dist.local_device(), MODES[options.precision].compute
     _title(options, "entity | K | backend | forward ms | forward + backward ms")
     for entity in [options.entity] if options.entity else kinds():
@@ -52,7 +52,7 @@ def bench_attention(options: argparse.Namespace) -> None:
         chosen = choose_backend(layout, device, dtype, config.head_width, dropout=options.dropout, backward=True)
         for backend in get_args(Backend):
             if backend == "flash" and dtype not in FLASH_DTYPES:
-                continue  # it would be masked once more
+                continue  # it would fall back to masked, which is listed
             name = describe(backend, device, dtype, config.head_width) + (", chosen" if backend == chosen else "")
             forward = partial(block_causal_attention, q, k, v, layout, backend=backend)
             both = partial(_backward, layout, backend, options.dropout, q, k, v)
@@ -66,7 +66,7 @@ def _backward(layout: EntityLayout, backend: Backend, dropout: float, *qkv: Tens
 
 
 def _ms_or_reason(work: Callable[[], object], device: torch.device) -> str:
-    """Milliseconds, or why it is refused."""
+    """Return the milliseconds, or the reason if the backend refuses."""
     try:
         return f"{median_ms(work, device):.2f}"
     except ConfigError as refused:
@@ -74,16 +74,17 @@ def _ms_or_reason(work: Callable[[], object], device: torch.device) -> str:
 
 
 def bench_recompute(options: argparse.Namespace) -> None:
-    """A whole network's loss and gradients. Each mode has a process of its own: a process's peak never falls."""
+    """Time and peak memory of a whole network's loss and gradients. Each mode runs in its own process: a process's peak never
+    falls."""
     if options.mode:
         print(json.dumps(_one_mode(options)))
         return
-    _title(options, "recompute | ms a pass | peak memory of the pass, MB")
+    _title(options, "recompute | ms per micro-batch | peak memory of the micro-batch, MB")
     for mode in get_args(Recompute):
         done = subprocess.run([sys.executable, *sys.argv, "--mode", mode], capture_output=True, text=True)
         if done.returncode:
-            said = done.stderr.strip().splitlines() or ["it said nothing, as when it is killed for want of memory"]
-            failed = XarScaleError(f"mode {mode} ended with code {done.returncode}: {said[-1]}")
+            said = done.stderr.strip().splitlines() or ["no output, as when it is killed for lack of memory"]
+            failed = XarScaleError(f"mode {mode} exited with code {done.returncode}: {said[-1]}")
             failed.exit_code = max(done.returncode, 1)  # a signal's is negative
             raise failed
         found = json.loads(done.stdout.splitlines()[-1])
@@ -91,8 +92,8 @@ def bench_recompute(options: argparse.Namespace) -> None:
 
 
 def _one_mode(options: argparse.Namespace) -> dict[str, float]:
-    """Peak: above the weights and gradients, which are there before. On a CPU that of the resident set, so "offload", whose
-    host memory is the same memory, saves nothing there."""
+    """Measure one mode. The peak is above the weights and gradients, which exist before. On a CPU it is of the resident set, so
+    "offload", whose host memory is the same memory, saves nothing there."""
     device, compute = dist.local_device(), MODES[options.precision].compute
     config = _config(options, options.entity or "cell")
     model = create_model(options.model, entity=config.entity, grid=config.grid).to(device)
@@ -117,10 +118,10 @@ def _one_mode(options: argparse.Namespace) -> dict[str, float]:
 
 
 def bench_build(options: argparse.Namespace) -> None:
-    """Until a rank of many has its weights."""
+    """Time and memory to build one ZeRO-3 rank of many until it has its weights."""
     if options.ranks < 1:
-        raise UsageError("--ranks is at least 1")
-    join_absent(options.ranks)
+        raise UsageError("--ranks must be at least 1")
+    join_fake_group(options.ranks)
     values = merge(
         recipe("imagenet256_h"),
         {"model": model_values(options.model), "train": {"global_batch": options.ranks}, "data": {"lanes": 1}},
@@ -138,7 +139,7 @@ def bench_build(options: argparse.Namespace) -> None:
     engine = create_engine(model, watched(), config, torch.device("cpu"))
     shards = sum(shard.stop - shard.start for shard in engine.shards()) * 4
     print(f"{options.model}: {whole / 1e9:.2f} GB of float32 weights, one rank of {options.ranks} keeps {shards / 1e9:.2f} GB")
-    print(f"resident memory grew by {(max(seen) - seen[0]) / 1e9:.2f} GB at most while they were made and cut")
+    print(f"resident memory grew by {(max(seen) - seen[0]) / 1e9:.2f} GB at most while they were created and sharded")
     print(f"{time.perf_counter() - begun:.0f} s until the engine was ready")
 
 

@@ -1,4 +1,4 @@
-"""What the plan predicts beside what is measured: memory of a rank, and time of a step on several."""
+"""The plan's estimates against measurements: memory of a rank, and time of a step on several ranks."""
 
 import argparse
 import dataclasses
@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from xar_scale import dist
-from xar_scale.bench.absent import join_absent
+from xar_scale.bench.fake_group import join_fake_group
 from xar_scale.bench.memory import peak_resident
 from xar_scale.bench.timing import median_ms
 from xar_scale.config import Config, merge
@@ -23,16 +23,16 @@ from xar_scale.model.flops import training_flops
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import blank_weights, meta_model
 from xar_scale.optim import create_adamw
-from xar_scale.plan.cost import Collective, Link, collectives, optimizer_bytes, step_time
+from xar_scale.plan.cost import Collective, Link, optimizer_bytes, step_collectives, step_time
 from xar_scale.plan.hardware import GPU, Machines
 from xar_scale.precision import MODES
 from xar_scale.presets import model_values, recipe
 
-STEPS = 2  # the second finds what the first has made once
+STEPS = 2  # the second finds what the first allocates once
 
 
 def config_of(options: argparse.Namespace, world: int) -> Config:
-    """imagenet256_h's, of the model, engine and sizes asked for; without dropout, whose masks a CPU keeps in float32."""
+    """Return imagenet256_h's config with the requested model, engine and sizes; no dropout, as a CPU keeps float32 masks."""
     train = {name: getattr(options, name) for name in ("engine", "precision", "recompute", "shard_ranks")}
     train |= {"global_batch": world * options.batch, "micro_batch": options.batch}
     changes = {"model": {**model_values(options.model), "dropout": 0.0}, "train": train, "data": {"lanes": 1}}
@@ -40,9 +40,9 @@ def config_of(options: argparse.Namespace, world: int) -> Config:
 
 
 def measured_memory(config: Config, device: torch.device) -> int:
-    """The most that PyTorch's allocator for ``device`` had given out at any moment from before the engine is made to the end of
-    a few steps. What it gives is counted, not what the system keeps for it: fragments, libraries, gloo's and NCCL's buffers are
-    left out.
+    """Return the peak bytes allocated by PyTorch on ``device``, from before the engine is built to the end of a few steps.
+
+    Only allocated tensors count: fragmentation, libraries, and gloo's and NCCL's buffers do not.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -61,22 +61,22 @@ def measured_memory(config: Config, device: torch.device) -> int:
 
 
 def train_steps(config: Config, device: torch.device) -> tuple[Engine, EMA]:
-    """An engine after a few steps of one pass each, on zeros."""
+    """Return an engine and its EMA after a few steps of one micro-batch each, on zeros."""
     model = meta_model(config.model)
     model.use_kernels(config.kernels, device, torch.float32, training=True)
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     engine = create_engine(model, blank_weights(model), config, device)
     engine.set_precision(config.train.precision)
-    averages = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
+    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     for step in range(STEPS):
         verdict = engine.attempt(step, [zeros(config, config.train.micro_batch or 1, device)])
         engine.step(1e-4, verdict)
-        averages.update(step + 1)
-    return engine, averages
+        ema.update(step + 1)
+    return engine, ema
 
 
 def zeros(config: Config, samples: int, device: torch.device) -> Batch:
-    """A batch that costs nothing to make."""
+    """Return a batch of zeros."""
     model = meta_model(config.model)
     layout, channels = model.layout, config.model.channels
     return Batch(
@@ -90,10 +90,11 @@ def zeros(config: Config, samples: int, device: torch.device) -> Batch:
 
 
 def bench_memory(options: argparse.Namespace) -> None:
-    """One rank's training steps, in one process, under a launcher, or among ``--ranks`` that are not there."""
+    """Compare estimated and measured memory of one rank's training steps: in one process, under a launcher, or as rank 0 of a
+    fake group of ``--ranks``."""
     device = dist.local_device()
     if options.ranks:
-        join_absent(options.ranks)
+        join_fake_group(options.ranks)
     elif options.engine != "single":
         dist.init(device)
     config = config_of(options, dist.world())
@@ -108,18 +109,18 @@ def bench_memory(options: argparse.Namespace) -> None:
     dist.say("| part | GB |\n| --- | --- |")
     for part, size in needed._asdict().items():
         dist.say(f"| {part} | {size / 1e9:.3f} |")
-    dist.say(f"| reckoned | {sum(needed) / 1e9:.3f} |")
+    dist.say(f"| estimated | {sum(needed) / 1e9:.3f} |")
     dist.say(f"| measured: allocator | {measured / 1e9:.3f} ({sum(needed) / measured - 1:+.1%}) |")
     if device.type == "cpu":
         dist.say(f"| measured: resident set | {grown / 1e9:.3f} ({sum(needed) / grown - 1:+.1%}) |")
 
 
 def bench_scaling(options: argparse.Namespace) -> None:
-    """Under a launcher: a step predicted from its parts, each measured alone, and the step itself.
+    """Run under a launcher: compare a step predicted from separately measured parts with the measured step.
 
-    A rank computes a pass and steps an optimizer, whole, without a group: one alone, then all at once; collectives of the sizes
-    of a block are timed. Ranks share the cores: what one computes alone takes ranks / cores times as long, where those are
-    fewer. What sends needs a core too, so that nothing is computed beside it.
+    The parts are a micro-batch and an optimizer step on unsharded weights, timed on one rank while the others wait and then on
+    all ranks at once, and collectives of a block's size. Ranks share the cores: with fewer cores than ranks, the time of one
+    rank alone is multiplied by ranks / cores. Communication needs a core too, so no overlap is assumed.
     """
     device, cores = dist.local_device(), len(os.sched_getaffinity(0))
     dist.init(device)
@@ -131,19 +132,19 @@ def bench_scaling(options: argparse.Namespace) -> None:
     single = dataclasses.replace(config, train=dataclasses.replace(config.train, engine="single"))
 
     def machines(compute: float, optimizer: float) -> Machines:
-        """Of which one has a peak and a memory bandwidth that give these seconds."""
+        """Return machines whose peak and memory bandwidth give these seconds."""
         peak, read = options.batch * training_flops(config.model) / compute, optimizer_bytes(single, weights, 1) / optimizer
-        gpu = GPU(memory=0, bf16=peak, tf32=peak, fp32=peak, memory_bandwidth=read, nvlink=1, host=1, network=1)
+        gpu = GPU(memory=0, bf16=peak, tf32=peak, fp32=peak, memory_bandwidth=read, nvlink=1, host_link=1, network=1)
         return Machines(gpu, world, world, mfu=1.0, launch=0.0, overlap=0.0, loader=1e12)
 
     sent = [
-        each._replace(link=Link(each.sent / (each.calls * _collective_seconds(each, device)), 0.0))
-        for each in collectives(config, weights, machines(*alone))
+        each._replace(link=Link(each.bytes_sent / (each.calls * _collective_seconds(each, device)), 0.0))
+        for each in step_collectives(config, weights, machines(*alone))
     ]
     measured = _step_seconds(config, device)
     shape = f"batch {options.batch} a rank, {world} ranks on {cores} cores"
     dist.say(f"{options.model}, {options.engine}, {options.precision}, {shape}\n")
-    dist.say(f"| from | compute | communication | optimizer | predicted | measured, ms | error |\n|{' --- |' * 7}")
+    dist.say(f"| source of compute | compute | communication | optimizer | predicted | measured, ms | error |\n|{' --- |' * 7}")
     for name, seconds in (
         ("one rank alone x ranks / cores", [part * shared for part in alone]),
         ("all ranks at once", together),
@@ -154,7 +155,7 @@ def bench_scaling(options: argparse.Namespace) -> None:
 
 
 def _computed(options: argparse.Namespace, device: torch.device) -> tuple[float, float]:
-    """Seconds of a pass, and of the optimizer's step and the averages', of whole weights in this process without a group."""
+    """Return the seconds of a micro-batch, and of an optimizer step with EMA, of unsharded weights in this process alone."""
     config = config_of(options, 1)
     model = meta_model(config.model)
     model.use_kernels(config.kernels, device, MODES[options.precision].compute, training=True)
@@ -163,7 +164,7 @@ def _computed(options: argparse.Namespace, device: torch.device) -> tuple[float,
         weight.place(device)
     parameters = dict(model.named_parameters())
     optimizer = create_adamw(parameters, {name: weight.shape for name, weight in parameters.items()}, config.optim)
-    averages, batch = EMA([*parameters.values()], config.optim.ema_decay), zeros(config, options.batch, device)
+    ema, batch = EMA([*parameters.values()], config.optim.ema_decay), zeros(config, options.batch, device)
     compute = MODES[options.precision].compute
 
     def computed() -> None:
@@ -176,27 +177,29 @@ def _computed(options: argparse.Namespace, device: torch.device) -> tuple[float,
         torch.stack([gradient.square().sum() for gradient in gradients]).sum()
         torch._foreach_mul_(gradients, 0.5)
         optimizer.step()
-        averages.update(1)
+        ema.update(1)
 
     return median_ms(computed, device) / 1e3, median_ms(stepped, device) / 1e3
 
 
 def _collective_seconds(collective: Collective, device: torch.device) -> float:
-    """Of one call, by the slowest rank."""
+    """Return the seconds of one call on the slowest rank."""
     part = -(-int(collective.size / 4 / collective.calls) // collective.ranks)
     piece, whole = torch.zeros(part, device=device), torch.zeros(part * collective.ranks, device=device)
     call: Callable[[], object] = (
-        partial(dist.reduce_scatter, piece, whole) if collective.name == "reduce" else partial(dist.all_gather, whole, piece)
+        partial(dist.reduce_scatter, piece, whole)
+        if collective.name == "reduce-scatter"
+        else partial(dist.all_gather, whole, piece)
     )
     return dist.max_over_ranks(median_ms(call, device) / 1e3)
 
 
 def _step_seconds(config: Config, device: torch.device) -> float:
-    engine, averages = train_steps(config, device)
+    engine, ema = train_steps(config, device)
     batch = zeros(config, config.train.micro_batch or 1, device)
 
     def step() -> None:
         engine.step(1e-4, engine.attempt(0, [batch]))
-        averages.update(1)
+        ema.update(1)
 
     return dist.max_over_ranks(median_ms(step, device) / 1e3)

@@ -1,4 +1,4 @@
-"""The published code, from a checkout that the user gives: run as it is, beside ours. Nothing of it is here."""
+"""Runs the published code unchanged from a checkout that the user provides. None of it is included here."""
 
 import contextlib
 import copy
@@ -18,34 +18,35 @@ from torch import Tensor
 from xar_scale.errors import UsageError
 
 NAMES = {"xar_b": "xar_base", "xar_l": "xar_large", "xar_h": "xar_huge"}
-CLIP, BETAS, WEIGHT_DECAY, EMA_DECAY = 1.0, (0.9, 0.96), 0.02, 0.9999  # its training's
+CLIP, BETAS, WEIGHT_DECAY, EMA_DECAY = 1.0, (0.9, 0.96), 0.02, 0.9999  # of its training
 
 
 class Published:
-    """Its network, and a step as its loop takes it: the host reads the loss, plain AdamW, averages a parameter at a time.
+    """The published network, and a training step as its loop does it: the host reads the loss, PyTorch's default AdamW, and
+    EMA one parameter at a time.
 
-    Raises UsageError where the folder holds no such code, for a model that it has not, or where it cannot be imported.
+    Raises UsageError if the folder is not such a checkout, has no such model, or cannot be imported.
     """
 
     def __init__(self, folder: Path, model: str, dropout: float, device: torch.device) -> None:
         if model not in NAMES:
             raise UsageError(f"the published code has no {model}; it has: {', '.join(NAMES)}")
         self.device = device
-        with self._as_it_expects(), device:  # made there: a billion weights drawn by one core take half a minute
+        with self._as_it_expects(), device:  # created there: one core takes half a minute to draw a billion weights
             create = getattr(_import(folder), NAMES[model])
             self.network: torch.nn.Module = create(attn_dropout=dropout, proj_dropout=dropout).to(device)
         self.weights = list(self.network.parameters())
         self.optimizer: torch.optim.Optimizer | None = None
-        self.averages: list[Tensor] = []
+        self.ema: list[Tensor] = []
 
     def step(self, latents_BCHW: Tensor, labels_B: Tensor, compute: torch.dtype) -> None:
-        """Forward, backward, clipping, AdamW, averages. It draws times and noise itself."""
+        """Forward, backward, clipping, AdamW, EMA. The network draws times and noise itself."""
         if self.optimizer is None:
             groups = [[weight for weight in self.weights if (weight.ndim > 1) == matrix] for matrix in (True, False)]
             decays = zip(groups, (WEIGHT_DECAY, 0.0), strict=True)
             options = [{"params": group, "weight_decay": decay} for group, decay in decays]
             self.optimizer = torch.optim.AdamW(options, lr=1e-4, betas=BETAS)
-            self.averages = copy.deepcopy(self.weights)
+            self.ema = copy.deepcopy(self.weights)
             self.network.train()
         with self._as_it_expects(), _autocast(self.device, compute):
             loss = self.network(latents_BCHW, labels_B)
@@ -55,12 +56,12 @@ class Published:
         torch.nn.utils.clip_grad_norm_(self.weights, CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        for average, weight in zip(self.averages, self.weights, strict=True):
+        for average, weight in zip(self.ema, self.weights, strict=True):
             average.detach().mul_(EMA_DECAY).add_(weight, alpha=1 - EMA_DECAY)
 
     @torch.no_grad()
     def sample(self, labels: Sequence[int], steps: int, guidance: float, compute: torch.dtype) -> Tensor:
-        """Latents; its sampler is Euler-Maruyama."""
+        """Return latents from its Euler-Maruyama sampler."""
         self.network.eval()
         with self._as_it_expects(), _autocast(self.device, compute):
             latents: Tensor = self.network.sample_tokens(steps, guidance, torch.tensor(labels, device=self.device))  # type: ignore[operator]
@@ -68,7 +69,7 @@ class Published:
 
     @contextlib.contextmanager
     def _as_it_expects(self) -> Iterator[None]:
-        """It prints, and calls ``.cuda()`` wherever it runs."""
+        """Silence its prints, and redirect its ``.cuda()`` calls to the device."""
         known, torch.Tensor.cuda = torch.Tensor.cuda, lambda tensor, *_, **__: tensor.to(self.device)  # type: ignore[method-assign]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -79,9 +80,9 @@ class Published:
 
 def _import(folder: Path) -> Any:
     if not (folder / "models" / "xar.py").is_file():
-        raise UsageError(f"{folder} is no checkout of the published code: there is no models/xar.py")
+        raise UsageError(f"{folder} is not a checkout of the published code: it has no models/xar.py")
     stand_ins: dict[str, types.ModuleType] = {}
-    if importlib.util.find_spec("flash_attn") is None:  # which it names, and never calls
+    if importlib.util.find_spec("flash_attn") is None:  # it imports the name but never calls it
         absent = types.ModuleType("flash_attn")
         absent.flash_attn_func = None  # type: ignore[attr-defined]
         stand_ins["flash_attn"] = absent
@@ -89,7 +90,7 @@ def _import(folder: Path) -> Any:
     sys.modules.update(stand_ins)
     try:
         return importlib.import_module("models.xar")
-    except Exception as error:  # somebody else's file, of any state
+    except Exception as error:  # not our file: anything may be wrong with it
         raise UsageError(f"{folder} cannot be imported: {error}") from None
     finally:
         sys.path.remove(str(folder))

@@ -1,4 +1,4 @@
-"""A measurement that is kept: its numbers, the machine and the command, as JSON; beside another of the same settings."""
+"""A benchmark record as JSON: numbers, machine and command; and its comparison with another of the same settings."""
 
 import dataclasses
 import datetime
@@ -18,28 +18,31 @@ from xar_scale.config import validated
 from xar_scale.errors import UsageError, XarScaleError
 
 OURS, BASELINE, PUBLISHED = "ours", "baseline", "published"
-SLOWER = 1.15  # than in an earlier record, beside the same baseline
+SLOWER = 1.15  # slowdown against an earlier record, relative to the baseline, that is an error
 
 
 class SlowerError(XarScaleError):
-    """It became slower."""
+    """Slower than in the earlier record."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """``seconds`` of each case, whose turns went round: the first ones of all are neighbours in time. ``images`` are what one
-    turn trains on or makes, ``flops`` what it takes of ours in matrix products, without recomputation."""
+    """One measurement.
+
+    ``seconds``: for each case the time of each turn. Cases take turns: entries i of all cases were measured in a row.
+    ``images``: trained on or generated in a turn. ``flops``: of our matrix products in a turn, without recomputation.
+    """
 
     what: str
     settings: dict[str, Any]
     images: int
     seconds: dict[str, list[float]]
     flops: float | None = None
-    peak: float | None = None  # operations a second that matrix products reach here, or that the GPU's data sheet says
-    memory_gb: float | None = None  # the most that ours held, weights and moments included
-    data_wait_s: float | None = None  # a turn
-    communication_s: float | None = None  # a turn; of that, beside computation:
-    hidden_s: float | None = None
+    peak: float | None = None  # FLOP/s: from the GPU's data sheet, or measured with a large matrix product
+    memory_gb: float | None = None  # our peak, with weights and moments
+    data_wait_s: float | None = None  # per turn
+    communication_s: float | None = None  # per turn
+    hidden_s: float | None = None  # part of communication_s that overlaps with compute
     machine: str = field(default_factory=lambda: _machine())
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
     command: str = field(default_factory=lambda: _command())
@@ -48,17 +51,17 @@ class Record:
         return statistics.median(self.seconds[case])
 
     def spread(self, case: str) -> float:
-        """Largest less smallest, as a share of the median."""
+        """(largest - smallest) / median."""
         return (max(self.seconds[case]) - min(self.seconds[case])) / self.median(case)
 
-    def times(self, case: str) -> float:
-        """How many times as long ``case`` takes as ours: the median of neighbours' ratios."""
+    def speedup(self, case: str) -> float:
+        """How many times as long ``case`` takes as ours: the median of the ratios of each turn."""
         return statistics.median(self._ratios(case))
 
     def scatter(self, case: str) -> float:
-        """Of neighbours' ratios, the largest less the smallest, as a share of ``times``."""
+        """(largest - smallest) ratio of the turns, as a share of ``speedup``."""
         ratios = self._ratios(case)
-        return (max(ratios) - min(ratios)) / self.times(case)
+        return (max(ratios) - min(ratios)) / self.speedup(case)
 
     def _ratios(self, case: str) -> list[float]:
         return [theirs / ours for theirs, ours in zip(self.seconds[case], self.seconds[OURS], strict=True)]
@@ -72,7 +75,7 @@ class Record:
 
 
 def read_record(path: Path) -> Record:
-    """Raises UsageError where it cannot be read, or is none."""
+    """Raises UsageError if the file cannot be read or is not a record."""
     try:
         values = json.loads(path.read_text())
     except OSError as error:
@@ -80,31 +83,33 @@ def read_record(path: Path) -> Record:
     except ValueError:
         raise UsageError(f"{path} is not JSON") from None
     if not isinstance(values, dict):
-        raise UsageError(f"{path} holds a {type(values).__name__}, and no record")
+        raise UsageError(f"{path} holds a {type(values).__name__}, not a record")
     record = validated(Record, values, UsageError, where=f"{path}: ")
     lengths = {len(taken) for taken in record.seconds.values()}
     if not {OURS, BASELINE} <= {*record.seconds} or len(lengths) > 1 or 0 in lengths:
-        raise UsageError(f"{path}: seconds hold {OURS} and {BASELINE}, as many of each case and at least one")
+        raise UsageError(
+            f"{path}: seconds must have {OURS} and {BASELINE}, with the same number of turns for each case and at least one"
+        )
     return record
 
 
 def check_same_work(what: str, settings: dict[str, Any], before: Record) -> None:
-    """Raises UsageError that names the first setting in which ``before`` is another."""
+    """Raises UsageError that names the first setting that differs in ``before``."""
     here, there = {"what": what} | settings, {"what": before.what} | before.settings
     for key in [*here, *there]:
         if here.get(key) != there.get(key):
-            values = f"{key} is {here.get(key)!r}, in the record compared with {there.get(key)!r}"
-            raise UsageError(f"{values}: not the same work")
+            values = f"{key} is {here.get(key)!r}, but {there.get(key)!r} in the record to compare with"
+            raise UsageError(f"not the same work: {values}")
 
 
 def compare(now: Record, before: Record) -> str:
-    """What became of the time beside the baseline's. Raises SlowerError where it is more than SLOWER times as long, UsageError
-    where the two records are not of the same work."""
+    """Describe the change in time relative to the baseline. Raises SlowerError if it grew by more than a factor of SLOWER,
+    UsageError if the records are not of the same work."""
     check_same_work(now.what, now.settings, before)
-    share, earlier = 1 / now.times(BASELINE), 1 / before.times(BASELINE)
-    said = f"{share:.2f} of the baseline's time, {earlier:.2f} in the record of {before.date}: {share / earlier - 1:+.0%}"
+    share, earlier = 1 / now.speedup(BASELINE), 1 / before.speedup(BASELINE)
+    said = f"{share:.2f} of the baseline's time, was {earlier:.2f} on {before.date}: {share / earlier - 1:+.0%}"
     if (scatter := max(now.scatter(BASELINE), before.scatter(BASELINE))) > SLOWER - 1:
-        said += f" (single turns differ by {scatter:.0%})"
+        said += f" (turns differ by {scatter:.0%})"
     if share > SLOWER * earlier:
         raise SlowerError(f"{now.what} became slower by more than {SLOWER - 1:.0%}: {said}")
     return said
@@ -130,19 +135,19 @@ def _cpu() -> str:
 
 
 def markdown(record: Record) -> str:
-    """A table of the cases, and the rest in a line."""
-    lines = ["| | ms, median | spread | images/s | beside ours |", "| --- | --- | --- | --- | --- |"]
+    """Return a table of the cases, and a line with the rest."""
+    lines = ["| | ms, median | spread | images/s | time / ours |", "| --- | --- | --- | --- | --- |"]
     for case in record.seconds:
         images = "" if case == BASELINE else f"{record.images / record.median(case):.4g}"
-        cells = f"{record.median(case) * 1e3:.4g} | {record.spread(case):.0%} | {images} | {record.times(case):.2f}"
+        cells = f"{record.median(case) * 1e3:.4g} | {record.spread(case):.0%} | {images} | {record.speedup(case):.2f}"
         lines.append(f"| {case} | {cells} |")
     rest = {
         "MFU": None if record.mfu is None else f"{record.mfu:.0%} of {record.peak or 0:.3g} FLOP/s",
         "memory": None if record.memory_gb is None else f"{record.memory_gb:.2f} GB",
-        "waits for data": None if record.data_wait_s is None else f"{record.data_wait_s * 1e3:.2f} ms",
+        "data wait": None if record.data_wait_s is None else f"{record.data_wait_s * 1e3:.2f} ms",
         "communication": None
         if record.communication_s is None
-        else f"{record.communication_s * 1e3:.1f} ms, {(record.hidden_s or 0) * 1e3:.1f} of them beside computation",
+        else f"{record.communication_s * 1e3:.1f} ms, {(record.hidden_s or 0) * 1e3:.1f} ms of it overlapped",
     }
     lines += ["", "; ".join(f"{name}: {value}" for name, value in rest.items() if value is not None)]
     return "\n".join(lines)

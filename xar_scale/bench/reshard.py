@@ -1,4 +1,4 @@
-"""What turning a checkpoint of a model's size into another format takes: seconds, and memory of the process."""
+"""Time and memory of converting a checkpoint of a model's size to other formats."""
 
 import argparse
 import os
@@ -19,29 +19,34 @@ from xar_scale.presets import model_values, recipe
 
 STDOUT = 1
 ZEROS = "xar-scale"
-# a folder, the format that it becomes, and the folder of that
-WAYS = [(ZEROS, "safetensors", "a"), (ZEROS, "pth", "b"), (ZEROS, "universal", "universal"), ("universal", "xar-scale", "c")]
+# source folder, target format, target folder
+CONVERSIONS = [
+    (ZEROS, "safetensors", "a"),
+    (ZEROS, "pth", "b"),
+    (ZEROS, "universal", "universal"),
+    ("universal", "xar-scale", "c"),
+]
 
 
 def bench_reshard(options: argparse.Namespace) -> None:
-    """Each way in a process of its own. The first source is zeros, holes in files; what it becomes is written in full."""
+    """Run each conversion in its own process. The first source is a sparse file of zeros; outputs are written in full."""
     options.data.mkdir(parents=True, exist_ok=True)
     size = _zeros(options.model, options.data / ZEROS)
-    print(f"{options.model}, weights, averages and moments: {size / 1e9:.2f} GB\n")
+    print(f"{options.model}, weights, EMA and moments: {size / 1e9:.2f} GB\n")
     print("| from | to | GB written | seconds | peak memory, MiB |\n| --- | --- | --- | --- | --- |")
-    for source, target, name in WAYS:
+    for source, target, name in CONVERSIONS:
         destination = options.data / name
         seconds, peak = _measured("tools/reshard.py", str(options.data / source), str(destination), "--to", target)
         written = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
         print(f"| {source} | {target} | {written / 1e9:.2f} | {seconds:.1f} | {peak / 1024:.0f} |", flush=True)
-        if name not in {source for source, _, _ in WAYS}:
+        if name not in {source for source, _, _ in CONVERSIONS}:
             shutil.rmtree(destination)
-    for name in {source for source, _, _ in WAYS}:
+    for name in {source for source, _, _ in CONVERSIONS}:
         shutil.rmtree(options.data / name)
 
 
 def _zeros(model: str, folder: Path) -> int:
-    """A checkpoint of ours in one file that takes no room; returns its size in bytes."""
+    """Write a checkpoint of ours as one sparse file; return its size in bytes."""
     values = {**model_values(model), "grid": [16, 16], "channels": 16, "classes": 1000}
     config = Config.from_dict(merge(recipe("digits"), {"model": values}))
     shapes = {name: parameter.shape for name, parameter in meta_model(config.model).named_parameters()}
@@ -58,11 +63,11 @@ def _zeros(model: str, folder: Path) -> int:
 
 
 def _measured(*words: str) -> tuple[float, int]:
-    """Seconds, and the largest resident set in KiB, of a program and nothing else."""
+    """Run a program; return its seconds and its peak resident set in KiB."""
     begun = time.perf_counter()
     quiet = [(os.POSIX_SPAWN_OPEN, STDOUT, os.devnull, os.O_WRONLY, 0)]
     child = os.posix_spawn(sys.executable, [sys.executable, *words], os.environ, file_actions=quiet)
     _, status, usage = os.wait4(child, 0)
     if code := os.waitstatus_to_exitcode(status):
-        raise DataError(f"{' '.join(words)} ended with code {code}")
+        raise DataError(f"{' '.join(words)} exited with code {code}")
     return time.perf_counter() - begun, usage.ru_maxrss

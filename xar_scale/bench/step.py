@@ -1,4 +1,4 @@
-"""A training step, and sampling: beside a fixed baseline of PyTorch's own, and beside the published code."""
+"""A training step and sampling, against a fixed baseline of PyTorch layers and against the published code."""
 
 import argparse
 import gc
@@ -35,11 +35,11 @@ from xar_scale.startup import open_data
 BASELINE_LAYERS = 2
 PUBLISHED_GRID = 16
 CHANNELS, CLASSES = 16, 1000  # of the recipe, which are the published code's
-SQUARE = 4096  # rows of the matrices whose product says what this machine reaches
+SQUARE = 4096  # size of the matrix product that measures the machine's peak
 
 
 def bench_step(options: argparse.Namespace) -> None:
-    """Batches of synthetic data through the loader, forward, backward, what engine and guard decide, optimizer, averages."""
+    """Time a training step: synthetic data through the loader, forward, backward, the guard's verdict, optimizer, EMA."""
     device = dist.local_device()
     if options.engine != "single":
         dist.init(device)
@@ -56,14 +56,14 @@ def bench_step(options: argparse.Namespace) -> None:
     kernels = model.use_kernels(config.kernels, device, compute, training=True)
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     before = _memory(device, reset=True)
-    engine = create_engine(model, _quick_weights(model, device), config, device)
-    averages = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
+    engine = create_engine(model, _random_weights(model, device), config, device)
+    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     feed = Feed(dataset, config.train, device)
     feed.seek(0)
 
     def ours() -> None:
         engine.step(1e-4, engine.attempt(0, feed.take()))
-        averages.update(1)
+        ema.update(1)
 
     for _ in range(WARM_UP + 1):
         ours()
@@ -95,7 +95,7 @@ def bench_step(options: argparse.Namespace) -> None:
 
 
 def bench_sample(options: argparse.Namespace) -> None:
-    """Latents, of as many images as ``--batch``, by the published sampler with guidance."""
+    """Time sampling latents of ``--batch`` images with the published sampler and guidance."""
     if dist.world() > 1:
         raise UsageError(f"sampling is timed in one process, not {dist.world()}")
     device = dist.local_device()
@@ -107,7 +107,7 @@ def bench_sample(options: argparse.Namespace) -> None:
     published, apart = _published(options, device, lambda: _published_sampling(options, labels, device))
     before = _memory(device, reset=True)
     model = meta_model(_config(options).model).eval()
-    for weight in _quick_weights(model, device):
+    for weight in _random_weights(model, device):
         weight.place(device)
     kernels = model.use_kernels(_config(options).kernels, device, compute, training=False)
     prepare(model, device, compute, compiled=options.compile)
@@ -133,8 +133,8 @@ Works = dict[str, Callable[[], Any]]
 def _published(
     options: argparse.Namespace, device: torch.device, make: Callable[[], Callable[[], Any]]
 ) -> tuple[Works, dict[str, list[float]]]:
-    """The published code's work, to take turns with ours; or the seconds it took, on a GPU, whose memory may not suffice for
-    both."""
+    """Return the published code's work, to take turns with ours. On a GPU, whose memory may not suffice for both, time it now
+    and return its seconds instead."""
     if not options.reference:
         return {}, {}
     works = {PUBLISHED: make()}
@@ -158,8 +158,8 @@ def _published_sampling(options: argparse.Namespace, labels: list[int], device: 
     return lambda: published.sample(labels, options.steps, options.guidance, MODES[options.precision].compute)
 
 
-def _quick_weights(model: XAR, device: torch.device) -> Iterator[Weight]:
-    """Matrices drawn on the device: on one core a billion numbers take a quarter of a minute."""
+def _random_weights(model: XAR, device: torch.device) -> Iterator[Weight]:
+    """Yield initial weights with matrices drawn on the device: one core takes a quarter of a minute for a billion numbers."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
 
     def drawn(name: str) -> Tensor | None:
@@ -169,12 +169,12 @@ def _quick_weights(model: XAR, device: torch.device) -> Iterator[Weight]:
 
 
 def _earlier(options: argparse.Namespace, what: str, settings: dict[str, Any]) -> Record | None:
-    """The record to compare with, read and found to be of the same work before minutes of it, and before --json writes to the
-    same file; whether what is written can be is known by then too."""
+    """Check the options and output folders, and return the record to compare with. It is read before the minutes of work, and
+    before --json may overwrite the same file. Raises UsageError if it is not of the same work."""
     for file in filter(None, (options.json, getattr(options, "trace", None))):
         make_folder(file.parent)
     if options.repeats < 1:
-        raise UsageError("--repeats is at least 1")
+        raise UsageError("--repeats must be at least 1")
     if options.reference and dist.world() > 1:
         raise UsageError(f"--reference is timed in one process, not {dist.world()}")
     if options.reference and options.grid != PUBLISHED_GRID:
@@ -189,7 +189,7 @@ def _earlier(options: argparse.Namespace, what: str, settings: dict[str, Any]) -
 
 
 def _config(options: argparse.Namespace) -> Config:
-    """imagenet256_h's, of the model and sizes asked for, on synthetic latents."""
+    """Return imagenet256_h's config with the requested model and sizes, on synthetic latents."""
     kernels: dict[str, Any] = {}
     train: dict[str, Any] = {"global_batch": dist.world() * options.batch, "precision": options.precision}
     model = {**model_values(options.model), "grid": [options.grid] * 2}
@@ -197,14 +197,14 @@ def _config(options: argparse.Namespace) -> Config:
         train |= {"engine": options.engine, "recompute": options.recompute, "ds_config": options.ds_config}
         model["dropout"] = options.dropout
         kernels = {"attention": options.attention, "compile": options.compile}
-    workers = 4 if dist.local_device().type == "cuda" else 0  # on a CPU they would take what computes
+    workers = 4 if dist.local_device().type == "cuda" else 0  # on a CPU they would compete with compute
     data = {"path": "synthetic:4096", "lanes": 1, "workers": workers}
     changes = {"model": model, "train": train, "kernels": kernels, "data": data}
     return Config.from_dict(merge(recipe("imagenet256_h"), changes))
 
 
 def _settings(options: argparse.Namespace, *more: str) -> dict[str, Any]:
-    """What another record must agree in."""
+    """Return the settings that a comparable record must share."""
     named = {name: getattr(options, name) for name in ("model", "grid", "batch", "precision", *more)}
     device = dist.local_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -220,8 +220,8 @@ def _show(record: Record, options: argparse.Namespace, earlier: Record | None) -
 
 
 def _baseline(options: argparse.Namespace, device: torch.device, *, train: bool) -> Callable[[], None]:
-    """PyTorch's own encoder of the model's width and heads, of two layers, on as many tokens: it stays as it is, whatever
-    becomes of ours, and is slowed down by what slows the machine."""
+    """Return work of PyTorch's own encoder with the model's width, heads and tokens, and two layers. It does not change with
+    our code, and slows down with the machine."""
     sizes, compute = model_values(options.model), MODES[options.precision].compute
     width = sizes["width"]
     layer = nn.TransformerEncoderLayer(width, sizes["heads"], 4 * width, dropout=0.0, batch_first=True, norm_first=True)
@@ -231,7 +231,7 @@ def _baseline(options: argparse.Namespace, device: torch.device, *, train: bool)
 
     def work() -> None:
         with torch.autocast(device.type, dtype=compute, enabled=compute is not FP32), torch.set_grad_enabled(train):
-            y = network(x)  # in training mode always: otherwise another kernel
+            y = network(x)  # always in training mode: evaluation would use another kernel
         if train:
             F.mse_loss(y.float(), x).backward()
             optimizer.step()
@@ -241,7 +241,7 @@ def _baseline(options: argparse.Namespace, device: torch.device, *, train: bool)
 
 
 def _peak(device: torch.device, precision: str) -> float:
-    """Of the GPU's data sheet; of a CPU, or a GPU that is in no table, what a large product reaches here."""
+    """Peak FLOP/s: the GPU's data sheet; for a CPU or an unknown GPU, what a large matrix product reaches here."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device).lower()
         if known := next((gpu for key, gpu in GPUS.items() if key in name and not {"pcie", "nvl"} & {*name.split()}), None):
@@ -262,10 +262,10 @@ def _memory(device: torch.device, reset: bool = False) -> float:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What both commands take."""
+    """Add the options of both commands."""
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--reference", type=Path, help="a checkout of the published code, to be timed in turns with ours")
-    parser.add_argument("--json", type=Path, help="a file for the record")
+    parser.add_argument("--reference", type=Path, help="checkout of the published code, timed in turns with ours")
+    parser.add_argument("--json", type=Path, help="file for the record")
     parser.add_argument(
-        "--compare", type=Path, help="a record: ends with code 1 if ours takes 15 %% more of the baseline's time"
+        "--compare", type=Path, help="a record; exit with code 1 if our time relative to the baseline grew by more than 15 %%"
     )

@@ -1,4 +1,4 @@
-"""Time of some work on a device."""
+"""Timing of work on a device."""
 
 import statistics
 import time
@@ -11,13 +11,13 @@ WARM_UP, REPEATS = 2, 5
 
 
 def median_ms(work: Callable[[], Any], device: torch.device) -> float:
-    """Of several times, after some that do not count."""
+    """Return the median of REPEATS runs after WARM_UP runs."""
     return 1e3 * statistics.median(in_turns({"work": work}, device)["work"])
 
 
 def in_turns(works: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int = REPEATS) -> dict[str, list[float]]:
-    """Seconds of each work, ``repeats`` times, after some that do not count. They take turns: what slows the machine down for a
-    while slows all of them."""
+    """Return the seconds of each work, ``repeats`` times after WARM_UP runs. The works take turns, so that a temporary slowdown
+    of the machine affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(WARM_UP + repeats):
         for name, work in works.items():

@@ -1,4 +1,4 @@
-"""What a profile of some work shows: the operations that take longest, and how much communication runs beside computation."""
+"""A profile of some work: the longest operations, and how much communication overlaps with compute."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ Span = tuple[int, int]  # nanoseconds: begin, end
 
 
 class Trace(NamedTuple):
-    """``top``: name, milliseconds of its own, calls. Seconds in which something is sent, and of those beside computation."""
+    """``top``: name, self time in ms, calls. Seconds of communication, and the part of them that overlaps with compute."""
 
     top: list[tuple[str, float, int]]
     communication_s: float
@@ -21,7 +21,7 @@ class Trace(NamedTuple):
 
 
 def trace(work: Callable[[], Any], device: torch.device, save: Path | None = None) -> Trace:
-    """Of one call. On a GPU of its kernels; without one of PyTorch's operations in this process, and gloo's."""
+    """Profile one call: on a GPU its kernels, otherwise PyTorch's and gloo's operations in this process."""
     cuda = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as seen:
         work()
@@ -30,12 +30,14 @@ def trace(work: Callable[[], Any], device: torch.device, save: Path | None = Non
     if save is not None:
         seen.export_chrome_trace(str(save))
     kind = DeviceType.CUDA if cuda else DeviceType.CPU
-    # annotations of what takes place, on a GPU too, are no kernels; gloo's are all that is seen of it
+    # user annotations are not kernels, on a GPU either; gloo's collectives appear only as annotations
     every = [event for event in seen.profiler.kineto_results.events() if event.device_type() == kind]
     events = [event for event in every if event.name().startswith("gloo:") or not event.is_user_annotation()]
     spans = [(event.name(), (event.start_ns(), event.start_ns() + event.duration_ns())) for event in events]
     sent = [span for name, span in spans if name.startswith(("nccl", "gloo:"))]
-    sending = {event.start_thread_id() for event in events if event.name().startswith("gloo:")}  # they copy, too
+    sending = {
+        event.start_thread_id() for event in events if event.name().startswith("gloo:")
+    }  # threads of gloo, which also copy
     apart = zip(events, spans, strict=True)
     computed = [
         span
@@ -46,21 +48,21 @@ def trace(work: Callable[[], Any], device: torch.device, save: Path | None = Non
     own = {row.key: (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e3 for row in rows}
     counts = {row.key: row.count for row in rows}
     top = [(name, own[name], counts[name]) for name in sorted(own, key=own.__getitem__, reverse=True)[:TOP]]
-    return Trace(top, length(sent) / 1e9, both(sent, computed) / 1e9)
+    return Trace(top, union_length(sent) / 1e9, overlap_length(sent, computed) / 1e9)
 
 
 def _moves(name: str) -> bool:
     return name.startswith(("nccl", "gloo:", "Memcpy", "Memset"))
 
 
-def length(spans: Sequence[Span]) -> int:
-    """Of their union."""
+def union_length(spans: Sequence[Span]) -> int:
+    """Length of the union of ``spans``."""
     return sum(end - begin for begin, end in _merged(spans))
 
 
-def both(left: Sequence[Span], right: Sequence[Span]) -> int:
-    """The time that lies in both unions."""
-    return length(left) + length(right) - length([*left, *right])
+def overlap_length(left: Sequence[Span], right: Sequence[Span]) -> int:
+    """Length of the intersection of the two unions."""
+    return union_length(left) + union_length(right) - union_length([*left, *right])
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:

@@ -1,1 +1,1 @@
-"""Memory of a rank, reckoned before it is taken: of a pass, of all that a step needs, and what a fallback does about it."""
+"""Estimated memory of a rank: of a forward and backward pass, of a whole step, and after the guard's fallback to TF32."""

@@ -1,4 +1,4 @@
-"""A pass on tensors without memory: what it would keep, and the most that it would take."""
+"""A forward and backward pass on fake tensors: the bytes it would save for backward, and its peak memory."""
 
 import weakref
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from xar_scale.precision import FP32, MODES
 
 
 class PassMemory(NamedTuple):
-    """Bytes on the device, beside weights and their gradients: what the forward pass leaves for the backward pass, and the most
-    at any moment of each of the two."""
+    """Bytes on the device, without weights and their gradients: what the forward pass saves for the backward pass, and the peak
+    of each of the two."""
 
     saved: int
     forward: int
@@ -38,8 +38,8 @@ class PassMemory(NamedTuple):
         return max(self.forward, self.backward)
 
 
-class _Living(TorchDispatchMode):
-    """Follows the storages that operations make on ``device``: ``bytes`` of those alive, the ``peak`` of that."""
+class _LiveStorages(TorchDispatchMode):
+    """Tracks storages that operations allocate on ``device``: ``bytes`` of the live ones, and their ``peak``."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -71,14 +71,14 @@ class _Living(TorchDispatchMode):
 
 
 class _FusedKernels(TorchFunctionMode):
-    """What a GPU's kernels keep for the backward pass, on CPU tensors: of attention its inputs, output and a number a row, of
-    dropout a byte an element."""
+    """Makes CPU tensors save what a GPU's kernels save for backward: of attention the inputs, the output and one number per
+    row; of dropout one byte per element."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is F.scaled_dot_product_attention:
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else args[0].dtype
-            return _FLASH(*(tensor.to(dtype) for tensor in args), dropout_p=kwargs["dropout_p"])[0]  # a mask is little
+            return _FLASH(*(tensor.to(dtype) for tensor in args), dropout_p=kwargs["dropout_p"])[0]  # a mask is small
         if function is F.dropout:
             x, share = args[0], kwargs["p"]
             return torch.native_dropout(x, share, True)[0] if share else x
@@ -89,29 +89,31 @@ _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -> PassMemory:
-    """Of one pass of ``samples`` in precision ``mode``: the network's own, forward and backward, on tensors without memory.
+    """Return the memory of one micro-batch of ``samples`` in precision ``mode``, by running the network on fake tensors.
 
-    Gradients of weights are let go of as they come. Copies of weights that autocast makes and keeps count, except with engines
-    that gather weights in 16 bits already. FlexAttention and apex, which take no such tensors, are stood for by what keeps as
-    much: attention by entities, and PyTorch's norm. Where ``device`` is a GPU and there is none, whose backward pass even such
-    tensors need, a CPU's stand for them, with what a GPU's kernels keep, and one masked call for this project's own attention.
-    They always do where blocks are compiled: AOTAutograd, which cuts the graphs, cuts the same ones.
+    - Gradients of weights are freed as they appear. Copies of weights that autocast makes and keeps count, except with engines
+      that already gather weights in 16 bits.
+    - FlexAttention and apex do not accept fake tensors. Code that saves as much replaces them: prefix attention, and PyTorch's
+      norm.
+    - A backward pass on fake CUDA tensors needs a GPU. If ``device`` is a GPU and there is none, CPU tensors emulate it: they
+      save what a GPU's kernels save, with one masked call in place of this project's attention kernel.
+    - Compiled blocks are always emulated on CPU tensors: AOTAutograd partitions the graphs in the same way.
     """
     precision = MODES[mode]
     model = meta_model(config.model)
     layout = model.layout
-    # "selective" has both keep products and attention
+    # with "selective" eager and compiled blocks both save matrix products and attention
     compiled = config.kernels.compile and config.train.recompute != "selective"
-    stands = device.type == "cuda" and (compiled or not torch.cuda.is_available())
+    emulated = device.type == "cuda" and (compiled or not torch.cuda.is_available())
     attention = config.kernels.attention
     if attention == "flex":
         attention = "prefix"
-    elif stands and attention in ("auto", "flash"):
+    elif emulated and attention in ("auto", "flash"):
         attention = "masked"
     kernels = replace(config.kernels, attention=attention, library="torch")
     model.use_kernels(kernels, device, precision.compute, training=True)
     inputs: list[int] = []
-    if stands:
+    if emulated:
         device = torch.device("cpu")
         for block in model.blocks:
             block.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0].nbytes))
@@ -119,23 +121,23 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
     graph = None
     if compiled:
         shallow = replace(config.model, depth_encoder=1, depth_decoder=1)
-        graph = _known_graph(shallow, kernels, mode, samples, config.train.engine, stands)
+        graph = _cached_graph(shallow, kernels, mode, samples, config.train.engine, emulated)
         for block in model.blocks:
             block.forward = partial(graph, block)  # type: ignore[method-assign]
-    elif stands:
+    elif emulated:
         for block in model.blocks:
             block.forward = partial(_as_on_a_gpu, block.forward)  # type: ignore[method-assign]
     apply_recompute(model.blocks, config.train.recompute)
-    layout.on(device)  # real, and made here: their making reads values
-    # DeepSpeed gathers the weights of Linear layers in 16 bits, FSDP2 those of blocks
+    layout.on(device)  # real tensors, made outside the fake mode: making them reads values
+    # DeepSpeed gathers the weights of all Linear layers in 16 bits, FSDP2 those of blocks
     sources = model.blocks if config.train.engine == "fsdp2" else [model]
     lowered = {layer for source in sources for layer in source.modules() if isinstance(layer, nn.Linear)}
-    living = _Living(device)
+    living = _LiveStorages(device)
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         for weight in blank_weights(model):
             cast = weight.value.to(gathered) if weight.module in lowered else weight.value
-            weight._replace(value=cast).place(device).register_post_accumulate_grad_hook(_let_go)
+            weight._replace(value=cast).place(device).register_post_accumulate_grad_hook(_free_gradient)
         latents = torch.zeros(samples, config.model.channels, *layout.grid, device=device)
         noise = torch.zeros(samples, layout.tokens, config.model.channels, device=device)
         t = torch.zeros(samples, layout.entities, device=device)
@@ -156,7 +158,7 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
         living.peak = saved
         loss.backward()
     backward = living.peak
-    if stands and config.train.recompute == "offload":  # all but the one at work on are in the host's memory
+    if emulated and config.train.recompute == "offload":  # all block inputs but the current one are in host memory
         gone = sum(inputs) - max(inputs)
         return PassMemory(saved - sum(inputs), most - gone, backward - gone)
     return PassMemory(saved, most, backward)
@@ -168,15 +170,15 @@ def _as_on_a_gpu(forward: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class _Graph:
-    """A block as torch.compile has it, but for its kernels: (a block, its arguments) -> its output.
+    """A block with torch.compile's graphs but not its kernels: (block, arguments) -> output.
 
-    What the forward graph leaves for the backward graph is Inductor's own choice; what is alive inside of one is more than
-    Inductor's fused kernels would have. It is made when it is first called, which takes seconds, for what it is called with
-    then: ``samples``, and weights as ``engine`` has them.
+    Inductor's partitioner decides what the forward graph saves for the backward graph. Inside a graph more is live than with
+    Inductor's fused kernels. The first call traces the graph, which takes seconds, for its arguments: ``samples``, and weights
+    as ``engine`` has them.
     """
 
     def __init__(self, config: ModelConfig, kernels: KernelConfig, mode: str, samples: int, engine: str, gpu: bool) -> None:
-        # a second, for which each process would wait
+        # imported here because it takes a second in each process
         from functorch.compile import aot_function, make_boxed_func  # type: ignore[import-untyped]
         from functorch.compile import min_cut_rematerialization_partition as cut
         from torch._inductor.decomposition import select_decomp_table
@@ -202,23 +204,24 @@ class _Graph:
         return self._call([*block.parameters()], *arguments)
 
 
-_known_graph = cache(_Graph)
+_cached_graph = cache(_Graph)
 
 
-def _let_go(parameter: Tensor) -> None:
+def _free_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-Passes = Callable[[Config, str, int, torch.device], PassMemory]
+PassEstimator = Callable[[Config, str, int, torch.device], PassMemory]
 SHALLOW, DEEPER = 2, 3  # blocks, of which the decoder has one
 
 
 @cache
-def extrapolated_passes() -> Passes:
-    """``pass_memory`` of any depth and number of samples, from shallow ones of the powers of 8 around it, that are kept.
+def pass_estimator() -> PassEstimator:
+    """Return an estimator of ``pass_memory`` for any depth and number of samples. It measures networks of SHALLOW and DEEPER
+    blocks at the powers of 8 around the number of samples, and caches the results.
 
-    Bytes of the forward pass grow evenly with blocks, and so do those of the backward pass. In samples each is the largest of
-    sums that grow evenly: between two sizes it lies below the line of theirs, and beyond them it may lie above.
+    Bytes are linear in the number of blocks. In samples they are a maximum of linear functions, thus convex: between two
+    measured sizes they lie on or below the connecting line, beyond them possibly above it.
     """
     known: dict[Any, PassMemory] = {}
 
@@ -230,20 +233,20 @@ def extrapolated_passes() -> Passes:
             known[key] = pass_memory(replace(config, model=model), mode, samples, device)
         return known[key]
 
-    def passes(config: Config, mode: str, samples: int, device: torch.device) -> PassMemory:
-        few = 8 ** ((samples.bit_length() - 1) // 3)  # the largest power of 8 that is no more
+    def estimate(config: Config, mode: str, samples: int, device: torch.device) -> PassMemory:
+        few = 8 ** ((samples.bit_length() - 1) // 3)  # the largest power of 8 up to samples
         share = (samples - few) / (7 * few)
         deep = (config.model.depth_encoder + config.model.depth_decoder - SHALLOW) / (DEEPER - SHALLOW)
 
         def at(size: int) -> list[float]:
             pairs = zip(*(measured(config, mode, size, device, depth) for depth in (SHALLOW, DEEPER)), strict=True)
-            return [line(shallow, deeper, deep) for shallow, deeper in pairs]
+            return [_linear(shallow, deeper, deep) for shallow, deeper in pairs]
 
         ends = zip(at(few), at(8 * few) if share else at(few), strict=True)
-        return PassMemory(*(round(line(low, high, share)) for low, high in ends))
+        return PassMemory(*(round(_linear(low, high, share)) for low, high in ends))
 
-    return passes
+    return estimate
 
 
-def line(low: float, high: float, share: float) -> float:
+def _linear(low: float, high: float, share: float) -> float:
     return low + (high - low) * share

@@ -1,1 +1,1 @@
-"""What a run takes before it starts: memory, time and cost of the ways to run it, and the cheapest that fits."""
+"""Planning before a run starts: memory, time and cost of the candidate configurations, and the cheapest that fits."""

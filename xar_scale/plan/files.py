@@ -9,22 +9,24 @@ from xar_scale.config import Config
 from xar_scale.errors import UsageError
 from xar_scale.files import make_folder, write_atomically
 from xar_scale.memory.rank import Weights
-from xar_scale.plan.search import Way, bucket
+from xar_scale.plan.search import Candidate, bucket
 
 CONFIG, SETTINGS = "config.yaml", "ds_config.json"
 
 
 def prepare(folder: Path) -> None:
-    """Make it, before the work: that it cannot be is known then. Raises UsageError where it holds what is not a plan's, OSError
-    where nothing can be written."""
+    """Create ``folder`` before the search, so that an unusable one is reported at once.
+
+    Raises UsageError if it holds files that no plan writes, OSError if it cannot be written.
+    """
     if foreign := sorted({path.name for path in folder.glob("*")} - {CONFIG, SETTINGS}):
-        raise UsageError(f"{folder} holds {foreign[0]}, which is not a plan's: name another --out")
+        raise UsageError(f"{folder} holds {foreign[0]}, which no plan writes: choose another --out")
     make_folder(folder)
 
 
-def write(way: Way, weights: Weights, folder: Path) -> list[Path]:
-    """Into a folder that is prepared, over an earlier plan."""
-    config, written = way.config, {}
+def write(candidate: Candidate, weights: Weights, folder: Path) -> list[Path]:
+    """Write the plan into a prepared folder, replacing an earlier plan, and return the paths."""
+    config, written = candidate.config, {}
     if config.train.engine == "deepspeed":
         config = with_settings(config, folder / SETTINGS)
         written[folder / SETTINGS] = json.dumps(settings(weights), indent=2) + "\n"
@@ -41,8 +43,8 @@ def with_settings(config: Config, path: Path) -> Config:
 
 
 def settings(weights: Weights) -> dict[str, Any]:
-    """DeepSpeed's. Buckets of a block, so that one block's weights are gathered and another's gradients reduced while a third
-    is at work; biases and norms, which are small, stay gathered."""
+    """Return the DeepSpeed settings. Buckets have the size of a block, so that one block's weights are gathered and another's
+    gradients reduced while a third computes; biases and norms are small and stay gathered."""
     size = bucket(weights)
     zero = {
         "stage": 3,

@@ -1,4 +1,4 @@
-"""One table of GPUs, and what is assumed of the machines around them."""
+"""A table of GPUs, and the assumptions about the machines around them."""
 
 from typing import NamedTuple
 
@@ -6,19 +6,19 @@ from xar_scale.errors import UsageError
 
 
 class GPU(NamedTuple):
-    """Peaks of the vendor's data sheet (SXM, without sparsity); bandwidths in one direction. Bytes, operations a second."""
+    """Data-sheet peaks (SXM, without sparsity), bandwidths in one direction. Units: bytes, bytes and operations per second."""
 
     memory: float
     bf16: float
     tf32: float
-    fp32: float  # of no tensor core
+    fp32: float  # not on tensor cores
     memory_bandwidth: float
     nvlink: float
-    host: float  # PCIe or NVLink-C2C
-    network: float  # of its own adapter
+    host_link: float  # PCIe or NVLink-C2C
+    network: float  # its own network adapter
 
     def peak(self, mode: str) -> float:
-        """Of matrix products; fp16's is bf16's."""
+        """Peak of matrix products in precision ``mode``; fp16 has that of bf16."""
         return {"bf16": self.bf16, "fp16": self.bf16, "tf32": self.tf32, "fp32": self.fp32}[mode]
 
 
@@ -32,18 +32,18 @@ GPUS = {
 
 
 class Machines(NamedTuple):
-    """``gpus`` of a kind in nodes of ``per_node``."""
+    """``gpus`` GPUs of one kind in nodes of ``per_node``, and what is assumed about them."""
 
     gpu: GPU
     gpus: int
     per_node: int
-    mfu: float = 0.35  # of the peak, what passes reach, recomputed work included (docs/benchmarks/2026-11-27-plan.md)
-    launch: float = 6e-3  # seconds in which the host launches a block's pass, where none is recorded (there)
-    link_share: float = 0.7  # of a link's peak, what collectives reach
-    overlap: float = 1.0  # of communication, the share that can run beside computation
+    mfu: float = 0.35  # share of the peak reached, recomputed FLOPs included (docs/benchmarks/2026-11-27-plan.md)
+    launch: float = 6e-3  # CPU seconds to launch a block's kernels per micro-batch, without CUDA graphs (same record)
+    link_share: float = 0.7  # share of a link's peak that collectives reach
+    overlap: float = 1.0  # share of communication that can overlap with compute
     hop: float = 5e-6  # seconds from one rank of a ring to the next
-    disk: float = 2e9  # bytes a second and node, written
-    loader: float = 20_000.0  # samples a second and core (docs/benchmarks/2026-11-23-cpu-data.md)
+    disk: float = 2e9  # bytes written per second and node
+    loader: float = 20_000.0  # samples per second and core (docs/benchmarks/2026-11-23-cpu-data.md)
 
     @property
     def nodes(self) -> int:
@@ -51,7 +51,7 @@ class Machines(NamedTuple):
 
 
 def find_gpu(name: str) -> GPU:
-    """Raises UsageError that lists the known names."""
+    """Return the GPU called ``name``. Raises UsageError with the known names."""
     try:
         return GPUS[name]
     except KeyError:

@@ -1,4 +1,4 @@
-"""The ways to run a model on some GPUs, and the cheapest that fits."""
+"""The candidate configurations for a model on given GPUs, and the cheapest that fits."""
 
 import dataclasses
 import math
@@ -13,42 +13,42 @@ import torch
 from xar_scale.config import Config, Recompute, micro_batches
 from xar_scale.errors import ConfigError
 from xar_scale.memory.fallback import plan_fallback
-from xar_scale.memory.passes import Passes, extrapolated_passes
+from xar_scale.memory.passes import PassEstimator, pass_estimator
 from xar_scale.memory.rank import RankMemory, Weights, rank_memory, weights_of
-from xar_scale.plan.cost import Collective, StepTime, collectives, step_time
+from xar_scale.plan.cost import Collective, StepTime, step_collectives, step_time
 from xar_scale.plan.hardware import Machines
 from xar_scale.precision import MODES
 
 CUDA = torch.device("cuda", 0)
-KNOWN = 0.02  # of a step's seconds
-ENGINES = {"single": "single", "ddp": "DDP", "deepspeed": "ZeRO-3", "fsdp2": "FSDP2"}  # among equals the first
-RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full", "offload")  # the least work first
+TIME_TOLERANCE = 0.02  # relative; estimated step times that differ by less are equal
+ENGINES = {"single": "single", "ddp": "DDP", "deepspeed": "ZeRO-3", "fsdp2": "FSDP2"}  # in order of preference among equals
+RECOMPUTE: tuple[Recompute, ...] = ("none", "selective", "full", "offload")  # least work first
 
 
 @dataclass(frozen=True)
-class Way:
-    """One config, and the seconds of a step."""
+class Candidate:
+    """A candidate configuration and its estimated step time."""
 
     config: Config
-    sent: list[Collective]
+    collectives: list[Collective]
     time: StepTime
 
     @property
     def name(self) -> str:
         train = self.config.train
-        shared = f" in groups of {train.shard_ranks}" if train.shard_ranks else ""
+        group = f" in sharding groups of {train.shard_ranks}" if train.shard_ranks else ""
         compiled = ", compiled" if self.config.kernels.compile else ""
-        return f"{ENGINES[train.engine]}{shared}{compiled}, recompute {train.recompute}, micro batch {train.micro_batch}"
+        return f"{ENGINES[train.engine]}{group}{compiled}, recompute {train.recompute}, micro batch {train.micro_batch}"
 
     @property
-    def speed(self) -> int:
-        """Of a step, the quickest's the smallest: what differs by less than is known is equal."""
-        return round(math.log(self.time.total, 1 + KNOWN))
+    def time_bucket(self) -> int:
+        """Logarithm of the step time in units of TIME_TOLERANCE: equal for times that the estimate cannot tell apart."""
+        return round(math.log(self.time.total, 1 + TIME_TOLERANCE))
 
 
 @dataclass(frozen=True)
-class Fitting(Way):
-    """One that fits. ``parts``: of a pass after the guard's fall back to TF32."""
+class FeasibleCandidate(Candidate):
+    """A candidate that fits. ``parts``: how many parts the guard splits a micro-batch into after a fallback to TF32."""
 
     memory: RankMemory
     parts: int
@@ -56,66 +56,69 @@ class Fitting(Way):
 
 @dataclass(frozen=True)
 class Search:
-    """What is looked at: ``ways``, the best first, whether they fit or not, which takes longer to know. ``config``: as asked
-    for, and ``fixed`` keys stay so."""
+    """The configuration asked for, whose ``fixed`` keys are not searched, and all ``candidates``, the best first. Whether they
+    fit is not known yet: that takes longer to find out."""
 
     config: Config
     machines: Machines
     fixed: frozenset[str]
     weights: Weights
-    passes: Passes
-    ways: list[Way]
+    estimate_pass: PassEstimator
+    candidates: list[Candidate]
 
     @cached_property
-    def best(self) -> Fitting:
-        """Raises ConfigError where nothing fits."""
-        best = next(self.fitting(), None)
+    def best(self) -> FeasibleCandidate:
+        """The best candidate that fits. Raises ConfigError if none does."""
+        best = next(self.feasible(), None)
         if best is None:
             raise ConfigError(_nothing_fits(self))
         return best
 
-    def fitting(self) -> Iterator[Fitting]:
-        """The best first. A way's memory is reckoned when it is asked for."""
-        for way in self.ways:
-            need, memory, parts = self.need(way.config)
-            if need <= self.room:
-                yield Fitting(way.config, way.sent, way.time, memory, parts)
+    def feasible(self) -> Iterator[FeasibleCandidate]:
+        """Yield the candidates that fit, the best first. Memory is estimated lazily, one candidate at a time."""
+        for candidate in self.candidates:
+            need, memory, parts = self.need(candidate.config)
+            if need <= self.gpu_memory:
+                yield FeasibleCandidate(candidate.config, candidate.collectives, candidate.time, memory, parts)
 
     def need(self, config: Config) -> tuple[float, RankMemory, int]:
-        """(bytes that a GPU must have, a pass's parts of them, in how many parts passes run after the guard's fall back)."""
+        """Return (bytes a GPU must have, the memory by part in the run's precision, parts per micro-batch after a fallback)."""
         train, world = config.train, self.machines.gpus
         samples, _ = micro_batches(train, world)
         memory = self.memory(config, train.precision, samples)
         fallback = MODES[train.precision].fallback
-        if memory.total > self.room or not (fallback and config.guard.enabled):
+        if memory.total > self.gpu_memory or not (fallback and config.guard.enabled):
             return memory.total, memory, 1
-        parts, _ = plan_fallback(config, world, CUDA, self.room, self.passes, bucket(self.weights))
+        parts, _ = plan_fallback(config, world, CUDA, self.gpu_memory, self.estimate_pass, bucket(self.weights))
         return max(memory.total, self.memory(config, fallback, samples // parts).total), memory, parts
 
     def memory(self, config: Config, mode: str, samples: int) -> RankMemory:
-        return rank_memory(config, mode, samples, self.machines.gpus, CUDA, self.passes, bucket(self.weights))
+        return rank_memory(config, mode, samples, self.machines.gpus, CUDA, self.estimate_pass, bucket(self.weights))
 
     def largest(self, config: Config, mode: str) -> int:
-        """The largest micro batch that divides a rank's part of the global batch and fits in precision ``mode``; 0: none."""
+        """Return the largest micro batch that divides a rank's share of the global batch and fits in ``mode``, or 0."""
         sizes = reversed(_divisors(self.config, self.machines))
-        return next((size for size in sizes if self.memory(_with(config, micro_batch=size), mode, size).total <= self.room), 0)
+        return next(
+            (size for size in sizes if self.memory(_with_train(config, micro_batch=size), mode, size).total <= self.gpu_memory),
+            0,
+        )
 
     @property
-    def room(self) -> float:
+    def gpu_memory(self) -> float:
         return self.machines.gpu.memory
 
 
 def bucket(weights: Weights) -> int:
-    """Elements of the buckets that ZeRO-3 gathers and reduces in: a block, so that each moves while another is at work."""
+    """Elements of ZeRO-3's gather and reduce buckets: one block, so that one is sent while another computes."""
     return max(weights.block, weights.largest)
 
 
 def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
-    """Every engine, sharing, recomputation and micro batch but for what ``fixed`` (section.key) names, with compiled blocks
-    where an engine can; the fewest seconds a step first, then what is computed again least, then compiled blocks, then DDP
-    before ZeRO-3 before FSDP2, then the larger micro batch.
+    """Return all candidates: every engine, sharding group, mode of recomputation and micro batch, except for the ``fixed`` keys
+    (section.key), which keep their values. Blocks are compiled where the engine allows it.
 
-    Raises ConfigError where the global batch does not divide.
+    They are sorted by step time, then least recomputation, then compiled blocks, then engine (DDP, ZeRO-3, FSDP2), then the
+    largest micro batch. Raises ConfigError if the GPUs do not divide the global batch, or fixed keys contradict each other.
     """
     train = config.train
     if train.global_batch % machines.gpus:
@@ -130,65 +133,74 @@ def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
         raise ConfigError(f"train.engine single is one process, not {machines.gpus}")
     if "train.engine" in fixed and train.engine == "deepspeed" and MODES[train.precision].scaled:
         raise ConfigError(
-            f"train.precision {train.precision} needs a loss scale, which ZeRO has not; use ddp, fsdp2 or leave it out"
+            f"train.precision {train.precision} needs a loss scale, which ZeRO does not have; use ddp, fsdp2 or no train.engine"
         )
     if "train.engine" in fixed and train.engine == "deepspeed" and train.shard_ranks == 1 != machines.gpus:
-        raise ConfigError("train.shard_ranks 1 is whole weights on each rank, which ZeRO-3 does not have; use ddp without it")
+        raise ConfigError("train.shard_ranks 1 replicates the weights on each rank, which ZeRO-3 cannot do; use ddp without it")
     weights = weights_of(config.model)
-    ways = []
-    for candidate in _candidates(config, machines, fixed):
-        sent = collectives(candidate, weights, machines)
-        ways.append(Way(candidate, sent, step_time(candidate, weights, machines, sent)))
-    return Search(config, machines, frozenset(fixed), weights, extrapolated_passes(), sorted(ways, key=_order))
+    candidates = []
+    for each in _configs(config, machines, fixed):
+        collectives = step_collectives(each, weights, machines)
+        candidates.append(Candidate(each, collectives, step_time(each, weights, machines, collectives)))
+    return Search(config, machines, frozenset(fixed), weights, pass_estimator(), sorted(candidates, key=_sort_key))
 
 
-def _order(way: Way) -> tuple[int, int, bool, int, int]:
-    train = way.config.train
-    eager = not way.config.kernels.compile  # whose launches take longer than they are known to
-    return way.speed, RECOMPUTE.index(train.recompute), eager, [*ENGINES].index(train.engine), -(train.micro_batch or 0)
+def _sort_key(candidate: Candidate) -> tuple[int, int, bool, int, int]:
+    train = candidate.config.train
+    eager = not candidate.config.kernels.compile  # its launches take longer than the estimate
+    return (
+        candidate.time_bucket,
+        RECOMPUTE.index(train.recompute),
+        eager,
+        [*ENGINES].index(train.engine),
+        -(train.micro_batch or 0),
+    )
 
 
-def _candidates(config: Config, machines: Machines, fixed: Sequence[str]) -> Iterator[Config]:
+def _configs(config: Config, machines: Machines, fixed: Sequence[str]) -> Iterator[Config]:
     train = config.train
     several = ("ddp", "fsdp2") if MODES[train.precision].scaled else ("ddp", "deepspeed", "fsdp2")  # ZeRO-3 has no loss scale
     engines = ("single",) if machines.gpus == 1 else several
     nodes = machines.nodes > 1 and machines.per_node > 1 and machines.gpus % machines.per_node == 0
-    shares = (None, machines.per_node) if nodes else (None,)
-    for engine, share, recompute, micro in product(
+    groups = (None, machines.per_node) if nodes else (None,)
+    for engine, group, recompute, micro in product(
         (train.engine,) if "train.engine" in fixed else engines,
-        (train.shard_ranks,) if "train.shard_ranks" in fixed else shares,
+        (train.shard_ranks,) if "train.shard_ranks" in fixed else groups,
         (train.recompute,) if "train.recompute" in fixed else RECOMPUTE,
         (train.micro_batch,) if "train.micro_batch" in fixed and train.micro_batch else _divisors(config, machines),
     ):
         zero3 = engine == "deepspeed"
-        if zero3 and share == 1 != machines.gpus:
-            continue  # whole weights on each rank, which ZeRO-3 does not have
-        if engine == "ddp" and share:
+        if zero3 and group == 1 != machines.gpus:
+            continue  # weights replicated on each rank, which ZeRO-3 cannot do
+        if engine == "ddp" and group:
             continue
-        compiled = config.kernels.compile if "kernels.compile" in fixed else not zero3  # quicker wherever it was measured
+        compiled = config.kernels.compile if "kernels.compile" in fixed else not zero3  # faster wherever it was measured
         if zero3 and compiled:
-            continue  # which training refuses
+            continue  # training refuses it
         kernels = dataclasses.replace(config.kernels, compile=compiled)
-        way = _with(config, engine=engine, shard_ranks=share, recompute=recompute, micro_batch=micro)
-        yield dataclasses.replace(way, kernels=kernels)
+        chosen = _with_train(config, engine=engine, shard_ranks=group, recompute=recompute, micro_batch=micro)
+        yield dataclasses.replace(chosen, kernels=kernels)
 
 
 def _divisors(config: Config, machines: Machines) -> list[int]:
-    of_rank = config.train.global_batch // machines.gpus
-    return [size for size in range(1, of_rank + 1) if of_rank % size == 0]
+    per_rank = config.train.global_batch // machines.gpus
+    return [size for size in range(1, per_rank + 1) if per_rank % size == 0]
 
 
-def _with(config: Config, **train: object) -> Config:
+def _with_train(config: Config, **train: object) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))  # type: ignore[arg-type]
 
 
 def _nothing_fits(found: Search) -> str:
-    need, config = min(((found.need(way.config)[0], way.config) for way in found.ways), key=lambda pair: pair[0])
+    need, config = min(
+        ((found.need(candidate.config)[0], candidate.config) for candidate in found.candidates), key=lambda pair: pair[0]
+    )
     held = ", ".join(sorted(found.fixed & {"train.engine", "train.shard_ranks", "train.recompute", "train.micro_batch"}))
-    instead = f"leave {held} to the search" if held else "take more GPUs, or GPUs with more memory"
+    instead = f"leave {held} to the search" if held else "use more GPUs, or GPUs with more memory"
     train = config.train
     return (
-        f"nothing fits {found.room / 1e9:.0f} GB a GPU on {found.machines.gpus}: the smallest need is {need / 1e9:.0f} GB "
+        f"no candidate fits in {found.gpu_memory / 1e9:.0f} GB per GPU on {found.machines.gpus} GPUs: "
+        f"the smallest needs {need / 1e9:.0f} GB "
         f"({train.engine}, recompute {train.recompute}, micro_batch {train.micro_batch}); {instead}"
     )
 

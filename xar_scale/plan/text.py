@@ -1,4 +1,4 @@
-"""A plan as text: tables, the assumptions behind them, and the choice."""
+"""A plan as text: its tables, its assumptions, and the chosen configuration."""
 
 import dataclasses
 from itertools import dropwhile, takewhile
@@ -7,18 +7,32 @@ from xar_scale.config import micro_batches
 from xar_scale.doctor import table
 from xar_scale.memory.rank import MARGIN, RankMemory
 from xar_scale.model.flops import forward_flops, training_flops
-from xar_scale.plan.cost import UNGATHERED, checkpoint, launched_again, link_of, optimizer_bytes, sample_bytes, snapshot_bytes
+from xar_scale.plan.cost import (
+    REPLICATED_LAUNCH_FACTOR,
+    checkpoint,
+    link_of,
+    optimizer_bytes,
+    recompute_launch_factor,
+    sample_bytes,
+    snapshot_bytes,
+)
 from xar_scale.plan.hardware import Machines
-from xar_scale.plan.search import ENGINES, KNOWN, RECOMPUTE, Fitting, Search, Way
+from xar_scale.plan.search import ENGINES, RECOMPUTE, TIME_TOLERANCE, Candidate, FeasibleCandidate, Search
 from xar_scale.precision import MODES
 from xar_scale.presets import IMAGENET_IMAGES
 
 
 def describe(found: Search, model: str, gpu: str) -> str:
-    """All of it, at most 120 columns wide."""
+    """Return the whole plan, at most 120 columns wide."""
     best = found.best
-    sections = [_model(found, model, gpu), _memory(found, best), _communication(best), _step(found, best), _kept(found, best)]
-    return "\n\n".join([*sections, _assumed(found, best), _chosen(found)])
+    sections = [
+        _model(found, model, gpu),
+        _memory(found, best),
+        _communication(best),
+        _step(found, best),
+        _outside(found, best),
+    ]
+    return "\n\n".join([*sections, _assumptions(found, best), _chosen(found)])
 
 
 def _model(found: Search, model: str, gpu: str) -> str:
@@ -26,172 +40,182 @@ def _model(found: Search, model: str, gpu: str) -> str:
     sizes, train = config.model, config.train
     images = train.steps * train.global_batch
     rows = [
-        ("parameters", f"{found.weights.whole:,} in {found.weights.blocks} blocks of {found.weights.block:,}"),
+        ("parameters", f"{found.weights.total:,} in {found.weights.blocks} blocks of {found.weights.block:,}"),
         ("entities", f"{sizes.entity} on {sizes.grid[0]}x{sizes.grid[1]} tokens"),
-        ("TFLOP an image", f"{forward_flops(sizes) / 1e12:.2f} forward, {training_flops(sizes) / 1e12:.2f} in training"),
-        ("GPUs", f"{machines.gpus} x {gpu}, {min(machines.gpus, machines.per_node)} a node"),
+        ("TFLOP per image", f"{forward_flops(sizes) / 1e12:.2f} forward, {training_flops(sizes) / 1e12:.2f} in training"),
+        ("GPUs", f"{machines.gpus} x {gpu}, {min(machines.gpus, machines.per_node)} per node"),
         ("global batch", f"{train.global_batch:,}, {train.steps:,} steps in {train.precision}"),
-        ("images trained on", f"{images:,}, {images / IMAGENET_IMAGES:,.1f} times ImageNet"),
+        ("images trained on", f"{images:,} ({images / IMAGENET_IMAGES:,.1f} epochs of ImageNet)"),
     ]
     return table((model, ""), rows)
 
 
-def _memory(found: Search, best: Fitting) -> str:
-    """With the chosen engine, at its micro batch; beside it the largest that fits. In the run's precision, and after the
-    fallback."""
+def _memory(found: Search, best: FeasibleCandidate) -> str:
+    """Memory of the chosen engine at the chosen micro batch, and the largest micro batch that fits. One row for each mode of
+    recomputation, in the run's precision and in the one the guard falls back to."""
     train = best.config.train
     samples, _ = micro_batches(train, found.machines.gpus)
     fallback = MODES[train.precision].fallback
     modes = [train.precision, *([fallback] if fallback and found.config.guard.enabled else [])]
-    titles = ("GB a GPU", *RankMemory._fields, "needed", "largest batch")
+    titles = ("GB per GPU", *("EMA" if part == "ema" else part for part in RankMemory._fields), "needed", "max batch")
     rows = []
     for mode in modes:
         for recompute in RECOMPUTE:
             config = dataclasses.replace(best.config, train=dataclasses.replace(train, recompute=recompute))
             memory, largest = found.memory(config, mode, samples), found.largest(config, mode)
-            row = [f"{mode}, {recompute}", *map(_gb, memory), _gb(memory.total), str(largest or "none fits")]
+            row = [f"{mode}, {recompute}", *map(_gb, memory), _gb(memory.total), str(largest or "none")]
             rows.append(row)
     used = [n for n, title in enumerate(titles) if title == titles[-1] or any(row[n] != "0" for row in rows)]
     return table([titles[n] for n in used], [[row[n] for n in used] for row in rows])
 
 
-def _communication(best: Fitting) -> str:
-    if not best.sent:
+def _communication(best: FeasibleCandidate) -> str:
+    if not best.collectives:
         return "communication: none"
-    rows = [(each.name, str(each.ranks), str(each.calls), _gb(each.sent), f"{each.seconds * 1e3:.1f}") for each in best.sent]
-    sent = sum(each.sent for each in best.sent)
-    rows.append(("all", "", "", _gb(sent), f"{best.time.communication * 1e3:.1f}"))
-    return table(("communication a step", "ranks", "calls", "GB sent a GPU", "ms"), rows)
+    rows = [
+        (each.name, str(each.ranks), str(each.calls), _gb(each.bytes_sent), f"{each.seconds * 1e3:.1f}")
+        for each in best.collectives
+    ]
+    sent = sum(each.bytes_sent for each in best.collectives)
+    rows.append(("total", "", "", _gb(sent), f"{best.time.communication * 1e3:.1f}"))
+    return table(("communication per step", "ranks", "calls", "GB sent per GPU", "ms"), rows)
 
 
-def _step(found: Search, best: Fitting) -> str:
+def _step(found: Search, best: FeasibleCandidate) -> str:
     time, train = best.time, best.config.train
     hours = time.total * train.steps / 3600
     rows = [("compute", f"{_ms(time.compute)} ms")]
-    if best.sent and not train.replicated_weights:
-        rows += [("communication beside it", f"{_ms(time.communication - time.exposed)} ms")]
-    if time.host:
-        rows += [("copies to and from the host beside it", f"{_ms(time.host)} ms")]
+    if best.collectives and not train.replicated_weights:
+        rows += [("communication (overlapped)", f"{_ms(time.communication - time.exposed)} ms")]
+    if time.offload:
+        rows += [("activation offload (overlapped)", f"{_ms(time.offload)} ms")]
     if time.launches:
-        rows += [("launches of the host beside it", f"{_ms(time.launches)} ms")]
-    if best.sent:
-        which = "a reduction and a gather" if train.replicated_weights else "the first gather and the last reduction"
-        rows += [("communication alone", f"{_ms(time.exposed)} ms: {which}")]
-    rows += [("optimizer", f"{_ms(time.optimizer)} ms"), ("data for the next, beside all", f"{_ms(time.data)} ms")]
-    alone = [time.exposed] if best.sent else []
-    parts = " + ".join(map(_ms, [time.beside, *alone, time.optimizer]))
+        rows += [("kernel launches (overlapped)", f"{_ms(time.launches)} ms")]
+    if best.collectives:
+        which = "all of it" if train.replicated_weights else "the first all-gather and the last reduction"
+        rows += [("communication (exposed)", f"{_ms(time.exposed)} ms: {which}")]
+    rows += [("optimizer", f"{_ms(time.optimizer)} ms"), ("data loading", f"{_ms(time.data)} ms, overlapped with the step")]
+    exposed = [time.exposed] if best.collectives else []
+    parts = " + ".join(map(_ms, [time.overlapped, *exposed, time.optimizer]))
     rows += [
-        ("step", f"{_ms(time.total)} ms, the data's" if time.total == time.data else f"{parts} = {_ms(time.total)} ms"),
+        (
+            "step",
+            f"{_ms(time.total)} ms, bound by data loading" if time.total == time.data else f"{parts} = {_ms(time.total)} ms",
+        ),
         (
             "images/s",
-            f"{train.global_batch / time.total:,.0f}, {train.global_batch / time.total / found.machines.gpus:,.1f} a GPU",
+            f"{train.global_batch / time.total:,.0f} ({train.global_batch / time.total / found.machines.gpus:,.1f} per GPU)",
         ),
-        ("the recipe", f"{hours:,.1f} hours, {hours * found.machines.gpus:,.0f} GPU-hours"),
+        ("whole run", f"{hours:,.1f} hours, {hours * found.machines.gpus:,.0f} GPU-hours"),
     ]
-    return table(("a step", ""), rows)
+    return table(("time per step", ""), rows)
 
 
-def _kept(found: Search, best: Fitting) -> str:
+def _outside(found: Search, best: FeasibleCandidate) -> str:
     config, machines, weights = best.config, found.machines, found.weights
     kept, train = checkpoint(config, weights, machines), config.train
     of_node = train.global_batch / best.time.total / machines.gpus * min(machines.per_node, machines.gpus)
     rows = [
-        ("checkpoint", f"{kept.size / 1e9:,.1f} GB; {kept.copy:.2f} s to copy to the host, {kept.write:,.0f} s to write"),
+        ("checkpoint", f"{kept.size / 1e9:,.1f} GB: {kept.copy:.2f} s to copy to host memory, {kept.write:,.0f} s to write"),
         (
-            "host memory a node",
-            f"{snapshot_bytes(config, weights, machines) / 1e9:,.1f} GB of snapshots and a checkpoint's copy",
+            "host memory per node",
+            f"{snapshot_bytes(config, weights, machines) / 1e9:,.1f} GB for the guard's snapshots and a copy of the checkpoint",
         ),
-        ("data a node", f"{of_node:,.0f} samples/s, {of_node * sample_bytes(config) / 1e6:,.1f} MB/s"),
+        ("data per node", f"{of_node:,.0f} samples/s, {of_node * sample_bytes(config) / 1e6:,.1f} MB/s"),
     ]
-    return table(("beside the GPUs", ""), rows)
+    return table(("outside the GPUs", ""), rows)
 
 
-def _assumed(found: Search, best: Fitting) -> str:
+def _assumptions(found: Search, best: FeasibleCandidate) -> str:
     machines, gpu = found.machines, found.machines.gpu
     data, peak = best.config.data, gpu.peak(best.config.train.precision) / 1e12
     lines = [
-        f"memory: {gpu.memory / 1e9:.0f} GB a GPU; {MARGIN - 1:.0%} of what is reckoned is added for CUDA, NCCL and fragments",
-        "memory: the moment of a step that needs most, a pass or the optimizer's step; attention and dropout as fused kernels",
-        f"compute: {machines.mfu:.0%} of {peak:,.0f} TFLOP/s, recomputed work included, at any micro batch (--mfu)",
+        f"memory: {gpu.memory / 1e9:.0f} GB per GPU; {MARGIN - 1:.0%} added to the estimate for CUDA, NCCL and fragmentation",
+        "memory: peak of a step, in a micro-batch or in the optimizer step; attention and dropout are fused kernels",
+        f"compute: {machines.mfu:.0%} of the peak of {peak:,.0f} TFLOP/s, recomputation included, at any micro batch (--mfu)",
         *([_assumed_of_launches(machines, best)] if best.time.launches else []),
-        *(_assumed_of_links(machines, best) if best.sent else []),
-        f"optimizer: {optimizer_bytes(best.config, found.weights, machines.gpus) / 1e9:.2f} GB read and written a GPU at "
-        f"{gpu.memory_bandwidth / 1e12:.2f} TB/s; host link {gpu.host / 1e9:.0f} GB/s",
-        f"data: {machines.loader:,.0f} samples/s a core, {max(data.workers, 1)} workers a GPU (data.workers)",
-        f"checkpoint: float32, {machines.disk / 1e9:.0f} GB/s a node to disk; it is written while training goes on",
-        "not in it: restarts, evaluation, previews, the first steps' warm-up",
+        *(_assumed_of_links(machines, best) if best.collectives else []),
+        f"optimizer: {optimizer_bytes(best.config, found.weights, machines.gpus) / 1e9:.2f} GB read and written per GPU at "
+        f"{gpu.memory_bandwidth / 1e12:.2f} TB/s; host link {gpu.host_link / 1e9:.0f} GB/s",
+        f"data: {machines.loader:,.0f} samples/s per core, {max(data.workers, 1)} workers per GPU (data.workers)",
+        f"checkpoint: float32, {machines.disk / 1e9:.0f} GB/s per node to disk, written while training continues",
+        "not included: restarts, evaluation, previews, warm-up of the first steps",
     ]
-    return "\n".join(["assumed", *(f"  {line}" for line in lines)])
+    return "\n".join(["assumptions", *(f"  {line}" for line in lines)])
 
 
-def _assumed_of_launches(machines: Machines, best: Fitting) -> str:
-    whole = f" x {UNGATHERED:g}, with nothing to gather" if best.config.train.replicated_weights else ""
-    again = f" x {times:g}, to compute again" if (times := launched_again(best.config)) > 1 else ""
-    return f"launches: {machines.launch * 1e3:g} ms of the host a block and pass (--launch){whole}{again}, of eager ones more"
+def _assumed_of_launches(machines: Machines, best: FeasibleCandidate) -> str:
+    replicated = f" x {REPLICATED_LAUNCH_FACTOR:g} (nothing to gather)" if best.config.train.replicated_weights else ""
+    recompute = f" x {factor:g} (recomputation)" if (factor := recompute_launch_factor(best.config)) > 1 else ""
+    factors = f"{machines.launch * 1e3:g} ms{replicated}{recompute}"
+    return f"launches: {factors} of CPU time per block and micro-batch (--launch); eager blocks take longer"
 
 
-def _assumed_of_links(machines: Machines, best: Fitting) -> list[str]:
+def _assumed_of_links(machines: Machines, best: FeasibleCandidate) -> list[str]:
     gpu, reached = machines.gpu, f"collectives reach {machines.link_share:.0%}"
     near = f"{link_of(machines, 1).hop * 1e6:g} us"
-    links = [f"network: NVLink {gpu.nvlink / 1e9:.0f} GB/s; {reached}, {near} a hop"]
+    links = [f"network: NVLink {gpu.nvlink / 1e9:.0f} GB/s; {reached}; {near} per hop"]
     if machines.nodes > 1:
         links = [
-            f"network: {gpu.network / 1e9:g} GB/s a GPU between nodes (--network), NVLink {gpu.nvlink / 1e9:.0f} GB/s in one; "
-            f"{reached}, {machines.hop * 1e6:g} us a hop and {near}",
-            f"nodes: {machines.per_node} GPUs (--gpus-per-node), a ring through each of their adapters",
+            f"network: {gpu.network / 1e9:g} GB/s per GPU between nodes (--network), NVLink {gpu.nvlink / 1e9:.0f} GB/s "
+            f"within a node; {reached}",
+            f"nodes: {machines.per_node} GPUs each (--gpus-per-node), one ring through each network adapter; "
+            f"{machines.hop * 1e6:g} us per hop between nodes, {near} within",
         ]
-    beside = (
-        "none of communication"
+    overlap = (
+        "no communication overlaps with compute"
         if best.config.train.replicated_weights
-        else "collectives run beside computation, but for a step's first and last"
+        else "all collectives of a step but the first and the last overlap with compute"
     )
-    return [*links, f"overlap: {beside}; nothing waits for a slow rank"]
+    return [*links, f"overlap: {overlap}; no rank waits for a slower one"]
 
 
 def _chosen(found: Search) -> str:
     best, train = found.best, found.config.train
     lines = [f"chosen: {best.name}", f"  {_why(found, best)}"]
     if MODES[train.precision].fallback and found.config.guard.enabled:
-        whole = "whole" if best.parts == 1 else f"in {best.parts} parts"
-        lines.append(f"  after a fallback to TF32 a pass runs {whole}")
+        split = "unsplit" if best.parts == 1 else f"in {best.parts} parts"
+        lines.append(f"  after a fallback to TF32 each micro-batch runs {split}")
     if other := _runner_up(found):
-        lines.append(f"runner-up: {other.name}: {other.time.total * 1e3:,.1f} ms a step, {_gb(other.memory.total)} GB")
+        lines.append(f"runner-up: {other.name}: {other.time.total * 1e3:,.1f} ms per step, {_gb(other.memory.total)} GB")
     return "\n".join(lines)
 
 
-def _why(found: Search, best: Fitting) -> str:
+def _why(found: Search, best: FeasibleCandidate) -> str:
     time = best.time
-    sent = max(time.communication - time.exposed, time.exposed)  # beside the rest, or alone
-    parts = {"compute": time.compute, "communication": sent, "copies to the host": time.host}
-    parts["launches of the host"] = time.launches
-    bound = "data" if time.total == time.data else max(parts, key=parts.__getitem__)
-    # whether those fit is not asked: to know it would take as long as all else
-    after = dropwhile(lambda way: way.config is not best.config, found.ways)
-    same = [way.config for way in takewhile(lambda way: way.speed == best.speed, after)]
+    communication = max(time.communication - time.exposed, time.exposed)  # overlapped with the rest, or not
+    parts = {"compute": time.compute, "communication": communication, "activation offload": time.offload}
+    parts["kernel launches"] = time.launches
+    bound = "data loading" if time.total == time.data else max(parts, key=parts.__getitem__)
+    # whether these fit is not checked: that would take as long as the rest of the plan
+    after = dropwhile(lambda candidate: candidate.config is not best.config, found.candidates)
+    same = [candidate.config for candidate in takewhile(lambda candidate: candidate.time_bucket == best.time_bucket, after)]
     compiled, engines = {each.kernels.compile for each in same}, {each.train.engine for each in same}
     then = ""
     if len(compiled) > 1:
-        then = ", then compiled blocks"
+        then = ", compiled blocks"
     elif len(engines) > 1:
-        then = f", then {ENGINES[best.config.train.engine]}"
-    order = f"the least recomputation{then}, then the largest micro batch"
-    equal = f"\n  before {len(same) - 1} as quick, to {KNOWN:.0%}, that may fit too: {order}"
-    among = equal if len(same) > 1 else ""
+        then = f", {ENGINES[best.config.train.engine]}"
+    order = f"least recomputation{then}, largest micro batch"
+    others = f"{len(same) - 1} other{'s' if len(same) > 2 else ''}"
+    tied = f"\n  tied within {TIME_TOLERANCE:.0%} with {others} that may fit; tie-breakers: {order}" if len(same) > 1 else ""
     return (
-        f"the fewest GPU-hours of {len(found.ways)} ways, of those that fit{among}\n"
-        f"  bound by {bound}; {_gb(best.memory.total)} of {_gb(found.room)} GB"
+        f"the fewest GPU-hours of the candidates that fit, of {len(found.candidates)} considered{tied}\n"
+        f"  bound by {bound}; needs {_gb(best.memory.total)} of {_gb(found.gpu_memory)} GB"
     )
 
 
-def _runner_up(found: Search) -> Fitting | None:
-    """The next with another engine or sharing, or where there is none with other recomputation."""
+def _runner_up(found: Search) -> FeasibleCandidate | None:
+    """Return the next best with another engine or sharding group, else with another mode of recomputation, else None."""
 
-    def kind(way: Way) -> tuple[str, int | None]:
-        return way.config.train.engine, way.config.train.shard_ranks
+    def kind(candidate: Candidate) -> tuple[str, int | None]:
+        return candidate.config.train.engine, candidate.config.train.shard_ranks
 
     best = found.best
-    by_kind = (way for way in found.fitting() if kind(way) != kind(best))
-    by_recompute = (way for way in found.fitting() if way.config.train.recompute != best.config.train.recompute)
+    by_kind = (candidate for candidate in found.feasible() if kind(candidate) != kind(best))
+    by_recompute = (
+        candidate for candidate in found.feasible() if candidate.config.train.recompute != best.config.train.recompute
+    )
     return next(by_kind, None) or next(by_recompute, None)
 
 
