@@ -39,13 +39,13 @@ def table(records: list[Record]) -> str:
     for record in sorted(records, key=lambda record: (record.what != "step", record.settings["model"], record.date)):
         if PUBLISHED in record.seconds:
             rows.setdefault(f"{record.machine}, {record.date}", []).append(_row(record))
-    head = "| | published, images/s | ours | times | of the peak |\n| --- | --- | --- | --- | --- |"
+    head = "| | published, images/s | ours, images/s | speedup | MFU |\n| --- | --- | --- | --- | --- |"
     return "\n\n".join(f"{where}:\n\n{head}\n" + "\n".join(lines) for where, lines in rows.items())
 
 
 def _row(record: Record) -> str:
     settings = record.settings
-    more = f", {settings['steps']} steps an entity, guidance" if record.what == "sample" else ""
+    more = f", {settings['steps']} steps per entity, guidance" if record.what == "sample" else ""
     name = f"{WORK[record.what]}, {settings['model']}, batch {settings['batch']}{more}, {settings['precision']}"
     theirs, ours = (record.images / record.median(case) for case in (PUBLISHED, OURS))
     peak = "" if record.mfu is None else f"{record.mfu:.0%}"
