@@ -29,6 +29,7 @@ class Collective(NamedTuple):
     calls: int
     link: Link
     rounds: int = 1  # an all-reduce is a reduce-scatter and an all-gather
+    exposed_calls: int = 0  # a step's first and last, which no computation overlaps
 
     @property
     def bytes_sent(self) -> float:
@@ -72,7 +73,7 @@ def step_collectives(config: Config, weights: Weights, machines: Machines) -> li
         return []
     if train.engine == "ddp":
         everything, link = WEIGHT * weights.padded_total(train.engine, world), link_of(machines, world)
-        return [Collective(name, everything, world, 1, link) for name in ("reduce-scatter", "all-gather")]
+        return [Collective(name, everything, world, 1, link, exposed_calls=1) for name in ("reduce-scatter", "all-gather")]
     batches = micro_batches(train, world)[1]
     ranks, calls, everywhere = shard_ranks(train, world), weights.blocks + 1, link_of(machines, world)
     near = link_of(machines, ranks)
@@ -85,24 +86,30 @@ def step_collectives(config: Config, weights: Weights, machines: Machines) -> li
         near_forward = whole * (1 - 1 / batches) if ranks != world else 0.0
         found = [
             Collective(
-                "all-gather forward", whole - near_forward, world, calls if near_forward else batches * calls, everywhere
+                "all-gather forward",
+                whole - near_forward,
+                world,
+                calls if near_forward else batches * calls,
+                everywhere,
+                exposed_calls=1,
             ),
             Collective("all-gather forward, in group", near_forward, ranks, (batches - 1) * calls, near),
             Collective("all-gather backward", whole * again, ranks, math.ceil(batches * calls * again), near),
-            Collective("reduce-scatter", whole, world, batches * calls, everywhere),
+            Collective("reduce-scatter", whole, world, batches * calls, everywhere, exposed_calls=1),
         ]
         return [each for each in found if each.size]
     reduced = batches * (weights.blocks * inside + outside) * precision.reduce.itemsize
     found = [
-        Collective("all-gather forward", batches * (blocks + outside * WEIGHT), ranks, batches * calls, near),
+        Collective("all-gather forward", batches * (blocks + outside * WEIGHT), ranks, batches * calls, near, exposed_calls=1),
         Collective("all-gather backward", batches * blocks, ranks, batches * weights.blocks, near),
-        Collective("reduce-scatter", reduced, ranks, batches * calls, near),
+        Collective("reduce-scatter", reduced, ranks, batches * calls, near, exposed_calls=1),
     ]
     if ranks != world:
         # replicas on other nodes: by the rank's own adapter; on the same node: by NVLink
         apart = Link(machines.gpu.network * machines.link_share, machines.hop)
         across = everywhere if world <= machines.per_node else apart
-        found.append(Collective("all-reduce replicas", reduced / ranks, world // ranks, batches * calls, across, rounds=2))
+        replicas = world // ranks
+        found.append(Collective("all-reduce replicas", reduced / ranks, replicas, batches * calls, across, 2, exposed_calls=1))
     return found
 
 
@@ -142,7 +149,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, collectives:
     communication = the sum over all collectives
     offload = 2 p b x inputs of blocks / host link, with train.recompute=offload
     launches = p x blocks x launch x recompute_launch_factor (x REPLICATED_LAUNCH_FACTOR if replicated); 0 for CUDA graphs
-    exposed = one call each of the first all-gather and the last reduction, and the share of the rest that does not overlap
+    exposed = the first all-gather and the last reductions (exposed_calls), and the share of the rest that does not overlap
     optimizer = optimizer_bytes / memory bandwidth
     data = global batch / (loader x workers x ranks)
     """
@@ -154,7 +161,7 @@ def step_time(config: Config, weights: Weights, machines: Machines, collectives:
     launch = machines.launch * (REPLICATED_LAUNCH_FACTOR if train.replicated_weights else 1) * recompute_launch_factor(config)
     workers = max(config.data.workers, 1) * machines.gpus
     communication = sum(each.seconds for each in collectives)
-    ends = sum(each.seconds / each.calls for each in (collectives[0], collectives[-1])) if collectives else 0.0
+    ends = sum(each.exposed_calls * each.seconds / each.calls for each in collectives)
     return StepTime(
         compute=batches * samples * image_flops(config) / (gpu.peak(train.precision) * machines.mfu),
         communication=communication,
