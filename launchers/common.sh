@@ -45,7 +45,7 @@ gpus_here() {
 # Refuse more PROCESSES than GPUs, except on a CPU
 enough_gpus() { # GPUS COUNT
     [ "${DS_ACCELERATOR-}" = cpu ] || [ "$2" -eq 0 ] || [ "${PROCESSES:-1}" -le "$2" ] ||
-        refuse "PROCESSES=$PROCESSES, but the GPUs are only $1"
+        refuse "PROCESSES=$PROCESSES, but only these GPUs are available: $1"
 }
 
 free_port() {

@@ -101,7 +101,7 @@ class Stragglers:
             if self._repeated(rank, "arithmetic", computed > SLOW * computing):
                 dist.say(f"{slow}: its layers take {computed / computing:.1f} times as long as the median rank's")
             if self._repeated(rank, "data", waited - waiting > (SLOW - 1) * step):
-                dist.say(f"{slow}: it waits {waited:.2f} s a step for data, the median rank {waiting:.2f} s")
+                dist.say(f"{slow}: it waits {waited:.2f} s per step for data, the median rank {waiting:.2f} s")
         return [of[0] for of in found]
 
     def _repeated(self, rank: int, what: str, slow: bool) -> bool:

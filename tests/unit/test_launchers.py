@@ -284,7 +284,7 @@ def test_more_processes_than_gpus_are_refused(launcher):
     given = {"CUDA_VISIBLE_DEVICES": "0,1", "PROCESSES": "3"}
     kept = {name: value for name, value in environment().items() if name != "DS_ACCELERATOR"} | given
     done = subprocess.run([f"launchers/{launcher}.sh"], env=kept, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (64, "xar-scale: PROCESSES=3, but the GPUs are only 0,1\n")
+    assert (done.returncode, done.stderr) == (64, "xar-scale: PROCESSES=3, but only these GPUs are available: 0,1\n")
 
 
 def test_processes_on_a_cpu_are_as_many_as_wanted():

@@ -299,7 +299,7 @@ def test_a_rank_that_waits_for_data_while_others_wait_for_it_is_named(monkeypatc
     compared = Stragglers()
     for _ in range(stragglers.CONSECUTIVE + 2):
         compared.compare(1.0, 0.0, 1.0)
-    assert capsys.readouterr().out == "rank 2 (host2) is slow: it waits 0.35 s a step for data, the median rank 0.01 s\n"
+    assert capsys.readouterr().out == "rank 2 (host2) is slow: it waits 0.35 s per step for data, the median rank 0.01 s\n"
     waits[:] = [0.9, 0.9, 0.9]  # all wait for the same storage: the metrics show it
     for _ in range(stragglers.CONSECUTIVE):
         compared.compare(1.0, 0.0, 1.0)

@@ -60,7 +60,7 @@ class NodeCache:
                 with self._room(key, source.size) as temporary:
                     right = _write(temporary, source.blocks) == crc32
                     if not (right or damaged):
-                        raise ContentError(f"its checksum is not {crc32:08x}, as in the set")
+                        raise ContentError(f"its checksum is not {crc32:08x}, the one in the set")
                     mark = self.folder / f"{key}{DAMAGED}"
                     mark.unlink(missing_ok=True) if right else mark.touch()
                     # opened before it can be evicted. The lock: a process that adds up the files may miss one during a rename

@@ -1,4 +1,4 @@
-"""Replicated weights and gradients, sharded moments and EMA weights: two collectives a step, none in a micro-batch."""
+"""Replicated weights and gradients, sharded moments and EMA weights: two collectives per step, none in a micro-batch."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
