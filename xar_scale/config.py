@@ -201,7 +201,7 @@ class Config:
         if self.kernels.compile and self.train.engine == "deepspeed":
             raise ConfigError("kernels.compile: DeepSpeed gathers weights inside a block; use train.engine=ddp or fsdp2")
         if self.train.engine == "ddp" and self.train.shard_ranks:
-            raise ConfigError("train.shard_ranks: train.engine=ddp replicates all weights; leave train.shard_ranks unset, or use fsdp2")
+            raise ConfigError("train.engine=ddp replicates all weights: leave train.shard_ranks unset, or use fsdp2")
         if self.train.global_batch % self.data.lanes:
             raise ConfigError(f"train.global_batch {self.train.global_batch} is not divisible by data.lanes {self.data.lanes}")
 

@@ -150,14 +150,14 @@ def test_a_plan_s_text_has_its_numbers(monkeypatch):
         "images/s 4,096 (256.0 per GPU)",
         "whole run 1.0 hours, 16 GPU-hours",
         "data per node 2,048 samples/s, 37.7 MB/s",
-        "runner-up: ZeRO-3, recompute none, micro batch 64: 750.0 ms per step, 40.0 GB",
+        "runner-up: ZeRO-3, recompute none, micro-batch 64: 750.0 ms per step, 40.0 GB",
     } <= {*lines}
     assert any(line.startswith(f"checkpoint {size / 1e9:,.1f} GB: ") for line in lines)
-    assert "runner-up: FSDP2, recompute full, micro batch 128: 600.0 ms per step, 40.0 GB" in said(*candidates[:2])
+    assert "runner-up: FSDP2, recompute full, micro-batch 128: 600.0 ms per step, 40.0 GB" in said(*candidates[:2])
     assert not any(line.startswith("runner-up") for line in said(candidates[0]))
     assert not any("tied" in line for line in lines)
     quick = candidate(0.5, "none", "ddp", 128), candidate(0.501, "none", "deepspeed", 128), candidate(0.9, "none", "fsdp2", 128)
-    reason = " tied within 2% with 1 other that may fit; tie-breakers: least recomputation, DDP, largest micro batch"
+    reason = " tied within 2% with 1 other (memory not checked); tie-breakers: least recomputation, DDP, largest micro-batch"
     assert reason in said(*quick)
     assert {
         "communication (exposed) 0.00 ms: all of it",

@@ -38,7 +38,7 @@ class Candidate:
         train = self.config.train
         group = f" in sharding groups of {train.shard_ranks}" if train.shard_ranks else ""
         compiled = ", compiled" if self.config.kernels.compile else ""
-        return f"{ENGINES[train.engine]}{group}{compiled}, recompute {train.recompute}, micro batch {train.micro_batch}"
+        return f"{ENGINES[train.engine]}{group}{compiled}, recompute {train.recompute}, micro-batch {train.micro_batch}"
 
     @property
     def time_bucket(self) -> int:
@@ -96,7 +96,7 @@ class Search:
         return rank_memory(config, mode, samples, self.machines.gpus, CUDA, self.estimate_pass, bucket(self.weights))
 
     def largest(self, config: Config, mode: str) -> int:
-        """Return the largest micro batch that divides a rank's share of the global batch and fits in ``mode``, or 0."""
+        """Return the largest micro-batch that divides a rank's share of the global batch and fits in ``mode``, or 0."""
         sizes = reversed(_divisors(self.config, self.machines))
         return next(
             (size for size in sizes if self.memory(_with_train(config, micro_batch=size), mode, size).total <= self.gpu_memory),
@@ -114,11 +114,11 @@ def bucket(weights: Weights) -> int:
 
 
 def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
-    """Return all candidates: every engine, sharding group, mode of recomputation and micro batch, except for the ``fixed`` keys
+    """Return all candidates: every engine, sharding group, mode of recomputation and micro-batch, except for the ``fixed`` keys
     (section.key), which keep their values. Blocks are compiled where the engine allows it.
 
     They are sorted by step time, then least recomputation, then compiled blocks, then engine (DDP, ZeRO-3, FSDP2), then the
-    largest micro batch. Raises ConfigError if the GPUs do not divide the global batch, or fixed keys contradict each other.
+    largest micro-batch. Raises ConfigError if the GPUs do not divide the global batch, or fixed keys contradict each other.
     """
     train = config.train
     if train.global_batch % machines.gpus:

@@ -51,7 +51,7 @@ def _model(found: Search, model: str, gpu: str) -> str:
 
 
 def _memory(found: Search, best: FeasibleCandidate) -> str:
-    """Memory of the chosen engine at the chosen micro batch, and the largest micro batch that fits. One row for each mode of
+    """Memory of the chosen engine at the chosen micro-batch, and the largest micro-batch that fits. One row for each mode of
     recomputation, in the run's precision and in the one the guard falls back to."""
     train = best.config.train
     samples, _ = micro_batches(train, found.machines.gpus)
@@ -132,7 +132,7 @@ def _assumptions(found: Search, best: FeasibleCandidate) -> str:
     lines = [
         f"memory: {gpu.memory / 1e9:.0f} GB per GPU; {MARGIN - 1:.0%} added to the estimate for CUDA, NCCL and fragmentation",
         "memory: peak of a step, in a micro-batch or in the optimizer step; attention and dropout are fused kernels",
-        f"compute: {machines.mfu:.0%} of the peak of {peak:,.0f} TFLOP/s, recomputation included, at any micro batch (--mfu)",
+        f"compute: {machines.mfu:.0%} of the peak of {peak:,.0f} TFLOP/s, recomputation included, at any micro-batch (--mfu)",
         *([_assumed_of_launches(machines, best)] if best.time.launches else []),
         *(_assumed_of_links(machines, best) if best.collectives else []),
         f"optimizer: {optimizer_bytes(best.config, found.weights, machines.gpus) / 1e9:.2f} GB read and written per GPU at "
@@ -196,9 +196,13 @@ def _why(found: Search, best: FeasibleCandidate) -> str:
         then = ", compiled blocks"
     elif len(engines) > 1:
         then = f", {ENGINES[best.config.train.engine]}"
-    order = f"least recomputation{then}, largest micro batch"
+    order = f"least recomputation{then}, largest micro-batch"
     others = f"{len(same) - 1} other{'s' if len(same) > 2 else ''}"
-    tied = f"\n  tied within {TIME_TOLERANCE:.0%} with {others} that may fit; tie-breakers: {order}" if len(same) > 1 else ""
+    tied = (
+        f"\n  tied within {TIME_TOLERANCE:.0%} with {others} (memory not checked); tie-breakers: {order}"
+        if len(same) > 1
+        else ""
+    )
     return (
         f"the fewest GPU-hours of the candidates that fit, of {len(found.candidates)} considered{tied}\n"
         f"  bound by {bound}; needs {_gb(best.memory.total)} of {_gb(found.gpu_memory)} GB"
