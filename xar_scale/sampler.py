@@ -58,9 +58,7 @@ def sample(
         raise UsageError(f"sampling needs at least 1 step, not {steps}")
     low, high = guidance_interval
     if not (0 <= guidance < math.inf and 0 <= low <= high <= 1):
-        raise UsageError(
-            f"guidance {guidance} within times {low} to {high}: must be at least 0, within times that rise between 0 and 1"
-        )
+        raise UsageError(f"guidance {guidance} within times {low} to {high}: needs guidance >= 0 and 0 <= low <= high <= 1")
     device, layout = model.in_proj.weight.device, model.layout
     labels_B = _labels(labels, model.null_class)
     batch = len(labels_B)

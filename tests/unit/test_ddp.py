@@ -210,6 +210,6 @@ def test_replayed_micro_batches_train_like_eager_ones():
 
 
 def test_it_has_no_sharding_groups():
-    with pytest.raises(ConfigError, match="train.shard_ranks: train.engine=ddp replicates all weights"):
+    with pytest.raises(ConfigError, match="train.engine=ddp replicates all weights"):
         digits_config("train.engine=ddp", "train.shard_ranks=1")
     assert isinstance(digits_config("train.engine=ddp"), Config)
