@@ -198,11 +198,10 @@ def _why(found: Search, best: FeasibleCandidate) -> str:
         then = f", {ENGINES[best.config.train.engine]}"
     order = f"least recomputation{then}, largest micro-batch"
     others = f"{len(same) - 1} other{'s' if len(same) > 2 else ''}"
-    tied = f"\n  tied within {TIME_TOLERANCE:.0%} with {others} (memory not checked); tie-breakers: {order}"
-    return (
-        f"the fewest GPU-hours of the candidates that fit, of {len(found.candidates)} considered{tied if len(same) > 1 else ''}\n"
-        f"  bound by {bound}; needs {_gb(best.memory.total)} of {_gb(found.gpu_memory)} GB"
-    )
+    found_best = f"the fewest GPU-hours of the candidates that fit, of {len(found.candidates)} considered"
+    tied = f"tied within {TIME_TOLERANCE:.0%} with {others} (memory not checked); tie-breakers: {order}"
+    bound_by = f"bound by {bound}; needs {_gb(best.memory.total)} of {_gb(found.gpu_memory)} GB"
+    return "\n  ".join([found_best, *([tied] if len(same) > 1 else []), bound_by])
 
 
 def _runner_up(found: Search) -> FeasibleCandidate | None:
