@@ -22,6 +22,7 @@ from xar_scale.data.reader import LatentShards
 from xar_scale.doctor import REFUSED, Mode
 from xar_scale.errors import DataError
 from xar_scale.files import path_in_errors
+from xar_scale.model.apex import is_another_package
 from xar_scale.stragglers import SLOW
 
 DEEPSPEED = "0.19.8"  # before it, under ZeRO-3 a NaN on one rank reaches every rank's weights
@@ -224,7 +225,7 @@ def software(versions: Mapping[str, str]) -> list[Finding]:
     if installed[0].isdigit() and Version(installed) < Version(DEEPSPEED):
         advice = f"pip install 'deepspeed>={DEEPSPEED}': with older versions a NaN on one rank corrupts all ranks' weights"
         findings.append(Finding("deepspeed", installed, advice))
-    if versions.get("apex", "").startswith("the unrelated"):
+    if is_another_package():
         findings.append(Finding("apex", versions["apex"], "pip uninstall apex; NVIDIA's is built from its repository"))
     everywhere: list[dict[str, Any]] = dist.gather_objects(dict(versions))
     for name in versions:

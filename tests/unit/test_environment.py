@@ -7,7 +7,7 @@ import torch
 
 from tests.processes import launch
 from tests.unit.conftest import write_set
-from xar_scale import dist, environment
+from xar_scale import dist, doctor, environment
 from xar_scale.environment import clocks, disk, network, settings, software
 from xar_scale.errors import FileError
 
@@ -73,14 +73,25 @@ def test_few_open_files_and_little_shared_memory(monkeypatch):
     assert named(settings(HERE, 1, 8)) == {}
 
 
-def test_outdated_wrong_or_differing_software(monkeypatch):
+def test_outdated_or_differing_software(monkeypatch):
     good = {"deepspeed": "0.19.8", "apex": "not installed"}
     assert software(good) == [] and software({"deepspeed": "not installed"}) == []
     assert "0.19.8" in named(software({"deepspeed": "0.19.7"}))["deepspeed"]
-    assert "uninstall" in named(software({"apex": "the unrelated package of that name"}))["apex"]
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, mine, mine | {"torch": "2.11"}])
     (found,) = software(good | {"torch": "2.15"})
     assert found[:2] == ("torch", "2.15 on rank 0, 2.11 on rank 2")
+
+
+def test_another_package_named_apex_is_to_be_uninstalled(monkeypatch, tmp_path):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    facts = doctor.facts(doctor.this_machine(torch.device("cpu")))
+    (found,) = software(dict(facts))
+    assert found.found.startswith(f"{tmp_path / 'apex'} is not NVIDIA's apex, which has apex.optimizers, but")
+    assert found.advice.startswith("pip uninstall apex")
+    (tmp_path / "apex" / "optimizers").mkdir()
+    assert software(dict(facts)) == []
 
 
 def test_disks_are_measured_and_left_as_they_were(tmp_path, monkeypatch):
