@@ -187,12 +187,15 @@ def settings(environ: Mapping[str, str], local_world: int, cores: int) -> list[F
     for name, accepts in (("NCCL_SOCKET_IFNAME", _nccl_accepts), ("GLOO_SOCKET_IFNAME", _gloo_accepts)):
         if (value := environ.get(name)) and not accepts(value, interfaces):
             findings.append(Finding(name, value, f"no such interface; this node has {', '.join(interfaces)}: name one of them"))
-    threads = int((environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])
+    given = environ.get("OMP_NUM_THREADS", "")
+    first = given.partition(",")[0].strip()
+    asked = int(first) if first.isdecimal() else 0
+    threads = asked or cores  # OpenMP ignores anything but a positive number
     if threads * local_world > cores and local_world > 1:
         findings.append(
             Finding(
                 "OMP_NUM_THREADS",
-                environ.get("OMP_NUM_THREADS", f"not set: {cores}"),
+                given if asked else f"{given or 'not set'}: {cores}",
                 f"{local_world} ranks x {threads} threads share {cores} cores: set at most {max(1, cores // local_world)}",
             )
         )

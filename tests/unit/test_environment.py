@@ -62,6 +62,13 @@ def test_more_threads_than_cores_are_named():
     assert "not set: 8" in [finding.found for finding in settings({}, 4, 8)]
 
 
+@pytest.mark.parametrize("value", ["auto", "0", "-1", "2x", ""])
+def test_a_number_of_threads_that_openmp_ignores_counts_as_all_cores(value):
+    (found,) = (finding for finding in settings({"OMP_NUM_THREADS": value}, 4, 8) if finding.what == "OMP_NUM_THREADS")
+    assert found.found == f"{value or 'not set'}: 8" and found.advice.startswith("4 ranks x 8 threads share 8 cores")
+    assert "OMP_NUM_THREADS" not in named(settings({"OMP_NUM_THREADS": value}, 1, 8))
+
+
 def test_few_open_files_and_little_shared_memory(monkeypatch):
     monkeypatch.setattr(environment.resource, "getrlimit", lambda _: (1024, 1 << 20))
     usage = environment.shutil.disk_usage("/")
