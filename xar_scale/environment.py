@@ -211,10 +211,11 @@ def settings(environ: Mapping[str, str], local_world: int, cores: int) -> list[F
 
 
 def _nccl_accepts(value: str, interfaces: Sequence[str]) -> bool:
-    """Whether NCCL finds an interface. ``value`` lists name prefixes; after ``=`` exact names, after ``^`` exclusions."""
-    names = value.lstrip("=^").split(",")
-    named = [name for name in interfaces if (name in names if value[0] == "=" else name.startswith(tuple(names)))]
-    return len(named) < len(interfaces) if value[0] == "^" else bool(named)
+    """Whether NCCL finds an interface. ``value`` lists name prefixes; after ``=`` names; after ``^`` exclusions of either."""
+    excluded, value = value.startswith("^"), value.removeprefix("^")
+    exact, names = value.startswith("="), value.removeprefix("=").split(",")
+    named = [name for name in interfaces if (name in names if exact else name.startswith(tuple(names)))]
+    return len(named) < len(interfaces) if excluded else bool(named)
 
 
 def _gloo_accepts(value: str, interfaces: Sequence[str]) -> bool:

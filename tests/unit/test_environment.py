@@ -32,6 +32,7 @@ def test_harmful_settings_are_named_with_advice(name):
         *(("GLOO_SOCKET_IFNAME", value, good) for value, good in (("eth0", True), ("eth", False), ("eth0,ib0", False))),
         *(("NCCL_SOCKET_IFNAME", value, good) for value, good in (("eth", True), ("=eth", False), ("ib,=eth", False))),
         *(("NCCL_SOCKET_IFNAME", value, good) for value, good in (("=ib0,eth0", True), ("^lo", True), ("^lo,eth", False))),
+        *(("NCCL_SOCKET_IFNAME", value, good) for value, good in (("^=l,eth0", True), ("^=lo,eth0", False), ("=^lo", False))),
     ],
 )
 def test_a_missing_interface_is_named_with_the_existing_ones(monkeypatch, name, value, good):
