@@ -24,6 +24,7 @@ T = TypeVar("T")
 # torch 2.14 renamed both
 all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
 reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_dist.reduce_scatter_tensor
+PARENT = os.getppid()  # the launcher, which may die at any later moment
 TIMEOUT = timedelta(minutes=30)  # of collectives; the watchdog fires earlier and reports more
 
 
@@ -37,10 +38,13 @@ def adopt_launcher() -> None:
             os.environ.setdefault(name, value)
 
 
-def die_with_parent(number: signal.Signals) -> None:
-    """Have the kernel send this process a signal when its parent dies, for whatever reason. Linux only."""
+def die_with_parent(number: signal.Signals, parent: int) -> None:
+    """Have the kernel send this process a signal when its parent dies, for whatever reason; or send it now if the process
+    ``parent`` is its parent no more. Linux only."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    if os.getppid() != parent:  # it died before that
+        os.kill(os.getpid(), number)
 
 
 def init(device: torch.device) -> None:
@@ -58,7 +62,7 @@ def init(device: torch.device) -> None:
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # number of recent collectives recorded for the watchdog
     if "TORCHELASTIC_RUN_ID" in os.environ:  # if torchrun is killed, its ranks would keep training
-        die_with_parent(signal.SIGTERM)
+        die_with_parent(signal.SIGTERM, PARENT)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)

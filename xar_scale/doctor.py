@@ -16,7 +16,7 @@ from torch import Tensor
 from xar_scale.config import ModelConfig
 from xar_scale.errors import ConfigError
 from xar_scale.memory.fallback import device_memory
-from xar_scale.model.apex import choose_library
+from xar_scale.model.apex import why_unusable
 from xar_scale.model.attention import choose_backend, describe
 from xar_scale.model.entities import create_layout
 from xar_scale.precision import FP32, MODES, matmul_mode
@@ -65,11 +65,7 @@ def this_machine(device: torch.device) -> Machine:
 
 def facts(machine: Machine) -> list[tuple[str, str]]:
     """Return (name, version or state) of the software that training depends on and of the devices, without importing it."""
-    try:
-        choose_library("apex", machine.device)
-        apex = "NVIDIA's"
-    except ConfigError as reason:
-        apex = str(reason).split(": ", 1)[1].split("; ")[0].removeprefix("it is ")
+    apex, *_ = why_unusable(machine.device) or ["NVIDIA's"]
     return [
         ("python", platform.python_version()),
         ("torch", torch.__version__),

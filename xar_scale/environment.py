@@ -22,6 +22,7 @@ from xar_scale.data.reader import LatentShards
 from xar_scale.doctor import REFUSED, Mode
 from xar_scale.errors import DataError
 from xar_scale.files import path_in_errors
+from xar_scale.model.apex import is_another_package
 from xar_scale.stragglers import SLOW
 
 DEEPSPEED = "0.19.8"  # before it, under ZeRO-3 a NaN on one rank reaches every rank's weights
@@ -186,12 +187,15 @@ def settings(environ: Mapping[str, str], local_world: int, cores: int) -> list[F
     for name, accepts in (("NCCL_SOCKET_IFNAME", _nccl_accepts), ("GLOO_SOCKET_IFNAME", _gloo_accepts)):
         if (value := environ.get(name)) and not accepts(value, interfaces):
             findings.append(Finding(name, value, f"no such interface; this node has {', '.join(interfaces)}: name one of them"))
-    threads = int((environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0])
+    given = environ.get("OMP_NUM_THREADS", "")
+    first = given.partition(",")[0].strip()
+    asked = int(first) if first.isdecimal() else 0
+    threads = asked or cores  # OpenMP ignores anything but a positive number
     if threads * local_world > cores and local_world > 1:
         findings.append(
             Finding(
                 "OMP_NUM_THREADS",
-                environ.get("OMP_NUM_THREADS", f"not set: {cores}"),
+                given if asked else f"{given or 'not set'}: {cores}",
                 f"{local_world} ranks x {threads} threads share {cores} cores: set at most {max(1, cores // local_world)}",
             )
         )
@@ -207,10 +211,11 @@ def settings(environ: Mapping[str, str], local_world: int, cores: int) -> list[F
 
 
 def _nccl_accepts(value: str, interfaces: Sequence[str]) -> bool:
-    """Whether NCCL finds an interface. ``value`` lists name prefixes; after ``=`` exact names, after ``^`` exclusions."""
-    names = value.lstrip("=^").split(",")
-    named = [name for name in interfaces if (name in names if value[0] == "=" else name.startswith(tuple(names)))]
-    return len(named) < len(interfaces) if value[0] == "^" else bool(named)
+    """Whether NCCL finds an interface. ``value`` lists name prefixes; after ``=`` names; after ``^`` exclusions of either."""
+    excluded, value = value.startswith("^"), value.removeprefix("^")
+    exact, names = value.startswith("="), value.removeprefix("=").split(",")
+    named = [name for name in interfaces if (name in names if exact else name.startswith(tuple(names)))]
+    return len(named) < len(interfaces) if excluded else bool(named)
 
 
 def _gloo_accepts(value: str, interfaces: Sequence[str]) -> bool:
@@ -224,7 +229,7 @@ def software(versions: Mapping[str, str]) -> list[Finding]:
     if installed[0].isdigit() and Version(installed) < Version(DEEPSPEED):
         advice = f"pip install 'deepspeed>={DEEPSPEED}': with older versions a NaN on one rank corrupts all ranks' weights"
         findings.append(Finding("deepspeed", installed, advice))
-    if versions.get("apex", "").startswith("the unrelated"):
+    if is_another_package():
         findings.append(Finding("apex", versions["apex"], "pip uninstall apex; NVIDIA's is built from its repository"))
     everywhere: list[dict[str, Any]] = dist.gather_objects(dict(versions))
     for name in versions:

@@ -98,7 +98,7 @@ class Stragglers:
         computing, waiting = (statistics.median_low(values) for values in ([of[0] for of in found], [of[1] for of in found]))
         for rank, (computed, waited, host) in enumerate(found):
             slow = f"rank {rank} ({host}) is slow"
-            if self._repeated(rank, "arithmetic", computed > SLOW * computing):
+            if self._repeated(rank, "arithmetic", computed > SLOW * computing > 0):
                 dist.say(f"{slow}: its layers take {computed / computing:.1f} times as long as the median rank's")
             if self._repeated(rank, "data", waited - waiting > (SLOW - 1) * step):
                 dist.say(f"{slow}: it waits {waited:.2f} s per step for data, the median rank {waiting:.2f} s")

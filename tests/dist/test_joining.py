@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 
 from tests.processes import environment, launch, wait_until_gone
 
@@ -31,7 +32,7 @@ def test_no_rank_continues_before_all_have_joined(tmp_path):
 
 
 RANK = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 import torch
 from xar_scale import dist
@@ -41,18 +42,24 @@ def told(number, frame):
     dist.leave(0)
 
 signal.signal(signal.SIGTERM, told)
+if sys.argv[2] == "before":
+    print("ready", flush=True)
+    while os.getppid() == dist.PARENT:
+        time.sleep(0.01)
 dist.init(torch.device("cpu"))
-print("joined", flush=True)
+print("ready", flush=True)
 time.sleep(100)
 """
 LAUNCHER = 'import subprocess, sys; subprocess.run([sys.executable, "-c", *sys.argv[1:]])'
 
 
-def test_a_launcher_that_is_killed_leaves_no_rank_training(tmp_path):
-    command = [sys.executable, "-c", LAUNCHER, RANK, str(tmp_path / "told")]
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_launcher_that_is_killed_leaves_no_rank_training(tmp_path, when):
+    """Before or after the rank has asked the kernel for a signal."""
+    command = [sys.executable, "-c", LAUNCHER, RANK, str(tmp_path / "told"), when]
     kept = environment() | {"TORCHELASTIC_RUN_ID": "one"}  # as torchrun sets it; without it a rank may outlive its parent
     with subprocess.Popen(command, env=kept, stdout=subprocess.PIPE, text=True) as launcher:
-        assert launcher.stdout.readline() == "joined\n"
+        assert launcher.stdout.readline() == "ready\n"
         (rank,) = psutil.Process(launcher.pid).children()
         launcher.kill()
         wait_until_gone([rank.pid], 60)

@@ -60,7 +60,7 @@ def test_apex_is_refused_on_a_cpu(site):
 
 def test_an_absent_apex_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="kernels.library apex: it is not installed"):
+    with pytest.raises(ConfigError, match="kernels.library apex: not installed; build NVIDIA's from source"):
         choose_library("apex", CUDA)
 
 

@@ -118,11 +118,13 @@ def test_facts_name_what_is_there_and_what_is_not(monkeypatch):
     assert dict(doctor.facts(HERE))["deepspeed"] == "not installed"
 
 
-def test_another_package_named_apex_is_reported(monkeypatch, tmp_path):
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert "is not NVIDIA's apex, which has apex.optimizers" in dict(doctor.facts(HERE))["apex"]
+@pytest.mark.parametrize("folder", ["site", "a; b: c"])
+def test_another_package_named_apex_is_reported(monkeypatch, tmp_path, folder):
+    (package := tmp_path / folder / "apex").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(package.parent)
+    said = dict(doctor.facts(HERE))["apex"]
+    assert said.startswith(f"{package} is not NVIDIA's apex, which has apex.optimizers, but another package of that name (pip")
 
 
 def test_columns_stand_under_their_titles():

@@ -7,7 +7,7 @@ import torch
 
 from tests.processes import launch
 from tests.unit.conftest import write_set
-from xar_scale import dist, environment
+from xar_scale import dist, doctor, environment
 from xar_scale.environment import clocks, disk, network, settings, software
 from xar_scale.errors import FileError
 
@@ -32,6 +32,7 @@ def test_harmful_settings_are_named_with_advice(name):
         *(("GLOO_SOCKET_IFNAME", value, good) for value, good in (("eth0", True), ("eth", False), ("eth0,ib0", False))),
         *(("NCCL_SOCKET_IFNAME", value, good) for value, good in (("eth", True), ("=eth", False), ("ib,=eth", False))),
         *(("NCCL_SOCKET_IFNAME", value, good) for value, good in (("=ib0,eth0", True), ("^lo", True), ("^lo,eth", False))),
+        *(("NCCL_SOCKET_IFNAME", value, good) for value, good in (("^=l,eth0", True), ("^=lo,eth0", False), ("=^lo", False))),
     ],
 )
 def test_a_missing_interface_is_named_with_the_existing_ones(monkeypatch, name, value, good):
@@ -62,6 +63,13 @@ def test_more_threads_than_cores_are_named():
     assert "not set: 8" in [finding.found for finding in settings({}, 4, 8)]
 
 
+@pytest.mark.parametrize("value", ["auto", "0", "-1", "2x", ""])
+def test_a_number_of_threads_that_openmp_ignores_counts_as_all_cores(value):
+    (found,) = (finding for finding in settings({"OMP_NUM_THREADS": value}, 4, 8) if finding.what == "OMP_NUM_THREADS")
+    assert found.found == f"{value or 'not set'}: 8" and found.advice.startswith("4 ranks x 8 threads share 8 cores")
+    assert "OMP_NUM_THREADS" not in named(settings({"OMP_NUM_THREADS": value}, 1, 8))
+
+
 def test_few_open_files_and_little_shared_memory(monkeypatch):
     monkeypatch.setattr(environment.resource, "getrlimit", lambda _: (1024, 1 << 20))
     usage = environment.shutil.disk_usage("/")
@@ -73,14 +81,25 @@ def test_few_open_files_and_little_shared_memory(monkeypatch):
     assert named(settings(HERE, 1, 8)) == {}
 
 
-def test_outdated_wrong_or_differing_software(monkeypatch):
+def test_outdated_or_differing_software(monkeypatch):
     good = {"deepspeed": "0.19.8", "apex": "not installed"}
     assert software(good) == [] and software({"deepspeed": "not installed"}) == []
     assert "0.19.8" in named(software({"deepspeed": "0.19.7"}))["deepspeed"]
-    assert "uninstall" in named(software({"apex": "the unrelated package of that name"}))["apex"]
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, mine, mine | {"torch": "2.11"}])
     (found,) = software(good | {"torch": "2.15"})
     assert found[:2] == ("torch", "2.15 on rank 0, 2.11 on rank 2")
+
+
+def test_another_package_named_apex_is_to_be_uninstalled(monkeypatch, tmp_path):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    facts = doctor.facts(doctor.this_machine(torch.device("cpu")))
+    (found,) = software(dict(facts))
+    assert found.found.startswith(f"{tmp_path / 'apex'} is not NVIDIA's apex, which has apex.optimizers, but")
+    assert found.advice.startswith("pip uninstall apex")
+    (tmp_path / "apex" / "optimizers").mkdir()
+    assert software(dict(facts)) == []
 
 
 def test_disks_are_measured_and_left_as_they_were(tmp_path, monkeypatch):

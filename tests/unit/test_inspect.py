@@ -256,6 +256,21 @@ def test_a_post_hoc_ema_is_made_shown_and_sampled(tmp_path, tool, capsys):
     assert not torch.equal(*(load_weights(read_manifest(tmp_path / at))["in_proj.weight"] for at in ("made", "earlier")))
 
 
+def test_snapshots_from_before_the_first_update_are_not_averaged(tmp_path, tool):
+    """All steps up to them were skipped: their EMA is of the initial weights alone."""
+    run = Run(tmp_path / "run", config=CONFIG)
+    for step, skipped in ((2, 2), (4, 2), (6, 2)):
+        run.train(2)
+        run.store.save(run.manifest(kinds=tuple(POWER_KINDS), guard=GuardState(skipped=skipped)))
+        run.store.finish()
+        code, shown, complaint = tool("ema", tmp_path / "run", "--std", "0.1", "--out", tmp_path / f"made-{step}")
+        if step == skipped:
+            said = f"no snapshot in {tmp_path}/run/ema has any update up to step 2: all steps were skipped"
+            assert (code, complaint) == (64, f"inspect_checkpoint: {said}\n")
+        else:
+            assert code == 0 and f"from {step // 2 - 1} snapshots" in shown, complaint
+
+
 def test_a_file_that_a_full_disk_does_not_take_is_named(tmp_path, tool, largest_file):
     run = Run(tmp_path / "run", config=CONFIG)
     for _ in range(2):

@@ -193,7 +193,7 @@ def test_a_job_is_one_task_per_rank_or_one_launcher_per_node_with_its_cores(tmp_
     (_, call) = Batch(tmp_path, 0, LAUNCH="torchrun").calls
     assert call.startswith("srun CPUS= --kill-on-bad-exit=1 --ntasks=2 --ntasks-per-node=1 --cpu-bind=none ")
     batch = Batch(tmp_path, 0, LAUNCH="mpirun")
-    assert batch.done.returncode == 64 and "LAUNCH=mpirun is neither srun nor torchrun" in batch.done.stdout
+    assert (batch.done.returncode, batch.done.stderr) == (64, "xar-scale: LAUNCH=mpirun is neither srun nor torchrun\n")
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,8 @@ def test_jobs_without_a_run_folder_count_their_restarts_separately(tmp_path):
 def test_a_job_that_is_submitted_from_elsewhere_says_so(tmp_path):
     batch = Batch(tmp_path, 0, SLURM_SUBMIT_DIR=str(tmp_path))
     assert batch.done.returncode == 64 and batch.calls == []
-    assert batch.done.stdout == f"{tmp_path} is not a checkout: run sbatch from one\n"
+    *_, said = batch.done.stderr.splitlines()  # after bash's own complaint
+    assert (batch.done.stdout, said) == ("", f"xar-scale: {tmp_path} is not a checkout: run sbatch from one")
 
 
 @pytest.mark.parametrize(

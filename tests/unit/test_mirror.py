@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shutil
 import threading
 import time
@@ -158,6 +159,38 @@ def test_a_failed_request_is_retried(bucket, tmp_path, monkeypatch, work):
     left[0] = 99
     with pytest.raises(FileError, match="TimeoutError"):
         resumed_from(tmp_path / "newer", bucket)
+
+
+@pytest.mark.parametrize("url", ["store", "folder"])
+def test_a_local_error_ends_the_run_instead_of_leading_to_an_older_checkpoint(bucket, tmp_path, capsys, largest_file, url):
+    url = bucket if url == "store" else f"file://{tmp_path}/copy"
+    trained(tmp_path / "one", url)
+    shutil.rmtree(tmp_path / "one" / "checkpoints" / "step-00000003")
+    largest_file(1000)  # as on a full disk
+    with pytest.raises(FileError, match=f"^{tmp_path}/one/checkpoints/.step-00000003.tmp/{FILES[0]}: File too large$"):
+        resumed_from(tmp_path / "one", url)
+    largest_file(resource.RLIM_INFINITY)
+    said = capsys.readouterr().out
+    assert "retrying" not in said and "continuing with" not in said
+    assert resumed_from(tmp_path / "one", url).path.name == "step-00000003"
+
+
+def test_a_download_folder_that_cannot_be_made_ends_the_run(bucket, tmp_path, monkeypatch):
+    trained(tmp_path, bucket)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000003")
+
+    def refuse(path, **_options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(FileError, match=f"^{tmp_path}/checkpoints/.step-00000003.tmp: Permission denied$"):
+        resumed_from(tmp_path, bucket)
+
+
+def test_a_node_without_the_run_folder_ends_the_run(bucket, tmp_path):
+    trained(tmp_path, bucket, 1)
+    with pytest.raises(FileError, match=f"^{tmp_path}/nowhere does not exist on this node$"):
+        Mirror(bucket).download(1, FILES, tmp_path / "nowhere")
 
 
 def test_copies_of_later_steps_stay_unless_the_run_has_rolled_back(store, bucket, tmp_path):

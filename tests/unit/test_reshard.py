@@ -13,6 +13,7 @@ import sys
 import textwrap
 import types
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ from xar_scale.checkpoint.interop import source as sources
 from xar_scale.checkpoint.interop.source import InMemory
 from xar_scale.checkpoint.load import load
 from xar_scale.checkpoint.manifest import KINDS, read_manifest, verify
-from xar_scale.checkpoint.reshard import plan, writer
+from xar_scale.checkpoint.reshard import parts, plan, writer
 from xar_scale.errors import DataError
 
 TARGETS = ["universal", "safetensors", "pth", "xar-scale"]
@@ -361,6 +362,34 @@ def test_another_source_or_target_starts_over(tmp_path, own, state):
     assert reshard(own, tmp_path / "new", "--to", "xar-scale", "--files", "2") == 0
     assert len(verify(tmp_path / "new").manifest.files) == 2
     assert_bitwise(values(tmp_path / "new"), state)
+
+
+def test_a_changed_manifest_starts_over(tmp_path, own, capsys):
+    """Its checksums are verified although its shards are the same."""
+    source = shutil.copytree(own, tmp_path / "own")
+    program = textwrap.dedent(KILLED.format(sync=40960, block=4096, after=60))
+    words = [sys.executable, "-c", program, str(source), str(tmp_path / "new"), "--to", "pth"]
+    assert subprocess.run(words, cwd=ROOT, env=environment(), timeout=400).returncode == -signal.SIGKILL
+    manifest = read_manifest(source).manifest
+    files = {name: replace(entry, sha256="0" * 64) for name, entry in manifest.files.items()}
+    (source / "manifest.json").write_bytes(replace(manifest, files=files).to_json())
+    assert reshard(source, tmp_path / "new", "--to", "pth") == 65
+    assert "is corrupt (its SHA-256 differs)" in capsys.readouterr().err
+
+
+def test_what_the_last_file_says_is_part_of_the_digest(own):
+    with open_source(own) as source:
+        before = writer._digest(source, plan(source, "xar-scale"))
+        source.manifest = replace(source.manifest, step=source.manifest.step + 1)
+        assert writer._digest(source, plan(source, "xar-scale")) != before
+
+
+def test_an_interrupted_conversion_does_not_depend_on_names_in_the_code(own, monkeypatch):
+    with open_source(own) as source:
+        before = [writer._digest(source, plan(source, target)) for target in TARGETS]
+        for part in (parts.Slice, parts.Fixed, parts.Deferred):
+            monkeypatch.setattr(part, "__repr__", lambda self: f"Renamed({tuple(self)})")
+        assert [writer._digest(source, plan(source, target)) for target in TARGETS] == before
 
 
 def test_a_record_after_a_torn_line_of_the_journal_is_read_at_the_next_start(tmp_path):

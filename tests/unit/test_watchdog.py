@@ -306,6 +306,14 @@ def test_a_rank_that_waits_for_data_while_others_wait_for_it_is_named(monkeypatc
     assert capsys.readouterr().out == ""
 
 
+def test_no_rank_is_slow_where_most_have_measured_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [(value, 0.5, "host") for value in (0.0, 0.0, 1.0)])
+    compared = Stragglers()
+    for _ in range(stragglers.CONSECUTIVE):
+        assert compared.compare(0.0, 0.5, 2.0) == [0.0, 0.0, 1.0]
+    assert capsys.readouterr().out == ""
+
+
 def test_a_report_that_cannot_be_written_keeps_no_process_alive(tmp_path):
     (tmp_path / watchdog.FOLDER).mkdir()
     os.mkfifo(tmp_path / watchdog.FOLDER / "step-00000008-rank-0.txt")  # as a disk that hangs: opening waits for a reader

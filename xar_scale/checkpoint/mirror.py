@@ -23,16 +23,21 @@ from xar_scale.checkpoint.manifest import (
     verify,
 )
 from xar_scale.errors import ConfigError, DataError, FileError, XarScaleError
-from xar_scale.files import free_name, remove, sync_folder
+from xar_scale.files import free_name, remove, sync_folder, write_atomically
 
 T = TypeVar("T")
 Check = Callable[[Checkpoint], None]  # raises ConfigError if the run cannot resume from it
 PROBE = "tried"  # name of a file that is written and removed again
+PROBE_BYTES = 1 << 20  # written to find out whether the local disk is to blame
 RETRY_DELAYS_S = 2, 4, 8  # between attempts at the start of a run
 
 
+class StoreError(FileError):
+    """The store does not respond, or refuses."""
+
+
 class Mirror:
-    """Checkpoints in ``URL/checkpoints/step-.../``, for any URL that fsspec opens. All methods raise FileError naming the URL,
+    """Checkpoints in ``URL/checkpoints/step-.../``, for any URL that fsspec opens. All methods raise StoreError naming the URL,
     and DataError if a file to be read is missing."""
 
     def __init__(self, url: str) -> None:
@@ -94,13 +99,17 @@ class Mirror:
         return parse_manifest(content, f"{self.url}/{FOLDER}/{name}")
 
     def download(self, step: int, names: Iterable[str], folder: Path) -> None:
-        """Download files of the checkpoint of ``step`` into ``folder``."""
+        """Download files of the checkpoint of ``step`` into ``folder``. A local error is a FileError that names the file."""
 
         def get(system: fsspec.AbstractFileSystem, root: str) -> None:
             if not folder.is_dir():
-                raise OSError(f"{folder} does not exist on this node")
+                raise FileError(f"{folder} does not exist on this node")
             for name in names:
-                system.get_file(f"{root}/{name}", str(folder / name))
+                try:
+                    system.get_file(f"{root}/{name}", str(folder / name))
+                except Exception:
+                    _check_local(folder / name)
+                    raise
 
         self._do("read", checkpoint_name(step), get)
 
@@ -121,10 +130,20 @@ class Mirror:
         try:
             system, root = fsspec.url_to_fs(url)
             return work(system, root)
+        except FileError:  # a local one
+            raise
         except Exception as error:  # each store and library raises its own types
-            kind = DataError if what == "read" and isinstance(error, FileNotFoundError) else FileError
+            kind = DataError if what == "read" and isinstance(error, FileNotFoundError) else StoreError
             reason = f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0]
             raise kind(f"{url} cannot be {what}: {reason}") from None
+
+
+def _check_local(path: Path) -> None:
+    """Raise FileError if ``path`` cannot be written. The error of a download does not say on which side it occurred."""
+    try:
+        write_atomically(path, bytes(PROBE_BYTES))
+    except OSError as error:
+        raise dist.file_error(error) from None
 
 
 def _listed(system: fsspec.AbstractFileSystem, folder: str) -> list[str]:
@@ -150,7 +169,8 @@ def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | Non
     If ``check`` refuses that one, nothing is downloaded.
 
     Every rank calls this. Raises DataError if there are checkpoints but none is valid. An unreachable mirror is reported and
-    retried. If it stays unreachable and the run has no checkpoint, FileError: a new start could lose work unnoticed.
+    retried. If it stays unreachable and the run has no checkpoint, StoreError: a new start could lose work unnoticed. So could
+    an older checkpoint after a local error during the download, which is a FileError.
     """
     local: Checkpoint | None = None
     damaged: XarScaleError | None = None
@@ -167,7 +187,7 @@ def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | Non
             except DataError as error:
                 dist.say(f"{error}; trying the checkpoint before it")
                 damaged = error
-    except FileError as error:
+    except StoreError as error:
         if local is None:
             raise
         dist.say(f"{error}; continuing with {local.path}")
@@ -178,11 +198,11 @@ def newest_valid_of(run: Path, mirror: Mirror, check: Check) -> Checkpoint | Non
 
 
 def _with_retries(work: Callable[[], T]) -> T:
-    """Return what ``work`` on a mirror returns. It is retried on FileError."""
+    """Return what ``work`` on a mirror returns. It is retried on StoreError."""
     for seconds in RETRY_DELAYS_S:
         try:
             return work()
-        except FileError as error:
+        except StoreError as error:
             dist.say(f"{error}; retrying in {seconds} s")
             time.sleep(seconds)
     return work()

@@ -26,7 +26,10 @@ WIDTHS_TRIED = np.arange(0.005, MAX_WIDTH, 0.001)  # when searching for the near
 
 
 def open_snapshots(run: Path, step: int | None) -> list[Checkpoint]:
-    """Return the snapshots up to ``step``, which must have one (None: all), oldest first. Their files are not checked."""
+    """Return the snapshots up to ``step``, which must have one (None: all), oldest first. Their files are not checked.
+
+    Without those from before the first update: an EMA has no profile there.
+    """
     paths = checkpoint_paths(run, EMA_SNAPSHOTS)
     if not paths:
         raise UsageError(f"no EMA snapshots in {run / EMA_SNAPSHOTS}: training writes them if optim.ema_snapshots_every is set")
@@ -34,6 +37,10 @@ def open_snapshots(run: Path, step: int | None) -> list[Checkpoint]:
     if step is not None and step not in steps:
         raise UsageError(f"there is no snapshot of --step {step}; available: {', '.join(map(str, steps))}")
     snapshots = [read_manifest(path) for path, at in zip(paths, steps, strict=True) if step is None or at <= step]
+    snapshots = [snapshot for snapshot in snapshots if snapshot.manifest.updates]
+    if not snapshots:
+        until = steps[-1] if step is None else step
+        raise UsageError(f"no snapshot in {run / EMA_SNAPSHOTS} has any update up to step {until}: all steps were skipped")
     newest = snapshots[-1].manifest
     for snapshot in snapshots:
         if (snapshot.manifest.shapes, snapshot.manifest.kinds) != (newest.shapes, newest.kinds):

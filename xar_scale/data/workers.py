@@ -100,6 +100,4 @@ def _init_worker(parent: int, worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    dist.die_with_parent(signal.SIGKILL)
-    if os.getppid() != parent:  # the parent was killed before that
-        os._exit(1)
+    dist.die_with_parent(signal.SIGKILL, parent)

@@ -19,27 +19,34 @@ def choose_library(wanted: KernelLibrary, device: torch.device) -> KernelLibrary
     """
     if wanted != "apex":
         return "torch"
-    if reason := _missing(device):
-        raise ConfigError(f"kernels.library apex: {reason}; or use kernels.library=torch")
+    if unusable := why_unusable(device):
+        raise ConfigError(f"kernels.library apex: {'; '.join(unusable)}; or use kernels.library=torch")
     return "apex"
 
 
-def _missing(device: torch.device) -> str | None:
-    """Return why apex is not usable, or None. Imports nothing: the installed apex may be another package."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return "it is not installed; build NVIDIA's from source, with CUDA extensions"
-    folder = Path(next(iter(spec.submodule_search_locations or [spec.origin or ""])))
-    if not (folder / "optimizers").is_dir():
-        return (
-            f"{folder} is not NVIDIA's apex, which has apex.optimizers, but another package of that name "
-            "(pip install apex brings one); uninstall it and build NVIDIA's from source"
-        )
+def why_unusable(device: torch.device) -> list[str] | None:
+    """Return why apex is not usable, then what to do about it; None if it is usable. Imports nothing."""
+    if (folder := _installed()) is None:
+        return ["not installed", "build NVIDIA's from source, with CUDA extensions"]
+    if is_another_package():
+        why = f"{folder} is not NVIDIA's apex, which has apex.optimizers, but another package of that name"
+        return [f"{why} (pip install apex brings one)", "uninstall it and build NVIDIA's from source"]
     if lacking := [name for name in EXTENSIONS if importlib.util.find_spec(name) is None]:
-        return f"{folder} was built without its CUDA extension {lacking[0]}"
+        return [f"{folder} was built without its CUDA extension {lacking[0]}"]
     if device.type != "cuda":
-        return f"its kernels need a CUDA device, this is {device.type}"
+        return [f"its kernels need a CUDA device, this is {device.type}"]
     return None
+
+
+def is_another_package() -> bool:
+    """Return whether the installed apex is not NVIDIA's."""
+    folder = _installed()
+    return folder is not None and not (folder / "optimizers").is_dir()
+
+
+def _installed() -> Path | None:
+    spec = importlib.util.find_spec("apex")
+    return None if spec is None else Path(next(iter(spec.submodule_search_locations or [spec.origin or ""])))
 
 
 def rms_norm(x: Tensor, width: int, eps: float) -> Tensor:

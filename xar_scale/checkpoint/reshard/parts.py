@@ -54,7 +54,7 @@ class Output(NamedTuple):
         """Return a digest, equal for outputs that will be equal."""
         digest = hashlib.sha256(self.name.encode())
         for part in self.parts:
-            known = part.size if isinstance(part, Deferred) else part
+            known = part.size if isinstance(part, Deferred) else tuple(part)  # without the names of classes and fields
             digest.update(repr(known).encode())
         return digest.hexdigest()
 

@@ -72,8 +72,11 @@ def write(source: Source, plan: Plan, destination: Path, verifying: Progress, wr
 
 def _digest(source: Source, plan: Plan) -> str:
     """Return a digest, equal if a run may resume another: the same unchanged source files, the same output files."""
-    stats = {str(path.resolve()): (path.stat().st_size, path.stat().st_mtime_ns) for path in source.files}
-    return hashlib.sha256(json.dumps([stats, [output.layout() for output in plan.outputs]]).encode()).hexdigest()
+    sums = source.checksums
+    stats = {str(path.resolve()): (path.stat().st_size, path.stat().st_mtime_ns, sums.get(path)) for path in source.files}
+    name, content = plan.last({output.name: Fingerprint(output.size, "") for output in plan.outputs})
+    facts = [stats, [output.layout() for output in plan.outputs], name, content.decode()]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 class _Work:
