@@ -57,7 +57,7 @@ def test_what_is_written_is_read(tmp_path_factory, count, per_shard, shape, dtyp
 
 
 @settings(deadline=None)
-@given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=5), samples=st.integers(2, 12))
+@given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=5), samples=st.integers(1, 12))
 def test_the_most_shards_that_samples_in_a_row_lie_in(counts, samples):
     info = small_info(shards=tuple(ShardInfo(f"s{number}", count, 1, 0, 0) for number, count in enumerate(counts)))
     row = range(min(samples, info.samples))

@@ -64,7 +64,7 @@ class DatasetInfo:
         """Return the most shards that ``samples`` consecutive samples can span, for any order of the shards."""
         together = np.cumsum(np.sort([shard.samples for shard in self.shards]))
         within = int(np.searchsorted(together, samples - 2, side="right"))  # the first and the last are in two others
-        return min(within + 2, len(self.shards))
+        return min(within + 2, samples, len(self.shards))
 
     @cached_property
     def fingerprint(self) -> str:
