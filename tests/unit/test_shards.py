@@ -168,6 +168,20 @@ def test_a_set_not_written_to_its_end_is_no_set(tmp_path):
     assert_same(read_set(tmp_path), written)
 
 
+def test_shards_of_a_write_that_did_not_finish_do_not_stay_in_a_set_with_fewer(tmp_path):
+    samples = small_samples(5, small_info())
+    killed = ShardWriter(tmp_path, small_info(), samples_per_shard=1)
+    for sample in samples:
+        killed.add(*sample)
+    others = ("latents-000004-copy.tar", "latents-000004.txt", "other-000004.tar")
+    for name in others:
+        (tmp_path / name).write_text("not ours")
+    write_set(tmp_path, samples=samples)
+    assert_same(read_set(tmp_path), samples)
+    written = [f"latents-00000{number}{ending}" for number in range(2) for ending in (".tar", ".index.json")]
+    assert sorted(contents(tmp_path)) == sorted([*others, *written, DATASET_FILE])
+
+
 def test_no_temporary_file_is_left(tmp_path):
     write_set(tmp_path, 5)
     shards = ["latents-000000.index.json", "latents-000000.tar", INDEX, TAR]

@@ -164,7 +164,8 @@ def write_dataset_file(folder: Path, info: DatasetInfo, shards: Sequence[ShardIn
 class ShardWriter:
     """Write samples to shards of ``samples_per_shard``, in the order given.
 
-    A context manager: a clean exit completes the set; after an exception there is no set.
+    A context manager: a clean exit completes the set; after an exception there is no set, and its shards stay until the next
+    writer completes one.
     """
 
     def __init__(
@@ -194,7 +195,16 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self._flush()
+            self._remove_leftovers()
             write_dataset_file(self.folder, self.info, self.shards)
+
+    def _remove_leftovers(self) -> None:
+        """Remove the shards of an earlier writer that did not finish: there may be more of them than of this set."""
+        listed = {shard.name for shard in self.shards}
+        for path in self.folder.glob(f"{self.prefix}-{'[0-9]' * 6}.*"):
+            name = path.name.partition(".")[0]
+            if name not in listed and path.name in (f"{name}.tar", f"{name}{INDEX}"):
+                path.unlink()
 
 
 def shard_name(prefix: str, number: int) -> str:
