@@ -291,7 +291,7 @@ def test_results_of_something_else_are_not_overwritten(tmp_path, folders):
     moved = {"set": named["set"] | {"path": "y"}, "reference": result["reference"] | {"path": "z"}}
     write(tmp_path / "numbers", result | moved)
     for section, change in (("set", {"sha256": "2"}), ("reference", {"sha256": ""}), ("features", {"name": "other"})):
-        with pytest.raises(UsageError, match=f"evaluation.json has results of a different {section}; choose another --out"):
+        with pytest.raises(UsageError, match=f"evaluation.json has results of a different {section}; remove it or write else"):
             check_folder(tmp_path / "numbers", result | {section: result[section] | change})
 
 
@@ -299,7 +299,8 @@ def test_results_of_something_else_are_not_overwritten(tmp_path, folders):
 def test_numbers_that_are_torn_are_named(tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content, errors="surrogateescape")
     wanted = {"set": {}, "reference": {}, "features": {}}
-    with pytest.raises(DataError, match=f"{tmp_path}/evaluation.json is torn or changed; remove it or choose another --out"):
+    torn = f"{tmp_path}/evaluation.json is torn or changed; remove it or write elsewhere"
+    with pytest.raises(DataError, match=torn):
         check_folder(tmp_path, wanted)
 
 

@@ -168,11 +168,11 @@ def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
         values = json.loads(there.read_text())
         kept = {section: dict(values[section]) for section in sections}
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{there} is torn or changed; remove it or choose another --out") from None
+        raise DataError(f"{there} is torn or changed; remove it or write elsewhere") from None
     for section in sections:
         known = {*kept[section], *wanted[section]} - {"path", MADE_WITH}  # neither identifies the contents
         if any(kept[section].get(name) != wanted[section].get(name) for name in known):
-            raise UsageError(f"{there} has results of a different {section}; choose another --out")
+            raise UsageError(f"{there} has results of a different {section}; remove it or write elsewhere")
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:
