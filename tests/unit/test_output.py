@@ -61,6 +61,10 @@ def test_seeds_are_numbers_and_ranges():
     for text in ("", "a", "3-1", "1,", "-4"):
         with pytest.raises(UsageError, match="is not a comma-separated list of numbers and ranges"):
             parse_seeds(text)
+    assert len(parse_seeds("0-499999,1000000-1499999")) == 1_000_000
+    for text in ("18446744073709551616", "0-1000000", "0-499999,1000000-1500000", "0-999999,2000000"):
+        with pytest.raises(UsageError, match=r"seeds must be below 2\^64, with at most 1,000,000 in all"):
+            parse_seeds(text)
 
 
 def test_the_grid_has_a_named_row_for_each_entry():
