@@ -233,14 +233,18 @@ def validated(cls: type[T], values: dict[str, Any], error: type[XarScaleError], 
         first = caught.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "unexpected_keyword_argument":
-            raise error(f"{where}unknown key {key}; known keys: {', '.join(_known_keys(cls, first['loc']))}") from None
+            raise error(f"{where}{_unknown_key(cls, first['loc'])}") from None
         if first["type"] in ("missing", "missing_argument"):
             raise error(f"{where}key {key} is missing") from None
         raise error(f"{where}{key} = {first['input']!r}: {first['msg']}") from None
 
 
+def _unknown_key(cls: Any, location: tuple[int | str, ...]) -> str:
+    return f"unknown key {'.'.join(map(str, location))}; known keys: {', '.join(_known_keys(cls, location))}"
+
+
 def _known_keys(cls: Any, location: tuple[int | str, ...]) -> list[str]:
-    """Return the valid keys at the location of an unknown one."""
+    """Return the valid keys at the location of a key."""
     for part in location[:-1]:
         cls = {field.name: field.type for field in dataclasses.fields(cls)}[str(part)]
     return [field.name for field in dataclasses.fields(cls)]
@@ -303,9 +307,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     values = _parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of keys")
-    for section in values.keys() & {field.name for field in dataclasses.fields(Config)}:
-        if not isinstance(keys := values[section], dict | None):
+
+    def check(*location: str) -> None:  # here, because later nobody knows which keys are from the file
+        if location[-1] not in _known_keys(Config, location):
+            raise ConfigError(f"{path}: {_unknown_key(Config, location)}")
+
+    for section, keys in values.items():
+        check(section)
+        if not isinstance(keys, dict | None):
             raise ConfigError(f"{path}: {section} is {keys!r}, not a section of keys")
+        for key in keys or ():
+            check(section, key)
     return {section: keys for section, keys in values.items() if keys is not None}
 
 
