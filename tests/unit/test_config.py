@@ -183,6 +183,10 @@ def test_a_missing_key_or_section_is_named():
         (["model.width=130"], "model.width 130 is not divisible by model.heads 4"),
         (["model.width=24"], "model.width 24 / model.heads 4 = 6 channels a head"),
         (["optim.warmup_steps=101", "train.steps=100"], "optim.warmup_steps 101 is more than train.steps 100"),
+        (
+            ["train.steps=100000000000000000"],
+            r"train.steps 1\d+ x train.global_batch 128 is not below 2\^63: samples are numbered",
+        ),
         (["train.global_batch=100", "data.lanes=8"], "train.global_batch 100 is not divisible by data.lanes 8"),
     ],
 )
@@ -296,6 +300,10 @@ def test_an_invalid_interval_is_refused(interval):
         "optim.lr=.nan",
         "optim.betas=[0.9,1.5]",
         "model.grid=[0,0]",
+        "model.grid=[1000000,1000000]",
+        "model.width=1000000000",
+        "optim.lr=1e38",
+        "optim.final_lr=1e38",
         "kernels.attention=fused",
         "kernels.library=cuda",
     ],
