@@ -13,7 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from xar_scale.cli import Parser, exit_code_of
 from xar_scale.config import ModelConfig, validated
-from xar_scale.errors import ConfigError
+from xar_scale.errors import ConfigError, UsageError
+from xar_scale.evaluate.output import png_bytes
+from xar_scale.files import write_atomically
 from xar_scale.model.entities import EntityLayout, create_layout, kinds
 
 SIDE, GAP, TITLE = 22, 14, 24  # pixels: side of a token, gap between grids, height of a title
@@ -26,14 +28,17 @@ def main() -> int:
 
     def run() -> None:
         options = parser.parse_args()
+        if options.out.suffix != ".png" or options.out.is_dir():
+            raise UsageError(f"--out {options.out} must be a .png file")
         sizes = {"width": 8, "depth_encoder": 1, "depth_decoder": 1, "heads": 1, "grid": [options.grid] * 2}
         configs = {kind: validated(ModelConfig, {**sizes, "entity": kind}, ConfigError) for kind in kinds()}
-        draw({kind: create_layout(config) for kind, config in configs.items()}, options.out)
+        sheet = draw({kind: create_layout(config) for kind, config in configs.items()})
+        write_atomically(options.out, png_bytes(sheet.quantize(64), optimize=True))
 
     return exit_code_of("draw_entities", run)
 
 
-def draw(layouts: dict[str, EntityLayout], path: Path) -> None:
+def draw(layouts: dict[str, EntityLayout]) -> Image.Image:
     """Draw one row per kind: the grids that its tokens are taken from, coarsest first."""
     rows = {kind: TITLE + GAP + layout.grid[0] * SIDE for kind, layout in layouts.items()}
     width = max(sum(columns * SIDE + GAP for _, columns in layout.grids) for layout in layouts.values()) + GAP
@@ -46,7 +51,7 @@ def draw(layouts: dict[str, EntityLayout], path: Path) -> None:
         pen.text((GAP, top + TITLE // 2), title, fill="black", font=ImageFont.load_default(size=14), anchor="lm")
         _draw_grids(pen, layout, top + TITLE)
         top += rows[kind]
-    sheet.quantize(64).save(path, optimize=True)
+    return sheet
 
 
 def _draw_grids(pen: ImageDraw.ImageDraw, layout: EntityLayout, top: int) -> None:

@@ -53,9 +53,17 @@ def reshard(options: argparse.Namespace) -> None:
     with open_source(options.source, options.trust_pickle) as source:
         planned = plan(source, options.to, options.weights, options.files or 8)
         _show(source, planned, options)
-        if not options.dry_run:
-            options.destination.parent.mkdir(parents=True, exist_ok=True)
+        if options.dry_run:
+            return
+        options.destination.parent.mkdir(parents=True, exist_ok=True)
+        try:
             _write(source, planned, options.destination)
+            return
+        except FileNotFoundError:
+            if source.path == options.source or source.path.exists():
+                raise
+    print(f"{source.path} is gone: the run has dropped it; converting a newer checkpoint", flush=True)
+    reshard(options)
 
 
 def _show(source: Source, planned: Plan, options: argparse.Namespace) -> None:

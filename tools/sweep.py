@@ -21,7 +21,7 @@ import numpy as np
 from xar_scale import dist
 from xar_scale.cli import Parser, exit_code_of
 from xar_scale.errors import UsageError
-from xar_scale.evaluate.evaluation import RESULT, Comparison, check_folder, describe, image_set, write
+from xar_scale.evaluate.evaluation import Comparison, check_folder, describe, image_set, read_result, write
 from xar_scale.evaluate.fidelity import INCEPTION
 from xar_scale.evaluate.generate import Generator, open_generator
 from xar_scale.evaluate.imageset import ImageSet
@@ -120,9 +120,8 @@ def passes(trained: TrainedModel) -> int:
 
 
 def _read(images: ImageSet, comparison: Comparison) -> Result | None:
-    """Return the stored result if it is for exactly these images and this comparison, else None."""
-    path = images.folder / RESULT
-    there: Result = json.loads(path.read_text()) if path.is_file() else {}
+    """Return the stored result if it is for exactly these images and this comparison, else None. Raises DataError."""
+    there = read_result(images.folder)
     if "cost" not in there:  # not written by a sweep
         return None
     drawn = {**there["set"], "weights": there["weights"]["sha256"]}

@@ -16,6 +16,10 @@ from xar_scale.errors import ConfigError, FileError, UsageError, XarScaleError
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
+# only a mistake exceeds these; further on it would end in an overflow
+MAX_WIDTH, MOST_TOKENS = 2**17, 2**20
+MAX_LR = 1e3  # AdamW moves a weight by about this much per step
+
 T = TypeVar("T")
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
@@ -29,7 +33,7 @@ AttentionBackend = Literal["auto", "dense", "masked", "prefix", "flex", "flash"]
 class ModelConfig:
     """Sizes of one xAR network. The published models differ in width, depth and heads only."""
 
-    width: int = Field(gt=0)
+    width: int = Field(gt=0, le=MAX_WIDTH)
     depth_encoder: int = Field(gt=0)
     depth_decoder: int = Field(gt=0)
     heads: int = Field(gt=0)
@@ -51,6 +55,9 @@ class ModelConfig:
                 f"model.width {self.width} / model.heads {self.heads} = {self.head_width} channels a head: "
                 "2-D rotary positions need a multiple of 4"
             )
+        rows, columns = self.grid
+        if rows * columns > MOST_TOKENS:
+            raise ConfigError(f"model.grid {rows}x{columns} has {rows * columns:,} tokens, the most is {MOST_TOKENS:,}")
 
     @property
     def head_width(self) -> int:
@@ -76,8 +83,8 @@ class DataConfig:
 class OptimConfig:
     """AdamW, the learning-rate schedule, gradient clipping and the EMA."""
 
-    lr: float = Field(gt=0)
-    final_lr: float = Field(default=0.0, ge=0)
+    lr: float = Field(gt=0, le=MAX_LR)
+    final_lr: float = Field(default=0.0, ge=0, le=MAX_LR)
     warmup_steps: int = Field(default=0, ge=0)
     decay_share: float = Field(default=0.0, ge=0, le=1)  # last fraction of the run's steps: cosine decay to final_lr
     betas: tuple[Fraction, Fraction] = (0.9, 0.96)
@@ -192,6 +199,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.optim.warmup_steps > self.train.steps:
             raise ConfigError(f"optim.warmup_steps {self.optim.warmup_steps} is more than train.steps {self.train.steps}")
+        if self.train.steps * self.train.global_batch >= 2**63:
+            numbers = f"train.steps {self.train.steps} x train.global_batch {self.train.global_batch}"
+            raise ConfigError(f"{numbers} is not below 2^63: samples are numbered in 64 bits")
         if self.train.precision == "fp16" and not self.guard.enabled:
             raise ConfigError("train.precision fp16 needs guard.enabled: the guard manages its loss scale")
         if wrong := [label for label in self.sample.shown if not 0 <= label < self.model.classes]:
@@ -233,14 +243,18 @@ def validated(cls: type[T], values: dict[str, Any], error: type[XarScaleError], 
         first = caught.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "unexpected_keyword_argument":
-            raise error(f"{where}unknown key {key}; known keys: {', '.join(_known_keys(cls, first['loc']))}") from None
+            raise error(f"{where}{_unknown_key(cls, first['loc'])}") from None
         if first["type"] in ("missing", "missing_argument"):
             raise error(f"{where}key {key} is missing") from None
         raise error(f"{where}{key} = {first['input']!r}: {first['msg']}") from None
 
 
+def _unknown_key(cls: Any, location: tuple[int | str, ...]) -> str:
+    return f"unknown key {'.'.join(map(str, location))}; known keys: {', '.join(_known_keys(cls, location))}"
+
+
 def _known_keys(cls: Any, location: tuple[int | str, ...]) -> list[str]:
-    """Return the valid keys at the location of an unknown one."""
+    """Return the valid keys at the location of a key."""
     for part in location[:-1]:
         cls = {field.name: field.type for field in dataclasses.fields(cls)}[str(part)]
     return [field.name for field in dataclasses.fields(cls)]
@@ -303,9 +317,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     values = _parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of keys")
-    for section in values.keys() & {field.name for field in dataclasses.fields(Config)}:
-        if not isinstance(keys := values[section], dict | None):
+
+    def check(*location: str) -> None:  # here, because later nobody knows which keys are from the file
+        if location[-1] not in _known_keys(Config, location):
+            raise ConfigError(f"{path}: {_unknown_key(Config, location)}")
+
+    for section, keys in values.items():
+        check(section)
+        if not isinstance(keys, dict | None):
             raise ConfigError(f"{path}: {section} is {keys!r}, not a section of keys")
+        for key in keys or ():
+            check(section, key)
     return {section: keys for section, keys in values.items() if keys is not None}
 
 

@@ -125,6 +125,13 @@ class Guard:
             return self._spike(state, event)
         return self._finite(state, event)
 
+    def roll_back(self, state: GuardState) -> tuple[GuardState, Decision]:
+        """Decide about weights or moments that are not finite. After a step that was taken there is no attempt to discard."""
+        if state.rollbacks >= self.settings.max_rollbacks:
+            return state, Decision(Action.STOP, f"already rolled back {state.rollbacks} times (guard.max_rollbacks)")
+        back = replace(self._settled(state), rollbacks=state.rollbacks + 1)
+        return back, Decision(Action.ROLL_BACK, "the weights or moments themselves are not finite")
+
     def on_last_rung(self, state: GuardState) -> bool:
         """Whether only a quarantine is left if this attempt fails too."""
         no_lower = state.lowered or not self.precision.fallback
@@ -153,10 +160,7 @@ class Guard:
 
     def _not_finite(self, state: GuardState, event: Event) -> tuple[GuardState, Decision]:
         if event.bad & (Bad.WEIGHTS | Bad.MOMENTS):
-            if state.rollbacks >= self.settings.max_rollbacks:
-                return state, Decision(Action.STOP, f"already rolled back {state.rollbacks} times (guard.max_rollbacks)")
-            back = replace(self._settled(state), rollbacks=state.rollbacks + 1)
-            return back, Decision(Action.ROLL_BACK, "the weights or moments themselves are not finite")
+            return self.roll_back(state)
         if event.bad & Bad.INPUT:  # a retry cannot help
             return self._quarantine(state, event)
         scaled = self.precision.scaled and not state.lowered

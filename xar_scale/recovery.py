@@ -150,7 +150,7 @@ class Recovery:
         due = self.snapshots.due(done)
         checked = self.config.guard.enabled and (due or checkpoint_due)
         if checked and (ranks := self.engine.ranks_with_bad_state(self.ema.tensors)):
-            self.state, decision = self.guard.decide(self.state, Event(done - 1, Bad.MOMENTS, 0.0, 0.0))
+            self.state, decision = self.guard.roll_back(self.state)
             traced = f"rank {', '.join(map(str, ranks))}"
             dist.say(f"guard: after step {done - 1}: {decision.action.value}, {decision.reason}; traced to {traced}")
             if decision.action is Action.STOP:

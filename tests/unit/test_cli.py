@@ -244,7 +244,7 @@ def test_wrong_samples(capsys, run, tmp_path):
     out = tmp_path / "grid.png"
     assert_ends(capsys, ["sample", run, "--out", out, "--classes", ""], 64, "empty entry between commas")
     assert_ends(capsys, ["sample", run, "--out", out, "--classes", "5-2"], 64, "classes 5-2: a range must go from the smaller")
-    assert_ends(capsys, ["sample", run, "--out", out, "--seeds", "0-100000000000"], 64, "at most 1,000,000 in a range")
+    assert_ends(capsys, ["sample", run, "--out", out, "--seeds", "0-100000000000"], 64, "at most 1,000,000 in all")
     assert_ends(capsys, ["sample", run, "--out", out, "--seeds", str(2**64)], 64, "below 2^64")
     assert_ends(capsys, ["sample", run, "--out", tmp_path / "grid.jpg"], 64, "grid.jpg must be a .png")
     assert_ends(capsys, ["sample", run, "--out", out, "--seeds", "x"], 64, "--seeds 'x'")

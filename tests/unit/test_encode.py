@@ -240,6 +240,22 @@ def test_rank_0_says_what_it_waits_for(source, tmp_path, whole, monkeypatch):
     assert not (out / DATASET_FILE).exists()
 
 
+def test_rank_0_reports_what_the_others_record_last(source, tmp_path, whole, monkeypatch):
+    class OthersFinishNow(Told):
+        """Once rank 0 has encoded its 11 images, rank 1 records its own."""
+
+        def progress(self, *numbers):
+            super().progress(*numbers)
+            if numbers[0] == 11 and self.steps.count(numbers) == 1:
+                as_rank(monkeypatch, 1, 2)
+                encode(tmp_path / "set", source)
+
+    told = OthersFinishNow()
+    as_rank(monkeypatch, 0, 2)
+    encode(tmp_path / "set", source, reporter=told)
+    assert told.steps[-1] == (21, 21, 0) and files(tmp_path / "set") == whole
+
+
 @pytest.mark.parametrize(("rank", "world"), [(4, 4), (-1, 2)])
 def test_ranks_that_are_counted_from_1_are_refused(source, tmp_path, monkeypatch, rank, world):
     as_rank(monkeypatch, rank, world)

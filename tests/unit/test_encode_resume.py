@@ -468,7 +468,7 @@ def test_looks_at_what_others_have_done_take_little_of_the_time(source, tmp_path
     listdir = os.listdir
 
     class Working(Told):
-        def progress(self, *numbers):  # at the start, and after each of seven batches
+        def progress(self, *numbers):  # at the start, after each of seven batches, and after each scan while it waits
             now[0] += 6
 
     def slow(folder):
@@ -487,7 +487,7 @@ def test_looks_at_what_others_have_done_take_little_of_the_time(source, tmp_path
     monkeypatch.setattr(encode_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
     with pytest.raises(StopError):
         encode(out, source, reporter=Working())
-    assert looks == [0, 51, 114, 183]  # at the start, and while it waits; none in between, not even at the end of a shard
+    assert looks == [0, 51, 120, 189]  # at the start, and while it waits; none in between, not even at the end of a shard
     assert pauses == [60] * 3
 
 

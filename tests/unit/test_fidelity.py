@@ -1,6 +1,7 @@
 """Our metrics against torch-fidelity's own pipeline and against ones computed by hand; statistics; Inception weights."""
 
 import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
+from tools import sweep
 from xar_scale.errors import DataError, UsageError
 from xar_scale.evaluate import fidelity
 from xar_scale.evaluate.evaluation import Comparison, check_folder, sha256_of, write
@@ -291,7 +293,7 @@ def test_results_of_something_else_are_not_overwritten(tmp_path, folders):
     moved = {"set": named["set"] | {"path": "y"}, "reference": result["reference"] | {"path": "z"}}
     write(tmp_path / "numbers", result | moved)
     for section, change in (("set", {"sha256": "2"}), ("reference", {"sha256": ""}), ("features", {"name": "other"})):
-        with pytest.raises(UsageError, match=f"evaluation.json has results of a different {section}; choose another --out"):
+        with pytest.raises(UsageError, match=f"evaluation.json has results of a different {section}; remove it or write else"):
             check_folder(tmp_path / "numbers", result | {section: result[section] | change})
 
 
@@ -299,8 +301,11 @@ def test_results_of_something_else_are_not_overwritten(tmp_path, folders):
 def test_numbers_that_are_torn_are_named(tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content, errors="surrogateescape")
     wanted = {"set": {}, "reference": {}, "features": {}}
-    with pytest.raises(DataError, match=f"{tmp_path}/evaluation.json is torn or changed; remove it or choose another --out"):
+    torn = f"{tmp_path}/evaluation.json is torn or changed; remove it or write elsewhere"
+    with pytest.raises(DataError, match=torn):
         check_folder(tmp_path, wanted)
+    with pytest.raises(DataError, match=torn):
+        sweep._read(SimpleNamespace(folder=tmp_path), None)
 
 
 def test_a_folder_of_pictures_is_known_by_what_is_in_them(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 import threading
 
 import numpy as np
@@ -292,6 +293,13 @@ def test_a_run_stands_for_its_newest_checkpoint(tmp_path):
     by_run, by_checkpoint = open_trained(tmp_path, []), open_trained(newest, [])
     assert by_run.source.path == by_checkpoint.source.path == newest and by_run.sha256 == by_checkpoint.sha256
     assert by_run.sha256 != open_trained(tmp_path / "checkpoints" / "step-00000000", []).sha256
+
+
+def test_a_run_that_drops_the_checkpoint_that_was_opened_stops_no_sampling(checkpoint):
+    expected = generator(checkpoint.path).draw([3], 4)
+    trained = open_trained(checkpoint.path, FEW)
+    shutil.rmtree(checkpoint.path)
+    assert np.array_equal(open_generator(trained, CPU).draw([3], 4), expected)
 
 
 def test_a_checkpoint_converted_from_another_format_is_refused(tmp_path):

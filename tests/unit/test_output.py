@@ -1,9 +1,14 @@
 """Parsing of classes and seeds, and writing of image files."""
 
+import errno
+import os
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from tools import draw_entities
 from xar_scale.errors import UsageError
 from xar_scale.evaluate.classes import names, parse_classes, parse_seeds, title
 from xar_scale.evaluate.images import open_images
@@ -55,6 +60,10 @@ def test_seeds_are_numbers_and_ranges():
     assert parse_seeds("0-3, 17,2") == [0, 1, 2, 3, 17]
     for text in ("", "a", "3-1", "1,", "-4"):
         with pytest.raises(UsageError, match="is not a comma-separated list of numbers and ranges"):
+            parse_seeds(text)
+    assert len(parse_seeds("0-499999,1000000-1499999")) == 1_000_000
+    for text in ("18446744073709551616", "0-1000000", "0-499999,1000000-1500000", "0-999999,2000000"):
+        with pytest.raises(UsageError, match=r"seeds must be below 2\^64, with at most 1,000,000 in all"):
             parse_seeds(text)
 
 
@@ -120,3 +129,23 @@ def test_images_keep_their_aspect_ratio(tmp_path):
         assert view.size == (192, 96)
     (tmp_path / "out.v2").mkdir()
     check_output(tmp_path / "out.v2")  # an existing folder
+
+
+def test_the_orders_are_written_to_a_png_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
+    def ended(name):
+        monkeypatch.setattr(sys, "argv", ["draw_entities", "--grid", "4", "--out", str(tmp_path / name)])
+        return draw_entities.main(), capsys.readouterr().err
+
+    (tmp_path / "folder.png").mkdir()
+    for name in ("orders.foo", "orders", "folder.png"):
+        assert ended(name) == (64, f"draw_entities: --out {tmp_path / name} must be a .png file\n")
+    path = tmp_path / "orders.png"
+    assert ended("orders.png") == (0, "")
+    before, full = path.read_bytes(), OSError(errno.ENOSPC, "No space left on device")
+
+    def fill(*_):
+        raise full
+
+    monkeypatch.setattr(os, "fsync", fill)
+    assert ended("orders.png") == (74, f"draw_entities: {path}: No space left on device\n")
+    assert path.read_bytes() == before and not path.with_name("orders.png.tmp").exists()

@@ -90,3 +90,14 @@ def test_an_evaluation_repeated_after_a_restart_replaces_the_first(tmp_path, run
         numbers = previews(run, tmp_path).take(3, 3).numbers
     kept = json.loads((tmp_path / "evaluations" / "training-step-00000003" / "evaluation.json").read_text())
     assert numbers.items() <= kept["metrics"].items()
+
+
+def test_an_evaluation_of_other_images_stays_and_what_is_said_of_it_fits_a_run(tmp_path, run, capsys):
+    previews(run, tmp_path).take(3, 3)
+    path = tmp_path / "evaluations" / "training-step-00000003" / "evaluation.json"
+    before = path.read_bytes()
+    resumed = replace(DRAWING, sample=replace(SAMPLE, guidance=2.0))
+    numbers = Previews(resumed, tmp_path, run.engine, run.ema, INFO).take(3, 3).numbers
+    assert "recall" in numbers and path.read_bytes() == before
+    remedy = "remove it or write elsewhere"  # train has no --out
+    assert f"{path.parent} cannot be written: {path} has results of a different set; {remedy}\n" in capsys.readouterr().out

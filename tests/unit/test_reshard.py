@@ -308,6 +308,28 @@ def test_the_file_that_does_not_fit_on_the_disk_is_named(tmp_path, own, capsys, 
     assert reshard(own, tmp_path / "new", "--to", target) == 0
 
 
+def test_if_a_run_drops_the_checkpoint_meanwhile_a_newer_one_is_converted(tmp_path, monkeypatch, capsys):
+    run, verified = Run(tmp_path / "run"), writer.verify
+    run.train()
+    first, later = run.save(), []
+
+    def meanwhile(source, progress):
+        if not later:
+            run.train()
+            later.append(run.save())
+            shutil.rmtree(first)
+        verified(source, progress)
+
+    monkeypatch.setattr(writer, "verify", meanwhile)
+    assert reshard(tmp_path / "run", tmp_path / "new", "--to", "xar-scale") == 0
+    assert read_manifest(tmp_path / "new").manifest.step == 2
+    assert f"{first} is gone: the run has dropped it; converting a newer checkpoint\n" in capsys.readouterr().out
+    later.clear()
+    first = run.store.newest
+    assert reshard(first, tmp_path / "other", "--to", "xar-scale") == 74  # no other was asked for
+    assert capsys.readouterr().err.startswith(f"reshard: {first}/")
+
+
 KILLED = """
     import os, signal, sys
     from tools import reshard

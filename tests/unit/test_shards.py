@@ -57,7 +57,7 @@ def test_what_is_written_is_read(tmp_path_factory, count, per_shard, shape, dtyp
 
 
 @settings(deadline=None)
-@given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=5), samples=st.integers(2, 12))
+@given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=5), samples=st.integers(1, 12))
 def test_the_most_shards_that_samples_in_a_row_lie_in(counts, samples):
     info = small_info(shards=tuple(ShardInfo(f"s{number}", count, 1, 0, 0) for number, count in enumerate(counts)))
     row = range(min(samples, info.samples))
@@ -166,6 +166,20 @@ def test_a_set_not_written_to_its_end_is_no_set(tmp_path):
         LatentShards(tmp_path)
     written = write_set(tmp_path, 5)  # and can be written again
     assert_same(read_set(tmp_path), written)
+
+
+def test_shards_of_a_write_that_did_not_finish_do_not_stay_in_a_set_with_fewer(tmp_path):
+    samples = small_samples(5, small_info())
+    killed = ShardWriter(tmp_path, small_info(), samples_per_shard=1)
+    for sample in samples:
+        killed.add(*sample)
+    others = ("latents-000004-copy.tar", "latents-000004.txt", "other-000004.tar")
+    for name in others:
+        (tmp_path / name).write_text("not ours")
+    write_set(tmp_path, samples=samples)
+    assert_same(read_set(tmp_path), samples)
+    written = [f"latents-00000{number}{ending}" for number in range(2) for ending in (".tar", ".index.json")]
+    assert sorted(contents(tmp_path)) == sorted([*others, *written, DATASET_FILE])
 
 
 def test_no_temporary_file_is_left(tmp_path):

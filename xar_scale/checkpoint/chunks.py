@@ -57,6 +57,8 @@ class ChunkReader:
                 at = chunk.stop
             if at != last:
                 raise DataError(f"{key} must end at element {last}, but its files end at {at}")
+        for path in self.files[:OPEN_FILES]:
+            self._descriptor(path)  # now, because a run that is training may drop the checkpoint: open files stay readable
 
     def read(self, key: str, start: int, out: Tensor) -> None:
         """Fill ``out`` (1-D, float32, contiguous, on the CPU) with the elements from ``start`` on. Reads no others."""

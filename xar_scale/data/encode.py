@@ -4,6 +4,7 @@ Until the set is complete, its folder holds a folder ``.encoding``: the plan (th
 finished shard. Processes share nothing else: there is no process group, so none waits for one that has died.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -210,18 +211,18 @@ class _Encoder:
 
     def finish(self, notes: "_ErrorNotes") -> DatasetInfo:
         """Wait for the shards of all processes, then complete the set and return its description."""
-        waiting = False
-        self._scan_records()
-        while missing := [shard for shard in range(self.plan.shards) if shard not in self.done]:
-            if not waiting:
-                first = shard_name(PREFIX, missing[0])
-                self.reporter.log(f"waiting for {len(missing)} shards of other ranks, the first {first}")
-                waiting = True
-            time.sleep(max(POLL_S, self.min_interval))
-            notes.check()
+        for scan in itertools.count():
             self._scan_records()
             self._allow_bad()
             self._report_progress()
+            missing = [shard for shard in range(self.plan.shards) if shard not in self.done]
+            if not missing:
+                break
+            if scan == 0:
+                first = shard_name(PREFIX, missing[0])
+                self.reporter.log(f"waiting for {len(missing)} shards of other ranks, the first {first}")
+            time.sleep(max(POLL_S, self.min_interval))
+            notes.check()
         if damaged := self._drop_damaged(range(self.plan.shards)):
             raise DataError(f"{damaged[0]} ({len(damaged)} such shards); run the same command again to encode them")
         records = [self._record(self.done[shard]) for shard in range(self.plan.shards)]

@@ -64,7 +64,7 @@ class DatasetInfo:
         """Return the most shards that ``samples`` consecutive samples can span, for any order of the shards."""
         together = np.cumsum(np.sort([shard.samples for shard in self.shards]))
         within = int(np.searchsorted(together, samples - 2, side="right"))  # the first and the last are in two others
-        return min(within + 2, len(self.shards))
+        return min(within + 2, samples, len(self.shards))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -164,7 +164,8 @@ def write_dataset_file(folder: Path, info: DatasetInfo, shards: Sequence[ShardIn
 class ShardWriter:
     """Write samples to shards of ``samples_per_shard``, in the order given.
 
-    A context manager: a clean exit completes the set; after an exception there is no set.
+    A context manager: a clean exit completes the set; after an exception there is no set, and its shards stay until the next
+    writer completes one.
     """
 
     def __init__(
@@ -194,7 +195,16 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None:
             self._flush()
+            self._remove_leftovers()
             write_dataset_file(self.folder, self.info, self.shards)
+
+    def _remove_leftovers(self) -> None:
+        """Remove the shards of an earlier writer that did not finish: there may be more of them than of this set."""
+        listed = {shard.name for shard in self.shards}
+        for path in self.folder.glob(f"{self.prefix}-{'[0-9]' * 6}.*"):
+            name = path.name.partition(".")[0]
+            if name not in listed and path.name in (f"{name}.tar", f"{name}{INDEX}"):
+                path.unlink()
 
 
 def shard_name(prefix: str, number: int) -> str:

@@ -9,7 +9,7 @@ from xar_scale.errors import UsageError
 from xar_scale.rng import SEEDS
 
 IMAGENET_CLASSES = 1000
-MOST_SEEDS = 1_000_000  # in a range; more is a mistake and would not fit in memory
+MOST_SEEDS = 1_000_000  # in all; more is a mistake and would not fit in memory
 
 
 def parse_classes(text: str, classes: int) -> list[int]:
@@ -49,8 +49,8 @@ def parse_seeds(text: str) -> list[int]:
         if span is None or int(span[2] or span[1]) < int(span[1]):
             raise UsageError(f"--seeds {text!r} is not a comma-separated list of numbers and ranges, such as 0-9,17")
         first, last = int(span[1]), int(span[2] or span[1])
-        if last >= SEEDS or last - first >= MOST_SEEDS:
-            raise UsageError(f"--seeds {text!r}: seeds must be below 2^64, with at most {MOST_SEEDS:,} in a range")
+        if last >= SEEDS or len(seeds) + last - first >= MOST_SEEDS:
+            raise UsageError(f"--seeds {text!r}: seeds must be below 2^64, with at most {MOST_SEEDS:,} in all")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 

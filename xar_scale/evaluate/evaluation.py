@@ -34,6 +34,7 @@ from xar_scale.version import __version__
 
 DIGITS = "digits"  # value of --reference
 RESULT, PAGE = "evaluation.json", "evaluation.md"
+COMPARED = ("set", "reference", "features")  # sections of a result that must be those of the results it replaces
 PACKAGES = ("torch", "torch-fidelity", "numpy", "scikit-learn")
 WITHOUT_EFFECT = ("tokenizer_weights", "batch", "shard_ranks", "every", "shown")  # settings that do not change the images
 SIDE = 32  # pixels, of dummy images that only show the number of features
@@ -156,23 +157,27 @@ def describe(images: ImageSet, trained: TrainedModel) -> dict[str, Any]:
     }
 
 
+def read_result(folder: Path) -> dict[str, Any]:
+    """Return the results in ``folder``, {} if there are none. Raises DataError if they cannot be read."""
+    path = folder / RESULT
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+        return {**values, **{section: dict(values[section]) for section in COMPARED}}
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{path} is torn or changed; remove it or write elsewhere") from None
+
+
 def check_folder(folder: Path, wanted: dict[str, Any]) -> None:
     """Raises UsageError if ``folder`` holds results of another set, reference or features than ``wanted``, DataError if its
     results cannot be read.
     """
-    there = folder / RESULT
-    if not there.is_file():
-        return
-    sections, wanted = ("set", "reference", "features"), json.loads(json.dumps(wanted))
-    try:
-        values = json.loads(there.read_text())
-        kept = {section: dict(values[section]) for section in sections}
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{there} is torn or changed; remove it or choose another --out") from None
-    for section in sections:
+    kept, wanted = read_result(folder), json.loads(json.dumps(wanted))
+    for section in COMPARED if kept else ():
         known = {*kept[section], *wanted[section]} - {"path", MADE_WITH}  # neither identifies the contents
         if any(kept[section].get(name) != wanted[section].get(name) for name in known):
-            raise UsageError(f"{there} has results of a different {section}; choose another --out")
+            raise UsageError(f"{folder / RESULT} has results of a different {section}; remove it or write elsewhere")
 
 
 def write(folder: Path, result: dict[str, Any]) -> None:

@@ -81,9 +81,9 @@ def _fit(image: Image.Image, side: int, resampling: Image.Resampling) -> Image.I
     return image.resize((round(image.width * scale), round(image.height * scale)), resampling)
 
 
-def png_bytes(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image, *, optimize: bool = False) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format="png")
+    image.save(buffer, format="png", optimize=optimize)
     return buffer.getvalue()
 
 
