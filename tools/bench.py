@@ -40,7 +40,7 @@ def create_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     attention = commands.add_parser("attention", help="every attention backend on every kind of entity, forward and backward")
     attention.set_defaults(command=bench_attention)
-    attention.add_argument("--dropout", type=float, default=0.0, help="in the forward pass that is followed by a backward pass")
+    attention.add_argument("--dropout", type=float, default=0.0, help="probability, where a backward pass follows")
     recompute = commands.add_parser("recompute", help="every mode of activation checkpointing: time and peak memory")
     recompute.set_defaults(command=bench_recompute)
     recompute.add_argument(

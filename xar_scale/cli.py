@@ -185,7 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     replay = commands.add_parser("replay", help="run the batch of a guard report again, on one device")
     replay.add_argument("report", type=Path, help="RUN/reports/step-*.json")
     replay.add_argument(
-        "--checkpoint", type=Path, help="weights, or a run: its newest (default: the report's run, at that step or before)"
+        "--checkpoint",
+        type=Path,
+        help="a checkpoint, or a run for its newest (default: the report's run, up to that step)",
     )
     replay.set_defaults(run_command=_replay, overridable=False)
 

@@ -17,7 +17,7 @@ from xar_scale.errors import ConfigError, FileError, UsageError, XarScaleError
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 # only a mistake exceeds these; further on it would end in an overflow
-MAX_WIDTH, MOST_TOKENS = 2**17, 2**20
+MAX_WIDTH, MAX_TOKENS = 2**17, 2**20
 MAX_LR = 1e3  # AdamW moves a weight by about this much per step
 
 T = TypeVar("T")
@@ -52,12 +52,12 @@ class ModelConfig:
             raise ConfigError(f"model.width {self.width} is not divisible by model.heads {self.heads}")
         if self.head_width % 4:
             raise ConfigError(
-                f"model.width {self.width} / model.heads {self.heads} = {self.head_width} channels a head: "
+                f"model.width {self.width} / model.heads {self.heads} = {self.head_width} channels per head: "
                 "2-D rotary positions need a multiple of 4"
             )
         rows, columns = self.grid
-        if rows * columns > MOST_TOKENS:
-            raise ConfigError(f"model.grid {rows}x{columns} has {rows * columns:,} tokens, the most is {MOST_TOKENS:,}")
+        if rows * columns > MAX_TOKENS:
+            raise ConfigError(f"model.grid {rows}x{columns} has {rows * columns:,} tokens, the most is {MAX_TOKENS:,}")
 
     @property
     def head_width(self) -> int:
@@ -173,7 +173,7 @@ class GuardConfig:
     enabled: bool = True
     hold_steps: int = Field(default=1000, gt=0)  # in TF32 after a step that needed it; doubled at each relapse
     max_holds: int = Field(default=5, ge=0)  # after these, TF32 is permanent
-    max_transients: int = Field(default=10, ge=0)  # steps whose retry gave a different result
+    max_transients: int = Field(default=10, ge=0)  # steps that were finite only on a retry
     max_quarantined: int = Field(default=8192, ge=0)  # samples removed from the data
     max_rollbacks: int = Field(default=3, ge=0)
     snapshot_every: int = Field(default=100, gt=0)  # steps between copies of the whole state to host memory, for rollback

@@ -202,7 +202,7 @@ def settings(environ: Mapping[str, str], local_world: int, cores: int) -> list[F
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < FILES:
         advice = f"ulimit -n {min(FILES, hard)}: data workers and checkpoints of many ranks open many files"
-        findings.append(Finding("open files", f"{soft} a process", advice))
+        findings.append(Finding("open files", f"{soft} per process", advice))
     if Path("/dev/shm").is_dir() and (shm := shutil.disk_usage("/dev/shm").total) < 1 << 30:
         findings.append(
             Finding("/dev/shm", f"{shm >> 20} MB", "data workers pass batches through it: docker run --shm-size=8g")

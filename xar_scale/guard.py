@@ -182,7 +182,8 @@ class Guard:
             )
             return state, Decision(Action.STOP, reason)
         state = replace(self._settled(state), quarantined=state.quarantined + event.suspects)
-        return state, Decision(Action.QUARANTINE, f"no precision helps: samples quarantined: {event.suspects}")
+        why = "the inputs are not finite" if event.bad & Bad.INPUT else "no precision helps"
+        return state, Decision(Action.QUARANTINE, f"{why}; samples quarantined: {event.suspects}")
 
     def _spike(self, state: GuardState, event: Event) -> tuple[GuardState, Decision]:
         if not state.lowered and self.precision.fallback:

@@ -181,7 +181,7 @@ def test_a_missing_key_or_section_is_named():
     ("overrides", "says"),
     [
         (["model.width=130"], "model.width 130 is not divisible by model.heads 4"),
-        (["model.width=24"], "model.width 24 / model.heads 4 = 6 channels a head"),
+        (["model.width=24"], "model.width 24 / model.heads 4 = 6 channels per head"),
         (["optim.warmup_steps=101", "train.steps=100"], "optim.warmup_steps 101 is more than train.steps 100"),
         (
             ["train.steps=100000000000000000"],

@@ -138,7 +138,7 @@ def test_precisions_and_guard_counters(tmp_path):
     assert spans == [("bf16", 0, 10, 20), ("tf32", 20, 30, 40), ("bf16", 40, 50, 50)]
     first, second = incidents.guard_events(entries)
     assert (first.after, first.step) == (10, 20)
-    assert first.increases == {"attempts discarded": 2, "retries with a different outcome": 1}
+    assert first.increases == {"attempts discarded": 2, "steps finite only on a retry": 1}
     assert (second.step, second.increases) == (40, {"attempts discarded": 1, "samples quarantined": 8})
     page = build_page(write_run(tmp_path / "run", entries))
     assert "bf16 at steps 10 to 20, then tf32 at steps 30 to 40, then bf16 at steps 50 to 50" in text_of(page)

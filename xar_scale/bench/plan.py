@@ -142,7 +142,7 @@ def bench_scaling(options: argparse.Namespace) -> None:
         for each in step_collectives(config, weights, machines(*alone))
     ]
     measured = _step_seconds(config, device)
-    shape = f"batch {options.batch} a rank, {world} ranks on {cores} cores"
+    shape = f"batch {options.batch} per rank, {world} ranks on {cores} cores"
     dist.say(f"{options.model}, {options.engine}, {options.precision}, {shape}\n")
     dist.say(f"| source of compute | compute | communication | optimizer | predicted | measured, ms | error |\n|{' --- |' * 7}")
     for name, seconds in (

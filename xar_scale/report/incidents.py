@@ -17,7 +17,7 @@ from xar_scale.report.read import Entries
 COUNTS = {  # the GuardState.counts that only guard events increase, and their titles
     "guard_discarded": "attempts discarded",
     "guard_skipped": "steps skipped",
-    "guard_transients": "retries with a different outcome",
+    "guard_transients": "steps finite only on a retry",
     "guard_quarantined": "samples quarantined",
     "guard_rollbacks": "rollbacks",
 }
