@@ -18,6 +18,7 @@ from xar_scale.cli import Parser, exit_code_of
 from xar_scale.errors import UsageError
 
 SHOWN = 16  # files that a dry run lists
+ATTEMPTS = 3  # at a checkpoint of a run that is training, which may drop the one that is being verified
 
 
 def main() -> int:
@@ -50,20 +51,20 @@ def reshard(options: argparse.Namespace) -> None:
         raise UsageError(f"--files is {options.files}, must be at least 1")
     if options.destination.exists():
         raise UsageError(f"{options.destination} exists already; nothing is overwritten")
-    with open_source(options.source, options.trust_pickle) as source:
-        planned = plan(source, options.to, options.weights, options.files or 8)
-        _show(source, planned, options)
-        if options.dry_run:
-            return
-        options.destination.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _write(source, planned, options.destination)
-            return
-        except FileNotFoundError:
-            if source.path == options.source or source.path.exists():
-                raise
-    print(f"{source.path} is gone: the run has dropped it; converting a newer checkpoint", flush=True)
-    reshard(options)
+    for attempts_left in reversed(range(ATTEMPTS)):
+        with open_source(options.source, options.trust_pickle) as source:
+            planned = plan(source, options.to, options.weights, options.files or 8)
+            _show(source, planned, options)
+            if options.dry_run:
+                break
+            options.destination.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _write(source, planned, options.destination)
+                break
+            except FileNotFoundError:
+                if source.path == options.source or source.path.exists() or not attempts_left:
+                    raise
+        print(f"{source.path} is gone: the run has dropped it; converting a newer checkpoint", flush=True)
 
 
 def _show(source: Source, planned: Plan, options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from xar_scale import slurm
-from xar_scale.errors import INTERRUPTED, ConfigError, FileError, XarScaleError
+from xar_scale.errors import INTERRUPTED, ConfigError, FileError, ProcessError, XarScaleError
 
 T = TypeVar("T")
 # torch 2.14 renamed both
@@ -38,13 +38,12 @@ def adopt_launcher() -> None:
             os.environ.setdefault(name, value)
 
 
-def die_with_parent(number: signal.Signals, parent: int) -> None:
-    """Have the kernel send this process a signal when its parent dies, for whatever reason; or send it now if the process
-    ``parent`` is its parent no more. Linux only."""
+def die_with_parent(number: signal.Signals, parent: int) -> bool:
+    """Have the kernel send this process a signal when its parent dies, for whatever reason. Return whether ``parent`` is still
+    its parent: if not, it died before that. Linux only."""
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-    if os.getppid() != parent:  # it died before that
-        os.kill(os.getpid(), number)
+    return os.getppid() == parent
 
 
 def init(device: torch.device) -> None:
@@ -61,8 +60,11 @@ def init(device: torch.device) -> None:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # number of recent collectives recorded for the watchdog
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # if torchrun is killed, its ranks would keep training
-        die_with_parent(signal.SIGTERM, PARENT)
+    # if torchrun is killed, its ranks would keep training
+    if "TORCHELASTIC_RUN_ID" in os.environ and not die_with_parent(signal.SIGTERM, PARENT):
+        error = ProcessError("the launcher of this rank died before the rank joined the others")
+        error.rank = rank()
+        raise error
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)

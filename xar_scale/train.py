@@ -157,9 +157,9 @@ class Training:
         if verdict.faults:
             try:
                 _account_for(news, self.bad)
-            except (DataError, FileError):  # raised on every rank, with the state of ``step`` intact
+            except (DataError, FileError) as error:  # raised on every rank, with the state of ``step`` intact
                 self.watchdog.pause()
-                self._save_before_exit(step)
+                self._save_before_exit(step, error)
                 raise
         if verdict.bad:
             self.watchdog.pause()  # retries and a report take longer than a step
@@ -190,16 +190,17 @@ class Training:
             self.ending = self.stops.error(f"stopped after step {done} of {self.config.train.steps}")
         return done
 
-    def _save_before_exit(self, step: int) -> None:
+    def _save_before_exit(self, step: int, error: XarScaleError) -> None:
         """Write a checkpoint of ``step``, if there is none and the state is finite: an error of the data loses no training."""
         newest = self.store.newest_on_disk()
         if step == (step_of(newest) if newest else 0):
             return
         if self.config.guard.enabled and self.engine.ranks_with_bad_state(self.ema.tensors):
             return
+        dist.say(f"{error}; saving a checkpoint of step {step} before the run exits")
         self.store.save(replace(self._manifest(step), kinds=state_kinds(self.ema)))
         try:
-            self.store.finish(stopped=True)
+            self.store.finish(stopped=True, upload_attempts=1)  # the data's store may be the one that is unreachable
             dist.say(f"checkpoint {self.store.newest}")
         except FileError as failed:  # not the error that the run exits with
             dist.say(str(failed))

@@ -36,6 +36,7 @@ import os, signal, sys, time
 from pathlib import Path
 import torch
 from xar_scale import dist
+from xar_scale.errors import ProcessError
 
 def told(number, frame):
     Path(sys.argv[1]).touch()
@@ -46,7 +47,11 @@ if sys.argv[2] == "before":
     print("ready", flush=True)
     while os.getppid() == dist.PARENT:
         time.sleep(0.01)
-dist.init(torch.device("cpu"))
+try:
+    dist.init(torch.device("cpu"))
+except ProcessError as error:
+    assert sys.argv[2] == "before" and error.rank == 0
+    told(None, None)
 print("ready", flush=True)
 time.sleep(100)
 """

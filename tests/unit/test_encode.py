@@ -32,7 +32,7 @@ from tests.unit.encoding import (
     tars,
 )
 from xar_scale.data import decode
-from xar_scale.data.encode import PLAN, WORK
+from xar_scale.data.encode import ENCODING, PLAN
 from xar_scale.data.images import center_crop
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DATASET_FILE
@@ -57,7 +57,7 @@ def test_a_sample_is_the_encoded_crop_and_its_mirror_image(source, tmp_path, dty
         assert np.array_equal(sample.latent, PIXEL.encode(image, dtype)[0]) and sample.latent.dtype == dtype
         assert np.array_equal(sample.flipped, PIXEL.encode(image[..., ::-1], dtype)[0])
         assert not np.array_equal(sample.latent, sample.flipped)
-    assert not (tmp_path / "set" / WORK).exists()
+    assert not (tmp_path / "set" / ENCODING).exists()
 
 
 def test_mirrored_images_can_be_left_out_and_grey_ones_encoded(source, tmp_path):
@@ -221,7 +221,7 @@ def test_rank_0_waits_for_the_others_and_they_for_its_plan(source, tmp_path, who
     }
     ranks[1].start()
     time.sleep(0.3)
-    assert told[1].lines == [f"waiting for rank 0 to list the images of {source} in {out / WORK / PLAN}"]
+    assert told[1].lines == [f"waiting for rank 0 to list the images of {source} in {out / ENCODING / PLAN}"]
     assert not out.exists()
     ranks[0].start()
     for thread in ranks.values():

@@ -26,7 +26,7 @@ from tests.unit.encoding import (
     stop,
     tars,
 )
-from xar_scale.data.encode import PLAN, WORK
+from xar_scale.data.encode import ENCODING, PLAN
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DATASET_FILE
 from xar_scale.data.verify import verify_set
@@ -66,7 +66,7 @@ def test_a_shard_without_a_record_is_made_again(source, tmp_path, whole):
     out = tmp_path / "set"
     with pytest.raises(StopError):
         encode(out, source, Stopping(20))
-    (out / WORK / "latents-000001.json").unlink()
+    (out / ENCODING / "latents-000001.json").unlink()
     (out / "latents-000001.tar").write_bytes(whole["latents-000001.tar"][:1000])
     (out / "latents-000001.index.json").unlink()
     (out / "latents-000002.tar.tmp").write_bytes(b"half")
@@ -131,7 +131,7 @@ def test_the_bad_images_of_a_shard_that_is_made_again_count_no_more(source, tmp_
     copy, out = damage(source, tmp_path / "copy", BAD[0]), tmp_path / "set"
     with pytest.raises(StopError):
         encode(out, copy, Stopping(25), max_bad=1)
-    (record,) = (out / WORK).glob("latents-*.bad.json")
+    (record,) = (out / ENCODING).glob("latents-*.bad.json")
     (out / record.name.replace(".bad.json", ".tar")).unlink()
     shutil.copy(source / BAD[0], copy / BAD[0])
     assert encode(out, copy).samples == 21
@@ -143,7 +143,7 @@ def test_a_torn_record_is_named_and_without_it_the_shard_is_made_again(source, t
     copy, out = damage(source, tmp_path / "copy", *BAD[:bad]), tmp_path / "set"
     with pytest.raises(StopError):
         encode(out, copy, Stopping(25), max_bad=bad)
-    record = next((out / WORK).glob("latents-*.bad.json" if bad else "latents-*.json"))
+    record = next((out / ENCODING).glob("latents-*.bad.json" if bad else "latents-*.json"))
     record.write_text(content)
     with pytest.raises(DataError, match=f"{record} is torn; remove it to encode its shard again"):
         encode(out, copy, max_bad=bad)
@@ -156,16 +156,16 @@ def test_a_torn_plan_is_named_and_without_the_folder_all_is_made_anew(source, tm
     out = tmp_path / "set"
     with pytest.raises(StopError):
         encode(out, source, Stopping(7))
-    (out / WORK / PLAN).write_text(content)
-    with pytest.raises(DataError, match=f"{out / WORK / PLAN} is torn; remove {out / WORK} to start over"):
+    (out / ENCODING / PLAN).write_text(content)
+    with pytest.raises(DataError, match=f"{out / ENCODING / PLAN} is torn; remove {out / ENCODING} to start over"):
         encode(out, source)
-    shutil.rmtree(out / WORK)
+    shutil.rmtree(out / ENCODING)
     encode(out, source)
     assert files(out) == whole
 
 
 def test_a_torn_note_of_a_rank_that_ended_is_named(source, tmp_path, monkeypatch):
-    out, note = tmp_path / "set", tmp_path / "set" / WORK / "ended-rank-1"
+    out, note = tmp_path / "set", tmp_path / "set" / ENCODING / "ended-rank-1"
     as_rank(monkeypatch, 0, 2)
     monkeypatch.setattr(encode_module.time, "sleep", lambda seconds: note.write_text(""))
     with pytest.raises(DataError, match=f"{note} is torn; rank 1 failed"):
@@ -177,7 +177,7 @@ def test_a_record_is_written_behind_what_it_speaks_of(source, tmp_path, whole, m
     monkeypatch.setattr(encode_module, "sync_folder", stop)  # between the shard and its record
     with pytest.raises(StopError):
         encode(out, source)
-    work = {f"{WORK}/{name}" for name in (PLAN, "ended-rank-0", "rank-0.lock")}
+    work = {f"{ENCODING}/{name}" for name in (PLAN, "ended-rank-0", "rank-0.lock")}
     assert files(out).keys() == {"latents-000000.tar", "latents-000000.index.json", *work}
     monkeypatch.undo()
     encode(out, source)
@@ -252,7 +252,7 @@ def test_a_crash_behind_the_description_leaves_nothing_behind(source, tmp_path, 
     monkeypatch.setattr(encode_module, "_clear", stop)
     with pytest.raises(StopError):
         encode(out, source)
-    assert (out / WORK).exists()
+    assert (out / ENCODING).exists()
     monkeypatch.undo()
     assert encode(out, source).samples == 21
     assert files(out) == whole
@@ -326,7 +326,7 @@ def test_bad_images_are_counted_over_all_processes(source, tmp_path, monkeypatch
     with pytest.raises(StopError):
         encode(out, copy, Stopping(0))
     bad_in = {}  # shard -> its bad images
-    for number, row in enumerate(json.loads((out / WORK / PLAN).read_text())["images"]):
+    for number, row in enumerate(json.loads((out / ENCODING / PLAN).read_text())["images"]):
         bad_in.setdefault(number // 5, []).extend([row[0]] if row[0] in BAD else [])
     holders = [shard for shard, names in bad_in.items() if names]
     assert len(holders) > 1
@@ -386,7 +386,7 @@ def test_who_waits_for_a_rank_that_ends_with_an_error_ends_too(source, tmp_path,
 
 
 def test_a_rank_that_ends_a_second_time_is_noticed_again(source, tmp_path, monkeypatch):
-    out, note = tmp_path / "set", tmp_path / "set" / WORK / "ended-rank-1"
+    out, note = tmp_path / "set", tmp_path / "set" / ENCODING / "ended-rank-1"
 
     def fail(why):
         as_rank(monkeypatch, 1, 2)
@@ -431,7 +431,7 @@ def test_what_another_process_has_recorded_counts_before_a_shard_is_done(source,
     class Meanwhile(Told):
         def progress(self, *numbers):
             fake = {"shard": None, "bad": [["n0/x.jpg", "is torn"]]}
-            (out / WORK / "latents-000001.bad.json").write_text(json.dumps(fake))
+            (out / ENCODING / "latents-000001.bad.json").write_text(json.dumps(fake))
 
     with pytest.raises(DataError, match=f"2 bad images, --max-bad allows 1: {copy / BAD[0]}"):
         encode(out, copy, max_bad=1, samples_per_shard=21, reporter=Meanwhile())
@@ -442,7 +442,7 @@ def test_two_processes_that_record_in_the_same_moment_see_each_other(source, tmp
     copy, out = damage(source, tmp_path / "copy", BAD[0]), tmp_path / "set"
 
     def meanwhile(folder):  # this process has found its bad image, but has not written its record
-        (out / WORK / "latents-000001.bad.json").write_text(json.dumps({"shard": None, "bad": [["n0/x.jpg", "is torn"]]}))
+        (out / ENCODING / "latents-000001.bad.json").write_text(json.dumps({"shard": None, "bad": [["n0/x.jpg", "is torn"]]}))
 
     monkeypatch.setattr(encode_module, "sync_folder", meanwhile)
     with pytest.raises(DataError, match="2 bad images, --max-bad allows 1"):
@@ -454,7 +454,7 @@ def test_rank_0_sees_while_it_waits_that_the_others_found_too_many(source, tmp_p
     as_rank(monkeypatch, 0, 2)
 
     def meanwhile(seconds):  # another rank, with a larger budget
-        (out / WORK / "latents-000001.bad.json").write_text(json.dumps({"shard": None, "bad": [["n0/x.jpg", "is torn"]]}))
+        (out / ENCODING / "latents-000001.bad.json").write_text(json.dumps({"shard": None, "bad": [["n0/x.jpg", "is torn"]]}))
 
     monkeypatch.setattr(encode_module.time, "sleep", meanwhile)
     with pytest.raises(DataError, match=f"1 bad images, --max-bad allows 0: {source}/n0/x.jpg: is torn"):
@@ -472,7 +472,7 @@ def test_looks_at_what_others_have_done_take_little_of_the_time(source, tmp_path
             now[0] += 6
 
     def slow(folder):
-        if folder == out / WORK:
+        if folder == out / ENCODING:
             looks.append(now[0])
             now[0] += 3
         return listdir(folder)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import io
 import os
 import pickle
@@ -320,6 +321,25 @@ def test_chunks_that_leave_a_gap_overlap_or_end_early(tmp_path, chunks, line):
     (tmp_path / "file").write_bytes(bytes(16))
     with pytest.raises(DataError, match=line):
         ChunkReader({"a": [Chunk(*ends, tmp_path / "file", 0) for ends in chunks]}, {"a": (0, 4)})
+
+
+def test_a_reader_that_cannot_open_a_file_leaves_none_open(tmp_path, monkeypatch):
+    chunks = [Chunk(at, at + 1, tmp_path / str(at), 0) for at in range(3)]
+    for chunk in chunks:
+        chunk.path.write_bytes(bytes(4))
+    opened, closed, really_open, really_close = [], [], os.open, os.close
+
+    def two(path, *flags):
+        if len(opened) == 2:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
+        opened.append(really_open(path, *flags))
+        return opened[-1]
+
+    monkeypatch.setattr(os, "open", two)
+    monkeypatch.setattr(os, "close", lambda descriptor: closed.append(descriptor) or really_close(descriptor))
+    with pytest.raises(OSError, match="Too many open files"):
+        ChunkReader({"a": chunks}, {"a": (0, 3)})
+    assert closed == opened and len(opened) == 2
 
 
 def test_shapes_are_known_without_reading_values(tmp_path):

@@ -324,6 +324,17 @@ def test_if_a_run_drops_the_checkpoint_meanwhile_a_newer_one_is_converted(tmp_pa
     assert reshard(tmp_path / "run", tmp_path / "new", "--to", "xar-scale") == 0
     assert read_manifest(tmp_path / "new").manifest.step == 2
     assert f"{first} is gone: the run has dropped it; converting a newer checkpoint\n" in capsys.readouterr().out
+
+    def each_time(source, progress):
+        run.train()
+        run.save()
+        shutil.rmtree(source.path)
+        verified(source, progress)
+
+    with monkeypatch.context() as patch:  # not for ever
+        patch.setattr(writer, "verify", each_time)
+        assert reshard(tmp_path / "run", tmp_path / "never", "--to", "xar-scale") == 74
+    assert capsys.readouterr().out.count("converting a newer checkpoint") == 2
     later.clear()
     first = run.store.newest
     assert reshard(first, tmp_path / "other", "--to", "xar-scale") == 74  # no other was asked for

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.unit.conftest import read_set, small_info, small_samples, write_set
 from xar_scale.data import shards as shards_module
 from xar_scale.data.reader import LatentShards, ShardError
-from xar_scale.data.shards import DATASET_FILE, ShardInfo, ShardWriter
+from xar_scale.data.shards import DATASET_FILE, ENCODING, ShardInfo, ShardWriter
 from xar_scale.errors import DataError, FileError, UsageError
 
 TAR, INDEX = "latents-000001.tar", "latents-000001.index.json"
@@ -173,13 +173,19 @@ def test_shards_of_a_write_that_did_not_finish_do_not_stay_in_a_set_with_fewer(t
     killed = ShardWriter(tmp_path, small_info(), samples_per_shard=1)
     for sample in samples:
         killed.add(*sample)
-    others = ("latents-000004-copy.tar", "latents-000004.txt", "other-000004.tar")
+    others = ("latents-000004-copy.tar", "latents-000004.txt", "latents-000009.tar", "other-000004.tar")
     for name in others:
         (tmp_path / name).write_text("not ours")
     write_set(tmp_path, samples=samples)
     assert_same(read_set(tmp_path), samples)
     written = [f"latents-00000{number}{ending}" for number in range(2) for ending in (".tar", ".index.json")]
     assert sorted(contents(tmp_path)) == sorted([*others, *written, DATASET_FILE])
+
+
+def test_an_encoding_that_is_not_finished_is_not_written_over(tmp_path):
+    (tmp_path / ENCODING).mkdir()
+    with pytest.raises(UsageError, match=f"{tmp_path} holds an encoding that is not finished"):
+        ShardWriter(tmp_path, small_info())
 
 
 def test_no_temporary_file_is_left(tmp_path):

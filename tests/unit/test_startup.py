@@ -20,7 +20,7 @@ from xar_scale import background, startup
 from xar_scale.checkpoint import store
 from xar_scale.checkpoint.load import check_resumable
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, read_manifest
-from xar_scale.checkpoint.mirror import Mirror
+from xar_scale.checkpoint.mirror import Mirror, StoreError
 from xar_scale.cli import main
 from xar_scale.config import override
 from xar_scale.data.faults import BadSamples, Fault
@@ -141,7 +141,9 @@ def test_an_error_of_the_data_loses_no_training(train, tmp_path, monkeypatch, ca
     paths = checkpoint_paths(tmp_path / "run")
     assert [path.name for path in paths] == ["step-00000002", "step-00000003"]
     assert read_manifest(paths[-1]).manifest.bad_samples == []  # the step was not taken
-    assert f"checkpoint {paths[-1]}\n" in capsys.readouterr().out
+    reason = f"{error}{' (bad samples: 1, data.max_bad_samples is 0)' if error.exit_code == 65 else ''}"
+    said = capsys.readouterr().out
+    assert f"{reason}; saving a checkpoint of step 3 before the run exits\n" in said and f"checkpoint {paths[-1]}\n" in said
     assert main(six) == main([*six, "--run-dir", str(tmp_path / "undisturbed")]) == 0
     assert "step-00000003 at step 3" in capsys.readouterr().out
     resumed, undisturbed = (newest_valid(tmp_path / run).manifest for run in ("run", "undisturbed"))
@@ -164,6 +166,20 @@ def test_an_error_of_the_data_saves_no_state_that_is_not_finite(train, tmp_path,
     )
     assert main([*train, "train.steps=6"]) == 74
     assert [path.name for path in checkpoint_paths(tmp_path / "run")] == ["step-00000002"]
+
+
+def test_an_error_of_the_data_waits_for_one_attempt_at_an_upload(train, tmp_path, monkeypatch):
+    """The store may be the same one that does not give the data."""
+    attempts = []
+
+    def unreachable(*_):
+        attempts.append(0)
+        raise StoreError("down")
+
+    fail_in_step(monkeypatch, 1, FileError("gone"))
+    monkeypatch.setattr(Mirror, "upload", unreachable)
+    assert main([*train, f"train.upload=file://{tmp_path}/copy"]) == 74
+    assert len(attempts) == 1 and len(checkpoint_paths(tmp_path / "run")) == 1
 
 
 def test_a_full_disk_does_not_hide_the_error_of_the_data(train, tmp_path, monkeypatch, capsys):

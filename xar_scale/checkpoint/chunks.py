@@ -18,7 +18,7 @@ from xar_scale.files import path_in_errors
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # float32 represents all of them exactly
 MAX_HEADER = 1 << 28  # bytes; a larger number is not a header length
-OPEN_FILES = 512  # at a time; a process may usually open 1024
+OPEN_FILES = 256  # at a time, of one reader; a process may usually open 1024
 
 
 class Chunk(NamedTuple):
@@ -57,8 +57,12 @@ class ChunkReader:
                 at = chunk.stop
             if at != last:
                 raise DataError(f"{key} must end at element {last}, but its files end at {at}")
-        for path in self.files[:OPEN_FILES]:
-            self._descriptor(path)  # now, because a run that is training may drop the checkpoint: open files stay readable
+        try:  # now, because a run that is training may drop the checkpoint: open files stay readable
+            for path in self.files[:OPEN_FILES]:
+                self._descriptor(path)
+        except OSError:
+            self.close()
+            raise
 
     def read(self, key: str, start: int, out: Tensor) -> None:
         """Fill ``out`` (1-D, float32, contiguous, on the CPU) with the elements from ``start`` on. Reads no others."""

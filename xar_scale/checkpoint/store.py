@@ -125,7 +125,7 @@ class Store:
                 self._uploading_path = None
         self._upload_next()
 
-    def finish(self, *, stopped: bool = False) -> None:
+    def finish(self, *, stopped: bool = False, upload_attempts: int = FINAL_ATTEMPTS) -> None:
         """Wait until what is under way is done. Raises FileError if it fails.
 
         If the run is ``stopped`` before its end, a failed copy is only reported: the run can resume from its own checkpoint.
@@ -136,7 +136,7 @@ class Store:
         while True:  # the copy under way, then that of the newest checkpoint
             self._upload_next()
             last = self._to_upload is None  # else, if the copy under way fails, the newest one is next
-            if (work := self._uploading) is None or work.settle(FINAL_ATTEMPTS if last else 1):
+            if (work := self._uploading) is None or work.settle(upload_attempts if last else 1):
                 self._uploading = self._uploading_path = None
             elif last:
                 failed.append(work)

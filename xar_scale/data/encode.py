@@ -26,6 +26,7 @@ from xar_scale.data.plan import EncodeSettings, Plan
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import (
     DATASET_FILE,
+    ENCODING,
     INDEX,
     DatasetInfo,
     ShardBuilder,
@@ -40,7 +41,7 @@ from xar_scale.files import locked, sync_folder, write_atomically
 from xar_scale.tokenizers import Tokenizer, check_origin
 
 PREFIX = "latents"
-WORK, PLAN, NOTE = ".encoding", "plan.json", "ended-rank-"
+PLAN, NOTE = "plan.json", "ended-rank-"
 RECORD, BAD_RECORD = ".json", ".bad.json"  # suffixes of a shard's name: the latter if bad images were left out
 POLL_S, SCAN_S = 0.5, 5.0  # between scans for the records of other processes: while waiting, while working
 SCAN_REST = 20  # at least this many times the duration of a scan pass between two: the folder may hold 100,000 records
@@ -82,7 +83,7 @@ def encode_set(
     notes = _ErrorNotes(out, rank, world)
     with notes.write_on_error(), ExitStack() as stack:
         if rank == 0:
-            (out / WORK).mkdir(parents=True, exist_ok=True)
+            (out / ENCODING).mkdir(parents=True, exist_ok=True)
             stack.enter_context(_rank_lock(out, rank, reporter))
         plan = _plan(out, settings, notes, reporter)
         if plan is None:
@@ -99,7 +100,7 @@ def _rank_lock(out: Path, rank: int, reporter: Reporter) -> Iterator[None]:
     """Hold the lock of this rank. Raises UsageError if another process holds it: both would write the same files."""
     with ExitStack() as stack:
         try:
-            mine = stack.enter_context(locked(out / WORK / f"rank-{rank}.lock"))
+            mine = stack.enter_context(locked(out / ENCODING / f"rank-{rank}.lock"))
         except OSError as error:
             reporter.log(f"{out} cannot be locked, so a second process with rank {rank} would go unnoticed: {error.strerror}")
             mine = True
@@ -141,7 +142,7 @@ def _prepared(settings: EncodeSettings) -> dict[str, Any]:
 
 def _plan(out: Path, settings: EncodeSettings, notes: "_ErrorNotes", reporter: Reporter) -> Plan | None:
     """Return the plan. Rank 0 makes it if there is none, and the others wait for it. None if the set is complete by now."""
-    path = out / WORK / PLAN
+    path = out / ENCODING / PLAN
     if notes.rank == 0 and not path.exists():
         _make_plan(out, settings, reporter)
     waiting = False
@@ -174,7 +175,7 @@ def _make_plan(out: Path, settings: EncodeSettings, reporter: Reporter) -> None:
     images, classes = list_images(Path(settings.source), settings.image, settings.classes)
     order = rng.generator(0, "encode").permutation(len(images))  # in storage order, a shard would hold one class
     plan = {"settings": asdict(settings), "classes": classes, "images": [images[at] for at in order]}
-    write_atomically(out / WORK / PLAN, json.dumps(plan).encode())
+    write_atomically(out / ENCODING / PLAN, json.dumps(plan).encode())
     reporter.log(f"{len(images):,} images of {len({image.label for image in images}):,} classes")
 
 
@@ -262,7 +263,7 @@ class _Encoder:
         shard = asdict(self.shard.write(self.out, name)) if len(self.shard) else None
         sync_folder(self.out)  # else a crash of the machine could keep the record and lose the tar
         record = f"{name}{BAD_RECORD if self.bad else RECORD}"
-        write_atomically(self.out / WORK / record, json.dumps({"shard": shard, "bad": self.bad}).encode())
+        write_atomically(self.out / ENCODING / record, json.dumps({"shard": shard, "bad": self.bad}).encode())
         self.done[number] = record
         lacks, self.shard, self.bad = self.bad, ShardBuilder(self.info), []
         if lacks:
@@ -273,7 +274,7 @@ class _Encoder:
         """Read the records of all processes."""
         start = time.monotonic()
         with suppress(FileNotFoundError):  # the set was completed at this moment
-            names = os.listdir(self.out / WORK)
+            names = os.listdir(self.out / ENCODING)
             self.done = {_number(name): name for name in names if name.startswith(PREFIX) and name.endswith(RECORD)}
             with_bad = [name for name in self.done.values() if name.endswith(BAD_RECORD)]
             self.recorded = {name: self.recorded.get(name) or self._record(name).bad for name in with_bad}
@@ -281,7 +282,7 @@ class _Encoder:
         self.min_interval = SCAN_REST * (self.scanned_at - start)
 
     def _record(self, name: str) -> "_Record":
-        path = self.out / WORK / name
+        path = self.out / ENCODING / name
         with _data_error_if_torn(path, "remove it to encode its shard again"):
             record = json.loads(path.read_bytes())
             shard = None if record["shard"] is None else ShardInfo(**record["shard"])
@@ -302,7 +303,7 @@ class _Encoder:
                 except DataError as error:
                     damaged.append(str(error))
                     name = self.done.pop(number)
-                    (self.out / WORK / name).unlink(missing_ok=True)
+                    (self.out / ENCODING / name).unlink(missing_ok=True)
                     self.recorded.pop(name, None)
         return damaged
 
@@ -328,7 +329,7 @@ class _ErrorNotes:
     """
 
     def __init__(self, out: Path, rank: int, world: int) -> None:
-        self.folder, self.rank = out / WORK, rank
+        self.folder, self.rank = out / ENCODING, rank
         awaited = range(1, world) if rank == 0 else [0]  # for their shards; for the plan
         self.awaited = [self.folder / f"{NOTE}{other}" for other in awaited]
         self.old = self._found()
@@ -393,4 +394,4 @@ def _number(record: str) -> int:
 
 
 def _clear(out: Path) -> None:
-    shutil.rmtree(out / WORK, ignore_errors=True)  # another rank may be reading it: leftovers do no harm
+    shutil.rmtree(out / ENCODING, ignore_errors=True)  # another rank may be reading it: leftovers do no harm

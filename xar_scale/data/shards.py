@@ -30,6 +30,7 @@ from xar_scale.tokenizers import check_origin
 FORMAT = 2
 MAX_KEY = 80  # characters: with a member's ending it must fit the 100 of a tar header
 DATASET_FILE, INDEX = "dataset.json", ".index.json"  # INDEX is a suffix of a shard's name
+ENCODING = ".encoding"  # folder in a set that data/encode.py has not completed yet
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -175,6 +176,8 @@ class ShardWriter:
         if samples_per_shard < 1:
             raise UsageError(f"a shard needs at least 1 sample, not {samples_per_shard}")
         check_origin(info.tokenizer, info.stored, info.shape[0])
+        if (self.folder / ENCODING).exists():
+            raise UsageError(f"{self.folder} holds an encoding that is not finished; finish or remove it, or write elsewhere")
         create_set_folder(self.folder)
         self.shards: list[ShardInfo] = []
         self._shard = ShardBuilder(info)
@@ -199,12 +202,13 @@ class ShardWriter:
             write_dataset_file(self.folder, self.info, self.shards)
 
     def _remove_leftovers(self) -> None:
-        """Remove the shards of an earlier writer that did not finish: there may be more of them than of this set."""
+        """Remove the shards of an earlier writer that did not finish: there may be more of them than of this set. Tars without
+        an index are somebody else's, or were never complete."""
         listed = {shard.name for shard in self.shards}
-        for path in self.folder.glob(f"{self.prefix}-{'[0-9]' * 6}.*"):
-            name = path.name.partition(".")[0]
-            if name not in listed and path.name in (f"{name}.tar", f"{name}{INDEX}"):
-                path.unlink()
+        for index in self.folder.glob(f"{self.prefix}-{'[0-9]' * 6}{INDEX}"):
+            if (name := index.name.removesuffix(INDEX)) not in listed:
+                (self.folder / f"{name}.tar").unlink(missing_ok=True)
+                index.unlink()
 
 
 def shard_name(prefix: str, number: int) -> str:

@@ -100,4 +100,5 @@ def _init_worker(parent: int, worker: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    dist.die_with_parent(signal.SIGKILL, parent)
+    if not dist.die_with_parent(signal.SIGKILL, parent):
+        os._exit(1)

@@ -75,7 +75,7 @@ def _of_run(checkpoint: Checkpoint, overrides: list[str]) -> TrainedModel:
     if not manifest.config:
         raise UsageError(f"{path} was converted from another format: it has neither a model config nor a tokenizer")
     config = Config.from_dict(override(manifest.config, overrides))
-    source = open_source(path)
+    source = dist.on_all_ranks(lambda: open_source(path))  # the run may drop it meanwhile
     return TrainedModel(
         source,
         "ema" if "ema" in source.kinds else "model",
