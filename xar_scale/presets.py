@@ -63,7 +63,7 @@ def recipe(name: str) -> dict[str, Any]:
     try:
         return copy.deepcopy(RECIPES[name])
     except KeyError:
-        raise UsageError(f"no recipe {name!r}; there are: {', '.join(RECIPES)}") from None
+        raise UsageError(f"no recipe {name!r}; available: {', '.join(RECIPES)}") from None
 
 
 def model_values(name: str) -> dict[str, Any]:
@@ -71,4 +71,4 @@ def model_values(name: str) -> dict[str, Any]:
     try:
         return dict(MODELS[name])
     except KeyError:
-        raise UsageError(f"no model {name!r}; there are: {', '.join(MODELS)}") from None
+        raise UsageError(f"no model {name!r}; available: {', '.join(MODELS)}") from None

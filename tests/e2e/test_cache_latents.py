@@ -177,7 +177,7 @@ def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16, kl16_weights):
         (["."], 64, "tokenizer kl16 needs --weights, the path of kl16.ckpt; --tokenizer is kl16"),
         ([".", "--weights", "nowhere.ckpt"], 64, "no weights at nowhere.ckpt"),
         ([".", "--weights", "x", "--tokenizer", "pixel"], 64, "--weights is only for tokenizer kl16"),
-        ([".", "--tokenizer", "vq"], 64, "--tokenizer: no tokenizer 'vq' with settings {}; there are: pixel, kl16"),
+        ([".", "--tokenizer", "vq"], 64, "--tokenizer: no tokenizer 'vq' with settings {}; available: pixel, kl16"),
         ([".", "--tokenizer", "{torn"], 64, "--tokenizer '{torn' is not JSON"),
         ([".", "--tokenizer", '{"patch": 2}'], 64, "is not a JSON object with a name"),
         ([".", "--tokenizer", '{"name": "pixel", "patch": 0}'], 64, "--tokenizer: tokenizer pixel: patch 0"),

@@ -50,7 +50,7 @@ def assert_ends(capsys, arguments: list, code: int, *parts: str) -> None:
         ([], 64, "COMMAND"),
         (["nosuch"], 64, "nosuch"),
         (["train"], 64, "needs --recipe or --config"),
-        (["train", "--recipe", "nosuch"], 64, "no recipe 'nosuch'; there are: digits, imagenet256_b"),
+        (["train", "--recipe", "nosuch"], 64, "no recipe 'nosuch'; available: digits, imagenet256_b"),
         (["train", "--recipe", "digits", "--nosuch", "1"], 64, "--nosuch"),
         (["train", "--recipe", "digits", "nonsense"], 64, "nonsense"),
         (["train", "--rec", "digits"], 64, "--rec"),  # no abbreviations

@@ -29,9 +29,9 @@ def test_every_recipe_is_a_valid_config(name):
 
 
 def test_unknown_recipe_and_model_are_refused_with_the_known_names():
-    with pytest.raises(UsageError, match="no recipe 'digit'; there are: digits"):
+    with pytest.raises(UsageError, match="no recipe 'digit'; available: digits"):
         recipe("digit")
-    with pytest.raises(UsageError, match="no model 'xar_z'; there are: nano, xar_b"):
+    with pytest.raises(UsageError, match="no model 'xar_z'; available: nano, xar_b"):
         model_values("xar_z")
 
 

@@ -309,7 +309,7 @@ def test_blank_weights_are_zeros_for_every_parameter():
 
 
 def test_unknown_models_and_fields_are_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match="no model 'xar_huge'; there are: nano, xar_b, xar_l, xar_h"):
+    with pytest.raises(UsageError, match="no model 'xar_huge'; available: nano, xar_b, xar_l, xar_h"):
         create_model("xar_huge")
     with pytest.raises(ConfigError, match="unknown key size; known keys: width, depth_encoder"):
         create_model("nano", size=3)

@@ -339,8 +339,8 @@ def test_an_earlier_plan_is_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("words", "code", "parts"),
     [
-        (["--model", "xar_9b"], 64, ["no model 'xar_9b'; there are: nano, xar_b"]),
-        (["--gpu", "v100"], 64, ["no GPU 'v100'; there are: a100, h100"]),
+        (["--model", "xar_9b"], 64, ["no model 'xar_9b'; available: nano, xar_b"]),
+        (["--gpu", "v100"], 64, ["no GPU 'v100'; available: a100, h100"]),
         (["--gpus", "0"], 64, ["--gpus 0: must be at least 1"]),
         (["--gpus-per-node", "0"], 64, ["--gpus-per-node 0: must be at least 1"]),
         (["--mfu", "40"], 64, ["--mfu 40: must be above 0 and at most 1"]),

@@ -78,8 +78,8 @@ def test_a_tokenizer_is_made_again_from_its_name_and_settings():
 @pytest.mark.parametrize(
     ("description", "says"),
     [
-        ({"name": "vq"}, "no tokenizer 'vq' with settings {}; there are: pixel, kl16"),
-        ({}, "no tokenizer None with settings {}; there are: pixel, kl16"),
+        ({"name": "vq"}, "no tokenizer 'vq' with settings {}; available: pixel, kl16"),
+        ({}, "no tokenizer None with settings {}; available: pixel, kl16"),
         ({"name": ["pixel"]}, r"no tokenizer \['pixel'\] with settings"),
         ({"name": "pixel", "side": 2}, "no tokenizer 'pixel' with settings {'side': 2}"),
         ({"name": "kl16", "weights": "a.ckpt"}, "no tokenizer 'kl16' with settings {'weights': 'a.ckpt'}"),

@@ -55,4 +55,4 @@ def find_gpu(name: str) -> GPU:
     try:
         return GPUS[name]
     except KeyError:
-        raise UsageError(f"no GPU {name!r}; there are: {', '.join(GPUS)}") from None
+        raise UsageError(f"no GPU {name!r}; available: {', '.join(GPUS)}") from None

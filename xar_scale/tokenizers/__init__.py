@@ -63,7 +63,7 @@ def create_tokenizer(
     try:
         inspect.signature(makers[name]).bind(**settings)
     except (KeyError, TypeError):
-        raise DataError(f"no tokenizer {name!r} with settings {settings}; there are: {', '.join(makers)}") from None
+        raise DataError(f"no tokenizer {name!r} with settings {settings}; available: {', '.join(makers)}") from None
     if name != "kl16":
         if weights:
             raise ConfigError(f"sample.tokenizer_weights is {weights}, but tokenizer {name} has no weights")
