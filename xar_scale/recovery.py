@@ -134,13 +134,15 @@ class Recovery:
 
     def check_start(self, step: int) -> None:
         """Before the first step: take a snapshot. Raises NonFiniteError if the run would start with a non-finite state."""
-        if not self.config.guard.enabled:
-            return
-        if ranks := self.engine.ranks_with_bad_state(self.ema.tensors):
+        if ranks := self.bad_ranks():
             where = f"on rank {', '.join(map(str, ranks))}"
             raise NonFiniteError(f"the initial weights, moments or EMA weights are not finite {where}: start from others")
-        if self.config.guard.snapshots:
+        if self.config.guard.enabled and self.config.guard.snapshots:
             self.snapshots.take(step, self.state)
+
+    def bad_ranks(self) -> list[int]:
+        """Return the ranks whose weights, moments or EMA are not finite; none if the guard is off. Every rank calls this."""
+        return self.engine.ranks_with_bad_state(self.ema.tensors) if self.config.guard.enabled else []
 
     def check_and_snapshot(self, done: int, *, checkpoint_due: bool) -> bool:
         """After ``done`` steps take the snapshot that is due. Returns False if the state is not finite.
@@ -148,8 +150,7 @@ class Recovery:
         The state is checked only if a snapshot or a checkpoint is due.
         """
         due = self.snapshots.due(done)
-        checked = self.config.guard.enabled and (due or checkpoint_due)
-        if checked and (ranks := self.engine.ranks_with_bad_state(self.ema.tensors)):
+        if (due or checkpoint_due) and (ranks := self.bad_ranks()):
             self.state, decision = self.guard.roll_back(self.state)
             traced = f"rank {', '.join(map(str, ranks))}"
             dist.say(f"guard: after step {done - 1}: {decision.action.value}, {decision.reason}; traced to {traced}")

@@ -195,7 +195,7 @@ class Training:
         newest = self.store.newest_on_disk()
         if step == (step_of(newest) if newest else 0):
             return
-        if self.config.guard.enabled and self.engine.ranks_with_bad_state(self.ema.tensors):
+        if self.recovery.bad_ranks():
             return
         dist.say(f"{error}; saving a checkpoint of step {step} before the run exits")
         self.store.save(replace(self._manifest(step), kinds=state_kinds(self.ema)))

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 import torch
@@ -66,6 +67,14 @@ def small_samples(count: int, info: DatasetInfo) -> list[Sample]:
         return generator.standard_normal(info.shape).astype(info.dtype)
 
     return [Sample(f"s{n:04d}", 3 * n % CLASSES, array(), array() if info.flipped else None) for n in range(count)]
+
+
+def assert_same_samples(read, written):
+    assert [(sample.key, sample.label) for sample in read] == [(sample.key, sample.label) for sample in written]
+    for got, expected in zip(read, written, strict=True):
+        assert got.latent.dtype == expected.latent.dtype and np.array_equal(got.latent, expected.latent)
+        assert (got.flipped is None) == (expected.flipped is None)
+        assert expected.flipped is None or np.array_equal(got.flipped, expected.flipped)
 
 
 def write_set(
@@ -136,3 +145,12 @@ def loss_of(model):
     layout = model.layout
     noise, t = normal(1, 2, layout.tokens, 4, dtype=torch.float32), normal(2, 2, layout.entities, dtype=torch.float32).sigmoid()
     return velocity_loss(model, layout, normal(0, 2, 4, 4, 4, dtype=torch.float32), noise, t, torch.tensor([1, 2]))
+
+
+@pytest.fixture
+def bucket(store, monkeypatch):
+    """The URL of an empty folder in the store."""
+    monkeypatch.setattr(store, "fault", store.fault)  # restored afterwards
+    name = f"bucket{time.monotonic_ns()}"
+    boto3.client("s3", endpoint_url=store.url).create_bucket(Bucket=name)
+    return f"s3://{name}/runs/one"

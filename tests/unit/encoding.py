@@ -14,6 +14,7 @@ from xar_scale.tokenizers.pixel import PixelTokenizer
 
 SIZE, CLASSES, PER_CLASS = 8, 3, 7
 PIXEL = PixelTokenizer(patch=2, image_channels=3)
+BAD = ("n0/i06.jpg", "n1/i13.jpg", "n2/i02.jpg")
 
 
 def smooth(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -117,8 +117,9 @@ def test_samples_not_finite_in_any_precision_are_quarantined_within_the_budget()
 
 
 def test_inputs_that_are_not_finite_are_quarantined_at_once():
-    state, actions = course(guard(), event(bad=Bad.INPUT | Bad.LOSS | Bad.GRADIENT, suspects=1))
-    assert actions == [Action.QUARANTINE] and state.quarantined == 1
+    state, decision = guard().decide(GuardState(), event(bad=Bad.INPUT | Bad.LOSS | Bad.GRADIENT, suspects=1))
+    assert decision.action is Action.QUARANTINE and state.quarantined == 1
+    assert decision.reason == "the inputs are not finite; samples quarantined: 1"
 
 
 def test_without_a_suspect_nothing_can_be_quarantined():
