@@ -1,7 +1,9 @@
 """Images generated from weights on disk: which weights they use, and what they do and do not depend on."""
 
 import dataclasses
+import errno
 import functools
+import os
 import shutil
 import threading
 
@@ -19,8 +21,9 @@ from xar_scale.checkpoint.manifest import Checkpoint, read_manifest, verify
 from xar_scale.data.loader import LatentDataset
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DatasetInfo, ShardWriter
-from xar_scale.errors import ConfigError, DataError, NonFiniteError, UsageError
+from xar_scale.errors import ConfigError, DataError, FileError, NonFiniteError, UsageError
 from xar_scale.evaluate import generate
+from xar_scale.evaluate import trained as trained_module
 from xar_scale.evaluate.generate import Generator, open_generator, prepare
 from xar_scale.evaluate.trained import holds_weights, open_trained
 from xar_scale.files import write_atomically
@@ -300,6 +303,17 @@ def test_a_run_that_drops_the_checkpoint_that_was_opened_stops_no_sampling(check
     trained = open_trained(checkpoint.path, FEW)
     shutil.rmtree(checkpoint.path)
     assert np.array_equal(open_generator(trained, CPU).draw([3], 4), expected)
+
+
+def test_a_checkpoint_that_is_gone_before_it_is_opened_ends_all_ranks_alike(checkpoint, monkeypatch):
+    """A raw OSError would end the one rank that meets it, while the others wait for it."""
+
+    def gone(path):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+    monkeypatch.setattr(trained_module, "open_source", gone)
+    with pytest.raises(FileError, match=f"{checkpoint.path}: No such file"):
+        open_trained(checkpoint.path, [])
 
 
 def test_a_checkpoint_converted_from_another_format_is_refused(tmp_path):
