@@ -1,5 +1,6 @@
 """Encode images into a set of latents: what is stored, any number of processes, and processes that die."""
 
+import json
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from tests.unit.encoding import (
     Told,
     as_rank,
     cropped,
+    damage,
     encode,
     files,
     smooth,
@@ -240,20 +242,35 @@ def test_rank_0_says_what_it_waits_for(source, tmp_path, whole, monkeypatch):
     assert not (out / DATASET_FILE).exists()
 
 
+class OthersFinishNow(Told):
+    """Once rank 0 of two has encoded its 11 images, rank 1 records its own, with a larger budget of bad images."""
+
+    def __init__(self, monkeypatch, out, source):
+        super().__init__()
+        self.monkeypatch, self.out, self.source = monkeypatch, out, source
+        as_rank(monkeypatch, 0, 2)
+
+    def progress(self, *numbers):
+        super().progress(*numbers)
+        if numbers[0] == 11 and self.steps.count(numbers) == 1:
+            as_rank(self.monkeypatch, 1, 2)
+            encode(self.out, self.source, max_bad=3)
+
+
 def test_rank_0_reports_what_the_others_record_last(source, tmp_path, whole, monkeypatch):
-    class OthersFinishNow(Told):
-        """Once rank 0 has encoded its 11 images, rank 1 records its own."""
-
-        def progress(self, *numbers):
-            super().progress(*numbers)
-            if numbers[0] == 11 and self.steps.count(numbers) == 1:
-                as_rank(monkeypatch, 1, 2)
-                encode(tmp_path / "set", source)
-
-    told = OthersFinishNow()
-    as_rank(monkeypatch, 0, 2)
+    told = OthersFinishNow(monkeypatch, tmp_path / "set", source)
     encode(tmp_path / "set", source, reporter=told)
     assert told.steps[-1] == (21, 21, 0) and files(tmp_path / "set") == whole
+
+
+def test_bad_images_that_the_others_record_last_are_held_to_the_budget(source, tmp_path, monkeypatch):
+    with pytest.raises(StopError):
+        encode(tmp_path / "stopped", source, Stopping(0))
+    name = json.loads((tmp_path / "stopped" / ENCODING / PLAN).read_text())["images"][5][0]  # in the first shard of rank 1
+    copy = damage(source, tmp_path / "copy", name)
+    with pytest.raises(DataError, match="1 bad images, --max-bad allows 0"):
+        encode(tmp_path / "set", copy, reporter=OthersFinishNow(monkeypatch, tmp_path / "set", copy))
+    assert not (tmp_path / "set" / "dataset.json").exists()
 
 
 @pytest.mark.parametrize(("rank", "world"), [(4, 4), (-1, 2)])
