@@ -24,7 +24,7 @@ from xar_scale import dist
 from xar_scale.checkpoint import store
 from xar_scale.checkpoint.files import Fingerprint, Range
 from xar_scale.data.feed import Feed
-from xar_scale.data.loader import Batch
+from xar_scale.data.loader import Batch, LatentDataset
 from xar_scale.engines import replicated
 from xar_scale.engines.base import Engine, Verdict
 
@@ -39,7 +39,8 @@ class Fault:
     loss, gradient, activation (the latter only while compute is bf16), latent (of the step's third sample; but for ``once``
     wherever it comes from then on), weight, moment: a NaN or ``value``. overflow: weights scaled so that fp16 overflows, on all
     ranks, and scaled back after. disk, defect: what writes a checkpoint meets a full disk, or a mistake.
-    sleep: before the pass, for ``value`` seconds. slow: each Linear layer computes ``value`` seconds longer.
+    sleep: before the pass, for ``value`` seconds. slow: each Linear layer computes ``value`` seconds longer. late: reading the
+    step's data takes ``value`` seconds longer.
     """
 
     kind: str
@@ -75,6 +76,7 @@ class Planter:
         self.scaled = False
         self.step = 0
         self.attempt, self.take, self.write = Engine.attempt, Feed.take, store.write_file
+        self.getitems = LatentDataset.__getitems__
 
     def __call__(self, engine: Engine, step: int, batches: Sequence[Batch], *more: Any) -> Verdict:
         self.attempts[step] += 1
@@ -83,7 +85,7 @@ class Planter:
             for fault in self.faults:
                 if fault.kind == "overflow":
                     self.overflow(fault, engine, step)
-                elif fault.kind not in ("latent", "disk", "defect") and fault.active(step, self.attempts[step]):
+                elif fault.kind not in ("latent", "late", "disk", "defect") and fault.active(step, self.attempts[step]):
                     if fault.kind in ("weight", "moment"):
                         self.state(fault, engine, step)
                     elif dist.rank() == fault.rank:
@@ -132,8 +134,16 @@ class Planter:
         for hook in hooks:
             hook.remove()
 
-    def taken(self, feed: Feed) -> list[Batch]:
-        batches, self.taken_from = self.take(feed), self.taken_from + 1
+    def read(self, dataset: LatentDataset, numbers: Sequence[int]) -> Batch:
+        """In a data worker."""
+        for fault in self.faults:
+            step = numbers[0] // dataset.config.train.global_batch
+            if fault.kind == "late" and dist.rank() == fault.rank and fault.active(step, 1):
+                time.sleep(fault.value)
+        return self.getitems(dataset, numbers)
+
+    def taken(self, feed: Feed, *more: Any) -> list[Batch]:
+        batches, self.taken_from = self.take(feed, *more), self.taken_from + 1
         return [self.latent(batch) for batch in batches]
 
     def latent(self, batch: Batch) -> Batch:
@@ -187,7 +197,8 @@ def main() -> None:
     replicated.Graphs = Announced  # type: ignore[misc]
     planter = Planter([Fault(**values) for values in json.loads(sys.argv[1])])
     Engine.attempt = lambda engine, *arguments: planter(engine, *arguments)  # type: ignore[method-assign]
-    Feed.take = lambda feed: planter.taken(feed)  # type: ignore[method-assign]
+    Feed.take = lambda feed, *more: planter.taken(feed, *more)  # type: ignore[method-assign]
+    LatentDataset.__getitems__ = lambda dataset, numbers: planter.read(dataset, numbers)  # type: ignore[method-assign]
     store.write_file = planter.written
     sys.argv = ["xar-scale", *sys.argv[2:]]
     runpy.run_module("xar_scale", run_name="__main__")

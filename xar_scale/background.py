@@ -18,7 +18,8 @@ Stage = Callable[[Sequence[Any]], Any]  # takes all ranks' results of the previo
 class Background:
     """The stages of ``name``, one after another: a stage starts when the one before it is done on all ranks.
 
-    A FileError on any rank is printed, and all ranks retry the stage. Every rank makes the same calls in the same order.
+    A FileError on any rank is printed, and the ranks that failed retry the stage; the others keep what they did. Every rank
+    makes the same calls in the same order.
     """
 
     def __init__(self, name: str, stages: Sequence[Stage], device: torch.device) -> None:
@@ -28,6 +29,7 @@ class Background:
         self._results: Sequence[Any] = ()
         self._polls = 0  # until the next attempt
         self._running: Future[Any] | None = None
+        self._succeeded: Future[Any] | None = None  # this rank's part of the stage, which another rank has to retry
         self._thread: threading.Thread | None = None
         self._start()
 
@@ -51,16 +53,21 @@ class Background:
         elif not self._under_way():
             self._conclude()
 
-    def settle(self, attempts: int) -> bool:
-        """Wait until all is done. Returns False if a stage fails ``attempts`` times from now on, 1, 2, 4, ... seconds apart."""
+    def settle(self, attempts: int, until: float | None = None) -> bool:
+        """Wait until all is done. Returns False if a stage fails ``attempts`` times from now on, 1, 2, 4, ... seconds apart, or
+        if it is not done when rank 0's ``time.monotonic`` reaches ``until``: its thread continues then."""
         before = self.attempts - self.failing  # a failure whose retry is pending counts as the first
         while not self.done:
             if self._running is None:
                 if (failed := self.attempts - before) >= attempts:
+                    self.error = f"given up after {self.attempts} attempts: {self.error}"
                     return False
                 time.sleep(2.0 ** (failed - 1))
                 self._start()
             while self._under_way():  # poll: one long wait in a collective would look like a hang
+                if until is not None and dist.gather_floats(time.monotonic() >= until)[0][0]:
+                    self.error = "given up: the run exits"
+                    return False
                 assert self._thread is not None
                 self._thread.join(POLL_S)
             self._conclude()
@@ -74,6 +81,9 @@ class Background:
 
     def _start(self) -> None:
         """Start this rank's part of the stage, in a daemon thread, which does not keep the process alive."""
+        if self._succeeded is not None:
+            self._running = self._succeeded
+            return
         self._running = running = Future[Any]()
         stage, results = self.stages[0], self._results
 
@@ -96,9 +106,10 @@ class Background:
         except FileError as error:
             self.attempts, self.error = self.attempts + 1, str(error)
             self._polls = 2**self.attempts
+            self._succeeded = None if running.exception() else running
             dist.say(f"{self.name}: attempt {self.attempts} failed: {error}")
             return
-        self.attempts = 0
+        self.attempts, self._succeeded = 0, None
         self.stages.pop(0)
         if self.stages:
             self._start()

@@ -17,7 +17,7 @@ from xar_scale.files import make_folder, write_atomically
 from xar_scale.presets import MODELS, RECIPES, model_values, recipe
 from xar_scale.stopping import StopRequests
 
-# Launchers end all ranks when the first one exits: before ranks have joined, silent ranks wait this long for the reporting one
+# Launchers end all ranks when the first one exits: silent ranks wait this long for the reporting one
 PATIENCE_S = 5.0
 
 
@@ -48,7 +48,10 @@ def exit_code_of(program: str, run: Callable[[], None]) -> int:
             error.rank = dist.rank()
         if dist.rank() == (error.rank or 0):
             print(f"{program}: {error}", file=sys.stderr, flush=True)
-        elif not dist.has_joined():
+            dist.reported()
+        elif dist.has_joined():
+            dist.await_report(PATIENCE_S)
+        else:
             time.sleep(PATIENCE_S)
         return error.exit_code  # without leaving the process group: other ranks may wait in it until the launcher ends them
     except KeyboardInterrupt:

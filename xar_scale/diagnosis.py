@@ -71,7 +71,8 @@ class Activations(_Hooked):
     @property
     def largest(self) -> dict[str, float]:
         """The largest absolute output by block name. Waits for the device."""
-        return {name: value.item() for name, value in self._largest.items()}
+        values = torch.stack([*self._largest.values()]).tolist() if self._largest else []
+        return dict(zip(self._largest, values, strict=True))
 
     def __enter__(self) -> Self:
         self._hooks = [block.register_forward_hook(self._note(name)) for name, block in self.blocks.items()]

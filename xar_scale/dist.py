@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -16,6 +17,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_default_store
 
 from xar_scale import slurm
 from xar_scale.errors import INTERRUPTED, ConfigError, FileError, ProcessError, XarScaleError
@@ -25,6 +27,7 @@ T = TypeVar("T")
 all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
 reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_dist.reduce_scatter_tensor
 PARENT = os.getppid()  # the launcher, which may die at any later moment
+REPORTED = "xar_scale/reported"  # a key of the process group's store
 TIMEOUT = timedelta(minutes=30)  # of collectives; the watchdog fires earlier and reports more
 
 
@@ -59,6 +62,9 @@ def init(device: torch.device) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    # by default in the home directory: hundreds of ranks would compile the same kernels into one folder, often of NFS
+    kernels = Path(tempfile.gettempdir(), f"xar_scale-{os.getuid()}", "triton")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(kernels))
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # number of recent collectives recorded for the watchdog
     # if torchrun is killed, its ranks would keep training
     if "TORCHELASTIC_RUN_ID" in os.environ and not die_with_parent(signal.SIGTERM, PARENT):
@@ -110,9 +116,39 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def broadcast(tensor: Tensor, source: int) -> Tensor:
+    """Rank ``source``'s tensor, on every rank, on the device of collectives. The others give one of its shape and dtype."""
+    if not torch_dist.is_initialized() or world() == 1:
+        return tensor
+    tensor = tensor.to(_device())
+    torch_dist.broadcast(tensor, source)
+    return tensor
+
+
+def _device() -> torch.device:
+    """The device of collectives."""
+    return torch.device("cuda" if torch_dist.get_backend() == "nccl" else "cpu")
+
+
 def max_over_ranks(value: float) -> float:
     """The maximum over ranks; NaN if any value is NaN."""
-    return max(gather_objects(value), key=lambda value: (value != value, value))
+    return largest(of_rank for (of_rank,) in gather_floats(value))
+
+
+def largest(values: Iterable[float]) -> float:
+    """The maximum; NaN if any value is NaN."""
+    return max(values, key=lambda value: (value != value, value))
+
+
+def gather_floats(*values: float) -> list[list[float]]:
+    """Every rank's ``values``, on every rank. Every rank gives as many. One collective and one wait for the device, where
+    ``gather_objects`` takes three of each for every rank: for what is done in training."""
+    if not torch_dist.is_initialized() or world() == 1:
+        return [[*values]]
+    gathered = torch.empty(world() * len(values), dtype=torch.float64, device=_device())
+    all_gather(gathered, torch.tensor(values, dtype=torch.float64, device=_device()))
+    found: list[list[float]] = gathered.view(world(), len(values)).tolist()
+    return found
 
 
 def say(line: str) -> None:
@@ -221,6 +257,19 @@ def run(main: Callable[[], int]) -> NoReturn:
     leave(code)
 
 
+def reported() -> None:
+    """Let ranks that ``await_report`` exit."""
+    with contextlib.suppress(Exception):  # the type depends on the torch version
+        _get_default_store().set(REPORTED, "")
+
+
+def await_report(seconds: float) -> None:
+    """Wait until the rank that reports an error has done so, at most ``seconds``: launchers end all ranks when the first one
+    exits. Its process may host the store: if it is gone, the wait is over."""
+    with contextlib.suppress(Exception):
+        _get_default_store().wait([REPORTED], timedelta(seconds=seconds))
+
+
 def leave(code: int) -> NoReturn:
     """End the process at once. A normal interpreter shutdown may abort because of PyTorch's threads, which would change the
     exit code to SIGABRT's, and may hang if another rank is gone.
@@ -229,7 +278,8 @@ def leave(code: int) -> NoReturn:
     """
     if (note := os.environ.get("XAR_SCALE_EXIT_FILE")) and code != 1:
         with contextlib.suppress(OSError):
-            Path(note).write_text(str(code))
+            descriptor = os.open(note, os.O_WRONLY | os.O_CREAT, 0o666)
+            os.write(descriptor, f"{code:<4}\n".encode())  # in place: a rank may be killed after it has emptied the file
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

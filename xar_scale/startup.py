@@ -10,11 +10,9 @@ from pathlib import Path
 from typing_extensions import Self
 
 from xar_scale import dist
-from xar_scale.checkpoint.initialise import Initialisation
-from xar_scale.checkpoint.interop import open_source
-from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid, open_checkpoint, step_of, verify
+from xar_scale.checkpoint.initialise import SharedInitialisation
+from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, newest_valid, open_checkpoint, step_of
 from xar_scale.checkpoint.mirror import Check, Mirror, newest_valid_of
-from xar_scale.checkpoint.reshard.writer import verify as verify_source
 from xar_scale.checkpoint.store import Store
 from xar_scale.config import Config
 from xar_scale.data.loader import LatentDataset
@@ -109,6 +107,19 @@ def _check_shards(shards: Shards, allowed: int) -> None:
         dist.say(f"{fault.error}: its {samples[fault.shard]} samples will be skipped")
 
 
+def same_kernels(kernels: str) -> str:
+    """Return the description of this rank's kernels. Raises ConfigError if another rank's differ: nodes may differ in what is
+    installed, and all would wait for the slowest one in every step."""
+    first, *others = dist.gather_objects((kernels, socket.gethostname()))
+    for rank, (its, host) in enumerate(others, start=1):
+        if its != first[0]:
+            raise ConfigError(
+                f"rank 0 ({first[1]}) would use {first[0]}, rank {rank} ({host}) {its}: xar-scale doctor shows what a node "
+                "lacks; or set kernels.attention and kernels.library"
+            )
+    return kernels
+
+
 @contextmanager
 def first_weights(model: XAR, config: Config, checkpoint: Checkpoint | None) -> Iterator[Iterator[Weight]]:
     """Yield the initial weights of the engine: zeros if a checkpoint is loaded next."""
@@ -117,16 +128,11 @@ def first_weights(model: XAR, config: Config, checkpoint: Checkpoint | None) -> 
     elif not config.train.init_from:
         yield initial_weights(model, config.train.seed)
     else:
-        with dist.on_all_ranks(lambda: open_source(Path(config.train.init_from))) as source:
-            if source.manifest is not None:
-                dist.on_all_ranks(lambda: verify(source.path))
-            else:
-                dist.on_all_ranks(lambda: verify_source(source, lambda count: None) if dist.rank() == 0 else None)
-            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-            found = dist.on_all_ranks(lambda: Initialisation(source, shapes, config.model))
-            for line in found.report():
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        with SharedInitialisation(Path(config.train.init_from), shapes, config.model) as given:
+            for line in given.report:
                 dist.say(line)
-            yield initial_weights(model, config.train.seed, found.value)
+            yield initial_weights(model, config.train.seed, given.take)
 
 
 def mirror_of(run: Path, url: str) -> Mirror:

@@ -59,8 +59,11 @@ class StopRequests:
     def _late(self) -> bool:
         return dist.rank() == 0 and self.after is not None and time.monotonic() - self.begun >= self.after
 
-    def error(self, when: str) -> XarScaleError:
-        """Return why all ranks exit: PreemptedError if any rank received SIGUSR2, else StoppedError. Every rank calls this."""
+    def error(self, when: str, *, saved: bool = True) -> XarScaleError:
+        """Return why all ranks exit: PreemptedError if any rank received SIGUSR2, else StoppedError. Every rank calls this.
+
+        ``saved``: whether there is a checkpoint of the last step.
+        """
         requests = list(self.signals)
         if dist.rank() == 0:
             requests += [f"{self.file} exists"] if self._file_found else []
@@ -70,7 +73,8 @@ class StopRequests:
         rank, request = (preempted or found)[0]
         reason = f"{request} to rank {rank}" if request.startswith("SIG") else request
         kind = PreemptedError if preempted else StoppedError
-        return kind(f"{when} ({reason}): a checkpoint is written, the same command resumes from it")
+        then = "a checkpoint is written, the same command resumes from it" if saved else "no checkpoint of it is written"
+        return kind(f"{when} ({reason}): {then}")
 
     def local_error(self, when: str) -> XarScaleError:
         """The same for this rank's requests alone, before there is anything to agree on or to write."""

@@ -1,10 +1,10 @@
 """Finds slow ranks. A step takes equally long on all ranks: what differs is how long the layers compute, not counting waits for
 other ranks, and how long the rank waits for data."""
 
-import socket
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -86,23 +86,21 @@ class ForwardTime(SpanTimer):
 
 
 class Stragglers:
-    """Reports a rank once it is slow in several consecutive measurements, and only once per streak."""
+    """Reports a rank once it is slow in several consecutive measurements, and only once per streak. ``hosts``: of all ranks."""
 
-    def __init__(self) -> None:
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self.hosts = hosts
         self._slow = Counter[tuple[int, str]]()
 
-    def compare(self, computed: float, waited: float, step: float) -> list[float]:
-        """Compare this rank's compute seconds and its data wait per step with all other ranks'. A step takes ``step`` seconds.
-        Return every rank's compute seconds. Every rank calls this."""
-        found = dist.gather_objects((computed, waited, socket.gethostname()))
-        computing, waiting = (statistics.median_low(values) for values in ([of[0] for of in found], [of[1] for of in found]))
-        for rank, (computed, waited, host) in enumerate(found):
-            slow = f"rank {rank} ({host}) is slow"
+    def compare(self, computed_s: Sequence[float], waited_s: Sequence[float], step_s: float) -> None:
+        """Compare all ranks' seconds of computing, and of waiting for data per step. A step takes ``step_s``."""
+        computing, waiting = statistics.median_low(computed_s), statistics.median_low(waited_s)
+        for rank, (computed, waited) in enumerate(zip(computed_s, waited_s, strict=True)):
+            slow = f"rank {rank} ({self.hosts[rank]}) is slow"
             if self._repeated(rank, "arithmetic", computed > SLOW * computing > 0):
                 dist.say(f"{slow}: its layers take {computed / computing:.1f} times as long as the median rank's")
-            if self._repeated(rank, "data", waited - waiting > (SLOW - 1) * step):
+            if self._repeated(rank, "data", waited - waiting > (SLOW - 1) * step_s):
                 dist.say(f"{slow}: it waits {waited:.2f} s per step for data, the median rank {waiting:.2f} s")
-        return [of[0] for of in found]
 
     def _repeated(self, rank: int, what: str, slow: bool) -> bool:
         self._slow[rank, what] = self._slow[rank, what] + 1 if slow else 0

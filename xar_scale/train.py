@@ -1,5 +1,6 @@
 """The training loop."""
 
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from xar_scale.data.loader import LatentDataset
 from xar_scale.diagnosis import Activations
 from xar_scale.ema import EMA, POWER_KINDS, ema_widths
 from xar_scale.engines import Engine, Verdict, create_engine
-from xar_scale.errors import DataError, FileError, XarScaleError
+from xar_scale.errors import DataError, FileError, HangError, PreemptedError, StoppedError, XarScaleError
 from xar_scale.evaluate.previews import Previews
 from xar_scale.guard import Action, GuardState
 from xar_scale.memory.fallback import fallback_splits
@@ -32,10 +33,12 @@ from xar_scale.model.xar import meta_model
 from xar_scale.optim import learning_rate
 from xar_scale.precision import MODES
 from xar_scale.recovery import Recovery
-from xar_scale.startup import RunLock, find_checkpoint, first_weights, mirror_of, open_data, open_run
+from xar_scale.startup import RunLock, find_checkpoint, first_weights, mirror_of, open_data, open_run, same_kernels
 from xar_scale.stopping import StopRequests
 from xar_scale.stragglers import ForwardTime, PassTime, Stragglers
 from xar_scale.watchdog import Watchdog
+
+STOP_PATIENCE_S = 10.0  # without data, after which a stop request no longer waits for them
 
 
 def train(config: Config, run: Path, resume: str = "auto", stops: StopRequests | None = None) -> None:
@@ -51,7 +54,8 @@ def train(config: Config, run: Path, resume: str = "auto", stops: StopRequests |
     if config.train.engine != "single":
         dist.init(device)
     with RunLock(run, stops) as lock:
-        dist.on_all_ranks(lambda: lock.take() if run.is_dir() else None)  # its contents must not change from here on
+        # its contents must not change from here on. The others do not look: an NFS client would remember that it is not there
+        dist.on_all_ranks(lambda: lock.take() if dist.rank() == 0 and run.is_dir() else None)
         _train(config, run, resume, stops, device, lock)
 
 
@@ -66,8 +70,7 @@ def _train(config: Config, run: Path, resume: str, stops: StopRequests, device: 
 
     model = meta_model(config.model)
     compute = MODES[config.train.precision].compute
-    # on all ranks, because nodes may differ in what is installed
-    kernels = dist.on_all_ranks(lambda: model.use_kernels(config.kernels, device, compute, training=True))
+    kernels = same_kernels(dist.on_all_ranks(lambda: model.use_kernels(config.kernels, device, compute, training=True)))
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     with first_weights(model, config, checkpoint) as weights:
         engine = create_engine(model, weights, config, device)
@@ -84,6 +87,8 @@ def _train(config: Config, run: Path, resume: str, stops: StopRequests, device: 
             dist.say(f"train.init_from {config.train.init_from} is ignored: the run resumes from a checkpoint")
         dist.say(f"resumed from {checkpoint.path} {where}; rank 0 read {count:,} of {checkpoint.manifest.bytes:,} bytes")
     store = dist.on_all_ranks(lambda: Store(run, engine, ema, config.train, mirror))
+    if checkpoint is not None:
+        store.inherit(checkpoint.path)
     previews = Previews(config, run, engine, ema, dataset.shards.info)
     # the run folder is first written to here: everything that can be refused has been checked
     metrics = dist.on_all_ranks(lambda: open_run(config, run, store, start, lock) if dist.rank() == 0 else None)
@@ -126,7 +131,8 @@ class Training:
     ) -> None:
         self.config, self.engine, self.ema, self.dataset, self.bad = config, engine, ema, dataset, bad
         self.recovery, self.store, self.stops, self.metrics = recovery, store, stops, metrics
-        self.watchdog, self.previews, self.stragglers = watchdog, previews, Stragglers()
+        self.watchdog, self.previews = watchdog, previews
+        self.stragglers = Stragglers(dist.gather_objects(socket.gethostname()))
         self.ending: XarScaleError | None = None  # why the run stops before its last step
         self.feed = Feed(dataset, config.train, engine.device)
 
@@ -149,7 +155,7 @@ class Training:
         done = step + 1
         last = done == self.config.train.steps
         logged = last or done % self.config.train.log_every == 0
-        batches = self.feed.take()
+        batches = self.feed.take(self._give_up_waiting)
         news = self.bad.new_faults(fault for batch in batches for fault in batch.faults)
         with self._probes(logged) as probes:
             verdict = self.recovery.attempt(step, batches, len(news), self.stops.requested())
@@ -157,9 +163,13 @@ class Training:
         if verdict.faults:
             try:
                 _account_for(news, self.bad)
-            except (DataError, FileError) as error:  # raised on every rank, with the state of ``step`` intact
-                self.watchdog.pause()
-                self._save_before_exit(step, error)
+            except XarScaleError as error:  # raised on every rank, with the state of ``step`` intact
+                kept = self._save_before_exit(step, error)
+                if isinstance(error, (StoppedError, PreemptedError)):
+                    self.ending = self.stops.error(f"stopped after step {step} of {self.config.train.steps}", saved=kept)
+                    return step
+                if kept:
+                    self._finish_saving()
                 raise
         if verdict.bad:
             self.watchdog.pause()  # retries and a report take longer than a step
@@ -190,18 +200,35 @@ class Training:
             self.ending = self.stops.error(f"stopped after step {done} of {self.config.train.steps}")
         return done
 
-    def _save_before_exit(self, step: int, error: XarScaleError) -> None:
-        """Write a checkpoint of ``step``, if there is none and the state is finite: an error of the data loses no training."""
+    def _give_up_waiting(self, waited: float) -> XarScaleError | None:
+        """Return the error to end the run with after ``waited`` seconds without data; None: wait on."""
+        if waited >= STOP_PATIENCE_S and self.stops.requested():
+            return self.stops.local_error("stopped while waiting for data")
+        if self.watchdog.is_too_late(waited):
+            return HangError(f"rank {dist.rank()} ({socket.gethostname()}) has waited {waited:.0f} s for data")
+        return None
+
+    def _save_before_exit(self, step: int, error: XarScaleError) -> bool:
+        """Start to write a checkpoint of ``step``, if there is none and the state is finite: an error of the data loses no
+        training. Return whether there is or will be one."""
+        if isinstance(error, HangError):
+            self.watchdog.begin(step)  # a time limit for the checkpoint as well: the storage of the run may hang too
+        else:
+            self.watchdog.pause()
         newest = self.store.newest_on_disk()
-        if step == (step_of(newest) if newest else 0):
-            return
-        if self.recovery.bad_ranks():
-            return
+        if newest and step == step_of(newest):
+            return True
+        if step == 0 or self.recovery.bad_ranks():
+            return False
         dist.say(f"{error}; saving a checkpoint of step {step} before the run exits")
         self.store.save(replace(self._manifest(step), kinds=state_kinds(self.ema)))
+        return True
+
+    def _finish_saving(self) -> None:
         try:
             self.store.finish(stopped=True, upload_attempts=1)  # the data's store may be the one that is unreachable
-            dist.say(f"checkpoint {self.store.newest}")
+            if self.store.newest is not None:
+                dist.say(f"checkpoint {self.store.newest}")
         except FileError as failed:  # not the error that the run exits with
             dist.say(str(failed))
 
@@ -283,6 +310,10 @@ class Training:
         """``probes``: None unless the step was taken at the first attempt."""
         settings, steps, state = self.config.train, done - self.logged, self.recovery.state
         seconds, waited = (time.perf_counter() - self.since) / steps, self.feed.waited / steps
+        computed = probes.computed.seconds if probes else 0.0
+        activations = probes.activations.largest.values() if probes and probes.activations else [0.0]
+        measured = zip(*dist.gather_floats(waited, computed, dist.largest(activations)), strict=True)
+        waits, computing, largest = measured  # each of every rank
         values = {
             "loss": verdict.loss,
             "lr": rate,
@@ -290,7 +321,7 @@ class Training:
             "images_per_s": settings.global_batch / seconds,
             "tflops_per_s": settings.global_batch / seconds * training_flops(self.config.model) / 1e12,
             "step_s": seconds,
-            "data_wait_s": dist.max_over_ranks(waited),
+            "data_wait_s": max(waits),
             "memory_gb": memory_gb(self.engine.device),
             "bad_samples": len(self.bad.known),
             "epoch": done * settings.global_batch / self.dataset.order.samples,
@@ -299,9 +330,10 @@ class Training:
             **state.counts,
         }
         if probes is not None:
-            values["forward_s"] = self.stragglers.compare(probes.computed.seconds, waited, seconds)
+            self.stragglers.compare(computing, waits, seconds)
+            values["forward_s"] = [float(f"{of_rank:.4g}") for of_rank in computing]  # of hundreds of ranks, in every line
             if probes.activations is not None:
-                values["largest_activation"] = dist.max_over_ranks(max(probes.activations.largest.values()))
+                values["largest_activation"] = dist.largest(largest)
         if self.metrics is not None:
             self.metrics.log(done, values)
         self.since, self.logged, self.feed.waited, self.store.stall_s = time.perf_counter(), done, 0.0, 0.0

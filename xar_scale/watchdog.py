@@ -34,6 +34,7 @@ FOLDER, HEARTBEAT_FILE = "hangs", "heartbeat.json"
 POLL_S = 1.0
 REPLY_S = 10.0  # within which a running rank answers an alarm
 ASLEEP_S = 5.0  # a delay between two polls beyond this means that the whole process was suspended
+DATA_FRACTION = 0.8  # of the time limit: the longest wait for data; the rest is for ending the step
 STEPS, KEPT = 5, 100  # step times behind a median: the minimum, and the most recent ones kept
 PACKAGE = str(Path(__file__).parent)
 
@@ -96,6 +97,10 @@ class Watchdog:
         if len(self.seconds) < STEPS:
             return None
         return max(self.settings.hang_seconds, self.settings.hang_after * statistics.median(self.seconds))
+
+    def is_too_late(self, waited: float) -> bool:
+        """Whether a step that has waited for data for ``waited`` seconds should be given up, before it counts as a hang."""
+        return self.limit is not None and waited > DATA_FRACTION * self.limit
 
     def _watch(self) -> None:
         looked = time.monotonic()

@@ -14,6 +14,22 @@ dist.init(torch.device("cpu"))
 sent = torch.ones(3)
 """
 
+REPORT = """
+import time
+from xar_scale.cli import exit_code_of
+from xar_scale.errors import DataError
+
+def work():
+    if dist.rank() == 0:
+        time.sleep(3)  # it has more to do at the end than the others
+    raise DataError("planted")
+
+code = exit_code_of("test", work)
+print("exits at", time.monotonic(), flush=True)
+time.sleep(3 * (dist.rank() == 0))  # its process hosts the store
+sys.exit(code)
+"""
+
 DEFECT = """
 def work():
     with dist.abort_on_error():
@@ -67,3 +83,11 @@ def test_a_defect_is_reported_by_the_rank_that_has_it_which_exits_at_once(tmp_pa
 def test_features_cover_all_parts_and_no_rank_continues_after_a_failure(fails, code, tmp_path):
     ended = launch(2, ["-c", BEGIN + IMAGES, str(fails)], tmp_path)
     assert ended.codes == [code, code], ended.text
+
+
+def test_ranks_exit_after_the_one_that_reports_their_error(tmp_path):
+    """A launcher ends all ranks when the first one exits."""
+    ended = launch(2, ["-c", BEGIN + REPORT], tmp_path)
+    assert ended.codes == [65, 65] and ended.outputs[0].startswith("test: planted\n"), ended.text
+    times = [float(output.split()[-1]) for output in ended.outputs]
+    assert times[0] - 1 < times[1] < times[0] + 2, ended.text  # rank 0 sleeps for three seconds, before and after

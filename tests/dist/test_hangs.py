@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import statistics
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import Ended, finish, start
+from xar_scale.checkpoint.manifest import newest_valid
 
 SETTINGS = ["model.width=16", "model.heads=2", "train.global_batch=24", "optim.warmup_steps=5", "train.log_every=1"]
 SETTINGS += ["train.hang_after=5", "train.hang_seconds=6", "train.ds_config=tests/dist/zero3.json"]
@@ -36,6 +38,16 @@ def test_a_rank_that_does_not_enter_a_collective_is_named_with_its_stack(folder,
         report = folder / engine / "hangs" / f"step-00000012-rank-{rank}.txt"
         assert "tests/injected.py" in report.read_text() and '"groups"' in report.read_text()
     assert "in sleep" in (folder / engine / "hangs" / "step-00000012-rank-1.txt").read_text()
+
+
+def test_a_rank_whose_data_do_not_come_is_named_and_no_training_is_lost(folder):
+    """A checkpoint of the last step is written before the step would count as a hang."""
+    more = ("train.hang_seconds=15", "train.checkpoint_every=1000", "data.workers=1")
+    ended = run(folder, "late", "fsdp2", {"kind": "late", "step": 12, "value": 1000.0}, *more)
+    assert ended.codes == [69, 69], ended.text
+    said = re.search(r"^rank 1 \(\S+\) has waited 13 s for data; saving a checkpoint of step 12 ", ended.outputs[0], re.MULTILINE)
+    assert said and "\nxar-scale: rank 1 (" in ended.outputs[0] and "hang:" not in ended.text, ended.text
+    assert newest_valid(folder / "late").manifest.step == 12
 
 
 @pytest.mark.parametrize("stopped", [0, pytest.param(1, marks=pytest.mark.long)])

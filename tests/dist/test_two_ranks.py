@@ -3,6 +3,7 @@
 from tests.dist.jobs import Job
 from tests.dist.states import assert_near, state
 from tests.dist.test_engines import Runs, assert_same_curve, job_name, overrides
+from xar_scale.checkpoint.manifest import read_manifest
 
 STEPS = 3
 
@@ -16,9 +17,15 @@ def test_two_ranks_take_the_steps_of_one(tmp_path):
     runs, kinds = Runs(tmp_path, 2), ("fsdp2", "fsdp2/1", "ddp")
     for kind in kinds:
         loaded = ["loaded", str(tmp_path / "single" / "checkpoints" / "step-00000000")]
-        runs.add(job_name(kind), kind, [["taken", STEPS, "steps"], ["saved"], loaded, ["taken", STEPS, "again"]])
+        compared = ["compared", loaded[1], "read"]
+        runs.add(job_name(kind), kind, [["taken", STEPS, "steps"], ["saved"], loaded, compared, ["taken", STEPS, "again"]])
     came = runs.run()
+    everything = read_manifest(tmp_path / "single" / "checkpoints" / "step-00000000").manifest.bytes
     for name in map(job_name, kinds):
+        # also where both ranks own everything
+        assert [rank["differ"] for rank in came[name]["read"]] == [[], []]
+        assert everything * 0.9 < sum(rank["bytes_read"] for rank in came[name]["read"]) < everything
+        assert max(rank["bytes_read"] for rank in came[name]["read"]) < 0.6 * everything
         for steps in ("steps", "again"):
             assert_same_curve(came[name][steps], alone.came["steps"])
         assert_near(state(runs.at / name, STEPS), state(tmp_path / "single", STEPS))

@@ -76,7 +76,7 @@ def undisturbed(folder, engine) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "engine"), [("deepspeed.sh", "deepspeed"), pytest.param("torchrun.sh", "fsdp2", marks=pytest.mark.long)]
+    ("launcher", "engine"), [("torchrun.sh", "fsdp2"), pytest.param("deepspeed.sh", "deepspeed", marks=pytest.mark.long)]
 )
 def test_signals_to_a_launcher_end_all_ranks_with_a_checkpoint(folder, launcher, engine):
     run = f"{launcher}-signals"
@@ -91,7 +91,8 @@ def test_signals_to_a_launcher_end_all_ranks_with_a_checkpoint(folder, launcher,
             assert "xar_scale/cli.py" not in launched.said  # none of our tracebacks
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed.sh", pytest.param("torchrun.sh", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("launcher", ["deepspeed.sh", "torchrun.sh"])
 def test_two_nodes_resume_after_a_rank_of_one_is_killed(folder, launcher):
     engine = "deepspeed" if launcher == "deepspeed.sh" else "fsdp2"
     run, words = f"{launcher}-nodes", [f"train.engine={engine}", "train.checkpoint_every=20"]

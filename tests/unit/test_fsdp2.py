@@ -9,7 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.conftest import digits_config, random_batch
 from xar_scale import dist
-from xar_scale.checkpoint.store import _vectors_to_write
+from xar_scale.checkpoint.load import parts_of, state_vectors
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine, create_engine
 from xar_scale.engines.fsdp2 import _policies, owned_range
@@ -125,7 +125,8 @@ def test_replicated_shards_are_written_once_and_completely(shared):
         try:
             engine = engine_of(f"train.shard_ranks={shared}", "model.width=16", "model.heads=2")
             sizes = {name: shape.numel() for name, shape in engine.shapes.items()}
-            for key, start, tensor in _vectors_to_write(engine, EMA([shard.master for shard in engine.shards()], 0.9)):
+            owned = state_vectors(engine, EMA([shard.master for shard in engine.shards()], 0.9))
+            for key, start, tensor in parts_of(owned, engine):
                 written[key].append((start, start + tensor.numel()))
         finally:
             torch.distributed.destroy_process_group()

@@ -12,8 +12,8 @@ from tests.unit.foreign_checkpoints import named_ours
 from tests.unit.foreign_checkpoints import published as as_published
 from tests.unit.tiny_run import Run
 from xar_scale import cli
-from xar_scale.checkpoint.initialise import Initialisation, resize_positions
-from xar_scale.checkpoint.interop import official_names, open_source
+from xar_scale.checkpoint.initialise import SharedInitialisation, resize_positions
+from xar_scale.checkpoint.interop import official_names
 from xar_scale.checkpoint.load import load_weights
 from xar_scale.checkpoint.manifest import read_manifest
 from xar_scale.config import ModelConfig
@@ -33,11 +33,10 @@ def initialised(path: Path, config: ModelConfig) -> tuple[dict[str, torch.Tensor
     """A model's weights, and the report."""
     model = meta_model(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    with open_source(path) as source:
-        found = Initialisation(source, shapes, config)
-        for weight in initial_weights(model, 0, found.value):
+    with SharedInitialisation(path, shapes, config) as given:
+        for weight in initial_weights(model, 0, given.take):
             weight.place(torch.device("cpu"))
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}, list(found.report())
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}, given.report
 
 
 @pytest.fixture

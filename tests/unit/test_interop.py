@@ -8,15 +8,20 @@ import os
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from tests.processes import environment
 from tests.unit.foreign_checkpoints import SHAPES, assert_bitwise, published, random_state, values, write_zero3
 from tests.unit.tiny_run import CONFIG, Run
+from xar_scale.checkpoint import chunks as chunks_module
 from xar_scale.checkpoint.chunks import Chunk, ChunkReader
 from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.load import load_weights
@@ -340,6 +345,31 @@ def test_a_reader_that_cannot_open_a_file_leaves_none_open(tmp_path, monkeypatch
     with pytest.raises(OSError, match="Too many open files"):
         ChunkReader({"a": chunks}, {"a": (0, 3)})
     assert closed == opened and len(opened) == 2
+
+
+@pytest.mark.parametrize(("limit", "opened"), [(1000, 5), (6, 10)])
+def test_files_that_are_read_in_turn_stay_open_as_far_as_the_system_allows(tmp_path, monkeypatch, limit, opened):
+    """A checkpoint of 512 ranks has 512 files, each with a part of every vector."""
+    chunks = [Chunk(at, at + 1, tmp_path / str(at), 0) for at in range(5)]
+    for chunk in chunks:
+        chunk.path.write_bytes(np.float32(chunk.start).tobytes())
+    opens, really_open = [], os.open
+    monkeypatch.setattr(os, "open", lambda path, *flags: opens.append(path) or really_open(path, *flags))
+    monkeypatch.setattr(chunks_module, "OPEN_FILES", 2)
+    monkeypatch.setattr(chunks_module, "allow_open_files", lambda: limit)
+    with ChunkReader({"a": chunks, "b": chunks}, {"a": (0, 5), "b": (0, 5)}) as reader:
+        for key in ("a", "b"):
+            assert reader.whole(key, [5]).tolist() == [0, 1, 2, 3, 4]
+    assert len(opens) == opened
+
+
+def test_the_limit_of_open_files_is_raised():
+    program = "import resource; from xar_scale.checkpoint.chunks import allow_open_files as allow; "
+    program += (
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 99)); print(allow(), resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=400)
+    assert done.stdout == "99 (99, 99)\n", done.stderr
 
 
 def test_shapes_are_known_without_reading_values(tmp_path):

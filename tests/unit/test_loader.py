@@ -22,7 +22,7 @@ from xar_scale.data.loader import Batch, LatentDataset, RankBatchSampler, batche
 from xar_scale.data.order import SampleOrder
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import Sample
-from xar_scale.data.workers import is_worker_death
+from xar_scale.data.workers import from_workers, is_worker_death
 from xar_scale.errors import ConfigError, ProcessError
 from xar_scale.flow import sample_time
 from xar_scale.model.entities import create_layout
@@ -45,6 +45,24 @@ def stream(folder, workers=0, *, start=0, steps=3, batch=6, micro=None, rank=0, 
     more = (f"data.workers={workers}", f"train.global_batch={batch}", "data.lanes=3")
     dataset = open_set(folder, *more, "data.flip=true", "train.label_drop=0.3")
     return batches(dataset, numbers, CPU)
+
+
+class Slow:
+    """Three items, of which the second takes a while."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, at):
+        time.sleep(2.6 * (at == 1))
+        return at
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_wait_for_a_worker_is_interrupted_and_nothing_is_lost(workers):
+    items = list(from_workers(Slow(), workers, late_s=1.0, batch_size=None))
+    assert [item for item in items if item is not None] == [0, 1, 2]
+    assert items.count(None) == 2 * workers
 
 
 def joined(parts: list[Batch]) -> Batch:

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,10 +129,18 @@ def test_a_download_folder_that_cannot_be_made_ends_the_run(bucket, tmp_path, mo
         resumed_from(tmp_path, bucket)
 
 
-def test_a_node_without_the_run_folder_ends_the_run(bucket, tmp_path):
+def test_a_node_without_the_run_folder_ends_the_run(bucket, tmp_path, monkeypatch):
     trained(tmp_path, bucket, 1)
+    monkeypatch.setattr(mirror, "FOLDER_WAIT_S", 1)
     with pytest.raises(FileError, match=f"^{tmp_path}/nowhere does not exist on this node$"):
         Mirror(bucket).download(1, FILES, tmp_path / "nowhere")
+
+
+def test_a_node_that_does_not_see_the_run_folder_at_once_waits(bucket, tmp_path):
+    trained(tmp_path, bucket, 1)
+    threading.Timer(1.5, (tmp_path / "late").mkdir).start()
+    Mirror(bucket).download(1, FILES, tmp_path / "late")
+    assert sorted(path.name for path in (tmp_path / "late").iterdir()) == sorted(FILES)
 
 
 @pytest.mark.parametrize("name", ["up[2]", "what?", "a*"])

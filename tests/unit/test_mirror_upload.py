@@ -1,7 +1,9 @@
 """Checkpoints that a run copies to a URL: while it trains, when it goes back, and at its end."""
 
+import dataclasses
 import errno
 import os
+import shutil
 import threading
 
 import boto3
@@ -12,7 +14,9 @@ from tests.unit.mirrored import FILES, copied, objects, resumed_from, trained
 from tests.unit.test_saving import poll_until
 from tests.unit.tiny_run import Run
 from xar_scale import background
-from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid
+from xar_scale.checkpoint import store as store_module
+from xar_scale.checkpoint.files import file_name, fingerprint
+from xar_scale.checkpoint.manifest import MANIFEST, checkpoint_paths, newest_valid, read_manifest
 from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.errors import FileError
 
@@ -150,6 +154,64 @@ def test_a_stopped_run_needs_its_checkpoint_but_not_the_copy(bucket, tmp_path, m
     run.store.save(run.manifest())
     with pytest.raises(FileError, match=r"^checkpoint .*step-00000002: given up after 6 attempts"):
         run.store.finish(stopped=True)
+
+
+def test_a_stopped_run_gives_its_copy_a_limited_time(tmp_path, monkeypatch, capsys):
+    """SLURM kills it five minutes after the signal, and requeues it only if it has exited before."""
+    url, held = f"file://{tmp_path}/copy", threading.Event()
+    monkeypatch.setattr(store_module, "STOP_UPLOAD_S", 0.5)
+    run = Run(tmp_path, mirror=Mirror(url))
+    run.train()
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "upload", lambda *_: held.wait())
+        run.store.save(run.manifest())
+        run.store.finish(stopped=True)
+        said = f"copy of checkpoint {run.store.newest} to {url}: given up: the run exits"
+        assert capsys.readouterr().out.splitlines()[-1] == said
+    resumed = Run(tmp_path, mirror=Mirror(url))
+    resumed.store.inherit(run.store.newest)
+    resumed.store.finish()
+    assert Mirror(url).steps() == [1]
+    held.set()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_checkpoint_that_a_run_resumes_from_is_copied_if_it_was_not(tmp_path, monkeypatch, there):
+    """Of any number of ranks: this one had three."""
+    url, copied_names = f"file://{tmp_path}/copy", []
+    checkpoint = trained(tmp_path, url, 1).store.newest
+    for name in (file_name(1), file_name(2)):
+        (checkpoint / name).write_bytes(b"c")
+    manifest = read_manifest(checkpoint).manifest
+    files = manifest.files | {name: fingerprint(checkpoint / name) for name in (file_name(1), file_name(2))}
+    (checkpoint / MANIFEST).write_bytes(dataclasses.replace(manifest, files=files).to_json())
+    if not there:
+        Mirror(url).remove(1)
+    upload = Mirror.upload
+
+    def counted(mirror, folder, names):
+        copied_names.extend(names := list(names))
+        upload(mirror, folder, names)
+
+    monkeypatch.setattr(Mirror, "upload", counted)
+    run = Run(tmp_path, mirror=Mirror(url))
+    run.store.inherit(checkpoint)
+    poll_until(run, lambda: run.store._uploading is not None and run.store._uploading.done)
+    assert copied_names == ([] if there else [*sorted(files), MANIFEST]) and Mirror(url).steps() == [1]
+    shutil.rmtree(checkpoint)
+    run.train()  # after a rollback: what the run writes of that step now replaces the copy
+    run.store.save(run.manifest())
+    run.store.finish()
+    assert copied_names[-2:] == FILES[::-1]
+
+
+def test_a_checkpoint_of_another_run_is_not_copied(tmp_path):
+    other = Run(tmp_path / "other")
+    other.train()
+    run = Run(tmp_path / "run", mirror=Mirror(f"file://{tmp_path}/copy"))
+    run.store.inherit(other.save())
+    run.store.finish()
+    assert Mirror(f"file://{tmp_path}/copy").steps() == []
 
 
 def test_a_checkpoint_under_copy_is_not_dropped_and_the_newest_is_copied_next(store, bucket, tmp_path, gate):

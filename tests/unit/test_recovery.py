@@ -27,7 +27,9 @@ def test_a_retry_equals_the_first_attempt_bitwise(tmp_path, monkeypatch):
     assert run.recovery.state == GuardState(transients=1, discarded=1)
 
 
-@pytest.mark.parametrize(("failing", "observed"), [(1, [False, False]), (2, [False, False, True, False])])
+@pytest.mark.parametrize(
+    ("failing", "observed"), [pytest.param(1, [False, False], marks=pytest.mark.long), (2, [False, False, True, False])]
+)
 def test_compiled_blocks_are_retried_compiled_before_they_are_observed(tmp_path, monkeypatch, failing, observed):
     """Observed blocks are not compiled: dropout and rounding differ, and a failure that depends on them would vanish."""
     run = Guarded(tmp_path, "train.precision=bf16", "kernels.compile=true")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.unit.tiny_run import Run
-from xar_scale import background
+from xar_scale import background, dist
 from xar_scale.checkpoint import store
 from xar_scale.checkpoint.load import load
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, verify
@@ -206,6 +206,28 @@ def test_each_stage_has_six_attempts(tmp_path, monkeypatch, no_pauses):
     begin(run)
     run.store.finish()
     assert names(run) == ["step-00000001"] and no_pauses == 2 * [1, 2, 4, 8, 16]
+
+
+def test_a_rank_that_succeeded_keeps_what_it_did_while_another_tries_again(tmp_path, monkeypatch, no_pauses, capsys):
+    """Of hundreds of files one fails now and then: if all were written again, hardly an attempt would succeed."""
+    written, left = [], [2]
+    everywhere = dist.on_all_ranks
+
+    def failing_elsewhere(work):
+        result = everywhere(work)
+        left[0] -= 1
+        if left[0] >= 0:
+            raise FileError("disk full on rank 7")
+        return result
+
+    run, write_file = Run(tmp_path), store.write_file
+    monkeypatch.setattr(store, "write_file", lambda *of: written.append(0) or write_file(*of))
+    with monkeypatch.context() as patch:
+        patch.setattr(background.dist, "on_all_ranks", failing_elsewhere)
+        begin(run)
+        run.store.finish()
+    assert len(written) == 1 and names(run) == ["step-00000001"]
+    assert capsys.readouterr().out.count("failed: disk full on rank 7") == 2
 
 
 def test_failures_of_one_stage_do_not_add_attempts_to_the_next(tmp_path, monkeypatch, capsys):

@@ -17,18 +17,20 @@ from tests.processes import environment
 from tests.unit.foreign_checkpoints import reshard
 from tests.unit.tiny_run import CONFIG, Run
 from xar_scale import background, startup
+from xar_scale import train as training
 from xar_scale.checkpoint import store
 from xar_scale.checkpoint.load import check_resumable
-from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, read_manifest
+from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, read_manifest, step_of
 from xar_scale.checkpoint.mirror import Mirror, StoreError
 from xar_scale.cli import main
 from xar_scale.config import override
 from xar_scale.data.faults import BadSamples, Fault
+from xar_scale.data.loader import LatentDataset
 from xar_scale.engines import Engine
 from xar_scale.errors import ConfigError, DataError, FileError, PreemptedError, StoppedError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.model.xar import meta_model
-from xar_scale.startup import RunLock, first_weights
+from xar_scale.startup import RunLock, first_weights, same_kernels
 from xar_scale.stopping import StopRequests
 
 SMALL = ("train.engine=single", "model.width=16", "model.heads=2", "train.global_batch=8")
@@ -146,6 +148,38 @@ def test_an_error_of_the_data_loses_no_training(train, tmp_path, monkeypatch, ca
     assert f"{reason}; saving a checkpoint of step 3 before the run exits\n" in said and f"checkpoint {paths[-1]}\n" in said
     assert main(six) == main([*six, "--run-dir", str(tmp_path / "undisturbed")]) == 0
     assert "step-00000003 at step 3" in capsys.readouterr().out
+    resumed, undisturbed = (newest_valid(tmp_path / run).manifest for run in ("run", "undisturbed"))
+    assert resumed.step == 6 and resumed.files == undisturbed.files
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_a_stop_request_does_not_wait_for_data_that_do_not_come(train, tmp_path, monkeypatch, capsys, step):
+    """SLURM kills the job half a minute after the signal."""
+    six, read, asked = (
+        [*train, "train.steps=6", "data.workers=1"],
+        LatentDataset.__getitems__,
+        training.Training._give_up_waiting,
+    )
+    with monkeypatch.context() as patch:
+
+        def blocked(dataset, numbers):
+            time.sleep(1000 * (numbers[0] == step * dataset.config.train.global_batch))
+            return read(dataset, numbers)
+
+        def preempted(run, waited):
+            os.kill(os.getpid(), signal.SIGUSR2)
+            return asked(run, waited)
+
+        patch.setattr(training, "STOP_PATIENCE_S", 2.0)
+        patch.setattr(training.Training, "_give_up_waiting", preempted)
+        patch.setattr(LatentDataset, "__getitems__", blocked)
+        assert main(six) == 75
+    paths, captured = checkpoint_paths(tmp_path / "run"), capsys.readouterr()
+    assert [step_of(path) for path in paths] == {0: [], 2: [2], 3: [2, 3]}[step]
+    saved = "a checkpoint is written, the same command resumes from it" if step else "no checkpoint of it is written"
+    assert captured.err == f"xar-scale: stopped after step {step} of 6 (SIGUSR2 to rank 0): {saved}\n"
+    assert captured.out.count(f"stopped while waiting for data; saving a checkpoint of step {step} ") == (step == 3)
+    assert main(six) == main([*six, "--run-dir", str(tmp_path / "undisturbed")]) == 0
     resumed, undisturbed = (newest_valid(tmp_path / run).manifest for run in ("run", "undisturbed"))
     assert resumed.step == 6 and resumed.files == undisturbed.files
 
@@ -286,6 +320,16 @@ def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch,
     assert (
         "cannot be locked, so another job training in it would go unnoticed: Operation not supported" in capsys.readouterr().out
     )
+
+
+def test_ranks_with_different_kernels_are_refused(monkeypatch):
+    """One of hundreds of nodes without a compiler would slow down all of them unnoticed."""
+    ranks = [("attention flash", "node1"), ("attention flash", "node1"), ("attention masked", "node2")]
+    monkeypatch.setattr(startup.dist, "gather_objects", lambda mine: ranks)
+    with pytest.raises(ConfigError, match=r"^rank 0 \(node1\) would use attention flash, rank 2 \(node2\) attention masked: "):
+        same_kernels("attention flash")
+    del ranks[2]
+    assert same_kernels("attention flash") == "attention flash"
 
 
 @pytest.mark.parametrize("target", ["pth", "safetensors", "universal"])

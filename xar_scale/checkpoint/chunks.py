@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from xar_scale.files import path_in_errors
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # float32 represents all of them exactly
 MAX_HEADER = 1 << 28  # bytes; a larger number is not a header length
-OPEN_FILES = 256  # at a time, of one reader; a process may usually open 1024
+OPEN_FILES = 256  # at a time, of one reader, if the system's limit cannot be raised for more
 
 
 class Chunk(NamedTuple):
@@ -57,8 +59,10 @@ class ChunkReader:
                 at = chunk.stop
             if at != last:
                 raise DataError(f"{key} must end at element {last}, but its files end at {at}")
+        # a file per rank that wrote, each with a part of every vector: reading them in turn must not open and close them
+        self._open_files = max(OPEN_FILES, allow_open_files() // 2)
         try:  # now, because a run that is training may drop the checkpoint: open files stay readable
-            for path in self.files[:OPEN_FILES]:
+            for path in self.files[: self._open_files]:
                 self._descriptor(path)
         except OSError:
             self.close()
@@ -100,7 +104,7 @@ class ChunkReader:
 
     def _descriptor(self, path: Path) -> int:
         if path not in self._open:
-            if len(self._open) == OPEN_FILES:
+            if len(self._open) == self._open_files:
                 os.close(self._open.pop(next(iter(self._open))))
             self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         return self._open[path]
@@ -129,6 +133,13 @@ class ChunkReader:
         tensor = torch.empty(tuple(shape))
         self.read(key, 0, tensor.view(-1))
         return tensor
+
+
+def allow_open_files() -> int:
+    """Raise this process's limit of open files to what the system allows it, usually from 1024. Return the limit."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
 
 
 def full_spans(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, int]]:

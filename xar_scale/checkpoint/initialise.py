@@ -1,20 +1,27 @@
 """Initialise a new run from other weights: take what matches, resize position embeddings to another grid, report all of it."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Self
 
-from xar_scale.checkpoint.interop import Source
-from xar_scale.checkpoint.manifest import POSITIONS
+from xar_scale import dist
+from xar_scale.checkpoint.interop import Source, open_source
+from xar_scale.checkpoint.manifest import POSITIONS, verify
+from xar_scale.checkpoint.reshard.writer import verify as verify_source
 from xar_scale.config import ModelConfig, validated
 from xar_scale.errors import DataError
 from xar_scale.model.entities import EntityLayout, create_layout
 
+READERS = 16  # each reads the headers of all files; more would hardly read the values faster
 MIN_FRACTION = 0.1  # of the model's elements: if fewer match, the source is another model
 
 
@@ -64,11 +71,10 @@ class Initialisation:
             return None
         return create_layout(replace(config, grid=(side, side), entity="cell", entity_size=None))
 
-    def value(self, name: str) -> Tensor | None:
-        """Return one parameter, unsharded, in float32 on the CPU; None if the source has nothing for it."""
-        if name in self.resized:
-            return resize_positions(self.source.whole(f"{self.kind}/{name}"), self.resized[name], self.layout)
-        return self.source.whole(f"{self.kind}/{name}") if name in self.matching else None
+    def value(self, name: str) -> Tensor:
+        """Return one parameter of ``fits``, unsharded, in float32 on the CPU."""
+        value = self.source.whole(f"{self.kind}/{name}")
+        return resize_positions(value, self.resized[name], self.layout) if name in self.resized else value
 
     def report(self) -> Iterator[str]:
         """Yield what was taken and what was not, one line each."""
@@ -86,6 +92,57 @@ class Initialisation:
                 yield f"  newly initialised: {self._mismatch(name)}"
         if unused := sorted(set(self.source_shapes) - set(self.shapes)):
             yield f"  not used: {len(unused)} parameters of the source, first {unused[0]}"
+
+
+class SharedInitialisation:
+    """The initial weights that the source at ``path`` gives a model of ``shapes``, for all ranks. A context manager.
+
+    Everything is read once, by the first READERS ranks, each of which reads a parameter at a time and sends it to all. Every
+    rank makes the same calls.
+    """
+
+    def __init__(self, path: Path, shapes: dict[str, torch.Size], config: ModelConfig) -> None:
+        """Raises DataError if almost nothing matches, or if the source is not as it was written."""
+        self.shapes, self.readers = shapes, min(READERS, dist.world())
+        self._opened = ExitStack()
+        self._found: Initialisation | None = None  # on a rank that reads
+        dist.on_all_ranks(lambda: self._open(path, config) if dist.rank() < self.readers else None)
+        own, self.report, self.given = dist.on_rank_0(self._describe)  # a checkpoint of ours, or None; lines; names
+        if own is not None:
+            dist.on_all_ranks(lambda: verify(own))
+        self._values = self._read()
+
+    def _open(self, path: Path, config: ModelConfig) -> None:
+        self._found = Initialisation(self._opened.enter_context(open_source(path)), self.shapes, config)
+
+    def _describe(self) -> tuple[Path | None, list[str], list[str]]:
+        assert self._found is not None
+        source, fits = self._found.source, self._found.fits
+        if source.manifest is None:
+            verify_source(source, lambda count: None)
+        own = None if source.manifest is None else source.path
+        return own, [*self._found.report()], [name for name in self.shapes if name in fits]
+
+    def _read(self) -> Iterator[Tensor]:
+        for first in range(0, len(self.given), self.readers):
+            names = self.given[first : first + self.readers]
+            read = dist.on_all_ranks(partial(self._read_own, names))
+            for reader, name in enumerate(names):
+                yield dist.broadcast(torch.empty(self.shapes[name]) if read is None or reader != dist.rank() else read, reader)
+
+    def _read_own(self, names: Sequence[str]) -> Tensor | None:
+        mine = names[dist.rank() : dist.rank() + 1]
+        return self._found.value(mine[0]) if self._found is not None and mine else None
+
+    def take(self, name: str) -> Tensor | None:
+        """Return a parameter, unsharded, in float32; None if the source does not give it. In the order of ``shapes``."""
+        return next(self._values) if name in self.given else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._opened.close()
 
 
 def resize_positions(positions_TD: Tensor, before: EntityLayout, after: EntityLayout) -> Tensor:

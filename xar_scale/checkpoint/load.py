@@ -59,15 +59,17 @@ def check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, Sequence[int]]) ->
 
 
 def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
-    """Load weights, Adam moments and EMAs. Every rank calls this and reads what it owns. Returns the bytes that it read."""
+    """Load weights, Adam moments and EMAs. Every rank calls this and reads what it owns, its part of it if other replicas own
+    it too. Returns the bytes that it read."""
+    owned = state_vectors(engine, ema)
 
     def read() -> int:
         check_shapes(checkpoint, engine.shapes)
         check_kinds(checkpoint, state_kinds(ema))
-        owned = state_vectors(engine, ema)
-        spans = {key: (start, start + tensor.numel()) for key, start, tensor in owned}
+        parts = parts_of(owned, engine)
+        spans = {key: (start, start + tensor.numel()) for key, start, tensor in parts}
         with open_ranges(checkpoint, spans, dist.rank(), dist.world()) as files:
-            for key, start, tensor in owned:
+            for key, start, tensor in parts:
                 if tensor.device.type == "cpu":
                     files.read(key, start, tensor)
                 else:
@@ -77,6 +79,7 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
             return files.bytes_read
 
     count = dist.on_all_ranks(read)
+    engine.share([tensor for _, _, tensor in owned])
     engine.shards_written(checkpoint.manifest.updates)
     return count
 
@@ -102,3 +105,10 @@ def state_vectors(engine: Engine, ema: EMA) -> list[tuple[str, int, Tensor]]:
             if tensor.numel():
                 vectors.append((f"{kind}/{shard.name}", shard.start, tensor))
     return vectors
+
+
+def parts_of(vectors: Sequence[tuple[str, int, Tensor]], engine: Engine) -> list[tuple[str, int, Tensor]]:
+    """Return what this rank writes and reads of vectors that it owns: all of them, or its part where other replicas own them
+    too."""
+    parts = ((key, start, tensor, engine.own_part(tensor.numel())) for key, start, tensor in vectors)
+    return [(key, start + part.start, tensor[part]) for key, start, tensor, part in parts if part.stop > part.start]

@@ -29,6 +29,7 @@ T = TypeVar("T")
 Check = Callable[[Checkpoint], None]  # raises ConfigError if the run cannot resume from it
 PROBE = "tried"  # name of a file that is written and removed again
 PROBE_BYTES = 1 << 20  # written to find out whether the local disk is to blame
+FOLDER_WAIT_S = 60
 RETRY_DELAYS_S = 2, 4, 8  # between attempts at the start of a run
 
 
@@ -102,7 +103,11 @@ class Mirror:
         """Download files of the checkpoint of ``step`` into ``folder``. A local error is a FileError that names the file."""
 
         def get(system: fsspec.AbstractFileSystem, root: str) -> None:
-            if not folder.is_dir():
+            for _ in range(FOLDER_WAIT_S):  # rank 0 has just made it: other clients of NFS may not see it at once
+                if folder.is_dir():
+                    break
+                time.sleep(1)
+            else:
                 raise FileError(f"{folder} does not exist on this node")
             for name in names:
                 try:

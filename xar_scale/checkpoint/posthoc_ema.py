@@ -1,7 +1,6 @@
 """Post-hoc EMA: a run's EMA snapshots combined into an EMA of another width, as a checkpoint that images are drawn from."""
 
 import math
-import resource
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -83,9 +82,6 @@ def write_ema(snapshots: Sequence[Checkpoint], factors: Sequence[float], sigma_r
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     path = temporary / file_name(0)
-    # One file per rank and snapshot may be open: more than the usual limit of 1024
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with ExitStack() as stack:
         opened = [stack.enter_context(open_vectors(snapshot)) for snapshot in snapshots]
         parts = [(files, kind) for files in opened for kind in POWER_KINDS]

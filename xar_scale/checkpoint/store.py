@@ -10,12 +10,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from xar_scale import dist
 from xar_scale.background import Background, Stage
 from xar_scale.checkpoint.files import Fingerprint, Range, file_name, write_file
-from xar_scale.checkpoint.load import state_vectors
+from xar_scale.checkpoint.load import parts_of, state_vectors
 from xar_scale.checkpoint.manifest import (
     EMA_SNAPSHOTS,
     FOLDER,
@@ -24,17 +22,19 @@ from xar_scale.checkpoint.manifest import (
     Manifest,
     checkpoint_name,
     checkpoint_paths,
+    read_manifest,
     step_of,
 )
 from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.config import TrainConfig
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
-from xar_scale.errors import FileError
+from xar_scale.errors import DataError, FileError, UsageError
 from xar_scale.files import free_name, make_folder, remove, sync_folder, write_atomically
 from xar_scale.staging import Staging
 
 FINAL_ATTEMPTS = 6  # to write the last checkpoint, 1, 2, 4, ... seconds apart
+STOP_UPLOAD_S = 60.0  # for copies once a stopped run has written its checkpoint: SLURM kills it five minutes after the signal
 
 
 class Store:
@@ -55,13 +55,20 @@ class Store:
         self.engine, self.ema, self.settings, self.mirror = engine, ema, settings, mirror
         self.newest: Path | None = None  # written by this run
         self.stall_s = 0.0  # seconds that training has waited; the caller resets it
-        self._staging = Staging([tensor for _, _, tensor in _vectors_to_write(engine, ema)])
+        self._staging = Staging([tensor for _, _, tensor in parts_of(state_vectors(engine, ema), engine)])
         self._writing: Background | None = None
         self._writing_path: Path | None = None  # what ``_writing`` writes (last)
         self._uploading: Background | None = None
         self._uploading_path: Path | None = None  # what ``_uploading`` copies
         self._to_upload: Path | None = None  # next: the newest one written
+        self._inherited: Path | None = None  # the checkpoint that the run resumed from, as long as it is the newest
         self._copied = set[int]()  # steps copied by this run, and that of its start
+
+    def inherit(self, path: Path) -> None:
+        """The run resumes from the checkpoint ``path``: copy it if there is no copy, as the last start may have been stopped
+        before it was made."""
+        if self.mirror is not None and path.parent == self.folder:
+            self._inherited = self._to_upload = path
 
     def open(self, start: int) -> None:
         """Rank 0's part of starting at step ``start``: make the folder and tidy up what an earlier run left in it."""
@@ -93,7 +100,7 @@ class Store:
         if self._writing is not None:
             dist.say(f"{self._writing.name}: given up for the next one")
         begun = time.perf_counter()
-        vectors = _vectors_to_write(self.engine, self.ema)
+        vectors = parts_of(state_vectors(self.engine, self.ema), self.engine)
         self._staging.take([tensor for _, _, tensor in vectors])
         parts = [Range(key, start, copy) for (key, start, _), copy in zip(vectors, self._staging.copies, strict=True)]
         stages = [stage for manifest in manifests for stage in self._stages(manifest, parts)]
@@ -128,22 +135,24 @@ class Store:
     def finish(self, *, stopped: bool = False, upload_attempts: int = FINAL_ATTEMPTS) -> None:
         """Wait until what is under way is done. Raises FileError if it fails.
 
-        If the run is ``stopped`` before its end, a failed copy is only reported: the run can resume from its own checkpoint.
+        If the run is ``stopped`` before its end, a copy that fails, or is not done after STOP_UPLOAD_S seconds, is only
+        reported: the run can resume from its own checkpoint, and copies it then.
         """
         failed: list[Background] = []
         if (work := self._writing) is not None and not self._wait_for_write(FINAL_ATTEMPTS):
             failed.append(work)
+        until = time.monotonic() + STOP_UPLOAD_S if stopped else None
         while True:  # the copy under way, then that of the newest checkpoint
             self._upload_next()
             last = self._to_upload is None  # else, if the copy under way fails, the newest one is next
-            if (work := self._uploading) is None or work.settle(upload_attempts if last else 1):
+            if (work := self._uploading) is None or work.settle(upload_attempts if last else 1, until):
                 self._uploading = self._uploading_path = None
             elif last:
                 failed.append(work)
             if last:
                 break
         for work in failed:
-            given_up = f"{work.name}: given up after {work.attempts} attempts: {work.error}"
+            given_up = f"{work.name}: {work.error}"
             if not (stopped and work is self._uploading):
                 raise FileError(given_up)
             dist.say(given_up)
@@ -179,7 +188,7 @@ class Store:
             return False
         self._writing = None
         if self._writing_path is not None and self._writing_path.parent == self.folder:
-            self.newest = self._writing_path
+            self.newest, self._inherited = self._writing_path, None
             self._to_upload = self._writing_path if self.mirror is not None else None
         return True
 
@@ -193,10 +202,11 @@ class Store:
             dist.say(f"{self._uploading.name}: given up for the next one")
         mirror, path = self.mirror, self._to_upload
         self._uploading_path, self._to_upload = path, None  # in this order: a path in either is not dropped
+        inherited = path == self._inherited
         stages: list[Stage] = [
-            lambda _: mirror.remove(step_of(path)) if dist.rank() == 0 else None,  # leftovers of an earlier attempt
-            lambda _: mirror.upload(path, [file_name(dist.rank())]),
-            lambda _: self._complete_upload(mirror, path),
+            lambda _: _prepare_upload(mirror, path, unless_there=inherited) if dist.rank() == 0 else None,
+            lambda files: _upload(mirror, path, files[0]),
+            lambda uploaded: self._complete_upload(mirror, path) if uploaded[0] else None,
         ]
         self._uploading = Background(f"copy of checkpoint {path} to {mirror.url}", stages, self.engine.device)
 
@@ -255,17 +265,18 @@ class Store:
 
     def _complete_upload(self, mirror: Mirror, final: Path) -> None:
         """On rank 0: the manifest makes the copy complete; only then is anything older removed."""
-        if dist.rank() == 0:
-            mirror.upload(final, [MANIFEST])
-            self._copied.add(step_of(final))
-            there = mirror.listing()
-            complete = [step for step in there if there[step]]
-            given_up = {*there} - {*complete, step_of(final)}
-            later = [step for step in complete if step > step_of(final)]
-            # later copies of its own are from before a rollback; others were unseen at the start (unreachable store) and stay
-            stale = self._copied.intersection(later)
-            for step in sorted({*given_up, *stale, *self._too_old(complete[: len(complete) - len(later)])}):
-                mirror.remove(step)
+        if dist.rank() != 0:
+            return
+        mirror.upload(final, [MANIFEST])
+        self._copied.add(step_of(final))
+        there = mirror.listing()
+        complete = [step for step in there if there[step]]
+        given_up = {*there} - {*complete, step_of(final)}
+        later = [step for step in complete if step > step_of(final)]
+        # later copies of its own are from before a rollback; others were unseen at the start (unreachable store) and stay
+        stale = self._copied.intersection(later)
+        for step in sorted({*given_up, *stale, *self._too_old(complete[: len(complete) - len(later)])}):
+            mirror.remove(step)
 
     def _temporary(self, manifest: Manifest) -> Path:
         final = self._final(manifest)
@@ -275,16 +286,25 @@ class Store:
         return self.run / (FOLDER if _kind(manifest) == "checkpoint" else EMA_SNAPSHOTS) / checkpoint_name(manifest.step)
 
 
+def _prepare_upload(mirror: Mirror, path: Path, *, unless_there: bool) -> list[str]:
+    """On rank 0: return the files to copy, none if the copy is ``unless_there``. What else is in its place is removed: of an
+    earlier attempt, or from before a rollback."""
+    step = step_of(path)
+    if unless_there and step in mirror.steps():
+        return []
+    mirror.remove(step)
+    try:
+        return sorted(read_manifest(path).manifest.files)
+    except (UsageError, DataError) as error:  # somebody removed it: no reason to stop
+        raise FileError(str(error)) from None
+
+
+def _upload(mirror: Mirror, path: Path, files: Sequence[str]) -> bool:
+    """Copy this rank's share of ``files``. Return whether there are any."""
+    if files:
+        mirror.upload(path, dist.mine(files))
+    return bool(files)
+
+
 def _kind(manifest: Manifest) -> str:
     return "checkpoint" if "model" in manifest.kinds else "snapshot"
-
-
-def _vectors_to_write(engine: Engine, ema: EMA) -> list[tuple[str, int, torch.Tensor]]:
-    """Return what this rank writes of what it owns. Where several ranks own the same range, each writes an equal part."""
-    copies = engine.replicas
-    copy = dist.rank() // (dist.world() // copies)
-    parts = []
-    for key, start, tensor in state_vectors(engine, ema):
-        begin, end = (tensor.numel() * at // copies for at in (copy, copy + 1))
-        parts.append((key, start + begin, tensor[begin:end]))
-    return parts

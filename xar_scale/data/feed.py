@@ -1,13 +1,16 @@
 """The micro-batches of a rank, one step at a time, from any step on."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 from xar_scale import dist
 from xar_scale.config import TrainConfig, micro_batches
 from xar_scale.data.loader import Batch, LatentDataset, RankBatchSampler, batches
+from xar_scale.errors import XarScaleError
+
+LATE_S = 1.0  # a wait for data is interrupted this often
 
 
 class Feed:
@@ -17,7 +20,7 @@ class Feed:
         self.dataset, self.config, self.device = dataset, config, device
         self.micro, self.passes = micro_batches(config, dist.world())
         self.waited = 0.0
-        self._stream: Iterator[Batch] | None = None
+        self._stream: Iterator[Batch | None] | None = None
 
     def seek(self, step: int) -> None:
         """Continue from ``step``. Drop what was read ahead; new reads see the data set (its quarantine) as it is now."""
@@ -31,12 +34,24 @@ class Feed:
             rank=dist.rank(),
             world=dist.world(),
         )
-        self._stream = batches(self.dataset, numbers, self.device)
+        self._stream = batches(self.dataset, numbers, self.device, LATE_S)
 
-    def take(self) -> list[Batch]:
-        """Return the micro-batches of the next step."""
+    def take(self, give_up: Callable[[float], XarScaleError | None] = lambda waited: None) -> list[Batch]:
+        """Return the micro-batches of the next step.
+
+        Every LATE_S seconds that workers are waited for, ``give_up`` is called with the seconds waited so far. If it returns an
+        error, the micro-batches are blank and end the run with that error. They have to be there: the other ranks are already
+        in the collectives of this step, and would wait for this one.
+        """
         asked = time.perf_counter()
         assert self._stream is not None, "call seek first"
-        taken = [next(self._stream) for _ in range(self.passes)]
+        taken, late = list[Batch](), 0.0
+        while len(taken) < self.passes:
+            if (batch := next(self._stream)) is not None:
+                taken.append(batch)
+                continue
+            late += LATE_S  # not by the clock: the process may have been suspended
+            if (error := give_up(late)) is not None:
+                taken = [self.dataset.blank(self.micro, error).to(self.device)] * self.passes
         self.waited += time.perf_counter() - asked
         return taken

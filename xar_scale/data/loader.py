@@ -133,6 +133,19 @@ class LatentDataset(Dataset[Batch]):
         parts = [self._part(numbers[begin : begin + self.CHUNK]) for begin in range(0, len(numbers), self.CHUNK)]
         return parts[0] if len(parts) == 1 else Batch.concatenate(parts)
 
+    def blank(self, size: int, error: XarScaleError) -> Batch:
+        """Return a batch of zeros in place of ``size`` samples that did not arrive. Its fault ends the run with ``error``."""
+        model, layout = self.config.model, self.layout
+        return Batch(
+            latents=torch.zeros(size, model.channels, *model.grid),
+            labels=torch.zeros(size, dtype=torch.int64),
+            t=torch.zeros(size, layout.entities),
+            noise=torch.zeros(size, layout.tokens, model.channels),
+            keys=("",) * size,
+            places=torch.zeros(size, 2, dtype=torch.int64),
+            faults=(Fault("", 0, error, fatal=True),),
+        )
+
     def _prefetch(self, numbers: Sequence[int]) -> None:
         """Prefetch the shards of windows that have started, then those of the windows after them."""
         windows = self.order.windows(numbers)
@@ -300,8 +313,11 @@ class RankBatchSampler(Sequence[list[int]]):
         return list(range(first, first + self.micro_batch))
 
 
-def batches(dataset: LatentDataset, numbers: RankBatchSampler, device: torch.device) -> Iterator[Batch]:
-    """Yield the rank's batches in order, prefetched by worker processes. The batches do not depend on the number of workers.
+def batches(
+    dataset: LatentDataset, numbers: RankBatchSampler, device: torch.device, late_s: float = 0.0
+) -> Iterator[Batch | None]:
+    """Yield the rank's batches in order, prefetched by worker processes; if ``late_s`` is set, also None after every ``late_s``
+    seconds that workers are waited for. The batches do not depend on the number of workers.
 
     If a worker dies (killed for memory, for example), all restart and resume where they were: the content of a batch follows
     from its numbers alone. Raises ProcessError if they die ``MAX_DEATHS`` times without a batch in between.
@@ -316,10 +332,14 @@ def batches(dataset: LatentDataset, numbers: RankBatchSampler, device: torch.dev
             batch_sampler=map(numbers.__getitem__, range(taken, len(numbers))),
             collate_fn=_packed,
             pin_memory=device.type == "cuda",
+            late_s=late_s,
             **ahead,
         )
         try:
             for packed in stream:
+                if packed is None:
+                    yield None
+                    continue
                 taken, deaths = taken + 1, 0
                 yield _unpacked(packed).to(device)
         except DeadWorkerError as death:

@@ -39,11 +39,14 @@ def _context() -> BaseContext:
     return type("Context", (usual,), {"Event": lambda self: _Flag(self)})()
 
 
-def from_workers(dataset: Dataset[Any], workers: int, **settings: Any) -> Iterator[Any]:
-    """Yield from ``DataLoader(dataset, num_workers=workers, **settings)``. Raises DeadWorkerError, or what a worker raises."""
+def from_workers(dataset: Dataset[Any], workers: int, *, late_s: float = 0.0, **settings: Any) -> Iterator[Any]:
+    """Yield from ``DataLoader(dataset, num_workers=workers, **settings)``; if ``late_s`` is set, also None after every
+    ``late_s`` seconds that the next item of the workers is waited for. Raises DeadWorkerError, or what a worker raises.
+    """
     loader: DataLoader[Any] = DataLoader(
         dataset,
         num_workers=workers,
+        timeout=late_s if workers else 0.0,
         multiprocessing_context=_context() if workers else None,
         worker_init_fn=partial(_init_worker, os.getpid()),
         generator=torch.Generator(),  # by default it would draw from the generator that dropout uses
@@ -59,11 +62,19 @@ def from_workers(dataset: Dataset[Any], workers: int, **settings: Any) -> Iterat
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
+            if workers and is_late(error):
+                yield None
+                continue
             if not (workers and is_worker_death(error)):
                 raise
             said = str(error).splitlines()[0] if str(error) else "while it handed over a batch"
             raise DeadWorkerError(f"a data worker died: {said.strip()}") from None
         yield item
+
+
+def is_late(error: Exception) -> bool:
+    """Return whether the loader's time limit for an item has passed. The item can still be waited for (torch 2.11 to 2.15)."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader timed out")
 
 
 def is_worker_death(error: Exception) -> bool:

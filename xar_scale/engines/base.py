@@ -10,6 +10,7 @@ from operator import or_
 from typing import NamedTuple
 
 import torch
+import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from xar_scale import dist, rng
@@ -56,6 +57,7 @@ class Engine(ABC):
         self.model, self.layout, self.config, self.device = model, model.layout, config, device
         self.accumulation_steps = micro_batches(config.train, dist.world())[1]
         self.replicas = dist.world() // shard_ranks(config.train, dist.world())
+        self.replica_group: torch_dist.ProcessGroup | None = None  # the ranks that own what this rank owns; None: only this one
         self.network: nn.Module = model
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.rank = dist.rank()  # seeds dropout
@@ -180,8 +182,8 @@ class Engine(ABC):
         """Return the ranks on which weights, moments or the EMA weights ``averages`` are not finite. Reads the whole state."""
         tensors = [tensor for shard in self.shards() for tensor in shard[4:]]
         tensors = [tensor for tensor in (*tensors, *averages) if tensor.numel()]
-        seen = dist.gather_objects(finite_if_all_are(tensors).item())
-        return [rank for rank, value in enumerate(seen) if not math.isfinite(value)]
+        seen = dist.gather_floats(finite_if_all_are(tensors).item())
+        return [rank for rank, (value,) in enumerate(seen) if not math.isfinite(value)]
 
     def step(self, learning_rate: float, verdict: Verdict) -> None:
         """Clip the agreed gradient norm to ``optim.clip`` and update the weights."""
@@ -189,6 +191,21 @@ class Engine(ABC):
         if scale != 1.0:  # it reads and writes all gradients, and most steps of a run are below the clip norm
             torch._foreach_mul_(self.gradients(), scale)
         self._optimizer_step(learning_rate)
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Fill ``tensors``, which this rank owns together with other replicas, with the part that each replica has of them
+        (``own_part``). Every rank calls this."""
+        for tensor in tensors if self.replica_group is not None else ():
+            part, length = self.own_part(tensor.numel()), -(-tensor.numel() // self.replicas)
+            padded, gathered = tensor.new_zeros(length), tensor.new_empty(length * self.replicas)
+            padded[: part.stop - part.start] = tensor[part]
+            dist.all_gather(gathered, padded, group=self.replica_group)
+            tensor.copy_(gathered[: tensor.numel()])
+
+    def own_part(self, elements: int) -> slice:
+        """Return this rank's part of ``elements`` that several replicas own: each has an equal one, but for the last ones."""
+        length, replica = -(-elements // self.replicas), self.rank // (dist.world() // self.replicas)
+        return slice(min(replica * length, elements), min((replica + 1) * length, elements))
 
     @abstractmethod
     def gradients(self) -> list[Tensor]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -29,8 +29,11 @@ class FSDP2Engine(Engine):
     def __init__(self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> None:
         super().__init__(model, config, device)
         self.ranks = shard_ranks(config.train, dist.world())
+        mesh = create_mesh(self.ranks, device)
+        if self.replicas > 1:
+            self.replica_group = mesh.get_group("copy")
         # plain tensors: the optimizer need not know about DTensor
-        self.local = shard_model(model, self.ranks, self._policy(), device)
+        self.local = shard_model(model, mesh, self._policy(), device)
         for weight in weights:
             parameter = getattr(weight.module, weight.key)
             start, stop = owned_range(parameter.shape, self.ranks)
@@ -90,20 +93,23 @@ class FSDP2Engine(Engine):
         self.network.reshard()  # type: ignore[operator]  # the next forward pass gathers again
 
 
-def shard_model(model: XAR, ranks: int, policy: MixedPrecisionPolicy, device: torch.device) -> dict[str, Tensor]:
-    """Shard the parameters by rows over sharding groups of ``ranks`` neighbouring ranks, each of which holds one replica (HSDP
-    if there are several). Values are left uninitialised. A block's parameters are gathered for its forward and its backward
-    pass, and freed after each.
+def create_mesh(ranks: int, device: torch.device) -> DeviceMesh:
+    """Return sharding groups of ``ranks`` neighbouring ranks. If there are several (HSDP), the mesh has a dimension "copy":
+    weights are gathered within a group, gradients are reduced over all ranks."""
+    copies = dist.world() // ranks
+    shape, names = ((ranks,), ("shard",)) if copies == 1 else ((copies, ranks), ("copy", "shard"))
+    return init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+def shard_model(model: XAR, mesh: DeviceMesh, policy: MixedPrecisionPolicy, device: torch.device) -> dict[str, Tensor]:
+    """Shard the parameters by rows over the sharding groups of ``mesh``, each of which holds one replica. Values are left
+    uninitialised. A block's parameters are gathered for its forward and its backward pass, and freed after each.
 
     Returns this rank's shards by name, as plain tensors that share the parameters' memory.
     """
     # blocks return views, which nothing changes in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     mark_weights_gathered(model)
-    copies = dist.world() // ranks
-    # a 2-D mesh where there are several replicas: weights are gathered within a group, gradients are reduced over all ranks
-    shape, names = ((ranks,), ("shard",)) if copies == 1 else ((copies, ranks), ("copy", "shard"))
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     for module, its_policy in _policies(model, policy):
         fully_shard(module, mesh=mesh, mp_policy=its_policy)
     model.to_empty(device=device)  # allocates the shards only

@@ -207,9 +207,10 @@ def _materialize(model: XAR, settings: SampleConfig, device: torch.device) -> di
         return {name: (0, parameter.data) for name, parameter in model.named_parameters()}
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    from xar_scale.engines.fsdp2 import owned_range, shard_model
+    from xar_scale.engines.fsdp2 import create_mesh, owned_range, shard_model
 
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     policy = MixedPrecisionPolicy(MODES[settings.precision].gather, cast_forward_inputs=False)
-    shards = shard_model(model.requires_grad_(False), settings.shard_ranks, policy, device)
+    mesh = create_mesh(settings.shard_ranks, device)
+    shards = shard_model(model.requires_grad_(False), mesh, policy, device)
     return {name: (owned_range(shapes[name], settings.shard_ranks)[0], shard) for name, shard in shards.items()}
