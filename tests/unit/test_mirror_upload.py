@@ -16,7 +16,7 @@ from tests.unit.tiny_run import Run
 from xar_scale import background
 from xar_scale.checkpoint import store as store_module
 from xar_scale.checkpoint.files import file_name, fingerprint
-from xar_scale.checkpoint.manifest import MANIFEST, checkpoint_paths, newest_valid, read_manifest
+from xar_scale.checkpoint.manifest import MANIFEST, checkpoint_paths, newest_valid, read_manifest, step_of
 from xar_scale.checkpoint.mirror import Mirror
 from xar_scale.errors import FileError
 
@@ -156,23 +156,27 @@ def test_a_stopped_run_needs_its_checkpoint_but_not_the_copy(bucket, tmp_path, m
         run.store.finish(stopped=True)
 
 
-def test_a_stopped_run_gives_its_copy_a_limited_time(tmp_path, monkeypatch, capsys):
-    """SLURM kills it five minutes after the signal, and requeues it only if it has exited before."""
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_stopped_run_gives_its_copies_a_limited_time(tmp_path, monkeypatch, capsys, steps):
+    """SLURM kills it five minutes after the signal, and requeues it only if it has exited before. ``steps``: 2, and the last
+    copy waits for the one under way."""
     url, held = f"file://{tmp_path}/copy", threading.Event()
     monkeypatch.setattr(store_module, "STOP_UPLOAD_S", 0.5)
     run = Run(tmp_path, mirror=Mirror(url))
-    run.train()
     with monkeypatch.context() as patch:
         patch.setattr(Mirror, "upload", lambda *_: held.wait())
-        run.store.save(run.manifest())
+        for step in range(1, steps + 1):
+            run.train()
+            run.store.save(run.manifest())
+            poll_until(run, lambda step=step: run.store.newest and step_of(run.store.newest) == step and run.store._uploading)
         run.store.finish(stopped=True)
-        said = f"copy of checkpoint {run.store.newest} to {url}: given up: the run exits"
+        said = f"copy of checkpoint {checkpoint_paths(tmp_path)[0]} to {url}: given up: the run exits"
         assert capsys.readouterr().out.splitlines()[-1] == said
+    held.set()
     resumed = Run(tmp_path, mirror=Mirror(url))
     resumed.store.inherit(run.store.newest)
     resumed.store.finish()
-    assert Mirror(url).steps() == [1]
-    held.set()
+    assert Mirror(url).steps() == [steps]
 
 
 @pytest.mark.parametrize("there", [True, False])

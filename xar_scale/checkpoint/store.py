@@ -147,8 +147,9 @@ class Store:
             last = self._to_upload is None  # else, if the copy under way fails, the newest one is next
             if (work := self._uploading) is None or work.settle(upload_attempts if last else 1, until):
                 self._uploading = self._uploading_path = None
-            elif last:
+            elif last or not work.failing:  # the last one, or out of time
                 failed.append(work)
+                break
             if last:
                 break
         for work in failed:
