@@ -60,13 +60,11 @@ class Background:
         while not self.done:
             if self._running is None:
                 if (failed := self.attempts - before) >= attempts:
-                    self.error = f"given up after {self.attempts} attempts: {self.error}"
                     return False
                 time.sleep(2.0 ** (failed - 1))
                 self._start()
             while self._under_way():  # poll: one long wait in a collective would look like a hang
                 if until is not None and dist.gather_floats(time.monotonic() >= until)[0][0]:
-                    self.error = "given up: the run exits"
                     return False
                 assert self._thread is not None
                 self._thread.join(POLL_S)

@@ -53,6 +53,7 @@ def exit_code_of(program: str, run: Callable[[], None]) -> int:
             dist.await_report(PATIENCE_S)
         else:
             time.sleep(PATIENCE_S)
+        dist.keep_store()
         return error.exit_code  # without leaving the process group: other ranks may wait in it until the launcher ends them
     except KeyboardInterrupt:
         if dist.rank() == 0:

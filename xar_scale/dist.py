@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -27,6 +28,7 @@ T = TypeVar("T")
 all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
 reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_dist.reduce_scatter_tensor
 PARENT = os.getppid()  # the launcher, which may die at any later moment
+STORE_S = 1.0
 REPORTED = "xar_scale/reported"  # a key of the process group's store
 TIMEOUT = timedelta(minutes=30)  # of collectives; the watchdog fires earlier and reports more
 
@@ -62,9 +64,7 @@ def init(device: torch.device) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    # by default in the home directory: hundreds of ranks would compile the same kernels into one folder, often of NFS
-    kernels = Path(tempfile.gettempdir(), f"xar_scale-{os.getuid()}", "triton")
-    os.environ.setdefault("TRITON_CACHE_DIR", str(kernels))
+    _keep_kernels_on_node()
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # number of recent collectives recorded for the watchdog
     # if torchrun is killed, its ranks would keep training
     if "TORCHELASTIC_RUN_ID" in os.environ and not die_with_parent(signal.SIGTERM, PARENT):
@@ -75,6 +75,16 @@ def init(device: torch.device) -> None:
         torch.cuda.set_device(device)
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     gather_objects(None)
+
+
+def _keep_kernels_on_node() -> None:
+    """Have Triton compile to a folder of this user on this node. By default it is in the home directory, often on NFS, where
+    hundreds of ranks would compile the same kernels into one folder."""
+    folder = Path(tempfile.gettempdir(), f"xar_scale-{os.getuid()}")
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.lstat().st_uid == os.getuid():  # else somebody else's code would be loaded from it
+            os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def has_joined() -> bool:
@@ -141,8 +151,8 @@ def largest(values: Iterable[float]) -> float:
 
 
 def gather_floats(*values: float) -> list[list[float]]:
-    """Every rank's ``values``, on every rank. Every rank gives as many. One collective and one wait for the device, where
-    ``gather_objects`` takes three of each for every rank: for what is done in training."""
+    """Every rank's ``values``, on every rank. Every rank gives as many. For what is done in training: this is one collective
+    and one wait for the device, whereas ``gather_objects`` waits for it several times for every rank."""
     if not torch_dist.is_initialized() or world() == 1:
         return [[*values]]
     gathered = torch.empty(world() * len(values), dtype=torch.float64, device=_device())
@@ -265,9 +275,16 @@ def reported() -> None:
 
 def await_report(seconds: float) -> None:
     """Wait until the rank that reports an error has done so, at most ``seconds``: launchers end all ranks when the first one
-    exits. Its process may host the store: if it is gone, the wait is over."""
+    exits."""
     with contextlib.suppress(Exception):
         _get_default_store().wait([REPORTED], timedelta(seconds=seconds))
+
+
+def keep_store() -> None:
+    """On rank 0, whose process may host the store: let the others finish ``await_report``. If it exits first, each of them
+    prints the stack of the call that fails."""
+    if torch_dist.is_initialized() and world() > 1 and rank() == 0:
+        time.sleep(STORE_S)
 
 
 def leave(code: int) -> NoReturn:

@@ -77,7 +77,7 @@ class StopRequests:
         return kind(f"{when} ({reason}): {then}")
 
     def local_error(self, when: str) -> XarScaleError:
-        """The same for this rank's requests alone, before there is anything to agree on or to write."""
+        """The same for this rank's requests alone, where there is nothing to agree on or to write yet."""
         return (PreemptedError if "SIGUSR2" in self.signals else StoppedError)(when)
 
     def remove_file(self) -> None:

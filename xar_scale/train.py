@@ -51,7 +51,7 @@ def train(config: Config, run: Path, resume: str = "auto", stops: StopRequests |
     stops = stops or StopRequests(run)
     device = dist.local_device()
     micro_batches(config.train, dist.world())  # refuse a bad batch before joining, building or writing anything
-    if config.train.engine != "single":
+    if config.train.engine != "single" or dist.world() > 1:  # several ranks refuse ``single`` together
         dist.init(device)
     with RunLock(run, stops) as lock:
         # its contents must not change from here on. The others do not look: an NFS client would remember that it is not there

@@ -72,3 +72,11 @@ def test_a_stop_request_to_one_rank_stops_all_and_the_run_resumes_bitwise(folder
 def test_a_time_limit_shorter_than_the_first_step_still_leaves_a_checkpoint(folder):
     step = assert_stopped(train(folder, "late", "--stop-after", "1s"), folder / "late", "--stop-after 1 s has passed")
     assert step == 1
+
+
+def test_two_ranks_of_the_engine_for_one_are_refused_with_one_line(folder):
+    run = folder / "two"
+    assert_stopped(train(folder, "two", "--stop-after", "0s"), run, "--stop-after 0 s has passed")
+    ended = train(folder, "two", "train.engine=single")
+    assert ended.codes == [78, 78] and ended.text.count("xar-scale: ") == 1 and "Traceback" not in ended.text, ended.text
+    assert "train.engine single is one process, not 2; use train.engine=ddp, fsdp2 or deepspeed" in ended.outputs[0]

@@ -347,7 +347,7 @@ def test_a_reader_that_cannot_open_a_file_leaves_none_open(tmp_path, monkeypatch
     assert closed == opened and len(opened) == 2
 
 
-@pytest.mark.parametrize(("limit", "opened"), [(1000, 5), (6, 10)])
+@pytest.mark.parametrize(("limit", "opened"), [(1000, 5), (48, 10)])
 def test_files_that_are_read_in_turn_stay_open_as_far_as_the_system_allows(tmp_path, monkeypatch, limit, opened):
     """A checkpoint of 512 ranks has 512 files, each with a part of every vector."""
     chunks = [Chunk(at, at + 1, tmp_path / str(at), 0) for at in range(5)]

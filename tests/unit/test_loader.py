@@ -44,7 +44,7 @@ def stream(folder, workers=0, *, start=0, steps=3, batch=6, micro=None, rank=0, 
     numbers = RankBatchSampler(start=start, steps=steps, global_batch=batch, micro_batch=micro, rank=rank, world=world)
     more = (f"data.workers={workers}", f"train.global_batch={batch}", "data.lanes=3")
     dataset = open_set(folder, *more, "data.flip=true", "train.label_drop=0.3")
-    return batches(dataset, numbers, CPU)
+    return (batch for batch in batches(dataset, numbers, CPU, late_s=0.5) if batch is not None)  # as training reads them
 
 
 class Slow:
@@ -63,6 +63,15 @@ def test_a_wait_for_a_worker_is_interrupted_and_nothing_is_lost(workers):
     items = list(from_workers(Slow(), workers, late_s=1.0, batch_size=None))
     assert [item for item in items if item is not None] == [0, 1, 2]
     assert items.count(None) == 2 * workers
+
+
+def test_a_thread_that_pins_memory_and_dies_is_reported_as_without_a_time_limit(monkeypatch):
+    """PyTorch then only says that the time is over."""
+    monkeypatch.setattr("torch.utils.data._utils.pin_memory._pin_memory_loop", lambda *_: None)
+    for name, value in (("is_available", True), ("current_accelerator", None), ("current_device_index", 0)):
+        monkeypatch.setattr(torch.accelerator, name, lambda value=value: value)
+    with pytest.raises(RuntimeError, match="DataLoader timed out"):
+        list(from_workers(Slow(), 1, late_s=0.5, batch_size=None, pin_memory=True))
 
 
 def joined(parts: list[Batch]) -> Batch:

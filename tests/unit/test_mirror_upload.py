@@ -179,9 +179,10 @@ def test_a_stopped_run_gives_its_copies_a_limited_time(tmp_path, monkeypatch, ca
     assert Mirror(url).steps() == [steps]
 
 
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("there", ["it", "another", "torn", "none"])
 def test_the_checkpoint_that_a_run_resumes_from_is_copied_if_it_was_not(tmp_path, monkeypatch, there):
-    """Of any number of ranks: this one had three."""
+    """Of any number of ranks: this one had three. ``there``: what is in place of the copy; another is from before a
+    rollback."""
     url, copied_names = f"file://{tmp_path}/copy", []
     checkpoint = trained(tmp_path, url, 1).store.newest
     for name in (file_name(1), file_name(2)):
@@ -189,7 +190,12 @@ def test_the_checkpoint_that_a_run_resumes_from_is_copied_if_it_was_not(tmp_path
     manifest = read_manifest(checkpoint).manifest
     files = manifest.files | {name: fingerprint(checkpoint / name) for name in (file_name(1), file_name(2))}
     (checkpoint / MANIFEST).write_bytes(dataclasses.replace(manifest, files=files).to_json())
-    if not there:
+    copy = tmp_path / "copy" / "checkpoints" / checkpoint.name
+    if there == "it":
+        shutil.copytree(checkpoint, copy, dirs_exist_ok=True)
+    elif there == "torn":
+        (copy / MANIFEST).write_text("{")
+    elif there == "none":
         Mirror(url).remove(1)
     upload = Mirror.upload
 
@@ -201,7 +207,7 @@ def test_the_checkpoint_that_a_run_resumes_from_is_copied_if_it_was_not(tmp_path
     run = Run(tmp_path, mirror=Mirror(url))
     run.store.inherit(checkpoint)
     poll_until(run, lambda: run.store._uploading is not None and run.store._uploading.done)
-    assert copied_names == ([] if there else [*sorted(files), MANIFEST]) and Mirror(url).steps() == [1]
+    assert copied_names == ([] if there == "it" else [*sorted(files), MANIFEST]) and Mirror(url).steps() == [1]
     shutil.rmtree(checkpoint)
     run.train()  # after a rollback: what the run writes of that step now replaces the copy
     run.store.save(run.manifest())

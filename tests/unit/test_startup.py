@@ -27,7 +27,7 @@ from xar_scale.config import override
 from xar_scale.data.faults import BadSamples, Fault
 from xar_scale.data.loader import LatentDataset
 from xar_scale.engines import Engine
-from xar_scale.errors import ConfigError, DataError, FileError, PreemptedError, StoppedError
+from xar_scale.errors import ConfigError, DataError, FileError, HangError, PreemptedError, StoppedError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.model.xar import meta_model
 from xar_scale.startup import RunLock, first_weights, same_kernels
@@ -126,7 +126,7 @@ def fail_in_step(monkeypatch, step, error):
 
     def failing(bad, faults):
         attempts.append(0)
-        fault = Fault("a", 1, error, fatal=isinstance(error, FileError))
+        fault = Fault("a", 1, error, fatal=not isinstance(error, DataError))
         return new_faults(bad, [fault] if len(attempts) > step else faults)
 
     monkeypatch.setattr(BadSamples, "new_faults", failing)
@@ -182,6 +182,28 @@ def test_a_stop_request_does_not_wait_for_data_that_do_not_come(train, tmp_path,
     assert main(six) == main([*six, "--run-dir", str(tmp_path / "undisturbed")]) == 0
     resumed, undisturbed = (newest_valid(tmp_path / run).manifest for run in ("run", "undisturbed"))
     assert resumed.step == 6 and resumed.files == undisturbed.files
+
+
+def test_a_checkpoint_before_the_end_of_a_hang_has_a_time_limit_and_others_have_none(train, tmp_path, monkeypatch):
+    """The storage of the run may hang as well."""
+    watchdogs, timed = [], []
+
+    class Known(training.Watchdog):
+        def __init__(self, *of):
+            super().__init__(*of)
+            watchdogs.append(self)
+
+    def save(store_, *manifests, save=store.Store.save):
+        timed.append(watchdogs[-1]._current is not None)
+        save(store_, *manifests)
+
+    monkeypatch.setattr(training, "Watchdog", Known)
+    monkeypatch.setattr(store.Store, "save", save)
+    for number, error in enumerate((HangError("late"), FileError("gone"))):
+        with monkeypatch.context() as patch:
+            fail_in_step(patch, 3, error)
+            assert main([*train, "train.steps=6", "--run-dir", str(tmp_path / str(number))]) == error.exit_code
+    assert timed == [False, True, False, False]  # the regular one of step 2, and the last
 
 
 @pytest.mark.parametrize("step", [0, 2])

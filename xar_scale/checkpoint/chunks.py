@@ -1,5 +1,6 @@
 """Read ranges of vectors stored in files, in chunks of any length and of any dtype that float32 represents exactly."""
 
+import contextlib
 import json
 import os
 import resource
@@ -60,7 +61,7 @@ class ChunkReader:
             if at != last:
                 raise DataError(f"{key} must end at element {last}, but its files end at {at}")
         # a file per rank that wrote, each with a part of every vector: reading them in turn must not open and close them
-        self._open_files = max(OPEN_FILES, allow_open_files() // 2)
+        self._open_files = max(OPEN_FILES, allow_open_files() // 16)
         try:  # now, because a run that is training may drop the checkpoint: open files stay readable
             for path in self.files[: self._open_files]:
                 self._descriptor(path)
@@ -138,8 +139,10 @@ class ChunkReader:
 def allow_open_files() -> int:
     """Raise this process's limit of open files to what the system allows it, usually from 1024. Return the limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard if hard != resource.RLIM_INFINITY else sys.maxsize
+    with contextlib.suppress(ValueError):  # beyond fs.nr_open
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft if soft != resource.RLIM_INFINITY else sys.maxsize
 
 
 def full_spans(shapes: Mapping[str, torch.Size]) -> dict[str, tuple[int, int]]:

@@ -106,14 +106,17 @@ class SharedInitialisation:
         self.shapes, self.readers = shapes, min(READERS, dist.world())
         self._opened = ExitStack()
         self._found: Initialisation | None = None  # on a rank that reads
-        dist.on_all_ranks(lambda: self._open(path, config) if dist.rank() < self.readers else None)
+        chosen = dist.on_rank_0(lambda: self._open(path, config))  # of a run that is training, there is a newer one any moment
+        dist.on_all_ranks(lambda: self._open(chosen, config) if 0 < dist.rank() < self.readers else None)
         own, self.report, self.given = dist.on_rank_0(self._describe)  # a checkpoint of ours, or None; lines; names
         if own is not None:
             dist.on_all_ranks(lambda: verify(own))
         self._values = self._read()
 
-    def _open(self, path: Path, config: ModelConfig) -> None:
-        self._found = Initialisation(self._opened.enter_context(open_source(path)), self.shapes, config)
+    def _open(self, path: Path, config: ModelConfig) -> Path:
+        source = self._opened.enter_context(open_source(path))
+        self._found = Initialisation(source, self.shapes, config)
+        return source.path
 
     def _describe(self) -> tuple[Path | None, list[str], list[str]]:
         assert self._found is not None

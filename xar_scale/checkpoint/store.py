@@ -153,7 +153,8 @@ class Store:
             if last:
                 break
         for work in failed:
-            given_up = f"{work.name}: {work.error}"
+            why = f"given up after {work.attempts} attempts: {work.error}" if work.failing else "given up: the run exits"
+            given_up = f"{work.name}: {why}"
             if not (stopped and work is self._uploading):
                 raise FileError(given_up)
             dist.say(given_up)
@@ -291,13 +292,16 @@ def _prepare_upload(mirror: Mirror, path: Path, *, unless_there: bool) -> list[s
     """On rank 0: return the files to copy, none if the copy is ``unless_there``. What else is in its place is removed: of an
     earlier attempt, or from before a rollback."""
     step = step_of(path)
-    if unless_there and step in mirror.steps():
-        return []
-    mirror.remove(step)
     try:
-        return sorted(read_manifest(path).manifest.files)
+        manifest = read_manifest(path).manifest
     except (UsageError, DataError) as error:  # somebody removed it: no reason to stop
         raise FileError(str(error)) from None
+    if unless_there and step in mirror.steps():
+        with contextlib.suppress(DataError):
+            if mirror.manifest(step) == manifest:
+                return []
+    mirror.remove(step)
+    return sorted(manifest.files)
 
 
 def _upload(mirror: Mirror, path: Path, files: Sequence[str]) -> bool:

@@ -62,7 +62,8 @@ def from_workers(dataset: Dataset[Any], workers: int, *, late_s: float = 0.0, **
         except StopIteration:
             return
         except (RuntimeError, OSError, EOFError) as error:
-            if workers and is_late(error):
+            pinning = getattr(stream, "_pin_memory_thread", None)  # with a time limit PyTorch does not see that it has died
+            if workers and is_late(error) and (pinning is None or pinning.is_alive()):
                 yield None
                 continue
             if not (workers and is_worker_death(error)):

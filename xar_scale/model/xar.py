@@ -135,7 +135,7 @@ def initial_weights(model: XAR, seed: int, given: Callable[[str], Tensor | None]
     """Yield the published initialisation: Xavier uniform for every Linear, biases 0, embeddings and positions normal 0.02.
 
     Parameters come one at a time, unsharded, in float32 on the CPU. Each has its own generator, keyed by its name: its value
-    does not depend on the order or the process. ``given``: returns the value to use instead, by name, or None.
+    does not depend on the order or the process. ``given``: returns the value to use instead, by name, on any device, or None.
     """
     for module, key, name, shape in _parameters(model):
         if (instead := given(name)) is not None:
