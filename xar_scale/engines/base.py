@@ -204,7 +204,7 @@ class Engine(ABC):
 
     def own_part(self, elements: int) -> slice:
         """Return this rank's part of ``elements`` that several replicas own: each has an equal one, but for the last ones."""
-        length, replica = -(-elements // self.replicas), self.rank // (dist.world() // self.replicas)
+        length, replica = -(-elements // self.replicas), dist.rank() // (dist.world() // self.replicas)
         return slice(min(replica * length, elements), min((replica + 1) * length, elements))
 
     @abstractmethod
