@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.conftest import digits_config, random_batch
 from xar_scale import dist
+from xar_scale.checkpoint import vectors
+from xar_scale.checkpoint.chunks import read_header
+from xar_scale.checkpoint.files import Range, file_name, write_file
 from xar_scale.checkpoint.load import parts_of, state_vectors
+from xar_scale.checkpoint.manifest import Checkpoint
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine, create_engine
 from xar_scale.engines.fsdp2 import _policies, owned_range
@@ -134,3 +139,35 @@ def test_replicated_shards_are_written_once_and_completely(shared):
     for key, parts in written.items():
         starts, stops = zip(*sorted(parts), strict=True)
         assert (*starts, sizes[key.split("/")[1]]) == (0, *stops), key
+
+
+def test_with_replicas_a_rank_reads_the_one_file_that_it_wrote(tmp_path, monkeypatch):
+    """64 ranks, 8 of which share a replica. Each writes and reads an eighth of what it owns, not files of all replicas."""
+    world, ranks, shapes = 64, 8, {"a.weight": [70, 3], "b.bias": [5]}
+    engine = SimpleNamespace(replicas=world // ranks)
+    engine.own_part = lambda elements: Engine.own_part(engine, elements)
+    monkeypatch.setattr(dist, "world", lambda: world)
+    values = {name: torch.randn(shape) for name, shape in shapes.items()}
+
+    def parts(rank: int) -> list:
+        monkeypatch.setattr(dist, "rank", lambda: rank)
+        spans = {name: owned_range(value.shape, ranks) for name, value in values.items()}
+        owned = [(f"model/{name}", start, values[name].view(-1)[start:stop]) for name, (start, stop) in spans.items()]
+        return parts_of(owned, engine)
+
+    files = {
+        file_name(rank): write_file(tmp_path / file_name(rank), [Range(*part) for part in parts(rank)]) for rank in range(world)
+    }
+    checkpoint = Checkpoint(tmp_path, SimpleNamespace(kinds=("model",), shapes=shapes, files=files))
+    seen, read = [], 0
+    monkeypatch.setattr(vectors, "read_header", lambda path: seen.append(path.name) or read_header(path))
+    for rank in range(world):
+        spans = {key: (start, start + tensor.numel()) for key, start, tensor in parts(rank)}
+        seen.clear()
+        with vectors.open_ranges(checkpoint, spans, rank, world) as reader:
+            for key, start, tensor in parts(rank):
+                reader.read(key, start, out := torch.empty(tensor.shape))
+                assert torch.equal(out, tensor)
+            read += reader.bytes_read
+        assert seen == [file_name(rank)] or not spans
+    assert read == 4 * (70 * 3 + 5)
