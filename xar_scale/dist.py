@@ -28,7 +28,7 @@ T = TypeVar("T")
 all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
 reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_dist.reduce_scatter_tensor
 PARENT = os.getppid()  # the launcher, which may die at any later moment
-STORE_S = 1.0
+STORE_S = 1.0  # that rank 0 stays after an error
 REPORTED = "xar_scale/reported"  # a key of the process group's store
 TIMEOUT = timedelta(minutes=30)  # of collectives; the watchdog fires earlier and reports more
 
@@ -276,7 +276,7 @@ def reported() -> None:
 def await_report(seconds: float) -> None:
     """Wait until the rank that reports an error has done so, at most ``seconds``: launchers end all ranks when the first one
     exits."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # its store is gone, or the time is up: there is nothing left to wait for
         _get_default_store().wait([REPORTED], timedelta(seconds=seconds))
 
 

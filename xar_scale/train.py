@@ -312,8 +312,8 @@ class Training:
         seconds, waited = (time.perf_counter() - self.since) / steps, self.feed.waited / steps
         computed = probes.computed.seconds if probes else 0.0
         activations = probes.activations.largest.values() if probes and probes.activations else [0.0]
-        measured = zip(*dist.gather_floats(waited, computed, dist.largest(activations)), strict=True)
-        waits, computing, largest = measured  # each of every rank
+        everywhere = dist.gather_floats(waited, computed, dist.largest(activations))
+        waits, computing, largest = zip(*everywhere, strict=True)
         values = {
             "loss": verdict.loss,
             "lr": rate,

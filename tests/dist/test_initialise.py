@@ -14,6 +14,7 @@ import json, os, sys
 import torch
 from tests.conftest import digits_config
 from xar_scale import dist
+from xar_scale.checkpoint import initialise
 from xar_scale.checkpoint.initialise import Initialisation
 from xar_scale.model.xar import meta_model
 from xar_scale.startup import first_weights
@@ -22,9 +23,11 @@ config = digits_config(*json.loads(sys.argv[1]))
 dist.init(torch.device("cpu"))
 read, value = [], Initialisation.value
 Initialisation.value = lambda found, name: read.append(name) or value(found, name)
+opened, open_source = [], initialise.open_source
+initialise.open_source = lambda path: opened.append(str(path)) or open_source(path)
 with first_weights(meta_model(config.model), config, None) as weights:
     sums = [weight.value.double().sum().item() for weight in weights]
-print(json.dumps({"read": read, "sums": sums, "kernels": os.environ["TRITON_CACHE_DIR"]}))
+print(json.dumps({"opened": opened, "read": read, "sums": sums, "kernels": os.environ["TRITON_CACHE_DIR"]}))
 """
 
 
@@ -32,11 +35,13 @@ def test_initial_weights_are_read_once_by_all_ranks_together(tmp_path):
     run = Run(tmp_path / "run", config=digits_config(*SMALL[:2], "train.engine=single"))
     run.train(2)
     checkpoint = read_manifest(run.save())
-    words = ["-c", PROGRAM, json.dumps([*SMALL, f"train.init_from={checkpoint.path}"])]
+    words = ["-c", PROGRAM, json.dumps([*SMALL, f"train.init_from={tmp_path / 'run'}"])]
     ended = launch(3, words, tmp_path / "logs", TMPDIR=str(tmp_path))
     assert ended.codes == [0, 0, 0], ended.text
     ranks = [json.loads(output.splitlines()[-1]) for output in ended.outputs]
     weights = load_weights(checkpoint, "ema")
+    # the checkpoint that rank 0 chose: a run that is training writes a newer one at any moment
+    assert [rank["opened"] for rank in ranks] == [[str(tmp_path / "run")], *[[str(checkpoint.path)]] * 2]
     assert sorted(name for rank in ranks for name in rank["read"]) == sorted(weights)
     assert all(len(rank["read"]) >= len(weights) // 3 for rank in ranks)
     assert all(rank["sums"] == [value.double().sum().item() for value in weights.values()] for rank in ranks)

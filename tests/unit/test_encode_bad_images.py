@@ -30,8 +30,6 @@ from xar_scale.data.shards import DATASET_FILE
 from xar_scale.data.verify import verify_set
 from xar_scale.errors import DataError, UsageError, XarScaleError
 
-# bad images
-
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_images_within_the_allowance_are_named_and_left_out(source, tmp_path, workers):

@@ -2,27 +2,20 @@
 
 import argparse
 import contextlib
-import errno
 import io
 import os
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 import zipfile
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.processes import environment
 from tests.unit.foreign_checkpoints import SHAPES, assert_bitwise, published, random_state, values, write_zero3
 from tests.unit.tiny_run import CONFIG, Run
-from xar_scale.checkpoint import chunks as chunks_module
-from xar_scale.checkpoint.chunks import Chunk, ChunkReader
 from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.load import load_weights
 from xar_scale.checkpoint.manifest import KINDS, read_manifest
@@ -312,64 +305,6 @@ def test_safetensors_that_are_truncated_or_lack_what_their_index_lists(tmp_path)
     (tmp_path / "one.safetensors").write_bytes(content.replace(b'"shape":[3]', b'"shape":[4]'))
     with pytest.raises(DataError, match="one.safetensors is torn, or not a safetensors file"):
         open_source(tmp_path / "one.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("chunks", "line"),
-    [
-        ([(0, 2), (3, 4)], "a continues at element 3, the chunks before it end at 2"),
-        ([(0, 3), (2, 4)], "a continues at element 2, the chunks before it end at 3"),
-        ([(0, 3)], "a must end at element 4, but its files end at 3"),
-    ],
-)
-def test_chunks_that_leave_a_gap_overlap_or_end_early(tmp_path, chunks, line):
-    (tmp_path / "file").write_bytes(bytes(16))
-    with pytest.raises(DataError, match=line):
-        ChunkReader({"a": [Chunk(*ends, tmp_path / "file", 0) for ends in chunks]}, {"a": (0, 4)})
-
-
-def test_a_reader_that_cannot_open_a_file_leaves_none_open(tmp_path, monkeypatch):
-    chunks = [Chunk(at, at + 1, tmp_path / str(at), 0) for at in range(3)]
-    for chunk in chunks:
-        chunk.path.write_bytes(bytes(4))
-    opened, closed, really_open, really_close = [], [], os.open, os.close
-
-    def two(path, *flags):
-        if len(opened) == 2:
-            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), path)
-        opened.append(really_open(path, *flags))
-        return opened[-1]
-
-    monkeypatch.setattr(os, "open", two)
-    monkeypatch.setattr(os, "close", lambda descriptor: closed.append(descriptor) or really_close(descriptor))
-    with pytest.raises(OSError, match="Too many open files"):
-        ChunkReader({"a": chunks}, {"a": (0, 3)})
-    assert closed == opened and len(opened) == 2
-
-
-@pytest.mark.parametrize(("limit", "opened"), [(1000, 5), (48, 10)])
-def test_files_that_are_read_in_turn_stay_open_as_far_as_the_system_allows(tmp_path, monkeypatch, limit, opened):
-    """A checkpoint of 512 ranks has 512 files, each with a part of every vector."""
-    chunks = [Chunk(at, at + 1, tmp_path / str(at), 0) for at in range(5)]
-    for chunk in chunks:
-        chunk.path.write_bytes(np.float32(chunk.start).tobytes())
-    opens, really_open = [], os.open
-    monkeypatch.setattr(os, "open", lambda path, *flags: opens.append(path) or really_open(path, *flags))
-    monkeypatch.setattr(chunks_module, "OPEN_FILES", 2)
-    monkeypatch.setattr(chunks_module, "allow_open_files", lambda: limit)
-    with ChunkReader({"a": chunks, "b": chunks}, {"a": (0, 5), "b": (0, 5)}) as reader:
-        for key in ("a", "b"):
-            assert reader.whole(key, [5]).tolist() == [0, 1, 2, 3, 4]
-    assert len(opens) == opened
-
-
-def test_the_limit_of_open_files_is_raised():
-    program = "import resource; from xar_scale.checkpoint.chunks import allow_open_files as allow; "
-    program += (
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (64, 99)); print(allow(), resource.getrlimit(resource.RLIMIT_NOFILE))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=400)
-    assert done.stdout == "99 (99, 99)\n", done.stderr
 
 
 def test_shapes_are_known_without_reading_values(tmp_path):

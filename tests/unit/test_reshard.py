@@ -34,8 +34,6 @@ from tests.unit.foreign_checkpoints import (
 from tests.unit.test_store import flip_byte
 from tests.unit.tiny_run import CONFIG, Run
 from xar_scale.bench import reshard as bench
-from xar_scale.checkpoint import vectors
-from xar_scale.checkpoint.chunks import read_header
 from xar_scale.checkpoint.files import fingerprint
 from xar_scale.checkpoint.interop import Source, official_names, open_source
 from xar_scale.checkpoint.interop import source as sources
@@ -493,31 +491,3 @@ def test_the_benchmark_measures_time_and_memory_and_leaves_nothing(tmp_path, mon
     assert list((tmp_path / "bench").iterdir()) == []
     with pytest.raises(DataError, match="exited with code 64"):
         bench._measured("tools/reshard.py", str(tmp_path / "nothing"), str(tmp_path / "new"), "--to", "pth")
-
-
-@pytest.mark.parametrize(
-    ("rank", "world", "files"), [(0, 1, 8), (1, 4, 2), (3, 4, 2), (1, 8, 1), (5, 8, 1), (15, 16, 1), (1, 3, 4)]
-)
-def test_a_rank_opens_as_few_files_as_hold_what_it_owns(tmp_path, own, state, monkeypatch, rank, world, files):
-    assert reshard(own, tmp_path / "cut", "--to", "xar-scale", "--files", 8) == 0
-    looked = []
-    monkeypatch.setattr(vectors, "read_header", lambda path: looked.append(path.name) or read_header(path))
-    ends = {key: [tensor.numel() * at // world for at in (rank, rank + 1)] for key, tensor in state.items()}
-    with vectors.open_ranges(read_manifest(tmp_path / "cut"), ends, rank, world) as opened:
-        for key, (start, stop) in ends.items():
-            out = torch.empty(stop - start)
-            opened.read(key, start, out)
-            assert torch.equal(out, state[key].view(-1)[start:stop])
-            with pytest.raises(DataError, match=f"{key} has no element"):
-                opened.read(key, start - 1, torch.empty(1))
-    assert len(looked) == files
-
-
-def test_missing_vectors_and_ranges_are_named(tmp_path, own):
-    key = "model/in_proj.weight"
-    with pytest.raises(DataError, match=f"{key} must end at element 999, but its files end at"):
-        vectors.open_ranges(read_manifest(own), {key: (3, 999)}, 0, 1)
-    with pytest.raises(DataError, match="lack 1 vectors, first model/nothing"):
-        vectors.open_ranges(read_manifest(own), {"model/nothing": (0, 1)}, 0, 1)
-    with pytest.raises(DataError, match="but no other"):
-        vectors.open_ranges(read_manifest(own), {"other/in_proj.weight": (0, 1)}, 0, 1)

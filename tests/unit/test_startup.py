@@ -354,6 +354,32 @@ def test_ranks_with_different_kernels_are_refused(monkeypatch):
     assert same_kernels("attention flash") == "attention flash"
 
 
+def test_training_compares_the_kernels_of_its_ranks_before_it_writes_anything(train, tmp_path, monkeypatch):
+    def refuse(kernels):
+        assert kernels.startswith("attention ")
+        raise ConfigError("they differ")
+
+    monkeypatch.setattr(training, "same_kernels", refuse)
+    assert main(train) == 78 and not (tmp_path / "run").exists()
+
+
+def test_only_rank_0_looks_at_the_run_folder_before_it_is_made(tmp_path, monkeypatch):
+    """A client of NFS remembers that a folder is not there."""
+
+    class Unseen(type(tmp_path)):
+        def is_dir(self):
+            raise AssertionError("another rank looks")
+
+    begun = []
+    monkeypatch.setattr(training.dist, "rank", lambda: 1)
+    monkeypatch.setattr(training, "_train", lambda *of: begun.append(of))
+    training.train(CONFIG, Unseen(tmp_path / "run"))
+    assert len(begun) == 1
+    monkeypatch.setattr(training.dist, "rank", lambda: 0)
+    with pytest.raises(AssertionError, match="another rank looks"):
+        training.train(CONFIG, Unseen(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("target", ["pth", "safetensors", "universal"])
 def test_initial_weights_that_have_changed_since_they_were_written_are_refused(tmp_path, target):
     Run(tmp_path / "run").save()

@@ -311,6 +311,18 @@ def test_no_rank_is_slow_where_most_have_measured_nothing(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_the_file_of_the_exit_code_is_never_empty(tmp_path, monkeypatch):
+    """A launcher ends the other ranks while they write it."""
+    note, seen, write = tmp_path / "note", [], os.write
+    note.write_text("130 \n")
+    monkeypatch.setenv("XAR_SCALE_EXIT_FILE", str(note))
+    monkeypatch.setattr(os, "write", lambda *of: seen.append(note.read_text()) or write(*of))
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit, match="75"):
+        dist.leave(75)
+    assert seen == ["130 \n"] and note.read_text() == "75  \n"
+
+
 def test_a_report_that_cannot_be_written_keeps_no_process_alive(tmp_path):
     (tmp_path / watchdog.FOLDER).mkdir()
     os.mkfifo(tmp_path / watchdog.FOLDER / "step-00000008-rank-0.txt")  # as a disk that hangs: opening waits for a reader

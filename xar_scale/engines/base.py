@@ -195,7 +195,9 @@ class Engine(ABC):
     def share(self, tensors: Sequence[Tensor]) -> None:
         """Fill ``tensors``, which this rank owns together with other replicas, with the part that each replica has of them
         (``own_part``). Every rank calls this."""
-        for tensor in tensors if self.replica_group is not None else ():
+        if self.replica_group is None:
+            return
+        for tensor in tensors:
             part, length = self.own_part(tensor.numel()), -(-tensor.numel() // self.replicas)
             padded, gathered = tensor.new_zeros(length), tensor.new_empty(length * self.replicas)
             padded[: part.stop - part.start] = tensor[part]
