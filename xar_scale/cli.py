@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xar_scale.config import Config, merge, override, read_yaml
-from xar_scale.errors import INTERRUPTED, OK, UNREAD, ProcessError, UsageError, XarScaleError
+from xar_scale.errors import INTERRUPTED, OK, UNREAD, ProcessError, UsageError
 from xar_scale.files import make_folder, write_atomically
 from xar_scale.presets import MODELS, RECIPES, model_values, recipe
 from xar_scale.stopping import StopRequests
@@ -42,8 +42,18 @@ def exit_code_of(program: str, run: Callable[[], None]) -> int:
     except BrokenPipeError:  # as when `head` has its lines: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for output that is still to be flushed
         return UNREAD
-    except (XarScaleError, OSError) as caught:
-        error = caught if isinstance(caught, XarScaleError) else dist.file_error(caught)
+    except KeyboardInterrupt:
+        if dist.rank() == 0:
+            print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    except Exception as caught:
+        error = dist.known_error(caught)
+        if error is None and dist.is_lost_rank(caught):
+            message = f"rank {dist.rank()} has lost another rank, which was killed or reports its own error"
+            print(f"{program}: {message}", file=sys.stderr, flush=True)
+            return ProcessError.exit_code
+        if error is None:
+            raise
         if error is not caught:  # on this rank alone: errors that ranks share are XarScaleErrors by now
             error.rank = dist.rank()
         if dist.rank() == (error.rank or 0):
@@ -55,16 +65,6 @@ def exit_code_of(program: str, run: Callable[[], None]) -> int:
             time.sleep(PATIENCE_S)
         dist.keep_store()
         return error.exit_code  # without leaving the process group: other ranks may wait in it until the launcher ends them
-    except KeyboardInterrupt:
-        if dist.rank() == 0:
-            print(f"{program}: interrupted", file=sys.stderr, flush=True)
-        return INTERRUPTED
-    except RuntimeError as error:
-        if not dist.is_lost_rank(error):
-            raise
-        message = f"rank {dist.rank()} has lost another rank, which was killed or reports its own error"
-        print(f"{program}: {message}", file=sys.stderr, flush=True)
-        return ProcessError.exit_code
     dist.close()
     return OK
 

@@ -28,6 +28,7 @@ T = TypeVar("T")
 all_gather = getattr(torch_dist, "all_gather_single", None) or torch_dist.all_gather_into_tensor
 reduce_scatter = getattr(torch_dist, "reduce_scatter_single", None) or torch_dist.reduce_scatter_tensor
 PARENT = os.getppid()  # the launcher, which may die at any later moment
+NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # in messages: of CUDA, of a CPU's allocator, of cuBLAS
 STORE_S = 1.0  # that rank 0 stays after an error
 REPORTED = "xar_scale/reported"  # a key of the process group's store
 TIMEOUT = timedelta(minutes=30)  # of collectives; the watchdog fires earlier and reports more
@@ -193,21 +194,19 @@ def mine(items: Sequence[T]) -> Sequence[T]:
 def on_all_ranks(work: Callable[[], T]) -> T:
     """Run ``work`` on every rank; if it fails on any, every rank raises the error of the lowest such rank.
 
-    So no rank enters a collective that the others never reach. An OSError becomes a FileError. An unexpected exception on any
-    rank takes precedence over other errors: no rank may handle one of those and continue while that rank exits.
+    So no rank enters a collective that the others never reach. An error is converted as ``known_error`` does. An unexpected one
+    on any rank takes precedence over other errors: no rank may handle one of those and continue while that rank exits.
     """
     result: T | None = None
     unexpected: Exception | None = None
     error: XarScaleError | None = None
     try:
         result = work()
-    except XarScaleError as caught:
-        error = caught
-    except OSError as caught:
-        error = file_error(caught)
     except Exception as caught:
-        unexpected = caught
-        error = XarScaleError(f"rank {rank()} failed: {type(caught).__name__}: {caught}")
+        error = known_error(caught)
+        if error is None:
+            unexpected = caught
+            error = XarScaleError(f"rank {rank()} failed: {type(caught).__name__}: {caught}")
     errors = gather_objects(error)
     if unexpected is not None:
         raise unexpected  # a bug: keep its traceback
@@ -229,8 +228,12 @@ def abort_on_error() -> Iterator[None]:
     except Exception as error:
         if world() == 1 or isinstance(error, XarScaleError):  # an error of the request, which is the same on every rank
             raise
-        traceback.print_exc()
-        leave(1)
+        known = known_error(error)
+        if known is None:
+            traceback.print_exc()
+            leave(1)
+        print(f"xar-scale: {known}", file=sys.stderr)
+        leave(known.exit_code)
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
@@ -238,11 +241,24 @@ def on_rank_0(work: Callable[[], T]) -> T:
     return gather_objects(on_all_ranks(lambda: work() if rank() == 0 else None))[0]  # type: ignore[return-value]
 
 
-def is_lost_rank(error: RuntimeError) -> bool:
+def is_lost_rank(error: Exception) -> bool:
     """Whether ``error`` is what a collective raises when another rank is gone: gloo and NCCL show it only in the message text.
     (Usually NCCL's own thread notices first and aborts the process.)"""
     said = str(error)
     return ("gloo" in said and ("peer" in said or "Broken pipe" in said)) or "remote process exited" in said
+
+
+def known_error(error: Exception) -> XarScaleError | None:
+    """The error to exit with: ``error`` itself, a FileError for an OSError, a ProcessError if memory is exhausted; None for any
+    other, which is a bug and keeps its traceback."""
+    if isinstance(error, XarScaleError):
+        return error
+    if isinstance(error, OSError):
+        return file_error(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in NO_MEMORY)):
+        said = str(error).partition("\n")[0] or "no memory left"
+        return ProcessError(f"rank {rank()} ({socket.gethostname()}) is out of memory: {said}")
+    return None
 
 
 def file_error(error: OSError) -> FileError:

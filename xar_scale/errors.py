@@ -40,7 +40,7 @@ class NonFiniteError(XarScaleError):
 
 
 class ProcessError(XarScaleError):
-    """A process died, killed or out of memory: a data worker, or another rank, which reports the reason itself."""
+    """A process died, killed or out of memory: this rank, a data worker, or another rank, which reports the reason itself."""
 
     exit_code = 71
 

@@ -33,7 +33,7 @@ DEFECT = """
 def work():
     with dist.abort_on_error():
         if dist.rank() == 1:
-            raise ERROR("planted")
+            raise ERROR
         torch.distributed.all_reduce(sent)
 
 def main():
@@ -71,10 +71,18 @@ dist.leave(4)
 """
 
 
-@pytest.mark.parametrize("error", ["RuntimeError", "OSError"])
-def test_a_defect_is_reported_by_the_rank_that_has_it_which_exits_at_once(tmp_path, error):
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        ('RuntimeError("planted")', 1, "RuntimeError: planted"),
+        ('OSError("planted")', 74, "xar-scale: planted\n"),
+        ('MemoryError("planted")', 71, "is out of memory: planted\n"),
+    ],
+)
+def test_a_defect_is_reported_by_the_rank_that_has_it_which_exits_at_once(tmp_path, error, code, said):
     ended = launch(2, ["-c", BEGIN + DEFECT.replace("ERROR", error)], tmp_path)
-    assert ended.codes[1] == 1 and f"{error}: planted" in ended.outputs[1] and "gloo" not in ended.outputs[1]
+    assert ended.codes[1] == code and said in ended.outputs[1] and "gloo" not in ended.outputs[1]
+    assert ("Traceback" in ended.outputs[1]) == (code == 1)
     assert ended.codes[0] != 0
 
 

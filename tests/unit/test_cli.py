@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -339,6 +340,30 @@ def test_an_error_on_one_rank_is_printed_by_that_rank(capsys, monkeypatch, error
 
     assert exit_code_of("xar-scale", fail) in (71, 74)
     assert capsys.readouterr().err in ("xar-scale: workers died\n", "xar-scale: /a: Permission denied\n")
+
+
+def of_cuda() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nCPU stack: ...")
+
+
+def of_cublas() -> None:
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize("run", [lambda: torch.empty(10**15), lambda: np.empty(10**15), of_cuda, of_cublas])
+def test_exhausted_memory_is_one_line_of_the_rank_that_has_none(run, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert exit_code_of("xar-scale", run) == 71
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"xar-scale: rank 3 \(\S+\) is out of memory: \S.*\n", said), said
+
+
+def test_a_bug_keeps_its_traceback():
+    def run() -> None:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        exit_code_of("xar-scale", run)
 
 
 def test_an_interrupted_command_prints_one_line(capsys):
