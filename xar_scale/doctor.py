@@ -19,7 +19,7 @@ from xar_scale.memory.fallback import device_memory
 from xar_scale.model.apex import why_unusable
 from xar_scale.model.attention import choose_backend, describe
 from xar_scale.model.entities import create_layout
-from xar_scale.precision import FP32, MODES, matmul_mode
+from xar_scale.precision import MODES, autocast, matmul_mode
 from xar_scale.presets import model_values
 
 MODEL = ModelConfig(**model_values("xar_b"))  # the model whose attention backend is reported
@@ -143,8 +143,7 @@ def _attention(device: torch.device, dtype: torch.dtype) -> str:
 
 def _product(mode: str, a: Tensor, b: Tensor) -> Tensor:
     """The product as engines compute it."""
-    compute = MODES[mode].compute
-    with torch.autocast(a.device.type, dtype=compute, enabled=compute is not FP32):
+    with autocast(a.device, MODES[mode].compute):
         return a @ b
 
 

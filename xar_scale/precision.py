@@ -30,6 +30,11 @@ MODES = {
 }  # fmt: skip
 
 
+def autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:
+    """A context that computes in ``compute`` what autocast lowers: Linear layers and attention."""
+    return torch.autocast(device.type, dtype=compute, enabled=compute is not FP32)
+
+
 @contextmanager
 def matmul_mode(mode: str) -> Iterator[None]:
     """A context with the float32 matmul mode of ``mode``, whatever the process uses outside."""

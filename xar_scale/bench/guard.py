@@ -3,8 +3,6 @@
 import argparse
 from pathlib import Path
 
-import torch
-
 from xar_scale import dist
 from xar_scale.bench.timing import median_ms
 from xar_scale.checkpoint.store import Store
@@ -14,7 +12,6 @@ from xar_scale.ema import EMA
 from xar_scale.engines import create_engine
 from xar_scale.engines.base import finite_if_all_are
 from xar_scale.guard import GuardState
-from xar_scale.model.entities import create_layout
 from xar_scale.model.xar import initial_weights, meta_model
 from xar_scale.presets import model_values, recipe
 from xar_scale.recovery import Recovery
@@ -30,7 +27,7 @@ def bench_guard(options: argparse.Namespace) -> None:
     engine = create_engine(network, initial_weights(network, 0), config, device)
     ema = EMA([shard.master for shard in engine.shards()], 0.9999)
     recovery = Recovery(config, engine, ema, ["shard"], Store(Path("none"), engine, ema, config.train), GuardState())
-    batch = _random_batch(config, device)
+    batch = Batch.zeros(engine.layout, config.model.channels, options.batch, device)
     masters = [shard.master for shard in engine.shards()]
 
     def step() -> None:
@@ -54,15 +51,3 @@ def bench_guard(options: argparse.Namespace) -> None:
     for name, ms in parts.items():
         print(f"| {name} | {ms:.3f} | {ms / whole:.3%} |")
     print(f"| the guard | {sum(parts.values()):.3f} | {sum(parts.values()) / whole:.3%} |\n| the step | {whole:.1f} | |")
-
-
-def _random_batch(config: Config, device: torch.device) -> Batch:
-    layout, size = create_layout(config.model), config.train.global_batch
-    return Batch(
-        latents=torch.randn(size, config.model.channels, *config.model.grid),
-        labels=torch.zeros(size, dtype=torch.int64),
-        t=torch.rand(size, layout.entities),
-        noise=torch.randn(size, layout.tokens, config.model.channels),
-        keys=("sample",) * size,
-        places=torch.zeros(size, 2, dtype=torch.int64),
-    ).to(device)

@@ -5,9 +5,10 @@ import dataclasses
 
 from xar_scale import dist
 from xar_scale.bench.fake_group import join_fake_group
-from xar_scale.bench.plan import config_of, train_steps, zeros
+from xar_scale.bench.plan import config_of, train_steps
 from xar_scale.bench.timing import median_ms
 from xar_scale.config import KernelConfig
+from xar_scale.data.loader import Batch
 
 NARROW = {
     "width": 128,
@@ -25,7 +26,8 @@ def bench_launches(options: argparse.Namespace) -> None:
     config = config_of(options, ranks)
     model = dataclasses.replace(config.model, **NARROW)  # type: ignore[arg-type]
     engine, _ = train_steps(dataclasses.replace(config, model=model, kernels=KernelConfig(compile=options.compile)), device)
-    batch, blocks = zeros(engine.config, options.batch, device), len(engine.model.blocks)
+    batch = Batch.zeros(engine.layout, engine.config.model.channels, options.batch, device)
+    blocks = len(engine.model.blocks)
 
     def work() -> None:
         engine.forward_backward(batch)

@@ -25,7 +25,7 @@ from xar_scale.model.attention import FLASH_DTYPES, Backend, block_causal_attent
 from xar_scale.model.entities import EntityLayout, create_layout, kinds
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import Weight, create_model, initial_weights, meta_model
-from xar_scale.precision import FP32, MODES
+from xar_scale.precision import MODES, autocast
 from xar_scale.presets import model_values, recipe
 
 
@@ -105,7 +105,7 @@ def _one_mode(options: argparse.Namespace) -> dict[str, float]:
     labels = torch.zeros(options.batch, dtype=torch.int64, device=device)
 
     def work() -> None:
-        with torch.autocast(device.type, dtype=compute, enabled=compute is not FP32):
+        with autocast(device, compute):
             loss = velocity_loss(model, layout, latents, noise, t, labels)
         loss.backward()
 

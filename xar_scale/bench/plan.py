@@ -25,7 +25,7 @@ from xar_scale.model.xar import blank_weights, meta_model
 from xar_scale.optim import create_adamw
 from xar_scale.plan.cost import Collective, Link, optimizer_bytes, step_collectives, step_time
 from xar_scale.plan.hardware import GPU, Machines
-from xar_scale.precision import MODES
+from xar_scale.precision import MODES, autocast
 from xar_scale.presets import model_values, recipe
 
 STEPS = 2  # the second finds what the first allocates once
@@ -69,24 +69,11 @@ def train_steps(config: Config, device: torch.device) -> tuple[Engine, EMA]:
     engine.set_precision(config.train.precision)
     ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     for step in range(STEPS):
-        verdict = engine.attempt(step, [zeros(config, config.train.micro_batch or 1, device)])
+        batch = Batch.zeros(model.layout, config.model.channels, config.train.micro_batch or 1, device)
+        verdict = engine.attempt(step, [batch])
         engine.step(1e-4, verdict)
         ema.update(step + 1)
     return engine, ema
-
-
-def zeros(config: Config, samples: int, device: torch.device) -> Batch:
-    """Return a batch of zeros."""
-    model = meta_model(config.model)
-    layout, channels = model.layout, config.model.channels
-    return Batch(
-        latents=torch.zeros(samples, channels, *layout.grid),
-        labels=torch.zeros(samples, dtype=torch.int64),
-        t=torch.zeros(samples, layout.entities),
-        noise=torch.zeros(samples, layout.tokens, channels),
-        keys=("",) * samples,
-        places=torch.zeros(samples, 2, dtype=torch.int64),
-    ).to(device)
 
 
 def bench_memory(options: argparse.Namespace) -> None:
@@ -164,12 +151,13 @@ def _computed(options: argparse.Namespace, device: torch.device) -> tuple[float,
         weight.place(device)
     parameters = dict(model.named_parameters())
     optimizer = create_adamw(parameters, {name: weight.shape for name, weight in parameters.items()}, config.optim)
-    ema, batch = EMA([*parameters.values()], config.optim.ema_decay), zeros(config, options.batch, device)
+    ema = EMA([*parameters.values()], config.optim.ema_decay)
+    batch = Batch.zeros(model.layout, config.model.channels, options.batch, device)
     compute = MODES[options.precision].compute
 
     def computed() -> None:
         optimizer.zero_grad()
-        with torch.autocast(device.type, dtype=compute, enabled=compute is not torch.float32):
+        with autocast(device, compute):
             velocity_loss(model, model.layout, batch.latents, batch.noise, batch.t, batch.labels).backward()
 
     def stepped() -> None:
@@ -196,7 +184,7 @@ def _collective_seconds(collective: Collective, device: torch.device) -> float:
 
 def _step_seconds(config: Config, device: torch.device) -> float:
     engine, ema = train_steps(config, device)
-    batch = zeros(config, config.train.micro_batch or 1, device)
+    batch = Batch.zeros(engine.layout, config.model.channels, config.train.micro_batch or 1, device)
 
     def step() -> None:
         engine.step(1e-4, engine.attempt(0, [batch]))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xar_scale.errors import UsageError
+from xar_scale.precision import autocast
 
 NAMES = {"xar_b": "xar_base", "xar_l": "xar_large", "xar_h": "xar_huge"}
 CLIP, BETAS, WEIGHT_DECAY, EMA_DECAY = 1.0, (0.9, 0.96), 0.02, 0.9999  # of its training
@@ -48,7 +49,7 @@ class Published:
             self.optimizer = torch.optim.AdamW(options, lr=1e-4, betas=BETAS)
             self.ema = copy.deepcopy(self.weights)
             self.network.train()
-        with self._as_it_expects(), _autocast(self.device, compute):
+        with self._as_it_expects(), autocast(self.device, compute):
             loss = self.network(latents_BCHW, labels_B)
         if not math.isfinite(loss.item()):
             raise UsageError("the published code's loss is not finite")
@@ -63,7 +64,7 @@ class Published:
     def sample(self, labels: Sequence[int], steps: int, guidance: float, compute: torch.dtype) -> Tensor:
         """Return latents from its Euler-Maruyama sampler."""
         self.network.eval()
-        with self._as_it_expects(), _autocast(self.device, compute):
+        with self._as_it_expects(), autocast(self.device, compute):
             latents: Tensor = self.network.sample_tokens(steps, guidance, torch.tensor(labels, device=self.device))  # type: ignore[operator]
         return latents
 
@@ -96,7 +97,3 @@ def _import(folder: Path) -> Any:
         sys.path.remove(str(folder))
         for name in stand_ins:
             del sys.modules[name]
-
-
-def _autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:
-    return torch.autocast(device.type, dtype=compute, enabled=compute is not torch.float32)

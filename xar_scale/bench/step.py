@@ -27,7 +27,7 @@ from xar_scale.model.flops import training_flops
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import XAR, Weight, initial_weights, meta_model
 from xar_scale.plan.hardware import GPUS
-from xar_scale.precision import FP32, MODES, apply_matmul_mode
+from xar_scale.precision import MODES, apply_matmul_mode, autocast
 from xar_scale.presets import model_values, recipe
 from xar_scale.sampler import sample
 from xar_scale.startup import open_data
@@ -113,7 +113,7 @@ def bench_sample(options: argparse.Namespace) -> None:
     prepare(model, device, compute, compiled=options.compile)
 
     def ours() -> None:
-        with torch.autocast(device.type, dtype=compute, enabled=compute is not FP32):
+        with autocast(device, compute):
             sample(model, labels, steps=options.steps, guidance=options.guidance)
 
     ours()
@@ -230,7 +230,7 @@ def _baseline(options: argparse.Namespace, device: torch.device, *, train: bool)
     x = torch.randn(options.batch, options.grid**2, width, device=device)
 
     def work() -> None:
-        with torch.autocast(device.type, dtype=compute, enabled=compute is not FP32), torch.set_grad_enabled(train):
+        with autocast(device, compute), torch.set_grad_enabled(train):
             y = network(x)  # always in training mode: evaluation would use another kernel
         if train:
             F.mse_loss(y.float(), x).backward()

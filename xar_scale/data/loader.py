@@ -45,6 +45,18 @@ class Batch:
     faults: tuple[Fault, ...] = ()  # samples that could not be read; all ranks together decide about the step
 
     @classmethod
+    def zeros(cls, layout: EntityLayout, channels: int, size: int, device: torch.device | None = None) -> Self:
+        """Return ``size`` samples of zeros."""
+        return cls(
+            latents=torch.zeros(size, channels, *layout.grid, device=device),
+            labels=torch.zeros(size, dtype=torch.int64, device=device),
+            t=torch.zeros(size, layout.entities, device=device),
+            noise=torch.zeros(size, layout.tokens, channels, device=device),
+            keys=("",) * size,
+            places=torch.zeros(size, 2, dtype=torch.int64),
+        )
+
+    @classmethod
     def concatenate(cls, parts: Sequence[Self]) -> Self:
         """Return one batch made of several."""
         latents, labels, t, noise, places = (
@@ -135,16 +147,7 @@ class LatentDataset(Dataset[Batch]):
 
     def blank(self, size: int, error: XarScaleError) -> Batch:
         """Return a batch of zeros in place of ``size`` samples that did not arrive. Its fault ends the run with ``error``."""
-        model, layout = self.config.model, self.layout
-        return Batch(
-            latents=torch.zeros(size, model.channels, *model.grid),
-            labels=torch.zeros(size, dtype=torch.int64),
-            t=torch.zeros(size, layout.entities),
-            noise=torch.zeros(size, layout.tokens, model.channels),
-            keys=("",) * size,
-            places=torch.zeros(size, 2, dtype=torch.int64),
-            faults=(Fault("", 0, error, fatal=True),),
-        )
+        return replace(Batch.zeros(self.layout, self.config.model.channels, size), faults=(Fault("", 0, error, fatal=True),))
 
     def _prefetch(self, numbers: Sequence[int]) -> None:
         """Prefetch the shards of windows that have started, then those of the windows after them."""

@@ -19,7 +19,7 @@ from xar_scale.data.loader import Batch
 from xar_scale.flow import velocity_loss
 from xar_scale.guard import Bad
 from xar_scale.model.xar import XAR
-from xar_scale.precision import FP32, MODES, Precision, apply_matmul_mode
+from xar_scale.precision import MODES, Precision, apply_matmul_mode, autocast
 
 NORM_ROW = 4096
 
@@ -104,15 +104,11 @@ class Engine(ABC):
     def _loss(self, batch: Batch) -> Tensor:
         return velocity_loss(self.network, self.layout, batch.latents, batch.noise, batch.t, batch.labels)
 
-    def _autocast(self) -> torch.autocast:
-        compute = self.precision.compute
-        return torch.autocast(self.device.type, dtype=compute, enabled=compute is not FP32)
-
     def forward_backward(self, batch: Batch) -> Tensor:
         """Run one micro-batch and accumulate its share of the step's mean gradient. Returns its loss on this rank, detached."""
         total = torch.zeros((), device=self.device)
         for part in batch.split(self.splits):
-            with self._autocast():
+            with autocast(self.device, self.precision.compute):
                 loss = self._loss(part) / self.splits
             (loss * (self.loss_scale / self.accumulation_steps)).backward()
             total += loss.detach()
@@ -171,7 +167,7 @@ class Engine(ABC):
     @torch.no_grad()
     def losses(self, batch: Batch) -> Tensor:
         """Return the loss of each sample (B,). Collective: every rank calls this with the same number of samples."""
-        with self._autocast():
+        with autocast(self.device, self.precision.compute):
             return torch.stack([self._loss(part) for part in batch.split(len(batch.labels))])
 
     @cached_property

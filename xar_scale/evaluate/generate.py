@@ -21,7 +21,7 @@ from xar_scale.graphs import Graphs
 from xar_scale.model.compiled import compile_static
 from xar_scale.model.kv_cache import KVCache
 from xar_scale.model.xar import XAR, meta_model
-from xar_scale.precision import FP32, MODES, apply_matmul_mode
+from xar_scale.precision import FP32, MODES, apply_matmul_mode, autocast
 from xar_scale.sampler import Watch, sample
 from xar_scale.tokenizers import Tokenizer, create_tokenizer
 
@@ -90,8 +90,7 @@ class Generator:
     def latents(self, labels: Sequence[int], seed: int | Sequence[int], first: int = 0, watch: Watch | None = None) -> Tensor:
         """Sample the latents of one batch (B, C, rows, columns), in the tokenizer's scale."""
         options = {name: getattr(self.settings, name) for name in SAMPLER_SETTINGS}
-        mixed = torch.autocast(self.device.type, dtype=self.compute, enabled=self.compute is not FP32)
-        with mixed, dist.abort_on_error() if self.shared else nullcontext():
+        with autocast(self.device, self.compute), dist.abort_on_error() if self.shared else nullcontext():
             drawn = sample(self.model, labels, seed=seed, first_image=first, watch=watch, **options)
         return drawn / self.latent_scale
 

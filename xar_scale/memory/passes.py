@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xar_scale.config import Config, KernelConfig, ModelConfig
+from xar_scale.data.loader import Batch
 from xar_scale.flow import velocity_loss
 from xar_scale.model.aligned import mark_weights_gathered
 from xar_scale.model.cpu import emulate
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import blank_weights, meta_model
-from xar_scale.precision import FP32, MODES
+from xar_scale.precision import FP32, MODES, autocast
 
 
 class PassMemory(NamedTuple):
@@ -138,20 +139,18 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
         for weight in blank_weights(model):
             cast = weight.value.to(gathered) if weight.module in lowered else weight.value
             weight._replace(value=cast).place(device).register_post_accumulate_grad_hook(_free_gradient)
-        latents = torch.zeros(samples, config.model.channels, *layout.grid, device=device)
-        noise = torch.zeros(samples, layout.tokens, config.model.channels, device=device)
-        t = torch.zeros(samples, layout.entities, device=device)
-        labels = torch.zeros(samples, dtype=torch.int64, device=device)
+        batch = Batch.zeros(layout, config.model.channels, samples, device)
+        given = (batch.latents, batch.noise, batch.t, batch.labels)
 
         def forward() -> Tensor:
-            with torch.autocast(device.type, dtype=precision.compute, enabled=precision.compute is not FP32):
-                return velocity_loss(model, layout, latents, noise, t, labels)
+            with autocast(device, precision.compute):
+                return velocity_loss(model, layout, *given)
 
         if graph and not graph.made:
             forward().backward()
             graph.made = True
             inputs.clear()
-        living.ignore(*model.parameters(), latents, noise, t, labels)
+        living.ignore(*model.parameters(), *given)
         stack.enter_context(living)
         loss = forward()
         saved, most = living.bytes, living.peak
