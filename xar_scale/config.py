@@ -204,6 +204,11 @@ class Config:
             raise ConfigError(f"{numbers} is not below 2^63: samples are numbered in 64 bits")
         if self.train.precision == "fp16" and not self.guard.enabled:
             raise ConfigError("train.precision fp16 needs guard.enabled: the guard manages its loss scale")
+        if self.train.precision == "fp16" and self.train.engine == "deepspeed":
+            raise ConfigError(
+                "train.precision fp16 needs a loss scale, and DeepSpeed's does not work under ZeRO with autocast: ranks "
+                "disagree on which steps to skip, and the scale never backs off; use train.engine=ddp, fsdp2 or single"
+            )
         if wrong := [label for label in self.sample.shown if not 0 <= label < self.model.classes]:
             raise ConfigError(f"sample.shown holds {wrong[0]}, the model's classes are 0..{self.model.classes - 1}")
         if self.evaluate.every and not self.evaluate.reference:
@@ -370,10 +375,17 @@ def override(values: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 
 def shard_ranks(train: TrainConfig, world: int) -> int:
-    """Return the size of a sharding group. Raises ConfigError with the numbers if it does not divide ``world``."""
+    """Return the size of a sharding group. Raises ConfigError if ``train.engine`` has no such groups on ``world`` ranks."""
     ranks = train.shard_ranks or world
+    if train.engine == "single" and world > 1:
+        raise ConfigError(f"train.engine single is one process, not {world}; use train.engine=ddp, fsdp2 or deepspeed")
     if world % ranks:
         raise ConfigError(f"world {world} is not divisible by train.shard_ranks {ranks}")
+    if train.engine == "deepspeed" and ranks == 1 != world:
+        raise ConfigError(
+            "train.shard_ranks 1 replicates the weights on each rank, which ZeRO-3 cannot do: leave it unset, and use ddp or "
+            "ZeRO stage 2"
+        )
     return ranks
 
 

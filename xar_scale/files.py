@@ -81,6 +81,13 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def publish(folder: Path, final: Path) -> None:
+    """Give a finished folder, whose files are on disk, its final name, durably."""
+    sync_folder(folder)
+    folder.rename(final)
+    sync_folder(final.parent)
+
+
 def free_name(path: Path) -> Path:
     """Return ``path``, or, if it exists, the first unused name with a number after the stem."""
     numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))

@@ -235,9 +235,14 @@ def test_a_config_survives_its_yaml(tmp_path):
 
 
 def test_fp16_needs_the_guard_which_manages_its_loss_scale():
-    digits_config("train.precision=fp16")
+    digits_config("train.precision=fp16", "train.engine=single")
     with pytest.raises(ConfigError, match=r"train\.precision fp16 needs guard\.enabled"):
-        digits_config("train.precision=fp16", "guard.enabled=false")
+        digits_config("train.precision=fp16", "train.engine=single", "guard.enabled=false")
+
+
+def test_fp16_is_refused_under_deepspeed_whose_loss_scale_does_not_work():
+    with pytest.raises(ConfigError, match=r"train\.precision fp16 needs a loss scale, .* use train\.engine=ddp"):
+        digits_config("train.precision=fp16", "train.engine=deepspeed")
 
 
 def test_a_config_is_frozen():

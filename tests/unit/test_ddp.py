@@ -142,7 +142,7 @@ def test_a_step_of_two_micro_batches_reduces_once_and_gathers_once(four_ranks, m
     for batch in passes(0):
         engine.forward_backward(batch)
     assert sent == [reduced, gathered]
-    verdict = engine.agree(torch.zeros(()))
+    verdict = engine.agree(torch.zeros(()), torch.zeros(()))
     assert sent == [reduced, gathered, reduced]
     engine.step(1e-3, verdict)
     assert sent == [reduced, gathered, reduced, gathered]

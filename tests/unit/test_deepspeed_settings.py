@@ -161,12 +161,6 @@ def test_sizes_that_hpz_does_not_support_are_refused(tmp_path):
     settings_of(tmp_path, ZERO3, "train.shard_ranks=1", world=1)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_fp16_is_refused_with_the_reason(tmp_path, stage):
-    with pytest.raises(ConfigError, match="ranks disagree on which steps to skip, and the scale never backs off; use .*fsdp2"):
-        settings_of(tmp_path, {"zero_optimization": {"stage": stage}}, "train.precision=fp16")
-
-
 @pytest.mark.parametrize(
     ("stage", "key", "value", "complaint"),
     [

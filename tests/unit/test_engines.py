@@ -59,12 +59,12 @@ def test_step_counts_are_set_per_tensor_and_per_group():
 
 def test_the_agreed_norm_is_clipped():
     engine = single_engine("optim.clip=0.01")
-    verdict = engine.agree(engine.forward_backward(random_batch(0)))
+    verdict = engine.agree(engine.forward_backward(random_batch(0)), torch.zeros(()))
     norm = torch.cat([gradient.flatten() for gradient in engine.gradients()]).double().norm()
     torch.testing.assert_close(torch.tensor(verdict.grad_norm, dtype=torch.float64), norm, rtol=1e-6, atol=0)
     assert norm > 0.01
     taken = []
-    engine._optimizer_step = lambda rate: taken.extend(gradient.clone() for gradient in engine.gradients())
+    engine._optimizer_step = lambda: taken.extend(gradient.clone() for gradient in engine.gradients())
     engine.step(1e-3, verdict)
     torch.testing.assert_close(
         torch.cat([gradient.flatten() for gradient in taken]).norm(), torch.tensor(0.01), rtol=1e-3, atol=0
@@ -78,7 +78,7 @@ def test_a_non_finite_batch_is_detected_and_discarding_it_leaves_no_trace(value)
         bad = random_batch(100)
         bad.latents[1, 0, 0, 0] = value
         before = copies(engine)
-        verdict = engine.agree(engine.forward_backward(bad))
+        verdict = engine.agree(engine.forward_backward(bad), torch.zeros(()))
         assert verdict.bad & Bad.LOSS and verdict.bad & Bad.GRADIENT
         engine.discard()
         assert all(torch.equal(was, now) for was, now in zip(before, copies(engine), strict=True))
@@ -90,7 +90,7 @@ def test_a_finite_loss_with_a_non_finite_gradient_is_detected():
     engine = single_engine()
     loss = engine.forward_backward(random_batch(0))
     engine.gradients()[3].view(-1)[0] = float("nan")
-    verdict = engine.agree(loss)
+    verdict = engine.agree(loss, torch.zeros(()))
     assert math.isfinite(verdict.loss)
     assert verdict.bad == Bad.GRADIENT
 
@@ -107,7 +107,7 @@ def test_a_gradient_that_overflows_only_in_the_sum_over_ranks_is_detected(monkey
     loss = engine.forward_backward(random_batch(0))
     engine.gradients()[3].view(-1)[0] = 1.5e19  # its square is below float32's maximum, 3.4e38, and four times that above
     monkeypatch.setattr(dist, "all_reduce_sum", lambda tensor: 4 * tensor)
-    assert engine.agree(loss).bad == Bad.GRADIENT and engine.local_bad == Bad.NOTHING
+    assert engine.agree(loss, torch.zeros(())).bad == Bad.GRADIENT and engine.local_bad == Bad.NOTHING
 
 
 def test_accumulated_micro_batches_equal_one_batch():

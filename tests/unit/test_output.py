@@ -69,11 +69,11 @@ def test_seeds_are_numbers_and_ranges():
 
 def test_the_grid_has_a_named_row_for_each_entry():
     grey = {level: np.full((1, 8, 8), level, np.uint8) for level in (10, 20, 200)}
-    pixels = np.asarray(draw_grid({"2": np.stack([grey[200]]), "5": np.stack([grey[10], grey[20]])}, cell=16))
-    assert pixels.shape[0] == 2 * 20 + 4
-    margin = pixels.shape[1] - (2 * 20 + 4)
+    pixels = np.asarray(draw_grid({"2": np.stack([grey[200]]), "5": np.stack([grey[10], grey[20]])}))
+    assert pixels.shape[0] == 2 * 52 + 4
+    margin = pixels.shape[1] - (2 * 52 + 4)
     assert (pixels[:, :margin] < 128).any()  # the names
-    assert pixels[[12, 32]][:, [margin + 8, margin + 28]].tolist() == [[200, 255], [10, 20]]
+    assert pixels[[28, 80]][:, [margin + 24, margin + 76]].tolist() == [[200, 255], [10, 20]]
 
 
 def drawn() -> SampledImages:
@@ -123,7 +123,7 @@ def test_unwritable_outputs_are_refused(tmp_path):
 
 def test_images_keep_their_aspect_ratio(tmp_path):
     wide = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 64), dtype=np.uint8)
-    assert draw_grid({"1": wide}, cell=64).height == 68 + 4
+    assert draw_grid({"1": wide}).height == 68 + 4
     SampledImages(wide, [1, 1], [0, 1], {1: "1"}, wide).write(tmp_path / "view.gif")
     with Image.open(tmp_path / "view.gif") as view:
         assert view.size == (192, 96)

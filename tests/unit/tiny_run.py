@@ -59,7 +59,7 @@ class Run:
 
     def train(self, steps: int = 1, batch: Callable[[int], Batch] = random_batch) -> None:
         for _ in range(steps):
-            verdict = self.engine.agree(self.engine.forward_backward(batch(self.step)))
+            verdict = self.engine.agree(self.engine.forward_backward(batch(self.step)), torch.zeros(()))
             self.engine.step(1e-2, verdict)
             self.step += 1
             self.ema.update(self.step)

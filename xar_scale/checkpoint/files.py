@@ -6,6 +6,7 @@ The layout is that of PyTorch's DCP with safetensors storage: one one-dimensiona
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,17 +46,18 @@ def file_name(number: int) -> str:
 
 def header_of(spans: Mapping[str, tuple[int, int]]) -> bytes:
     """Return the header of a file that holds elements [start, stop) of each vector, in the order of ``spans``."""
-    entries: dict[str, Any] = {
-        "__metadata__": {
-            "format": "pt",
-            "DCP_VERSION": "1.0",
-            "DCP_SHARDING_INFO": json.dumps({key: {"saved_offsets": [start]} for key, (start, _) in spans.items()}),
-        }
-    }
+    offsets = json.dumps({key: {"saved_offsets": [start]} for key, (start, _) in spans.items()})
+    shapes = {key: (stop - start,) for key, (start, stop) in spans.items()}
+    return safetensors_header(shapes, {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": offsets})
+
+
+def safetensors_header(shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> bytes:
+    """Return the header of a safetensors file of float32 tensors, which follow it in this order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
-    for key, (start, stop) in spans.items():
-        end = offset + FLOAT32 * (stop - start)
-        entries[key] = {"dtype": "F32", "shape": [stop - start], "data_offsets": [offset, end]}
+    for name, shape in shapes.items():
+        end = offset + FLOAT32 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -31,7 +31,7 @@ class Initialisation:
     def __init__(self, source: Source, shapes: dict[str, torch.Size], config: ModelConfig) -> None:
         """Raises DataError if almost nothing matches."""
         self.source, self.shapes = source, shapes
-        self.kind = "ema" if "ema" in source.kinds else "model"
+        self.kind = source.best_kind
         self.source_shapes = source.names(self.kind)
         self.layout = create_layout(config)
         self.matching = {name for name, shape in shapes.items() if self.source_shapes.get(name) == shape}

@@ -84,7 +84,7 @@ def load(checkpoint: Checkpoint, engine: Engine, ema: EMA) -> int:
     return count
 
 
-def load_weights(checkpoint: Checkpoint, which: str = "ema") -> dict[str, Tensor]:
+def load_weights(checkpoint: Checkpoint, which: str) -> dict[str, Tensor]:
     """Return unsharded weights for one process. ``which``: one of the checkpoint's kinds."""
     with open_vectors(checkpoint, which) as files:
         shapes = checkpoint.manifest.shapes

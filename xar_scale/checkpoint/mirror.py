@@ -23,7 +23,7 @@ from xar_scale.checkpoint.manifest import (
     verify,
 )
 from xar_scale.errors import ConfigError, DataError, FileError, XarScaleError
-from xar_scale.files import free_name, remove, sync_folder, write_atomically
+from xar_scale.files import free_name, publish, remove, write_atomically
 
 T = TypeVar("T")
 Check = Callable[[Checkpoint], None]  # raises ConfigError if the run cannot resume from it
@@ -229,15 +229,14 @@ def _fetch(mirror: Mirror, step: int, run: Path, check: Check) -> Checkpoint:
         temporary.mkdir(parents=True)
         return [MANIFEST, *manifest.files]
 
-    def publish() -> None:
+    def place() -> None:
         if final.exists():  # it is damaged, or there would be no download
             final.rename(free_name(final.with_name(f"damaged-{final.name}")))
-        temporary.rename(final)
-        sync_folder(final.parent)
+        publish(temporary, final)
 
     names = dist.on_rank_0(begin)
     dist.say(f"downloading {final.name} from {mirror.url}")
     dist.on_all_ranks(lambda: _with_retries(lambda: mirror.download(step, dist.mine(names), temporary)))
     checkpoint = dist.on_all_ranks(lambda: verify(temporary))
-    dist.on_rank_0(publish)
+    dist.on_rank_0(place)
     return replace(checkpoint, path=final)

@@ -17,7 +17,7 @@ from xar_scale.checkpoint.manifest import EMA_SNAPSHOTS, MANIFEST, Checkpoint, c
 from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.ema import POWER_KINDS
 from xar_scale.errors import DataError, UsageError
-from xar_scale.files import sync_folder, write_atomically
+from xar_scale.files import publish, write_atomically
 from xar_scale.posthoc import MAX_WIDTH, Fit, Profile, fit
 
 MAX_RESIDUAL = 0.05  # the largest relative error that a fit may have
@@ -89,9 +89,7 @@ def write_ema(snapshots: Sequence[Checkpoint], factors: Sequence[float], sigma_r
         written = write_blocks(path, {f"ema/{name}": (0, count) for name, count in elements.items()}, blocks)
     manifest = replace(snapshots[-1].manifest, kinds=("ema",), sigma_rel=sigma_rel, world=1, files={path.name: written})
     write_atomically(temporary / MANIFEST, manifest.to_json())
-    sync_folder(temporary)
-    temporary.rename(out)
-    sync_folder(out.parent)
+    publish(temporary, out)
     return Checkpoint(out, manifest)
 
 

@@ -30,7 +30,7 @@ from xar_scale.config import TrainConfig
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
 from xar_scale.errors import DataError, FileError, UsageError
-from xar_scale.files import free_name, make_folder, remove, sync_folder, write_atomically
+from xar_scale.files import free_name, make_folder, publish, remove, write_atomically
 from xar_scale.staging import Staging
 
 FINAL_ATTEMPTS = 6  # to write the last checkpoint, 1, 2, 4, ... seconds apart
@@ -240,9 +240,7 @@ class Store:
                 if not (temporary / name).is_file() or (temporary / name).stat().st_size != entry.bytes:
                     raise OSError(f"rank 0 does not see {temporary / name} as it was written: all ranks must share the folder")
             write_atomically(temporary / MANIFEST, replace(manifest, files=files).to_json())
-            sync_folder(temporary)
-            temporary.rename(final)
-            sync_folder(final.parent)
+            publish(temporary, final)
         if final.parent == self.folder:
             self._point_at(final)
             self._drop_older()

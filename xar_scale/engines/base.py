@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import or_
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as torch_dist
@@ -52,6 +52,8 @@ class Engine(ABC):
 
     A step is ``attempt`` and then ``step`` or ``discard``. After ``discard`` it can be attempted again.
     """
+
+    optimizer: Any  # torch's AdamW, or ZeRO's optimizer around it
 
     def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
         self.model, self.layout, self.config, self.device = model, model.layout, config, device
@@ -114,7 +116,7 @@ class Engine(ABC):
             total += loss.detach()
         return total
 
-    def agree(self, loss: Tensor, inputs: Tensor | None = None, faults: int = 0, stop: bool = False) -> Verdict:
+    def agree(self, loss: Tensor, inputs: Tensor, faults: int = 0, stop: bool = False) -> Verdict:
         """Reduce a step's results over all ranks into one verdict: one all-reduce, and one wait for the device.
 
         Called after the last micro-batch with this rank's values: ``loss``, the mean over micro-batches; ``inputs``, a number
@@ -123,7 +125,6 @@ class Engine(ABC):
         # offloaded shards are summed where they are
         squares = sum_of_squares(self.gradients()).to(self.device)
         weights = finite_if_all_are(self._master_weights).to(self.device)
-        inputs = torch.zeros_like(loss) if inputs is None else inputs
         self._bad = ~torch.isfinite(torch.stack([loss, squares, weights, inputs]))
         counts = torch.tensor([faults, stop], dtype=loss.dtype).to(self.device, non_blocking=True)
         parts = torch.cat([torch.stack([loss / dist.world(), squares / self.replicas]), counts])
@@ -186,7 +187,9 @@ class Engine(ABC):
         scale = min(self.config.optim.clip / (verdict.grad_norm + 1e-6), 1.0) / self.loss_scale
         if scale != 1.0:  # it reads and writes all gradients, and most steps of a run are below the clip norm
             torch._foreach_mul_(self.gradients(), scale)
-        self._optimizer_step(learning_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer_step()
 
     def share(self, tensors: Sequence[Tensor]) -> None:
         """Fill ``tensors``, which this rank owns together with other replicas, with the part that each replica has of them
@@ -214,7 +217,7 @@ class Engine(ABC):
         """Make the engine's own state follow ``precision`` and ``splits``."""
 
     @abstractmethod
-    def _optimizer_step(self, learning_rate: float) -> None: ...
+    def _optimizer_step(self) -> None: ...
 
     @abstractmethod
     def discard(self) -> None:

@@ -74,7 +74,7 @@ class DDPEngine(ReplicatedEngine):
     def _take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         self._added.update(self.parameters)
 
-    def agree(self, loss: Tensor, inputs: Tensor | None = None, faults: int = 0, stop: bool = False) -> Verdict:
+    def agree(self, loss: Tensor, inputs: Tensor, faults: int = 0, stop: bool = False) -> Verdict:
         self._reduce()
         return super().agree(loss, inputs, faults, stop)
 
@@ -87,8 +87,8 @@ class DDPEngine(ReplicatedEngine):
         assert len(self._added) in (0, len(self.parameters))  # a missing one would still hold an earlier step's gradient
         return [self._gradients[self.owned]] if self._added else []
 
-    def _optimizer_step(self, learning_rate: float) -> None:
-        super()._optimizer_step(learning_rate)
+    def _optimizer_step(self) -> None:
+        super()._optimizer_step()
         self._gather()
 
     def _gather(self) -> None:

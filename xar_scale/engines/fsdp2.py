@@ -67,11 +67,9 @@ class FSDP2Engine(Engine):
     def gradients(self) -> list[Tensor]:
         return [_local(parameter.grad) for parameter in self.parameters.values() if parameter.grad is not None]
 
-    def _optimizer_step(self, learning_rate: float) -> None:
+    def _optimizer_step(self) -> None:
         for name, parameter in self.parameters.items():
             self.local[name].grad = None if parameter.grad is None else _local(parameter.grad)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.discard()

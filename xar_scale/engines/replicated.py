@@ -18,8 +18,6 @@ FIRST, ADDED = "first", "added"  # micro-batches of a step: the first writes gra
 
 
 class ReplicatedEngine(Engine):
-    optimizer: torch.optim.Optimizer
-
     def __init__(self, model: XAR, config: Config, device: torch.device) -> None:
         super().__init__(model, config, device)
         self._graphs: Graphs | None = None
@@ -55,9 +53,7 @@ class ReplicatedEngine(Engine):
         assert loss is not None
         return loss.clone()
 
-    def _optimizer_step(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+    def _optimizer_step(self) -> None:
         self.optimizer.step()
         self.discard()
 

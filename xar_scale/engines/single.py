@@ -5,11 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from xar_scale import dist
 from xar_scale.config import Config
 from xar_scale.engines.base import Shard, adam_state, set_steps
 from xar_scale.engines.replicated import ReplicatedEngine
-from xar_scale.errors import ConfigError
 from xar_scale.model.apex import choose_library
 from xar_scale.model.xar import XAR, Weight
 from xar_scale.optim import create_adamw
@@ -17,11 +15,6 @@ from xar_scale.optim import create_adamw
 
 class SingleEngine(ReplicatedEngine):
     def __init__(self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device) -> None:
-        """Raises ConfigError if there is more than one rank."""
-        if dist.world() > 1:
-            raise ConfigError(
-                f"train.engine single is one process, not {dist.world()}; use train.engine=ddp, fsdp2 or deepspeed"
-            )
         super().__init__(model, config, device)
         for weight in weights:
             weight.place(device)

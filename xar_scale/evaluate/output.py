@@ -12,6 +12,7 @@ from xar_scale.errors import UsageError
 from xar_scale.files import write_atomically
 
 SMALLEST, LARGEST = 48, 256  # side of an image in a grid, in pixels
+FRAME_MS, LAST_MS = 80, 2000  # how long an animation shows each frame, and the last one
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ def to_pil(image_IHW: np.ndarray) -> Image.Image:
     return Image.fromarray(image_IHW[0] if image_IHW.shape[0] == 1 else image_IHW.transpose(1, 2, 0))
 
 
-def draw_grid(rows: dict[str, np.ndarray], cell: int | None = None) -> Image.Image:
-    """Return one titled row per entry: its uint8 images (N, I, H, W) side by side, each in a square of ``cell`` pixels (none:
-    the images' width, within SMALLEST to LARGEST)."""
-    cell = cell or min(max(SMALLEST, *(images.shape[-1] for images in rows.values())), LARGEST)
+def draw_grid(rows: dict[str, np.ndarray]) -> Image.Image:
+    """Return one titled row per entry: its uint8 images (N, I, H, W) side by side, each in a square as wide as the
+    images, within SMALLEST to LARGEST pixels."""
+    cell = min(max(SMALLEST, *(images.shape[-1] for images in rows.values())), LARGEST)
     gap, font = 4, ImageFont.load_default(size=min(cell // 2, 24))
     margin = int(max(font.getlength(name) for name in rows)) + cell // 2
     columns = max(len(images) for images in rows.values())
@@ -95,12 +96,12 @@ def write_npz(images_NIHW: np.ndarray, labels: np.ndarray, path: Path) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def write_animation(frames: Sequence[np.ndarray], path: Path, frame_ms: int = 80, last_ms: int = 2000) -> None:
+def write_animation(frames: Sequence[np.ndarray], path: Path) -> None:
     """Write frames (I, H, W) as a looping GIF."""
     images = [to_pil(frame) for frame in frames]
     side = max(SMALLEST * 4, *images[0].size)
     larger = [_fit(image, side, Image.Resampling.NEAREST) for image in images]
     buffer = io.BytesIO()
-    durations = [frame_ms] * (len(larger) - 1) + [last_ms]
+    durations = [FRAME_MS] * (len(larger) - 1) + [LAST_MS]
     larger[0].save(buffer, format="gif", save_all=True, append_images=larger[1:], duration=durations, loop=0)
     write_atomically(path, buffer.getvalue())

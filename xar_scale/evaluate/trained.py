@@ -78,7 +78,7 @@ def _of_run(checkpoint: Checkpoint, overrides: list[str]) -> TrainedModel:
     source = dist.on_all_ranks(lambda: open_source(path))  # the run may drop it meanwhile
     return TrainedModel(
         source,
-        "ema" if "ema" in source.kinds else "model",
+        source.best_kind,
         digest(entry.sha256 for entry in manifest.files.values()),
         config.model,
         config.sample,
@@ -91,7 +91,7 @@ def _of_run(checkpoint: Checkpoint, overrides: list[str]) -> TrainedModel:
 def _published(path: Path, overrides: list[str]) -> TrainedModel:
     """Open published weights; the caller adds the hashes."""
     source = open_source(path)
-    kind = "ema" if "ema" in source.kinds else "model"
+    kind = source.best_kind
     published = RECIPES.get(f"imagenet256_{preset_of(path, source.names(kind)).removeprefix('xar_')}", {})
     values = override({"sample": published.get("sample", {}), "kernels": {}}, overrides)
     settings = validated(SampleConfig, values["sample"], ConfigError, "sample: ")

@@ -10,7 +10,7 @@ from typing import get_args
 
 import torch
 
-from xar_scale.config import Config, Recompute, micro_batches
+from xar_scale.config import Config, EngineName, Recompute, micro_batches, shard_ranks
 from xar_scale.errors import ConfigError
 from xar_scale.memory.fallback import plan_fallback
 from xar_scale.memory.passes import PassEstimator, pass_estimator
@@ -129,14 +129,6 @@ def search(config: Config, machines: Machines, fixed: Sequence[str]) -> Search:
             f"{machines.gpus} x {train.global_batch // machines.gpus} + {train.global_batch % machines.gpus}; "
             f"with data.lanes {config.data.lanes} the nearest {f'are {below} and' if below else 'is'} {below + unit}"
         )
-    if "train.engine" in fixed and train.engine == "single" and machines.gpus > 1:
-        raise ConfigError(f"train.engine single is one process, not {machines.gpus}")
-    if "train.engine" in fixed and train.engine == "deepspeed" and MODES[train.precision].scaled:
-        raise ConfigError(
-            f"train.precision {train.precision} needs a loss scale, which ZeRO does not have; use ddp, fsdp2 or no train.engine"
-        )
-    if "train.engine" in fixed and train.engine == "deepspeed" and train.shard_ranks == 1 != machines.gpus:
-        raise ConfigError("train.shard_ranks 1 replicates the weights on each rank, which ZeRO-3 cannot do; use ddp without it")
     weights = weights_of(config.model)
     candidates = []
     for each in _configs(config, machines, fixed):
@@ -157,10 +149,10 @@ def _sort_key(candidate: Candidate) -> tuple[int, int, bool, int, int]:
     )
 
 
-def _configs(config: Config, machines: Machines, fixed: Sequence[str]) -> Iterator[Config]:
-    train = config.train
-    several = ("ddp", "fsdp2") if MODES[train.precision].scaled else ("ddp", "deepspeed", "fsdp2")  # ZeRO-3 has no loss scale
-    engines = ("single",) if machines.gpus == 1 else several
+def _configs(config: Config, machines: Machines, fixed: Sequence[str]) -> list[Config]:
+    """Return the configs that training accepts. Raises its ConfigError if there are none."""
+    train, found, refusals = config.train, list[Config](), list[ConfigError]()
+    engines: tuple[EngineName, ...] = ("single",) if machines.gpus == 1 else ("ddp", "deepspeed", "fsdp2")
     nodes = machines.nodes > 1 and machines.per_node > 1 and machines.gpus % machines.per_node == 0
     groups = (None, machines.per_node) if nodes else (None,)
     for engine, group, recompute, micro in product(
@@ -169,17 +161,18 @@ def _configs(config: Config, machines: Machines, fixed: Sequence[str]) -> Iterat
         (train.recompute,) if "train.recompute" in fixed else RECOMPUTE,
         (train.micro_batch,) if "train.micro_batch" in fixed and train.micro_batch else _divisors(config, machines),
     ):
-        zero3 = engine == "deepspeed"
-        if zero3 and group == 1 != machines.gpus:
-            continue  # weights replicated on each rank, which ZeRO-3 cannot do
-        if engine == "ddp" and group:
-            continue
-        compiled = config.kernels.compile if "kernels.compile" in fixed else not zero3  # faster wherever it was measured
-        if zero3 and compiled:
-            continue  # training refuses it
+        # faster wherever it was measured
+        compiled = config.kernels.compile if "kernels.compile" in fixed else engine != "deepspeed"
         kernels = dataclasses.replace(config.kernels, compile=compiled)
-        chosen = _with_train(config, engine=engine, shard_ranks=group, recompute=recompute, micro_batch=micro)
-        yield dataclasses.replace(chosen, kernels=kernels)
+        try:
+            chosen = dataclasses.replace(train, engine=engine, shard_ranks=group, recompute=recompute, micro_batch=micro)
+            shard_ranks(chosen, machines.gpus)
+            found.append(dataclasses.replace(config, train=chosen, kernels=kernels))
+        except ConfigError as refused:
+            refusals.append(refused)
+    if not found:
+        raise refusals[0]
+    return found
 
 
 def _divisors(config: Config, machines: Machines) -> list[int]:

@@ -48,6 +48,11 @@ class Source:
         found = {key.partition("/")[0] for key in self.shapes}
         return tuple(kind for kind in KINDS if kind in found)
 
+    @property
+    def best_kind(self) -> str:
+        """The kind of the weights to sample or start from: the EMA weights if there are any."""
+        return "ema" if "ema" in self.kinds else "model"
+
     def names(self, kind: str) -> dict[str, torch.Size]:
         """Names and shapes of one kind."""
         return {key.partition("/")[2]: shape for key, shape in self.shapes.items() if key.startswith(f"{kind}/")}

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from xar_scale.checkpoint.files import FLOAT32, SUFFIX, Fingerprint, file_name, header_of
+from xar_scale.checkpoint.files import FLOAT32, SUFFIX, Fingerprint, file_name, header_of, safetensors_header
 from xar_scale.checkpoint.interop.official import their_names, their_shape
 from xar_scale.checkpoint.interop.open import SUMS
 from xar_scale.checkpoint.interop.source import Source
@@ -70,7 +70,7 @@ def _manifest(source: Source, files: int) -> Manifest:
 
 def _safetensors(source: Source, weights: str | None, _: int) -> Plan:
     """Files of whole tensors and their index, as Hugging Face's libraries read them."""
-    kind = weights or ("ema" if "ema" in source.kinds else "model")
+    kind = weights or source.best_kind
     groups: list[dict[str, torch.Size]] = [{}]
     space = SAFETENSORS_BYTES
     for name, shape in source.names(kind).items():
@@ -85,22 +85,10 @@ def _safetensors(source: Source, weights: str | None, _: int) -> Plan:
         file = f"model-{number:05d}-of-{len(groups):05d}{SUFFIX}"
         files |= dict.fromkeys(group, file)
         slices = [Slice(f"{kind}/{name}", 0, shape.numel()) for name, shape in group.items()]
-        outputs.append(Output(file, [Fixed(_safetensors_header(group)), *slices]))
+        outputs.append(Output(file, [Fixed(safetensors_header(group, {})), *slices]))
     index = {"metadata": {"total_size": sum(part.size for output in outputs for part in output.parts[1:])}, "weight_map": files}
     outputs.append(Output(INDEX, [Fixed(json.dumps(index, indent=2).encode())]))
     return Plan(outputs, _sums)
-
-
-def _safetensors_header(tensors: Mapping[str, torch.Size]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape in tensors.items():
-        end = offset + FLOAT32 * shape.numel()
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _pth(source: Source, weights: str | None, _: int) -> Plan:

@@ -18,7 +18,7 @@ from xar_scale.checkpoint.interop.pickled import is_pickled
 from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.reshard.parts import Fixed, Output, Plan, Slice
 from xar_scale.errors import DataError, FileError, UsageError
-from xar_scale.files import path_in_errors, sync_folder, write_atomically
+from xar_scale.files import path_in_errors, publish, sync_folder, write_atomically
 
 SYNC = 1 << 28  # bytes between two points from which an interrupted run can resume
 JOURNAL = "journal"
@@ -202,8 +202,7 @@ class _Work:
         write_atomically(self.files / name, content)
         for folder in sorted({path.parent for path in self.files.rglob("*")}):
             sync_folder(folder)
-        self.files.rename(self.destination)
-        sync_folder(self.destination.parent)
+        publish(self.files, self.destination)
         shutil.rmtree(self.folder)
 
 

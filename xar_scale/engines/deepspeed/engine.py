@@ -82,9 +82,7 @@ class DeepSpeedEngine(Engine):
             total += loss.detach() / self.splits
         return total
 
-    def _optimizer_step(self, learning_rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+    def _optimizer_step(self) -> None:
         self.engine.step()
 
     def discard(self) -> None:

@@ -29,11 +29,6 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     Raises ConfigError, naming both keys and values, if the file contradicts our config or asks for something unsupported here.
     """
     train, path = config.train, config.train.ds_config
-    if MODES[train.precision].scaled:
-        raise ConfigError(
-            f"train.precision {train.precision} needs a loss scale, and DeepSpeed's does not work under ZeRO with autocast: "
-            "ranks disagree on which steps to skip, and the scale never backs off; use train.engine=ddp, fsdp2 or single"
-        )
     settings = read_settings(path)
     micro, passes = micro_batches(train, world)
     ours: dict[str, tuple[str, Any]] = {
@@ -78,8 +73,6 @@ def _zero_settings(given: Any, train: TrainConfig, world: int) -> dict[str, Any]
             f"train.shard_ranks {ranks} shards weights, and {path}: zero_optimization.stage {stage} does not; "
             "use stage 3, or leave train.shard_ranks unset"
         )
-    if ranks == 1 != world:
-        raise ConfigError("train.shard_ranks 1 replicates the weights on each rank, which ZeRO-3 does not do; use ZeRO stage 2")
     neighbours = {"zero_hpz_partition_size": 1 if ranks == world else ranks}  # 1 in DeepSpeed: no hpZ
     for key, value in {**neighbours, "mics_shard_size": -1}.items():
         if zero.get(key, value) != value:
