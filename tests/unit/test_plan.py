@@ -39,7 +39,8 @@ def time_of(config: Config, machines: Machines = H100) -> cost.StepTime:
 @cache
 def found(model: str, gpus: int, gpu: str, *overrides: str, **machines: float) -> Search:
     fixed = [word.partition("=")[0] for word in overrides]
-    return search(config("train.engine=fsdp2", *overrides, model=model), Machines(GPUS[gpu], gpus, 8)._replace(**machines), fixed)
+    searched = config("train.engine=fsdp2", *overrides, model=model)
+    return search(searched, Machines(GPUS[gpu], gpus, 8)._replace(**machines), fixed)
 
 
 def test_weights_are_counted():

@@ -307,7 +307,7 @@ def test_the_file_that_does_not_fit_on_the_disk_is_named(tmp_path, own, capsys, 
 
 
 def test_if_a_run_drops_the_checkpoint_meanwhile_a_newer_one_is_converted(tmp_path, monkeypatch, capsys):
-    run, verified = Run(tmp_path / "run"), writer.verify
+    run, verified = Run(tmp_path / "run"), writer.verify_source
     run.train()
     first, later = run.save(), []
 
@@ -318,7 +318,7 @@ def test_if_a_run_drops_the_checkpoint_meanwhile_a_newer_one_is_converted(tmp_pa
             shutil.rmtree(first)
         verified(source, progress)
 
-    monkeypatch.setattr(writer, "verify", meanwhile)
+    monkeypatch.setattr(writer, "verify_source", meanwhile)
     assert reshard(tmp_path / "run", tmp_path / "new", "--to", "xar-scale") == 0
     assert read_manifest(tmp_path / "new").manifest.step == 2
     assert f"{first} is gone: the run has dropped it; converting a newer checkpoint\n" in capsys.readouterr().out
@@ -330,7 +330,7 @@ def test_if_a_run_drops_the_checkpoint_meanwhile_a_newer_one_is_converted(tmp_pa
         verified(source, progress)
 
     with monkeypatch.context() as patch:  # not for ever
-        patch.setattr(writer, "verify", each_time)
+        patch.setattr(writer, "verify_source", each_time)
         assert reshard(tmp_path / "run", tmp_path / "never", "--to", "xar-scale") == 74
     assert capsys.readouterr().out.count("converting a newer checkpoint") == 2
     later.clear()
@@ -374,10 +374,10 @@ def test_after_a_kill_it_resumes_and_the_result_is_the_same(tmp_path, own, zero,
         read(self, key, start, out)
 
     monkeypatch.setattr(sources.Source, "read", counted)
-    monkeypatch.setattr(writer, "verify", lambda *_: pytest.fail("what was verified is verified again"))
+    monkeypatch.setattr(writer, "verify_source", lambda *_: pytest.fail("what was verified is verified again"))
     monkeypatch.setattr(writer, "BLOCK", block)
     assert reshard(*words) == 0
-    monkeypatch.setattr(writer, "verify", lambda *_: None)
+    monkeypatch.setattr(writer, "verify_source", lambda *_: None)
     went_on, asked = asked, 0
     assert reshard(source, tmp_path / "undisturbed", "--to", target) == 0
     assert 0 < went_on < 0.8 * asked

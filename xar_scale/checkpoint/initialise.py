@@ -16,7 +16,7 @@ from typing_extensions import Self
 from xar_scale import dist
 from xar_scale.checkpoint.interop import Source, open_source
 from xar_scale.checkpoint.manifest import POSITIONS, verify
-from xar_scale.checkpoint.reshard.writer import verify as verify_source
+from xar_scale.checkpoint.reshard.writer import verify_source
 from xar_scale.config import ModelConfig, validated
 from xar_scale.errors import DataError
 from xar_scale.model.entities import EntityLayout, create_layout

@@ -11,7 +11,7 @@ from xar_scale.checkpoint.files import fingerprint
 from xar_scale.checkpoint.interop import Source, open_source
 from xar_scale.checkpoint.interop.pretrained import config_of, preset_of
 from xar_scale.checkpoint.manifest import FOLDER, MANIFEST, Checkpoint, open_checkpoint
-from xar_scale.checkpoint.reshard.writer import verify as verify_source
+from xar_scale.checkpoint.reshard.writer import verify_source
 from xar_scale.config import Config, KernelConfig, ModelConfig, SampleConfig, override, validated
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.evaluate.images import SUFFIXES

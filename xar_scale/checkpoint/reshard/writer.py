@@ -31,7 +31,7 @@ def verifiable(source: Source) -> list[Path]:
     return [path for path in source.files if path in source.checksums or (is_pickled(path) and zipfile.is_zipfile(path))]
 
 
-def verify(source: Source, progress: Progress) -> None:
+def verify_source(source: Source, progress: Progress) -> None:
     """Read the verifiable files. Raises DataError naming the first that differs."""
     for path in verifiable(source):
         if path in source.checksums:
@@ -56,7 +56,7 @@ def write(source: Source, plan: Plan, destination: Path, verifying: Progress, wr
     """Make ``destination``, which must not exist, or resume making it. Raises FileError if the disk is full."""
     with _Work(destination, _digest(source, plan)) as work:
         if not work.verified:
-            verify(source, verifying)
+            verify_source(source, verifying)
             work.record({"verified": True})
         left = sum(output.size for output in plan.outputs if output.name not in work.finished)
         free = shutil.disk_usage(work.files).free + work.partial[1]
