@@ -23,16 +23,20 @@ def parameter_groups(
 
 
 def create_adamw(
-    parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], config: OptimConfig, library: KernelLibrary = "torch"
+    parameters: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    config: OptimConfig,
+    device: torch.device,
+    library: KernelLibrary = "torch",
 ) -> torch.optim.Optimizer:
+    """Return AdamW. ``shapes``: the unsharded shapes by name; ``parameters`` may be shards. ``device``: where it steps them."""
     groups = parameter_groups(parameters, shapes, config)
     if library == "apex":
         from apex.optimizers import FusedAdam  # it counts steps per group, not per parameter
 
         return FusedAdam(groups, lr=config.lr, betas=config.betas, eps=config.eps, adam_w_mode=True)
     # on a CPU fused AdamW's rounding depends on where a tensor is sharded: other numbers of ranks would not agree bitwise
-    on_gpus = all(parameter.device.type == "cuda" for parameter in parameters.values())
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpus or None)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=device.type == "cuda" or None)
 
 
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:

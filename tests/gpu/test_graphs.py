@@ -56,6 +56,22 @@ class Course:
         return torch.cat([shard.master for shard in self.engine.shards()])
 
 
+@pytest.mark.parametrize("recompute", ["none", "full", "selective", "offload"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_compiled_step_draws_the_same_dropout_when_it_is_attempted_again(engine, recompute, device):
+    course = Course(engine, device, 1, "train.precision=bf16", f"train.recompute={recompute}")
+    course.step(0)
+    losses, norms = [], []
+    for _ in range(4):
+        verdict = course.attempt(1)
+        losses.append(verdict.loss)
+        norms.append(verdict.grad_norm)
+        course.engine.discard()
+        course.attempt(2)  # draws in between
+        course.engine.discard()
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-6) and norms == pytest.approx([norms[0]] * 4, rel=1e-5)
+
+
 @pytest.mark.parametrize("passes", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 @pytest.mark.parametrize("engine", ENGINES)
@@ -153,3 +169,4 @@ def test_replayed_networks_sample_like_eager_ones(entity, compute, tolerance, co
         with torch.autocast("cuda", dtype=compute, enabled=compute is not FP32):
             expected, found = (sample(model, labels, steps=6, **guided) for model in (eager, fast))
         assert (found - expected).norm() <= tolerance * expected.norm()
+    assert fast.forward.__self__._graphs._captured

@@ -124,7 +124,7 @@ def test_apex_adam_matches_torch(device):
     for library in ("torch", "apex"):
         model = nano_model().to(device)
         optimizer = create_adamw(
-            dict(model.named_parameters()), shapes_of(model), OptimConfig(lr=1e-3, weight_decay=0.1), library
+            dict(model.named_parameters()), shapes_of(model), OptimConfig(lr=1e-3, weight_decay=0.1), device, library
         )
         for _ in range(3):
             loss_of(model, device).backward()

@@ -3,12 +3,10 @@
 import time
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
 import torch
 
-from tests.unit import encoding
 from xar_scale.config import AttentionBackend
 from xar_scale.data import remote
 from xar_scale.data.cache import NodeCache
@@ -97,6 +95,8 @@ def read_set(folder: Path) -> list[Sample]:
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
     """Images to encode."""
+    from tests.unit import encoding
+
     root = tmp_path_factory.mktemp("images")
     encoding.make_tree(root)
     return root
@@ -105,6 +105,8 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def whole(source, tmp_path_factory) -> dict[str, bytes]:
     """The files of their set, as one process makes it that is not interrupted."""
+    from tests.unit import encoding
+
     out = tmp_path_factory.mktemp("whole") / "set"
     encoding.encode(out, source)
     return encoding.files(out)
@@ -150,6 +152,8 @@ def loss_of(model):
 @pytest.fixture
 def bucket(store, monkeypatch):
     """The URL of an empty folder in the store."""
+    import boto3
+
     monkeypatch.setattr(store, "fault", store.fault)  # restored afterwards
     name = f"bucket{time.monotonic_ns()}"
     boto3.client("s3", endpoint_url=store.url).create_bucket(Bucket=name)

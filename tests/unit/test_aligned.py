@@ -54,8 +54,11 @@ def test_the_mlp_is_the_same_function_with_the_same_gradients(mlp, gathered, com
         torch.testing.assert_close(one, other, atol=1e-13, rtol=1e-13)
 
 
-def test_under_autocast_it_computes_in_16_bits_as_linear_does(mlp):
+@pytest.mark.parametrize("gathered", [False, True])
+def test_under_autocast_it_computes_in_16_bits_as_linear_does(mlp, gathered):
     x = normal(0, 64, 20, dtype=torch.float32)
+    if gathered:
+        mark_weights_gathered(mlp)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = results(mlp, x)
         with emulate(gpu=True, graph=False):
@@ -72,6 +75,17 @@ def test_no_copy_of_the_weights_is_kept_for_the_backward_pass(mlp):
     kept = out.grad_fn.saved_tensors
     assert any(tensor.data_ptr() == mlp.gate.weight.data_ptr() for tensor in kept)
     assert {tensor.shape for tensor in kept} == {(HIDDEN, 20), (2, 20)}
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_under_autocast_the_weight_that_is_kept_is_the_one_an_engine_gathers(mlp, gathered):
+    """A copy in 16 bits would be kept whole on each rank from the forward to the backward pass."""
+    if gathered:
+        mark_weights_gathered(mlp)
+    with emulate(gpu=True, graph=False), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = mlp.gate(normal(0, 2, 20, dtype=torch.float32))
+    (kept,) = (tensor for tensor in out.grad_fn.saved_tensors if tensor.shape == (HIDDEN, 20))
+    assert (kept.data_ptr() == mlp.gate.weight.data_ptr()) == gathered
 
 
 def test_multiples_of_8_are_not_padded():

@@ -118,7 +118,9 @@ def test_the_adam_of_apex_gets_the_groups_and_settings_of_torchs(site):
     site("apex/__init__.py")
     site("apex/optimizers/__init__.py", "def FusedAdam(groups, **settings):\n    return groups, settings\n")
     model, config = nano_model(), OptimConfig(lr=0.3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.1)
-    (decayed, plain), settings = create_adamw(dict(model.named_parameters()), shapes_of(model), config, "apex")
+    (decayed, plain), settings = create_adamw(
+        dict(model.named_parameters()), shapes_of(model), config, torch.device("cpu"), "apex"
+    )
     assert settings == {"lr": 0.3, "betas": (0.8, 0.7), "eps": 1e-5, "adam_w_mode": True}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0)
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))

@@ -439,6 +439,11 @@ def test_moving_a_batch_keeps_everything(folder, monkeypatch):
     assert on.pop("places") == "cpu"  # used on the host
     assert set(on.values()) == {"meta"}
     assert moved.keys == batch.keys
+    waits = []
+    monkeypatch.setattr("xar_scale.data.loader.Tensor.to", lambda tensor, device, non_blocking: waits.append(not non_blocking))
+    batch.to(CPU)
+    batch.to(torch.device("cuda"))
+    assert waits == 4 * [True] + 4 * [False]  # a host must not read what has not arrived; a device reads in order
     monkeypatch.setattr("xar_scale.data.loader.Tensor.pin_memory", lambda tensor: tensor.clone())  # pinning needs a GPU
     assert_equal(batch.pin_memory(), batch)
     assert batch.pin_memory().noise is not batch.noise

@@ -47,7 +47,10 @@ def test_a_matrix_in_flat_shards_decays():
 def test_the_optimizer_takes_its_settings():
     model = nano_model()
     optimizer = create_adamw(
-        dict(model.named_parameters()), shapes_of(model), OptimConfig(lr=0.3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.1)
+        dict(model.named_parameters()),
+        shapes_of(model),
+        OptimConfig(lr=0.3, betas=(0.8, 0.7), eps=1e-5, weight_decay=0.1),
+        torch.device("cpu"),
     )
     for group, decay in zip(optimizer.param_groups, (0.1, 0.0), strict=True):
         assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.3, (0.8, 0.7), 1e-5, decay)
@@ -57,7 +60,8 @@ def test_on_a_cpu_steps_are_bitwise_equal_however_a_matrix_is_sharded():
     def stepped(size: int) -> torch.Tensor:
         parts = [part.clone() for part in normal(0, 1001, dtype=torch.float32).split(size)]
         named = {str(number): part for number, part in enumerate(parts)}
-        optimizer = create_adamw(named, dict.fromkeys(named, torch.Size([91, 11])), OptimConfig(lr=0.3, weight_decay=0.1))
+        shapes, config = dict.fromkeys(named, torch.Size([91, 11])), OptimConfig(lr=0.3, weight_decay=0.1)
+        optimizer = create_adamw(named, shapes, config, torch.device("cpu"))
         for step in range(3):
             for part, gradient in zip(parts, normal(step + 1, 1001, dtype=torch.float32).split(size), strict=True):
                 part.grad = gradient.clone()

@@ -1,9 +1,13 @@
 """Activation checkpointing: the same numbers from less memory."""
 
+import gc
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._functorch import partitioners
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -99,6 +103,21 @@ def test_selective_recomputes_flash_attention_only_where_it_draws(dropout, again
     assert launched.count("forward") == (1 + again) * len(model.blocks)
 
 
+def test_compiled_selective_blocks_keep_a_kernel_that_draws(monkeypatch):
+    """A graph that recomputed it would, on a GPU, draw from a generator of its own: no seed would reach it."""
+    launched, functionalized = [], []
+    monkeypatch.setattr(flash, "available", lambda _device: True)
+    monkeypatch.setattr(flash, "_launch", lambda name, *_: launched.append(name))
+    monkeypatch.setattr(partitioners, "functionalize_rng_ops", lambda *given, **_: functionalized.append(1) or given[1:3])
+    monkeypatch.setattr(recompute, "compile_static", partial(torch.compile, backend="aot_eager_decomp_partition"))
+    model = with_backend(nano_model(dropout=0.3).train(), "flash")
+    apply_recompute(model.blocks, "selective", compiled=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = loss_of(model)
+    loss.backward()
+    assert launched.count("forward") == len(model.blocks) and not functionalized
+
+
 class CountProducts(TorchDispatchMode):
     """Counts the product that only a Linear's forward pass makes: the one with a bias."""
 
@@ -141,10 +160,11 @@ def test_memory_falls_from_none_to_selective_to_full_to_offload_on_a_gpu():
         model = create_model("nano", width=512, heads=8).cuda()
         apply_recompute(model.blocks, mode)
         torch.cuda.reset_peak_memory_stats()
-        x, t = torch.randn(16, 256, 16, device="cuda"), torch.rand(16, 4, device="cuda")
-        model(x, t, torch.zeros(16, dtype=torch.int64, device="cuda")).sum().backward()
+        x, t = torch.randn(64, 256, 16, device="cuda"), torch.rand(64, 4, device="cuda")
+        model(x, t, torch.zeros(64, dtype=torch.int64, device="cuda")).sum().backward()
         peaks[mode] = torch.cuda.max_memory_allocated()
         del model
+        gc.collect()  # a changed forward holds its own block
     assert peaks["none"] > peaks["selective"] > peaks["full"] > peaks["offload"]
 
 

@@ -150,7 +150,7 @@ def _computed(options: argparse.Namespace, device: torch.device) -> tuple[float,
     for weight in blank_weights(model):
         weight.place(device)
     parameters = dict(model.named_parameters())
-    optimizer = create_adamw(parameters, {name: weight.shape for name, weight in parameters.items()}, config.optim)
+    optimizer = create_adamw(parameters, {name: weight.shape for name, weight in parameters.items()}, config.optim, device)
     ema = EMA([*parameters.values()], config.optim.ema_decay)
     batch = Batch.zeros(model.layout, config.model.channels, options.batch, device)
     compute = MODES[options.precision].compute

@@ -81,7 +81,8 @@ class Batch:
         ]
 
     def to(self, device: torch.device) -> "Batch":
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        to_gpu = device.type == "cuda"  # the other way the host would read values before they have arrived
+        return self._each(lambda tensor: tensor.to(device, non_blocking=to_gpu))
 
     def pin_memory(self) -> "Batch":
         return self._each(Tensor.pin_memory)

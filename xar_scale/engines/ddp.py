@@ -45,7 +45,7 @@ class DDPEngine(ReplicatedEngine):
         here = {name: part for name, part in self.local.items() if part.numel()}
         for name, part in here.items():
             part.grad = self._part(self._gradients, name)
-        self.optimizer = create_adamw(here, self.shapes, config.optim, choose_library(config.kernels.library, device))
+        self.optimizer = create_adamw(here, self.shapes, config.optim, device, choose_library(config.kernels.library, device))
         # NCCL allocates its buffers for these now, not when a micro-batch has left no memory. And from here on weights are
         # equal on all ranks, even where hosts initialised them with different last bits
         self._reduce()

@@ -40,7 +40,7 @@ class FSDP2Engine(Engine):
             _local(parameter).view(-1).copy_(weight.value.view(-1)[start:stop])
         self.parameters = dict(model.named_parameters())
         library = choose_library(config.kernels.library, device)
-        self.optimizer = create_adamw(self.local, self.shapes, config.optim, library)
+        self.optimizer = create_adamw(self.local, self.shapes, config.optim, device, library)
 
     def _policy(self) -> MixedPrecisionPolicy:
         # Inputs are not cast: times in 16 bits would fall into other time bins. Autocast chooses compute dtypes

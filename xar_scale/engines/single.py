@@ -20,7 +20,7 @@ class SingleEngine(ReplicatedEngine):
             weight.place(device)
         self.parameters = dict(model.named_parameters())
         library = choose_library(config.kernels.library, device)
-        self.optimizer = create_adamw(self.parameters, self.shapes, config.optim, library)
+        self.optimizer = create_adamw(self.parameters, self.shapes, config.optim, device, library)
 
     @property
     def _has_gradients(self) -> bool:

@@ -103,8 +103,9 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
     precision = MODES[mode]
     model = meta_model(config.model)
     layout = model.layout
-    # with "selective" eager and compiled blocks both save matrix products and attention
-    compiled = config.kernels.compile and config.train.recompute != "selective"
+    # with "selective" compiled blocks save what eager ones do, and attention also where it draws dropout
+    selective = config.kernels.compile and config.train.recompute == "selective"
+    compiled = config.kernels.compile and not selective
     emulated = device.type == "cuda" and (compiled or not torch.cuda.is_available())
     attention = config.kernels.attention
     if attention == "flex":
@@ -125,10 +126,13 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
         graph = _cached_graph(shallow, kernels, mode, samples, config.train.engine, emulated)
         for block in model.blocks:
             block.forward = partial(graph, block)  # type: ignore[method-assign]
-    elif emulated:
+    else:
         for block in model.blocks:
-            block.forward = partial(_as_on_a_gpu, block.forward)  # type: ignore[method-assign]
+            block.forward = partial(_eager, emulated, block.forward)  # type: ignore[method-assign]
     apply_recompute(model.blocks, config.train.recompute)
+    if selective:
+        for block in model.blocks:
+            block.forward = partial(_in_graph, block.forward)  # type: ignore[method-assign]
     layout.on(device)  # real tensors, made outside the fake mode: making them reads values
     # DeepSpeed gathers the weights of all Linear layers in 16 bits, FSDP2 those of blocks
     sources = model.blocks if config.train.engine == "fsdp2" else [model]
@@ -163,8 +167,13 @@ def pass_memory(config: Config, mode: str, samples: int, device: torch.device) -
     return PassMemory(saved, most, backward)
 
 
-def _as_on_a_gpu(forward: Callable[..., Any], *arguments: Any) -> Any:
-    with emulate(gpu=True, graph=False), _FusedKernels():
+def _eager(gpu: bool, forward: Callable[..., Any], *arguments: Any) -> Any:
+    with emulate(gpu=gpu, graph=False), _FusedKernels() if gpu else nullcontext():
+        return forward(*arguments)
+
+
+def _in_graph(forward: Callable[..., Any], *arguments: Any) -> Any:
+    with emulate(gpu=False, graph=True):
         return forward(*arguments)
 
 

@@ -50,29 +50,32 @@ def _padded_linear(layer: _Aligned, x: Tensor, more: int) -> Tensor:
     bias: Tensor = layer.bias
     if torch.is_autocast_enabled(x.device.type):
         compute = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(compute), weight.to(compute), bias.to(compute)
+        x, bias = x.to(compute), bias.to(compute)
+        if not layer.gathered:
+            weight = weight.to(compute)
     return _PaddedProduct.apply(x, weight, bias, more, layer.gathered)
 
 
 class _PaddedProduct(torch.autograd.Function):
-    """Saves the unpadded weight and pads it again in the backward pass: engines gather that weight again, but no copy of it."""
+    """Saves the unpadded weight, uncast where an engine gathers it, and pads it again in the backward pass: engines gather that
+    weight again, but no copy of it."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor, more: int, gathered: bool) -> Tensor:
         context.save_for_backward(x, weight)
         context.more, context.gathered = more, gathered
-        padded = _pad(weight, x.shape[-1], more)
+        padded = _pad(weight.to(x.dtype), x.shape[-1], more)
         return torch.addmm(F.pad(bias, (0, more)), x.flatten(0, -2), padded.t()).unflatten(0, x.shape[:-1])
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x, weight = context.saved_tensors
         rows, columns = weight.shape
-        padding = weight, x.shape[-1], context.more
+        padding = weight.to(x.dtype), x.shape[-1], context.more
         gradient_of_x = gradient @ (_pad_in_backward(*padding, gradient) if context.gathered else _pad(*padding))
         gradient = gradient.flatten(0, -2)
         gradient_of_weight = (gradient.t() @ x.flatten(0, -2))[:rows, :columns]
-        return gradient_of_x, gradient_of_weight, gradient.sum(0)[:rows], None, None
+        return gradient_of_x, gradient_of_weight.to(weight.dtype), gradient.sum(0)[:rows], None, None
 
 
 def _pad(weight: Tensor, columns: int, more: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from xar_scale.config import Recompute
 from xar_scale.model import dropout, flash  # noqa: F401  (they define the custom operations below)
 from xar_scale.model.compiled import compile_static
+from xar_scale.model.cpu import in_graph
 
 _aten = torch.ops.aten
 # Matrix products and attention: most of a block's time, little of its memory. flash_attn's kernel and FlexAttention are
@@ -49,19 +50,31 @@ def apply_recompute(blocks: Iterable[nn.Module], mode: Recompute, *, compiled: b
 def _recomputed(forward: Callable[..., Any], mode: Recompute, *arguments: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*arguments)
-    contexts: dict[str, Any] = {"context_fn": _selective_contexts} if mode == "selective" else {}
+    contexts: dict[str, Any] = {}
+    if mode == "selective":
+        contexts["context_fn"] = _contexts_in_graph if in_graph() else _contexts
     pinned = arguments[0].device.type == "cuda"
     with save_on_cpu(pin_memory=pinned) if mode == "offload" else nullcontext():
         return checkpoint(forward, *arguments, use_reentrant=False, **contexts)
 
 
-def _selective_contexts() -> Any:
+def _contexts() -> Any:
     return create_selective_checkpoint_contexts(_policy)
+
+
+def _contexts_in_graph() -> Any:
+    return create_selective_checkpoint_contexts(_policy_in_graph)
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
     kept = operation in _KEPT and not _draws(operation, arguments, keywords)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _policy_in_graph(context: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:
+    """Keep attention also where it draws dropout: whatever draws in a graph is kept, so no mask depends on the order of draws.
+    On a GPU a graph that recomputed it would draw from generators of its own, which no seed reaches (torch 2.11 to 2.14)."""
+    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _draws(operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:

@@ -40,11 +40,13 @@ class DeepSpeedEngine(Engine):
         if choose_library(config.kernels.library, device) == "apex":
             # apex's Adam would count a step for each sub-group that ZeRO-3 steps, and correct the moments' bias wrongly
             dist.say("kernels.library apex: its Adam counts steps per parameter group, not per ZeRO-3 sub-group; using torch's")
+        offload = settings["zero_optimization"].get("offload_optimizer") or {}
+        stepped_on = torch.device("cpu") if offload.get("device") == "cpu" else device
         try:
             self._place(weights, settings)
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model,
-                optimizer=create_adamw(dict(model.named_parameters()), self.shapes, config.optim),
+                optimizer=create_adamw(dict(model.named_parameters()), self.shapes, config.optim, stepped_on),
                 config=settings,
             )
         except (ValidationError, deepspeed.DeepSpeedConfigError) as error:

@@ -3,9 +3,11 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from xar_scale.config import Config, TrainConfig, micro_batches, read_settings, shard_ranks
 from xar_scale.errors import ConfigError
+from xar_scale.model.aligned import NarrowingLinear, WideningLinear
 from xar_scale.precision import MODES
 
 # The DeepSpeed-only keys that a ds_config may hold, besides those that our config decides
@@ -55,7 +57,9 @@ def deepspeed_settings(config: Config, world: int) -> dict[str, Any]:
     settings["zero_force_ds_cpu_optimizer"] = False  # even where its state is offloaded
     if MODES[train.precision].compute is torch.bfloat16:
         # not "bf16", which casts the parameters themselves: with autocast the shards stay float32 and the precision can change
-        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        # Their weights and gradients are sent in 16 bits. 0.19.8: by exact class, so each subclass has to be named
+        linears = [f"{layer.__module__}.{layer.__qualname__}" for layer in (nn.Linear, WideningLinear, NarrowingLinear)]
+        settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": linears}
     return settings
 
 

@@ -16,6 +16,7 @@ from xar_scale import dist
 from xar_scale.config import Config
 from xar_scale.engines.base import Shard, adam_state, set_steps
 from xar_scale.engines.deepspeed.engine import DeepSpeedEngine
+from xar_scale.model.aligned import mark_weights_gathered
 from xar_scale.model.xar import XAR, Weight
 
 
@@ -23,6 +24,7 @@ class ZeRO3Engine(DeepSpeedEngine):
     def __init__(
         self, model: XAR, weights: Iterable[Weight], config: Config, device: torch.device, settings: dict[str, Any]
     ) -> None:
+        mark_weights_gathered(model)
         super().__init__(model, weights, config, device, settings)
         names = {parameter: name for name, parameter in model.named_parameters()}
         # 0.19.8: fp16_groups holds the parameters of each sub-group, whatever their dtype. Their shards are contiguous in
