@@ -197,6 +197,9 @@ class Config:
     guard: GuardConfig = GuardConfig()
 
     def __post_init__(self) -> None:
+        for key, url in (("data.path", self.data.path), ("train.upload", self.train.upload)):
+            if re.match(r"[^/]*://[^/]*@", url or ""):  # not shown either
+                raise ConfigError(f"{key} holds a user or a password, which checkpoints would keep: give them to the store")
         if self.optim.warmup_steps > self.train.steps:
             raise ConfigError(f"optim.warmup_steps {self.optim.warmup_steps} is more than train.steps {self.train.steps}")
         if self.train.steps * self.train.global_batch >= 2**63:

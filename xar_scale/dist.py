@@ -7,12 +7,10 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
@@ -22,6 +20,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from xar_scale import slurm
 from xar_scale.errors import INTERRUPTED, ConfigError, FileError, ProcessError, XarScaleError
+from xar_scale.files import own_temporary_folder
 
 T = TypeVar("T")
 # torch 2.14 renamed both
@@ -81,11 +80,8 @@ def init(device: torch.device) -> None:
 def _keep_kernels_on_node() -> None:
     """Have Triton compile to a folder of this user on this node. By default it is in the home directory, often on NFS, where
     hundreds of ranks would compile the same kernels into one folder."""
-    folder = Path(tempfile.gettempdir(), f"xar_scale-{os.getuid()}")
     with contextlib.suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.lstat().st_uid == os.getuid():  # else somebody else's code would be loaded from it
-            os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+        os.environ.setdefault("TRITON_CACHE_DIR", str(own_temporary_folder() / "triton"))
 
 
 def has_joined() -> bool:

@@ -14,6 +14,10 @@ class XarScaleError(Exception):
     exit_code = 1
     rank: int | None = None
 
+    def __str__(self) -> str:
+        """The message, on one line: names in it come from files, and may hold line breaks or a terminal's commands."""
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
+
 
 class UsageError(XarScaleError):
     """The command line asks for something that does not exist, or would overwrite something that does."""

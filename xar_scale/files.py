@@ -1,10 +1,12 @@
 """File operations that leave a complete file or none, even after a crash."""
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +38,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replace a file. At any moment, even after a crash, either the old file or the complete new one is there."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=_no_link) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -50,7 +52,7 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Hold the system's lock on a file; it ends with the process. Yields False if, without ``wait``, another process has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _no_link(path, os.O_RDWR | os.O_CREAT)
     mine = False
     try:
         with contextlib.suppress(BlockingIOError):
@@ -61,6 +63,22 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
         if mine:  # closing is not enough if a process forked meanwhile: it has the descriptor too
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def _no_link(path: str | Path, flags: int) -> int:
+    """Open a file, but not through a link: in a folder that others may write to, it could name any file of this user's."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def own_temporary_folder() -> Path:
+    """Return this user's folder for temporary files on this node, made if there is none. Raises OSError if it is somebody
+    else's, or others may write to it: what is in it could not be trusted."""
+    folder = Path(tempfile.gettempdir(), f"xar_scale-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(errno.EPERM, "it is another user's, or others may write to it", str(folder))
+    return folder
 
 
 def remove(path: Path) -> None:

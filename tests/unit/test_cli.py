@@ -358,6 +358,14 @@ def test_exhausted_memory_is_one_line_of_the_rank_that_has_none(run, capsys, mon
     assert re.fullmatch(r"xar-scale: rank 3 \(\S+\) is out of memory: \S.*\n", said), said
 
 
+def test_names_in_messages_end_no_line_and_command_no_terminal(capsys):
+    def run() -> None:
+        raise UsageError("no sample s\nxar-scale: all is well \x1b[2J\udcff, Größe")
+
+    assert exit_code_of("xar-scale", run) == 64
+    assert capsys.readouterr().err == "xar-scale: no sample s\\nxar-scale: all is well \\x1b[2J\\udcff, Größe\n"
+
+
 def test_a_bug_keeps_its_traceback():
     def run() -> None:
         raise RuntimeError("shapes differ")

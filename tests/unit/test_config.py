@@ -240,6 +240,14 @@ def test_fp16_needs_the_guard_which_manages_its_loss_scale():
         digits_config("train.precision=fp16", "train.engine=single", "guard.enabled=false")
 
 
+@pytest.mark.parametrize("key", ["data.path", "train.upload"])
+def test_a_password_in_a_url_is_refused_and_not_shown(key):
+    with pytest.raises(ConfigError, match=rf"{key} holds a user or a password") as refused:
+        digits_config(f"{key}=https://user:secret@store/set")
+    assert "secret" not in str(refused.value)
+    digits_config(f"{key}=s3://bucket/a@b/set", "data.cache=/cache")
+
+
 def test_fp16_is_refused_under_deepspeed_whose_loss_scale_does_not_work():
     with pytest.raises(ConfigError, match=r"train\.precision fp16 needs a loss scale, .* use train\.engine=ddp"):
         digits_config("train.precision=fp16", "train.engine=deepspeed")

@@ -228,6 +228,14 @@ def test_a_job_whose_restarts_cannot_be_counted_is_not_requeued_for_ever(tmp_pat
     assert not batch.requeued and f"not restarted: {batch.run}/restarts cannot be written" in batch.done.stdout
 
 
+@pytest.mark.parametrize("number", ["BASH_VERSINFO[$(touch {}/ran; echo 0)]", "xyz", "1 2", "-5", "9" * 30])
+def test_a_damaged_count_of_restarts_is_none_and_is_not_executed(tmp_path, number):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "restarts").write_text(f"none {number.format(tmp_path)}\n")
+    batch = Batch(tmp_path, 71)
+    assert batch.requeued and (batch.run / "restarts").read_text() == "none 1\n" and not (tmp_path / "ran").exists()
+
+
 def test_jobs_without_a_run_folder_count_their_restarts_separately(tmp_path):
     of_others = ROOT / "runs" / "restarts"
     for number, restarts in (("700001", 1), ("700002", 1), ("700001", 2)):

@@ -1,7 +1,5 @@
 """Open what ``data.path`` names: a folder, a URL, or synthetic latents."""
 
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +15,7 @@ from xar_scale.data.remote import RemoteFolder
 from xar_scale.data.shards import DatasetInfo
 from xar_scale.data.synthetic import SAMPLES, SyntheticShards
 from xar_scale.errors import ConfigError
+from xar_scale.files import own_temporary_folder
 
 SYNTHETIC = "synthetic"
 
@@ -58,7 +57,7 @@ def open_shards(config: Config) -> Shards:
 
 
 def cache_folder(config: Config) -> Path:
-    return Path(config.data.cache or Path(tempfile.gettempdir(), f"xar_scale-{os.getuid()}"))
+    return Path(config.data.cache) if config.data.cache else own_temporary_folder()
 
 
 def _check_room(info: DatasetInfo, config: Config) -> None:
