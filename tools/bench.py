@@ -28,15 +28,15 @@ from xar_scale.bench.model import bench_attention, bench_build, bench_recompute
 from xar_scale.bench.plan import bench_memory, bench_scaling
 from xar_scale.bench.reshard import bench_reshard
 from xar_scale.bench.step import add_options, bench_sample, bench_step
-from xar_scale.cli import Parser, exit_code_of
 from xar_scale.config import AttentionBackend, EngineName, Recompute, TrainConfig
 from xar_scale.errors import UsageError
 from xar_scale.model.entities import kinds
 from xar_scale.precision import MODES, apply_matmul_mode
+from xar_scale.program import Parser, tool_parser
 
 
 def create_parser() -> Parser:
-    parser = Parser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     attention = commands.add_parser("attention", help="every attention backend on every kind of entity, forward and backward")
     attention.set_defaults(command=bench_attention)
@@ -117,14 +117,14 @@ def create_parser() -> Parser:
 
 
 def main() -> int:
-    def run() -> None:
-        options = create_parser().parse_args()
-        if min(options.batch, options.grid) < 1:
-            raise UsageError("--batch and --grid must be at least 1")
-        apply_matmul_mode(options.precision)
-        options.command(options)
+    return create_parser().run(run)
 
-    return exit_code_of("bench", run)
+
+def run(options: argparse.Namespace) -> None:
+    if min(options.batch, options.grid) < 1:
+        raise UsageError("--batch and --grid must be at least 1")
+    apply_matmul_mode(options.precision)
+    options.command(options)
 
 
 if __name__ == "__main__":

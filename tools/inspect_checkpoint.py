@@ -5,7 +5,6 @@ python tools/inspect_checkpoint.py diff runs/demo/checkpoints/step-00000350 runs
 python tools/inspect_checkpoint.py ema runs/demo --std 0.07 --out runs/demo-0.07
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -16,11 +15,11 @@ from xar_scale.checkpoint.contents import changes, differences, not_finite
 from xar_scale.checkpoint.manifest import EMA_SNAPSHOTS, FOLDER, MANIFEST, Manifest, checkpoint_paths, read_manifest, verify
 from xar_scale.checkpoint.posthoc_ema import fit_to, open_snapshots, write_ema
 from xar_scale.checkpoint.vectors import sizes
-from xar_scale.cli import Parser, exit_code_of
 from xar_scale.dist import file_error
 from xar_scale.doctor import table
 from xar_scale.errors import DataError, UsageError
 from xar_scale.presets import MODELS
+from xar_scale.program import tool_parser
 
 LISTED = 8  # files, vectors or samples to list; the rest is counted
 GOOD = ("intact", "finite")
@@ -28,7 +27,7 @@ TITLES = ("folder", "step", "epoch", "model", "precision", "engine", "ranks", "G
 
 
 def main() -> int:
-    parser = Parser(prog="inspect_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="what a checkpoint holds, whether its files are intact and its values finite")
     show.add_argument("path", type=Path, help="a checkpoint's folder, or a run's, for all its checkpoints and snapshots")
@@ -43,12 +42,7 @@ def main() -> int:
     ema.add_argument("--step", type=int, help="step of the snapshot that it ends at (default: the newest)")
     ema.add_argument("--out", type=Path, required=True, help="folder to write: a checkpoint for `xar-scale sample`")
     ema.set_defaults(run_command=lambda options: make_ema(options.run, options.std, options.step, options.out))
-
-    def run() -> None:
-        options = parser.parse_args()
-        options.run_command(options)
-
-    return exit_code_of("inspect_checkpoint", run)
+    return parser.run(lambda options: options.run_command(options))
 
 
 def show_path(path: Path) -> None:

@@ -28,7 +28,7 @@ LAYERS = [
     ["startup", "evaluate"],
     ["train", "report", "replay", "doctor"],
     ["plan", "environment"],
-    ["bench"],
+    ["bench", "program"],
     ["cli"],
     ["__main__", "tools"],
 ]
