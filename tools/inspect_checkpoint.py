@@ -16,10 +16,10 @@ from xar_scale.checkpoint.manifest import EMA_SNAPSHOTS, FOLDER, MANIFEST, Manif
 from xar_scale.checkpoint.posthoc_ema import fit_to, open_snapshots, write_ema
 from xar_scale.checkpoint.vectors import sizes
 from xar_scale.dist import file_error
-from xar_scale.doctor import table
 from xar_scale.errors import DataError, UsageError
 from xar_scale.presets import MODELS
 from xar_scale.program import tool_parser
+from xar_scale.tables import aligned
 
 LISTED = 8  # files, vectors or samples to list; the rest is counted
 GOOD = ("intact", "finite")
@@ -60,7 +60,7 @@ def show_checkpoint(path: Path) -> tuple[str, str]:
     facts: list[tuple[str, str]] = []
     with suppress(DataError):  # already in the finding
         facts = describe(read_manifest(path).manifest)
-    print(table(("what", "found"), [("folder", str(path)), *facts, *zip(("files", "values"), finding, strict=True)]))
+    print(aligned(("what", "found"), [("folder", str(path)), *facts, *zip(("files", "values"), finding, strict=True)]))
     return finding
 
 
@@ -81,7 +81,7 @@ def show_run(run: Path, paths: Sequence[Path]) -> list[tuple[str, str]]:
         findings.append(finding)
         rows.append((name, *summary, *(words.split(":")[0] for words in finding)))
         complaints += [f"{name}: {words}" for words in finding if words not in GOOD]
-    print("\n".join([table(TITLES, rows), *complaints]))
+    print("\n".join([aligned(TITLES, rows), *complaints]))
     return findings
 
 
@@ -189,7 +189,7 @@ def show_differences(one: Path, other: Path) -> None:
             rows = [
                 (f"  {d.key}", f"{d.largest:.3g}", f"{d.relative:.3g}", f"{d.differing:,} of {d.elements:,}") for d in unlike
             ]
-            print(table(titles, rows))
+            print(aligned(titles, rows))
         for line in alone:
             print(line)
 

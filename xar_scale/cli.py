@@ -16,6 +16,7 @@ from xar_scale.files import make_folder, write_atomically
 from xar_scale.presets import MODELS, RECIPES, model_values, recipe
 from xar_scale.program import Parser, exit_code_of, nonempty
 from xar_scale.stopping import StopRequests
+from xar_scale.tables import aligned
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -337,13 +338,13 @@ def _doctor(options: argparse.Namespace) -> None:
     dist.on_all_ranks(check)
     machine = doctor.this_machine(device)
     facts = doctor.facts(machine)
-    dist.say(doctor.table(("what", "found"), facts) + "\n")
+    dist.say(aligned(("what", "found"), facts) + "\n")
     titles = ("mode", "TFLOP/s", "compute", "gather", "reduce", "matmul", "attention", "engines", "finding")
     modes = doctor.modes(machine)
-    dist.say(doctor.table(titles, modes) + "\n")
+    dist.say(aligned(titles, modes) + "\n")
     findings = [*environment.arithmetic(modes), *environment.network(device), *environment.clocks()]
     findings += environment.disk("run", options.run_dir, written=True) if options.run_dir else []
     findings += environment.disk("data", options.data, written=False) if options.data else []
     findings += environment.software(dict(facts))
     findings += environment.settings(os.environ, dist.local_world(), len(os.sched_getaffinity(0)))
-    dist.say(doctor.table(("environment", "found", "what to do"), findings) if findings else "environment: no problems found")
+    dist.say(aligned(("environment", "found", "what to do"), findings) if findings else "environment: no problems found")
