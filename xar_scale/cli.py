@@ -13,6 +13,7 @@ from typing import Any
 from xar_scale.config import Config, merge, override, read_yaml
 from xar_scale.errors import UsageError
 from xar_scale.files import make_folder, write_atomically
+from xar_scale.plan.hardware import GPUS
 from xar_scale.presets import MODELS, RECIPES, model_values, recipe
 from xar_scale.program import Parser, exit_code_of, nonempty
 from xar_scale.stopping import StopRequests
@@ -105,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--model", required=True, help=f"one of {', '.join(MODELS)}")
     plan.add_argument("--gpus", type=int, required=True, help="total number of GPUs")
-    plan.add_argument("--gpu", required=True, help="a100, h100, h200, b200")
+    plan.add_argument("--gpu", required=True, help=", ".join(GPUS))
     plan.add_argument("--recipe", default="imagenet256_h", help="source of batch, steps and data (default: imagenet256_h)")
     plan.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per node (default: 8)")
     plan.add_argument(

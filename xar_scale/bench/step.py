@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from xar_scale import dist
 from xar_scale.bench.memory import peak_memory
 from xar_scale.bench.published import Published
-from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, Record, check_same_work, compare, markdown, read_record
+from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, SLOWER, Record, check_same_work, compare, markdown, read_record
 from xar_scale.bench.setup import config_with, engine_and_ema
 from xar_scale.bench.timing import WARM_UP, in_turns, median_ms
 from xar_scale.bench.trace import trace
@@ -255,5 +255,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", type=Path, help="checkout of the published code, timed in turns with ours")
     parser.add_argument("--json", type=Path, help="file for the record")
     parser.add_argument(
-        "--compare", type=Path, help="a record; exit with code 1 if our time relative to the baseline grew by more than 15 %%"
+        "--compare",
+        type=Path,
+        help=f"a record; exit with code 1 if our time relative to the baseline grew by more than {SLOWER - 1:.0%}%",
     )
