@@ -37,10 +37,9 @@ def main() -> int:
 def run(options: argparse.Namespace) -> None:
     try:
         options.run_command(options)
-    except (XarScaleError, OSError) as caught:
-        error = dist.file_error(caught) if isinstance(caught, OSError) else caught
+    except XarScaleError as error:
         error.rank = dist.rank()  # ranks share no process group here, so each reports its own errors
-        raise error from None
+        raise
 
 
 def _parser() -> Parser:

@@ -15,7 +15,7 @@ from xar_scale.checkpoint.contents import changes, differences, not_finite
 from xar_scale.checkpoint.manifest import EMA_SNAPSHOTS, FOLDER, MANIFEST, Manifest, checkpoint_paths, read_manifest, verify
 from xar_scale.checkpoint.posthoc_ema import fit_to, open_snapshots, write_ema
 from xar_scale.checkpoint.vectors import sizes
-from xar_scale.dist import file_error
+from xar_scale.dist import known_error
 from xar_scale.errors import DataError, UsageError
 from xar_scale.presets import MODELS
 from xar_scale.program import tool_parser
@@ -99,7 +99,7 @@ def inspect(path: Path) -> tuple[str, str]:
             named = listed([f"{key} ({count:,} of {elements[key]:,})" for key, count in found.items()])
             values = f"NOT FINITE: {sum(found.values()):,} elements in {len(found)} vectors: {named}"
     except (DataError, OSError) as error:
-        values = f"unreadable: {file_error(error) if isinstance(error, OSError) else error}"
+        values = f"unreadable: {known_error(error)}"
     return files, values
 
 
