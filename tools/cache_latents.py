@@ -7,11 +7,9 @@ torchrun --nproc-per-node 8 tools/cache_latents.py images /data/imagenet/train -
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,7 +23,7 @@ from xar_scale.errors import DataError, UsageError, XarScaleError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.precision import MODES, apply_matmul_mode
 from xar_scale.program import Parser, tool_parser
-from xar_scale.tokenizers import Tokenizer, create_tokenizer
+from xar_scale.tokenizers import Tokenizer, create_tokenizer, parse_tokenizer
 
 LINE_S = 30.0  # between progress lines, if there is no bar
 
@@ -113,14 +111,8 @@ def _summary(info: DatasetInfo) -> str:
 
 def _tokenizer(options: argparse.Namespace) -> Tokenizer:
     """Return the tokenizer, on this rank's device and in the requested precision."""
-    description: dict[str, Any] = {"name": options.tokenizer}
-    if options.tokenizer.lstrip().startswith("{"):
-        try:
-            description = json.loads(options.tokenizer)
-        except ValueError:
-            raise UsageError(f"--tokenizer {options.tokenizer!r} is not JSON") from None
-        if not isinstance(description.get("name"), str):
-            raise UsageError(f"--tokenizer {options.tokenizer!r} is not a JSON object with a name")
+    given = options.tokenizer
+    description = parse_tokenizer(given) if given.lstrip().startswith("{") else {"name": given}
     if (description["name"] == "kl16") != (options.weights is not None):
         what = "tokenizer kl16 needs --weights" if options.weights is None else "--weights is only for tokenizer kl16"
         raise UsageError(f"{what}, the path of kl16.ckpt; --tokenizer is {description['name']}")

@@ -5,7 +5,6 @@ python tools/index_shards.py /data/tars --latent latent.npy --label cls --stored
 """
 
 import argparse
-import json
 import math
 import os
 import sys
@@ -15,6 +14,7 @@ from xar_scale.data.foreign import index_set
 from xar_scale.data.index import FLIPPED, LABEL, LATENT, Members
 from xar_scale.errors import UsageError
 from xar_scale.program import tool_parser
+from xar_scale.tokenizers import parse_tokenizer
 
 
 def main() -> int:
@@ -36,17 +36,11 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("--processes and --classes must be at least 1")
     if not 0 < options.latent_scale < math.inf:
         raise UsageError(f"--latent-scale {options.latent_scale} is not a positive number")
-    try:
-        tokenizer = json.loads(options.tokenizer)
-    except ValueError:
-        raise UsageError(f"--tokenizer {options.tokenizer!r} is not JSON") from None
-    if not isinstance(tokenizer, dict) or not isinstance(tokenizer.get("name"), str):
-        raise UsageError(f"--tokenizer {options.tokenizer!r} is not a JSON object with a name")
     info = index_set(
         options.data,
         Members(options.latent, options.flipped or FLIPPED, options.label),
         flipped=options.flipped is not None,
-        tokenizer=tokenizer,
+        tokenizer=parse_tokenizer(options.tokenizer),
         latent_scale=options.latent_scale,
         stored=options.stored,
         classes=options.classes,
