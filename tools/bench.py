@@ -16,6 +16,7 @@ python tools/bench.py order --shards 100000 --samples-per-shard 1000
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
@@ -28,58 +29,52 @@ from xar_scale.bench.model import bench_attention, bench_build, bench_recompute
 from xar_scale.bench.plan import bench_memory, bench_scaling
 from xar_scale.bench.reshard import bench_reshard
 from xar_scale.bench.step import add_options, bench_sample, bench_step
-from xar_scale.cli import Parser, exit_code_of
 from xar_scale.config import AttentionBackend, EngineName, Recompute, TrainConfig
 from xar_scale.errors import UsageError
 from xar_scale.model.entities import kinds
 from xar_scale.precision import MODES, apply_matmul_mode
+from xar_scale.program import Parser, tool_parser
 
 
 def create_parser() -> Parser:
-    parser = Parser(prog="bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__file__, __doc__)
+    parser.set_defaults(batch=1, grid=16, precision="fp32", shard_ranks=None)  # of commands without these options
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    attention = commands.add_parser("attention", help="every attention backend on every kind of entity, forward and backward")
-    attention.set_defaults(command=bench_attention)
+
+    def add(name: str, work: Callable[[argparse.Namespace], None], help: str) -> Parser:
+        command = commands.add_parser(name, help=help)
+        command.set_defaults(command=work)
+        return command
+
+    attention = add("attention", bench_attention, "every attention backend on every kind of entity, forward and backward")
     attention.add_argument("--dropout", type=float, default=0.0, help="probability, where a backward pass follows")
-    recompute = commands.add_parser("recompute", help="every mode of activation checkpointing: time and peak memory")
-    recompute.set_defaults(command=bench_recompute)
+    recompute = add("recompute", bench_recompute, "every mode of activation checkpointing: time and peak memory")
     recompute.add_argument(
         "--mode", choices=get_args(Recompute), help="measure only this mode, in this process, and print a line of JSON"
     )
-    guard = commands.add_parser("guard", help="overhead of the guard in a step without faults")
-    guard.set_defaults(command=bench_guard)
-    build = commands.add_parser("build", help="memory and time to build one simulated ZeRO-3 rank of many")
-    build.set_defaults(command=bench_build, batch=1, grid=16, precision="fp32")
+    guard = add("guard", bench_guard, "overhead of the guard in a step without faults")
+    build = add("build", bench_build, "memory and time to build one simulated ZeRO-3 rank of many")
     build.add_argument("--model", default="xar_b")
     build.add_argument("--ranks", type=int, default=64)
-    loader = commands.add_parser(
-        "loader", help="reading the same latents in one process: our shards, MAR's folder of .npz, stock webdataset"
+    loader = add(
+        "loader", bench_loader, "reading the same latents in one process: our shards, MAR's folder of .npz, stock webdataset"
     )
-    loader.set_defaults(command=bench_loader, batch=1, grid=16, precision="fp32")
     loader.add_argument("--data", type=Path, required=True, help="folder for the latents, which are created once")
     loader.add_argument("--samples", type=int, default=8192)
-    checkpoint = commands.add_parser(
-        "checkpoint", help="saving and loading a run's state: our checkpoints, and DeepSpeed's universal ones"
+    checkpoint = add(
+        "checkpoint", bench_checkpoint, "saving and loading a run's state: our checkpoints, and DeepSpeed's universal ones"
     )
-    checkpoint.set_defaults(command=bench_checkpoint, batch=1, grid=16, precision="fp32")
     checkpoint.add_argument("--data", type=Path, required=True, help="folder to create and remove")
     checkpoint.add_argument("--model", default="xar_b")
-    order = commands.add_parser("order", help="memory and time to open a data set and locate samples, at cluster scale")
-    order.set_defaults(command=bench_order, batch=1, grid=16, precision="fp32")
+    order = add("order", bench_order, "memory and time to open a data set and locate samples, at cluster scale")
     order.add_argument("--shards", type=int, default=100_000)
     order.add_argument("--samples-per-shard", type=int, default=1000)
-    reshard = commands.add_parser(
-        "reshard", help="time and memory to convert a checkpoint of a model's size to each other format"
-    )
-    reshard.set_defaults(command=bench_reshard, batch=1, grid=16, precision="fp32")
+    reshard = add("reshard", bench_reshard, "time and memory to convert a checkpoint of a model's size to each other format")
     reshard.add_argument("--model", default="xar_b")
     reshard.add_argument("--data", type=Path, required=True, help="folder with space for three such checkpoints")
-    memory = commands.add_parser("memory", help="estimated and measured memory of a rank's training steps")
-    memory.set_defaults(command=bench_memory, grid=16)
-    scaling = commands.add_parser("scaling", help="a step on these ranks: predicted from its parts, and measured")
-    scaling.set_defaults(command=bench_scaling, grid=16)
-    launches = commands.add_parser("launches", help="CPU time to launch a micro-batch's kernels, for `plan --launch`")
-    launches.set_defaults(command=bench_launches, batch=1, grid=16, shard_ranks=None)
+    memory = add("memory", bench_memory, "estimated and measured memory of a rank's training steps")
+    scaling = add("scaling", bench_scaling, "a step on these ranks: predicted from its parts, and measured")
+    launches = add("launches", bench_launches, "CPU time to launch a micro-batch's kernels, for `plan --launch`")
     launches.add_argument("--ranks", type=int, default=8, help="size of the fake process group, of which this is rank 0")
     launches.add_argument("--compile", action="store_true", help="compile the blocks")
     for command in (memory, scaling, launches):
@@ -89,19 +84,16 @@ def create_parser() -> Parser:
         command.add_argument("--precision", choices=MODES, default="fp32")
         command.add_argument("--recompute", choices=get_args(Recompute), default="none")
     memory.add_argument("--shard-ranks", type=int, help="ranks per sharding group (default: all)")
-    scaling.set_defaults(shard_ranks=None)
     memory.add_argument("--ranks", type=int, help="size of a fake process group, of which this is rank 0")
     for command in (attention, recompute):
         command.add_argument("--entity", help=f"one of {', '.join(kinds())} (attention: default all; recompute: cell)")
-    step = commands.add_parser("step", help="a training step, against a baseline of PyTorch layers and the published code")
-    step.set_defaults(command=bench_step)
+    step = add("step", bench_step, "a training step, against a baseline of PyTorch layers and the published code")
     step.add_argument("--engine", choices=get_args(EngineName), default="single")
     step.add_argument("--ds-config", default=TrainConfig.ds_config, help="settings file for --engine deepspeed")
     step.add_argument("--recompute", choices=get_args(Recompute), default="none")
     step.add_argument("--dropout", type=float, default=0.1)
     step.add_argument("--trace", type=Path, help="file for a trace of one step, for chrome://tracing or Perfetto")
-    sampling = commands.add_parser("sample", help="sampling latents, against the same")
-    sampling.set_defaults(command=bench_sample)
+    sampling = add("sample", bench_sample, "sampling latents, against the same")
     sampling.add_argument("--steps", type=int, default=8, help="per entity")
     sampling.add_argument("--guidance", type=float, default=2.7)
     step.add_argument("--attention", choices=get_args(AttentionBackend), default="auto")
@@ -117,14 +109,14 @@ def create_parser() -> Parser:
 
 
 def main() -> int:
-    def run() -> None:
-        options = create_parser().parse_args()
-        if min(options.batch, options.grid) < 1:
-            raise UsageError("--batch and --grid must be at least 1")
-        apply_matmul_mode(options.precision)
-        options.command(options)
+    return create_parser().run(run)
 
-    return exit_code_of("bench", run)
+
+def run(options: argparse.Namespace) -> None:
+    if min(options.batch, options.grid) < 1:
+        raise UsageError("--batch and --grid must be at least 1")
+    apply_matmul_mode(options.precision)
+    options.command(options)
 
 
 if __name__ == "__main__":

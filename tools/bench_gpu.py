@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 from xar_scale.bench.record import OURS, PUBLISHED, Record, read_record
-from xar_scale.cli import Parser, exit_code_of
 from xar_scale.errors import UsageError, XarScaleError
+from xar_scale.program import tool_parser
 
 BENCH = Path(__file__).parent / "bench.py"
 LONGEST = "| longest |"
@@ -58,35 +58,34 @@ class Done(NamedTuple):
 
 
 def main() -> int:
-    parser = Parser(prog="bench_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for DATE-gpu.md (DATE-small.md) and, in records/, a file per case"
     )
     parser.add_argument("--reference", type=Path, help="checkout of the published code")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no case after this many minutes (default: 8)")
     parser.add_argument("--small", action="store_true", help="run every case with nano and two images, to check that it works")
-
-    def run() -> None:
-        options = parser.parse_args()
-        if not options.small and not torch.cuda.is_available():
-            raise UsageError("no GPU found; --small runs every case with a small model on a CPU")
-        (options.out / "records").mkdir(parents=True, exist_ok=True)
-        begun, name = time.monotonic(), f"{datetime.date.today()}-{'small' if options.small else 'gpu'}"
-        done = []
-        for number, case in enumerate(CASES):
-            if time.monotonic() - begun > 60 * options.minutes:
-                done.append(Done(case.words, None, "not run: out of time"))
-            else:
-                done.append(_run(case, options, options.out / "records" / f"{name}-{number:02d}.json"))
-                print(_row(done[-1]), flush=True)
-            (options.out / f"{name}.md").write_text(_page(done))  # after each case: an interrupted run leaves its results
-        if not any(each.record for each in done):
-            raise XarScaleError(f"no case was measured; {options.out / name}.md says why")
-
-    return exit_code_of("bench_gpu", run)
+    return parser.run(run)
 
 
-def _run(case: Case, options: argparse.Namespace, file: Path) -> Done:
+def run(options: argparse.Namespace) -> None:
+    if not options.small and not torch.cuda.is_available():
+        raise UsageError("no GPU found; --small runs every case with a small model on a CPU")
+    (options.out / "records").mkdir(parents=True, exist_ok=True)
+    begun, name = time.monotonic(), f"{datetime.date.today()}-{'small' if options.small else 'gpu'}"
+    done = []
+    for number, case in enumerate(CASES):
+        if time.monotonic() - begun > 60 * options.minutes:
+            done.append(Done(case.words, None, "not run: out of time"))
+        else:
+            done.append(_measured(case, options, options.out / "records" / f"{name}-{number:02d}.json"))
+            print(_row(done[-1]), flush=True)
+        (options.out / f"{name}.md").write_text(_page(done))  # after each case: an interrupted run leaves its results
+    if not any(each.record for each in done):
+        raise XarScaleError(f"no case was measured; {options.out / name}.md says why")
+
+
+def _measured(case: Case, options: argparse.Namespace, file: Path) -> Done:
     words = case.words.split()
     if options.small:
         for option, value in (("--model", "nano"), ("--batch", "2"), ("--steps", "2")):

@@ -7,44 +7,41 @@ torchrun --nproc-per-node 8 tools/cache_latents.py images /data/imagenet/train -
 
 import argparse
 import hashlib
-import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from xar_scale import dist
-from xar_scale.cli import Parser, exit_code_of
 from xar_scale.data.encode import EncodeSettings, Reporter, encode_set, finished_set
 from xar_scale.data.index import LABEL
 from xar_scale.data.shards import DatasetInfo
 from xar_scale.errors import DataError, UsageError, XarScaleError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.precision import MODES, apply_matmul_mode
-from xar_scale.tokenizers import Tokenizer, create_tokenizer
+from xar_scale.program import Parser, tool_parser
+from xar_scale.tokenizers import Tokenizer, create_tokenizer, parse_tokenizer
 
 LINE_S = 30.0  # between progress lines, if there is no bar
 
 
 def main() -> int:
-    def run() -> None:
-        options = _parser().parse_args()
-        try:
-            options.run_command(options)
-        except (XarScaleError, OSError) as caught:
-            error = dist.file_error(caught) if isinstance(caught, OSError) else caught
-            error.rank = dist.rank()  # ranks share no process group here, so each reports its own errors
-            raise error from None
+    return _parser().run(run)
 
-    return exit_code_of("cache_latents", run)
+
+def run(options: argparse.Namespace) -> None:
+    try:
+        options.run_command(options)
+    except XarScaleError as error:
+        error.rank = dist.rank()  # ranks share no process group here, so each reports its own errors
+        raise
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="cache_latents", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     commands = parser.add_subparsers(title="what to encode", required=True, metavar="WHAT")
 
     digits = commands.add_parser("digits", help="the 1,797 digits that ship with scikit-learn")
@@ -114,14 +111,8 @@ def _summary(info: DatasetInfo) -> str:
 
 def _tokenizer(options: argparse.Namespace) -> Tokenizer:
     """Return the tokenizer, on this rank's device and in the requested precision."""
-    description: dict[str, Any] = {"name": options.tokenizer}
-    if options.tokenizer.lstrip().startswith("{"):
-        try:
-            description = json.loads(options.tokenizer)
-        except ValueError:
-            raise UsageError(f"--tokenizer {options.tokenizer!r} is not JSON") from None
-        if not isinstance(description.get("name"), str):
-            raise UsageError(f"--tokenizer {options.tokenizer!r} is not a JSON object with a name")
+    given = options.tokenizer
+    description = parse_tokenizer(given) if given.lstrip().startswith("{") else {"name": given}
     if (description["name"] == "kl16") != (options.weights is not None):
         what = "tokenizer kl16 needs --weights" if options.weights is None else "--weights is only for tokenizer kl16"
         raise UsageError(f"{what}, the path of kl16.ckpt; --tokenizer is {description['name']}")

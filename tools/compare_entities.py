@@ -3,7 +3,6 @@
 python tools/compare_entities.py --out runs/entities
 """
 
-import argparse
 import json
 import sys
 import time
@@ -12,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from xar_scale import dist
-from xar_scale.cli import Parser, exit_code_of
 from xar_scale.config import Config, merge, override
 from xar_scale.data.shards import DATASET_FILE
 from xar_scale.evaluate.digits import CLASSES, cache_digits, digit_classifier
@@ -23,6 +21,7 @@ from xar_scale.files import write_atomically
 from xar_scale.metrics import METRICS_FILE
 from xar_scale.model.entities import create_layout, kinds
 from xar_scale.presets import recipe
+from xar_scale.program import tool_parser
 from xar_scale.train import train
 
 PER_CLASS = 50
@@ -30,15 +29,10 @@ LAST_LOGS = 5  # logged steps that the loss is averaged over
 
 
 def main() -> int:
-    parser = Parser(prog="compare_entities", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs, table.md and entities.png")
     parser.add_argument("overrides", nargs="*", help="section.key=value, for all kinds")
-
-    def run() -> None:
-        options = parser.parse_args()
-        compare(options.out, options.overrides)
-
-    return exit_code_of("compare_entities", run)
+    return parser.run(lambda options: compare(options.out, options.overrides))
 
 
 def compare(out: Path, overrides: list[str]) -> None:

@@ -3,7 +3,6 @@
 python tools/draw_entities.py --out docs/images/entities.png
 """
 
-import argparse
 import colorsys
 import sys
 from pathlib import Path
@@ -11,34 +10,33 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from xar_scale.cli import Parser, exit_code_of
 from xar_scale.config import ModelConfig, validated
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.evaluate.output import png_bytes
 from xar_scale.files import write_atomically
 from xar_scale.model.entities import EntityLayout, create_layout, kinds
+from xar_scale.program import tool_parser
 
 SIDE, GAP, TITLE = 22, 14, 24  # pixels: side of a token, gap between grids, height of a title
 
 
 def main() -> int:
-    parser = Parser(prog="draw_entities", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
     parser.add_argument("--grid", type=int, default=8, help="tokens per side")
-
-    def run() -> None:
-        options = parser.parse_args()
-        if options.out.suffix != ".png" or options.out.is_dir():
-            raise UsageError(f"--out {options.out} must be a .png file")
-        sizes = {"width": 8, "depth_encoder": 1, "depth_decoder": 1, "heads": 1, "grid": [options.grid] * 2}
-        configs = {kind: validated(ModelConfig, {**sizes, "entity": kind}, ConfigError) for kind in kinds()}
-        sheet = draw({kind: create_layout(config) for kind, config in configs.items()})
-        write_atomically(options.out, png_bytes(sheet.quantize(64), optimize=True))
-
-    return exit_code_of("draw_entities", run)
+    return parser.run(lambda options: draw(options.out, options.grid))
 
 
-def draw(layouts: dict[str, EntityLayout]) -> Image.Image:
+def draw(out: Path, side: int) -> None:
+    if out.suffix != ".png" or out.is_dir():
+        raise UsageError(f"--out {out} must be a .png file")
+    sizes = {"width": 8, "depth_encoder": 1, "depth_decoder": 1, "heads": 1, "grid": [side] * 2}
+    configs = {kind: validated(ModelConfig, {**sizes, "entity": kind}, ConfigError) for kind in kinds()}
+    sheet = _sheet({kind: create_layout(config) for kind, config in configs.items()})
+    write_atomically(out, png_bytes(sheet.quantize(64), optimize=True))
+
+
+def _sheet(layouts: dict[str, EntityLayout]) -> Image.Image:
     """Draw one row per kind: the grids that its tokens are taken from, coarsest first."""
     rows = {kind: TITLE + GAP + layout.grid[0] * SIDE for kind, layout in layouts.items()}
     width = max(sum(columns * SIDE + GAP for _, columns in layout.grids) for layout in layouts.values()) + GAP

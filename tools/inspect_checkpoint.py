@@ -5,7 +5,6 @@ python tools/inspect_checkpoint.py diff runs/demo/checkpoints/step-00000350 runs
 python tools/inspect_checkpoint.py ema runs/demo --std 0.07 --out runs/demo-0.07
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Sequence
@@ -16,11 +15,11 @@ from xar_scale.checkpoint.contents import changes, differences, not_finite
 from xar_scale.checkpoint.manifest import EMA_SNAPSHOTS, FOLDER, MANIFEST, Manifest, checkpoint_paths, read_manifest, verify
 from xar_scale.checkpoint.posthoc_ema import fit_to, open_snapshots, write_ema
 from xar_scale.checkpoint.vectors import sizes
-from xar_scale.cli import Parser, exit_code_of
-from xar_scale.dist import file_error
-from xar_scale.doctor import table
+from xar_scale.dist import known_error
 from xar_scale.errors import DataError, UsageError
 from xar_scale.presets import MODELS
+from xar_scale.program import tool_parser
+from xar_scale.tables import aligned
 
 LISTED = 8  # files, vectors or samples to list; the rest is counted
 GOOD = ("intact", "finite")
@@ -28,7 +27,7 @@ TITLES = ("folder", "step", "epoch", "model", "precision", "engine", "ranks", "G
 
 
 def main() -> int:
-    parser = Parser(prog="inspect_checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     show = commands.add_parser("show", help="what a checkpoint holds, whether its files are intact and its values finite")
     show.add_argument("path", type=Path, help="a checkpoint's folder, or a run's, for all its checkpoints and snapshots")
@@ -43,12 +42,7 @@ def main() -> int:
     ema.add_argument("--step", type=int, help="step of the snapshot that it ends at (default: the newest)")
     ema.add_argument("--out", type=Path, required=True, help="folder to write: a checkpoint for `xar-scale sample`")
     ema.set_defaults(run_command=lambda options: make_ema(options.run, options.std, options.step, options.out))
-
-    def run() -> None:
-        options = parser.parse_args()
-        options.run_command(options)
-
-    return exit_code_of("inspect_checkpoint", run)
+    return parser.run(lambda options: options.run_command(options))
 
 
 def show_path(path: Path) -> None:
@@ -66,7 +60,7 @@ def show_checkpoint(path: Path) -> tuple[str, str]:
     facts: list[tuple[str, str]] = []
     with suppress(DataError):  # already in the finding
         facts = describe(read_manifest(path).manifest)
-    print(table(("what", "found"), [("folder", str(path)), *facts, *zip(("files", "values"), finding, strict=True)]))
+    print(aligned(("what", "found"), [("folder", str(path)), *facts, *zip(("files", "values"), finding, strict=True)]))
     return finding
 
 
@@ -87,7 +81,7 @@ def show_run(run: Path, paths: Sequence[Path]) -> list[tuple[str, str]]:
         findings.append(finding)
         rows.append((name, *summary, *(words.split(":")[0] for words in finding)))
         complaints += [f"{name}: {words}" for words in finding if words not in GOOD]
-    print("\n".join([table(TITLES, rows), *complaints]))
+    print("\n".join([aligned(TITLES, rows), *complaints]))
     return findings
 
 
@@ -105,7 +99,7 @@ def inspect(path: Path) -> tuple[str, str]:
             named = listed([f"{key} ({count:,} of {elements[key]:,})" for key, count in found.items()])
             values = f"NOT FINITE: {sum(found.values()):,} elements in {len(found)} vectors: {named}"
     except (DataError, OSError) as error:
-        values = f"unreadable: {file_error(error) if isinstance(error, OSError) else error}"
+        values = f"unreadable: {known_error(error)}"
     return files, values
 
 
@@ -195,7 +189,7 @@ def show_differences(one: Path, other: Path) -> None:
             rows = [
                 (f"  {d.key}", f"{d.largest:.3g}", f"{d.relative:.3g}", f"{d.differing:,} of {d.elements:,}") for d in unlike
             ]
-            print(table(titles, rows))
+            print(aligned(titles, rows))
         for line in alone:
             print(line)
 

@@ -4,13 +4,12 @@ python tools/records.py            # print it
 python tools/records.py --write    # write it into README.md
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from xar_scale.bench.record import OURS, PUBLISHED, Record, read_record
-from xar_scale.cli import Parser, exit_code_of
 from xar_scale.errors import UsageError
+from xar_scale.program import tool_parser
 
 ROOT = Path(__file__).parent.parent
 RECORDS, README = ROOT / "docs" / "benchmarks" / "records", ROOT / "README.md"
@@ -19,18 +18,17 @@ WORK = {"step": "training step", "sample": "sampling"}
 
 
 def main() -> int:
-    parser = Parser(prog="records", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("--write", action="store_true", help="replace the table in README.md")
+    return parser.run(lambda options: make(options.write))
 
-    def run() -> None:
-        options = parser.parse_args()
-        made = table([read_record(path) for path in sorted(RECORDS.glob("*.json"))])
-        if options.write:
-            README.write_text(put(README.read_text(), made))
-        else:
-            print(made)
 
-    return exit_code_of("records", run)
+def make(write: bool) -> None:
+    made = table([read_record(path) for path in sorted(RECORDS.glob("*.json"))])
+    if write:
+        README.write_text(put(README.read_text(), made))
+    else:
+        print(made)
 
 
 def table(records: list[Record]) -> str:

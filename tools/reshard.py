@@ -14,18 +14,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from xar_scale.checkpoint.interop import Source, open_source
 from xar_scale.checkpoint.reshard import TARGETS, plan, verifiable, write
 from xar_scale.checkpoint.reshard.parts import Plan
-from xar_scale.cli import Parser, exit_code_of
 from xar_scale.errors import UsageError
+from xar_scale.program import tool_parser
 
 SHOWN = 16  # files that a dry run lists
 ATTEMPTS = 3  # at a checkpoint of a run that is training, which may drop the one that is being verified
 
 
 def main() -> int:
-    parser = Parser(
-        prog="reshard",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = tool_parser(
+        __file__,
+        __doc__,
         epilog="exit codes: 0 done, 64 usage, 65 bad data, 74 files. After an interruption, run it again to resume.",
     )
     parser.add_argument("source", type=Path, help="xar-scale or DeepSpeed (ZeRO, universal) folder, .pth, safetensors")
@@ -35,11 +34,7 @@ def main() -> int:
     parser.add_argument("--files", type=int, help="xar-scale: number of files (default 8)")
     parser.add_argument("--dry-run", action="store_true", help="show what would be written, and write nothing")
     parser.add_argument("--trust-pickle", action="store_true", help="allow the source's pickles to run code")
-
-    def run() -> None:
-        reshard(parser.parse_args())
-
-    return exit_code_of("reshard", run)
+    return parser.run(reshard)
 
 
 def reshard(options: argparse.Namespace) -> None:

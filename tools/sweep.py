@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from xar_scale import dist
-from xar_scale.cli import Parser, exit_code_of
 from xar_scale.errors import UsageError
 from xar_scale.evaluate.evaluation import Comparison, check_folder, describe, image_set, read_result, write
 from xar_scale.evaluate.fidelity import INCEPTION
@@ -29,6 +28,7 @@ from xar_scale.evaluate.output import draw_grid, png_bytes
 from xar_scale.evaluate.trained import TrainedModel, open_trained
 from xar_scale.files import write_atomically
 from xar_scale.model.entities import create_layout
+from xar_scale.program import exit_code_of, tool_parser
 from xar_scale.sampler import SAMPLERS
 
 SEED = 0
@@ -39,7 +39,7 @@ Result = dict[str, Any]  # contents of a set's evaluation.json
 
 
 def main() -> int:
-    parser = Parser(prog="sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("weights", type=Path, help="a run, a checkpoint, or a file of published weights")
     parser.add_argument("--out", type=Path, required=True, help="folder for sweep.md, .json, .svg, samples.png and the sets")
     parser.add_argument("--reference", required=True, help="digits, an npz with mu and sigma or images, or a folder of images")
@@ -50,7 +50,7 @@ def main() -> int:
     parser.add_argument("--features", default=INCEPTION, help="one of torch-fidelity's extractors")
     parser.add_argument("--inception-weights", type=Path, help="path of Inception's weights (default: torch-fidelity's copy)")
     parser.add_argument("overrides", nargs="*", help="sample.key=value and kernels.key=value, for all sets")
-    return exit_code_of("sweep", lambda: sweep(parser.parse_intermixed_args()))
+    return exit_code_of(parser.prog, lambda: sweep(parser.parse_intermixed_args()))
 
 
 def _samplers(text: str) -> list[str]:

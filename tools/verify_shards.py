@@ -3,34 +3,28 @@
 python tools/verify_shards.py runs/demo/data
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 from rich.progress import track
 
-from xar_scale.cli import Parser, exit_code_of
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.verify import stray_files, verify_set
 from xar_scale.errors import DataError, UsageError
+from xar_scale.program import tool_parser
 
 
 def main() -> int:
-    parser = Parser(prog="verify_shards", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__file__, __doc__)
     parser.add_argument("data", type=Path, help="the data set's folder")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-
-    def run() -> None:
-        options = parser.parse_args()
-        if options.processes < 1:
-            raise UsageError(f"--processes must be at least 1, not {options.processes}")
-        verify(options.data, options.processes)
-
-    return exit_code_of("verify_shards", run)
+    return parser.run(lambda options: verify(options.data, options.processes))
 
 
 def verify(data: Path, processes: int) -> None:
+    if processes < 1:
+        raise UsageError(f"--processes must be at least 1, not {processes}")
     shards = LatentShards(data)
     info = shards.info
     bad_shards = count = 0

@@ -5,20 +5,19 @@ import math
 import os
 import re
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from xar_scale.config import Config, merge, override, read_yaml
-from xar_scale.errors import INTERRUPTED, OK, UNREAD, ProcessError, UsageError
+from xar_scale.errors import UsageError
 from xar_scale.files import make_folder, write_atomically
+from xar_scale.plan.hardware import GPUS
 from xar_scale.presets import MODELS, RECIPES, model_values, recipe
+from xar_scale.program import Parser, exit_code_of, nonempty
 from xar_scale.stopping import StopRequests
-
-# Launchers end all ranks when the first one exits: silent ranks wait this long for the reporting one
-PATIENCE_S = 5.0
+from xar_scale.tables import aligned
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,44 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code_of("xar-scale", run)
 
 
-def exit_code_of(program: str, run: Callable[[], None]) -> int:
-    """Call ``run`` and return the exit code, printing its error as one line on standard error. Among several ranks, the one
-    with the error prints it, or rank 0 if all have it."""
-    from xar_scale import dist
-
-    dist.adopt_launcher()
-    try:
-        run()
-    except BrokenPipeError:  # as when `head` has its lines: not an error
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for output that is still to be flushed
-        return UNREAD
-    except KeyboardInterrupt:
-        if dist.rank() == 0:
-            print(f"{program}: interrupted", file=sys.stderr, flush=True)
-        return INTERRUPTED
-    except Exception as caught:
-        error = dist.known_error(caught)
-        if error is None and dist.is_lost_rank(caught):
-            message = f"rank {dist.rank()} has lost another rank, which was killed or reports its own error"
-            print(f"{program}: {message}", file=sys.stderr, flush=True)
-            return ProcessError.exit_code
-        if error is None:
-            raise
-        if error is not caught:  # on this rank alone: errors that ranks share are XarScaleErrors by now
-            error.rank = dist.rank()
-        if dist.rank() == (error.rank or 0):
-            print(f"{program}: {error}", file=sys.stderr, flush=True)
-            dist.reported()
-        elif dist.has_joined():
-            dist.await_report(PATIENCE_S)
-        else:
-            time.sleep(PATIENCE_S)
-        dist.keep_store()
-        return error.exit_code  # without leaving the process group: other ranks may wait in it until the launcher ends them
-    dist.close()
-    return OK
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse options in any order, with ``section.key=value`` overrides anywhere among them, which argparse cannot express."""
     parser, words = _parser(), list(sys.argv[1:] if arguments is None else arguments)
@@ -79,29 +40,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if unknown := [word for word in (*rest, *overrides) if word not in options.overrides]:
         parser.error(f"unknown argument {unknown[0]}")
     return options
-
-
-class Parser(argparse.ArgumentParser):
-    """Accepts no abbreviated options, because launchers pass options too; raises UsageError on errors."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
-        self.register("type", Path, _path)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see {self.prog} --help)")
-
-
-def _path(word: str) -> Path:
-    """A path. Refuses an empty one, which Path would take for the current folder: it comes from an unset shell variable."""
-    if not word:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(word)
-
-
-def _name(word: str) -> str:
-    """A path or another name, as text. Refuses an empty one."""
-    return str(_path(word))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,10 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", type=Path, help="a YAML file that overrides the recipe")
     train.add_argument("--run-dir", type=Path, help="folder for checkpoints, metrics and the config (default: runs/RECIPE)")
     train.add_argument(
-        "--resume", type=_name, default="auto", help="auto (the newest valid checkpoint of the run), none, or a path"
+        "--resume", type=nonempty, default="auto", help="auto (the newest valid checkpoint of the run), none, or a path"
     )
     train.add_argument(
-        "--init-from", type=_name, help="a run, a checkpoint, a .pth or safetensors with the initial weights of a new run"
+        "--init-from", type=nonempty, help="a run, a checkpoint, a .pth or safetensors with the initial weights of a new run"
     )
     train.add_argument("--stop-after", metavar="TIME", help="30s, 90m, 3h50m, 2d: write a checkpoint and exit after this time")
     train.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and stop")
@@ -152,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("what", type=Path, help="as for sample; or images: an npz in ADM's format, a folder of images")
     evaluate.add_argument(
-        "--reference", type=_name, required=True, help="digits, an npz with mu and sigma or with images, a folder of images"
+        "--reference", type=nonempty, required=True, help="digits, an npz with mu and sigma or with images, a folder of images"
     )
     evaluate.add_argument("--out", type=Path, help="folder for the set and its metrics (default: RUN/evaluations/STEP)")
     evaluate.add_argument("--images", type=int, help="number of images to generate (default: 50000)")
@@ -168,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--model", required=True, help=f"one of {', '.join(MODELS)}")
     plan.add_argument("--gpus", type=int, required=True, help="total number of GPUs")
-    plan.add_argument("--gpu", required=True, help="a100, h100, h200, b200")
+    plan.add_argument("--gpu", required=True, help=", ".join(GPUS))
     plan.add_argument("--recipe", default="imagenet256_h", help="source of batch, steps and data (default: imagenet256_h)")
     plan.add_argument("--gpus-per-node", type=int, default=8, help="GPUs per node (default: 8)")
     plan.add_argument(
@@ -401,13 +339,13 @@ def _doctor(options: argparse.Namespace) -> None:
     dist.on_all_ranks(check)
     machine = doctor.this_machine(device)
     facts = doctor.facts(machine)
-    dist.say(doctor.table(("what", "found"), facts) + "\n")
+    dist.say(aligned(("what", "found"), facts) + "\n")
     titles = ("mode", "TFLOP/s", "compute", "gather", "reduce", "matmul", "attention", "engines", "finding")
     modes = doctor.modes(machine)
-    dist.say(doctor.table(titles, modes) + "\n")
+    dist.say(aligned(titles, modes) + "\n")
     findings = [*environment.arithmetic(modes), *environment.network(device), *environment.clocks()]
     findings += environment.disk("run", options.run_dir, written=True) if options.run_dir else []
     findings += environment.disk("data", options.data, written=False) if options.data else []
     findings += environment.software(dict(facts))
     findings += environment.settings(os.environ, dist.local_world(), len(os.sched_getaffinity(0)))
-    dist.say(doctor.table(("environment", "found", "what to do"), findings) if findings else "environment: no problems found")
+    dist.say(aligned(("environment", "found", "what to do"), findings) if findings else "environment: no problems found")

@@ -5,7 +5,6 @@ import platform
 import statistics
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import NamedTuple
@@ -166,10 +165,3 @@ def _teraflops(mode: str, device: torch.device) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begun)
     return 2 * size**3 / statistics.median(seconds[WARM_UP:]) / 1e12
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format rows as aligned columns under their titles."""
-    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    lines = (titles, *rows)
-    return "\n".join("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -16,7 +16,7 @@ sent = torch.ones(3)
 
 REPORT = """
 import time
-from xar_scale.cli import exit_code_of
+from xar_scale.program import exit_code_of
 from xar_scale.errors import DataError
 
 def work():

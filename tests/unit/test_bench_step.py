@@ -127,7 +127,7 @@ def test_a_step_s_record_has_what_was_measured(measure, monkeypatch, capsys):
 
     monkeypatch.setattr(Feed, "take", wait)
     monkeypatch.setattr(step, "median_ms", lambda *_: 2.0)
-    monkeypatch.setattr(step, "_memory", lambda _, reset=False: 1e9 if reset else 3e9)
+    monkeypatch.setattr(step, "peak_memory", lambda _, reset=False: 1e9 if reset else 3e9)
     monkeypatch.setattr(step, "trace", lambda *_: Trace([], 0.002, 0.001))
     found = measure("step", "--repeats", "2")
     assert [*counts.values()] == [

@@ -18,15 +18,16 @@ import torch._dynamo.testing
 
 from tests.processes import ROOT
 from tests.unit.tiny_run import INFO, Run
-from xar_scale import cli, files
+from xar_scale import files, program
 from xar_scale.checkpoint.manifest import newest_valid
-from xar_scale.cli import exit_code_of, main
+from xar_scale.cli import main
 from xar_scale.engines import replicated
 from xar_scale.engines.single import SingleEngine
 from xar_scale.errors import ProcessError, UsageError
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.metrics import read_log
 from xar_scale.model import recompute
+from xar_scale.program import exit_code_of
 
 FAST = ["sample.steps=1", "sample.sampler=euler", "sample.guidance=1.0"]
 
@@ -383,19 +384,20 @@ def test_an_interrupted_command_prints_one_line(capsys):
 
 def test_a_closed_output_pipe_ends_the_command_silently():
     program = (
-        "from xar_scale import cli, dist; dist.run(lambda: cli.exit_code_of('show', lambda: [*map(print, range(100_000))]))"
+        "from xar_scale import dist, program; "
+        "dist.run(lambda: program.exit_code_of('show', lambda: [*map(print, range(100_000))]))"
     )
     command = f'"{sys.executable}" -c "{program}" | head -n 1; exit "${{PIPESTATUS[0]}}"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
     assert (done.stdout, done.stderr, done.returncode) == ("0\n", "", 141)
 
 
-@pytest.mark.parametrize(("rank", "spoken", "waited"), [("0", "sweep: no such thing\n", []), ("1", "", [cli.PATIENCE_S])])
+@pytest.mark.parametrize(("rank", "spoken", "waited"), [("0", "sweep: no such thing\n", []), ("1", "", [program.PATIENCE_S])])
 def test_a_silent_rank_does_not_exit_before_the_reporting_one(rank, spoken, waited, monkeypatch, capsys):
     """A launcher would end the reporting rank at once, and nothing would be printed."""
     naps = []
     monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(cli.time, "sleep", naps.append)
+    monkeypatch.setattr(program.time, "sleep", naps.append)
 
     def run() -> None:
         raise UsageError("no such thing")

@@ -9,6 +9,7 @@ from xar_scale import doctor
 from xar_scale.cli import main
 from xar_scale.doctor import Machine, judge, refusal, this_machine
 from xar_scale.precision import MODES
+from xar_scale.tables import aligned
 
 CPU = torch.device("cpu")
 HERE = this_machine(CPU)
@@ -128,7 +129,7 @@ def test_another_package_named_apex_is_reported(monkeypatch, tmp_path, folder):
 
 
 def test_columns_stand_under_their_titles():
-    assert doctor.table(("a", "b"), [("long", "x"), ("s", "")]) == "a     b\nlong  x\ns"
+    assert aligned(("a", "b"), [("long", "x"), ("s", "")]) == "a     b\nlong  x\ns"
 
 
 def test_the_command_prints_both_tables_and_exits_with_0(capsys):

@@ -12,7 +12,7 @@ PACKAGE = ROOT / "xar_scale"
 
 # From the bottom up: a room imports from those below it, never beside or above.
 LAYERS = [
-    ["errors", "version", "files", "slurm"],
+    ["errors", "version", "files", "slurm", "tables"],
     ["rng", "config", "posthoc"],
     ["presets"],
     ["model"],
@@ -28,7 +28,7 @@ LAYERS = [
     ["startup", "evaluate"],
     ["train", "report", "replay", "doctor"],
     ["plan", "environment"],
-    ["bench"],
+    ["bench", "program"],
     ["cli"],
     ["__main__", "tools"],
 ]

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from xar_scale import dist
+from xar_scale.bench.setup import config_with, engine_and_ema
 from xar_scale.checkpoint.load import load
 from xar_scale.checkpoint.manifest import Manifest, bare_manifest, read_manifest
 from xar_scale.checkpoint.store import Store
-from xar_scale.config import Config, merge
+from xar_scale.config import Config
 from xar_scale.ema import EMA
-from xar_scale.engines import Engine, create_engine
+from xar_scale.engines import Engine
 from xar_scale.errors import ConfigError
 from xar_scale.model.xar import initial_weights, meta_model
-from xar_scale.presets import model_values, recipe
 
 REPEATS = 3
 
@@ -30,12 +30,11 @@ def bench_checkpoint(options: argparse.Namespace) -> None:
     dist.init(device)
     if options.data.exists():
         raise ConfigError(f"{options.data} exists; --data names a folder to create and remove")
-    model = {**model_values(options.model), "grid": [options.grid] * 2, "channels": 16, "classes": 1000}
     train = {"engine": "deepspeed", "precision": options.precision, "global_batch": dist.world()}
-    config = Config.from_dict(merge(recipe("digits"), {"model": model, "train": train, "data": {"lanes": 1}}))
+    train["keep_last"] = 2  # so that saves also remove some
+    config = config_with(options.model, model={"grid": [options.grid] * 2}, train=train)
     network = meta_model(config.model)
-    engine = create_engine(network, initial_weights(network, 0), config, device)
-    ema = EMA([shard.master for shard in engine.shards()], 0.9999)
+    engine, ema = engine_and_ema(config, network, initial_weights(network, 0), device)
     dist.on_rank_0(lambda: options.data.mkdir(parents=True))
     try:
         rows = {"ours": _ours(engine, ema, config, options.data), "DeepSpeed, universal": _theirs(engine, options.data)}

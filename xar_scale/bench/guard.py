@@ -4,28 +4,24 @@ import argparse
 from pathlib import Path
 
 from xar_scale import dist
+from xar_scale.bench.setup import config_with, engine_and_ema
 from xar_scale.bench.timing import median_ms
 from xar_scale.checkpoint.store import Store
-from xar_scale.config import Config, merge
 from xar_scale.data.loader import Batch
-from xar_scale.ema import EMA
-from xar_scale.engines import create_engine
 from xar_scale.engines.base import finite_if_all_are
 from xar_scale.guard import GuardState
 from xar_scale.model.xar import initial_weights, meta_model
-from xar_scale.presets import model_values, recipe
 from xar_scale.recovery import Recovery
 
 
 def bench_guard(options: argparse.Namespace) -> None:
     """Print the median time of each part of the guard, and its share of the step."""
-    model = {**model_values(options.model), "grid": [options.grid] * 2, "channels": 16, "classes": 1000}
+    model = {"grid": [options.grid] * 2, "dropout": 0.0}
     train = {"engine": "single", "precision": options.precision, "global_batch": options.batch}
-    config = Config.from_dict(merge(recipe("digits"), {"model": model, "train": train, "data": {"lanes": 1}}))
+    config = config_with(options.model, model=model, train=train)
     device = dist.local_device()
     network = meta_model(config.model)
-    engine = create_engine(network, initial_weights(network, 0), config, device)
-    ema = EMA([shard.master for shard in engine.shards()], 0.9999)
+    engine, ema = engine_and_ema(config, network, initial_weights(network, 0), device)
     recovery = Recovery(config, engine, ema, ["shard"], Store(Path("none"), engine, ema, config.train), GuardState())
     batch = Batch.zeros(engine.layout, config.model.channels, options.batch, device)
     masters = [shard.master for shard in engine.shards()]

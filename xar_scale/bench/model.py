@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -15,9 +14,10 @@ from torch import Tensor
 
 from xar_scale import dist
 from xar_scale.bench.fake_group import join_fake_group
-from xar_scale.bench.memory import resident
+from xar_scale.bench.memory import peak_memory, resident
+from xar_scale.bench.setup import config_with
 from xar_scale.bench.timing import median_ms
-from xar_scale.config import Config, ModelConfig, Recompute, merge, validated
+from xar_scale.config import ModelConfig, Recompute, validated
 from xar_scale.engines import create_engine
 from xar_scale.errors import ConfigError, UsageError, XarScaleError
 from xar_scale.flow import velocity_loss
@@ -26,7 +26,7 @@ from xar_scale.model.entities import EntityLayout, create_layout, kinds
 from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import Weight, create_model, initial_weights, meta_model
 from xar_scale.precision import MODES, autocast
-from xar_scale.presets import model_values, recipe
+from xar_scale.presets import model_values
 
 
 def _config(options: argparse.Namespace, entity: str) -> ModelConfig:
@@ -74,8 +74,8 @@ def _ms_or_reason(work: Callable[[], object], device: torch.device) -> str:
 
 
 def bench_recompute(options: argparse.Namespace) -> None:
-    """Time and peak memory of a whole network's loss and gradients. Each mode runs in its own process: a process's peak never
-    falls."""
+    """Time and peak memory of a whole network's loss and gradients. Each mode runs in its own process: on a CPU, what one has
+    freed may stay resident, and the next would fill it again before its peak grows."""
     if options.mode:
         print(json.dumps(_one_mode(options)))
         return
@@ -111,9 +111,9 @@ def _one_mode(options: argparse.Namespace) -> dict[str, float]:
 
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    before = _memory_peak(device, reset=True)
+    before = peak_memory(device, reset=True)
     work()
-    peak = _memory_peak(device) - before
+    peak = peak_memory(device) - before
     return {"ms": median_ms(work, device), "peak_mb": peak / 2**20}
 
 
@@ -122,11 +122,7 @@ def bench_build(options: argparse.Namespace) -> None:
     if options.ranks < 1:
         raise UsageError("--ranks must be at least 1")
     join_fake_group(options.ranks)
-    values = merge(
-        recipe("imagenet256_h"),
-        {"model": model_values(options.model), "train": {"global_batch": options.ranks}, "data": {"lanes": 1}},
-    )
-    config = Config.from_dict(merge(values, {"train": {"precision": "fp32"}}))
+    config = config_with(options.model, train={"global_batch": options.ranks, "precision": "fp32"})
     model, seen = meta_model(config.model), list[int]()
 
     def watched() -> Iterator[Weight]:
@@ -141,11 +137,3 @@ def bench_build(options: argparse.Namespace) -> None:
     print(f"{options.model}: {whole / 1e9:.2f} GB of float32 weights, one rank of {options.ranks} keeps {shards / 1e9:.2f} GB")
     print(f"resident memory grew by {(max(seen) - seen[0]) / 1e9:.2f} GB at most while they were created and sharded")
     print(f"{time.perf_counter() - begun:.0f} s until the engine was ready")
-
-
-def _memory_peak(device: torch.device, reset: bool = False) -> int:
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -11,12 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from xar_scale import dist
 from xar_scale.bench.fake_group import join_fake_group
-from xar_scale.bench.memory import peak_resident
+from xar_scale.bench.memory import peak_memory, peak_resident
+from xar_scale.bench.setup import config_with, engine_and_ema
 from xar_scale.bench.timing import median_ms
-from xar_scale.config import Config, merge
+from xar_scale.config import Config
 from xar_scale.data.loader import Batch
 from xar_scale.ema import EMA
-from xar_scale.engines import Engine, create_engine
+from xar_scale.engines import Engine
 from xar_scale.flow import velocity_loss
 from xar_scale.memory.rank import rank_memory, weights_of
 from xar_scale.model.flops import training_flops
@@ -26,7 +27,6 @@ from xar_scale.optim import create_adamw
 from xar_scale.plan.cost import Collective, Link, optimizer_bytes, step_collectives, step_time
 from xar_scale.plan.hardware import GPU, Machines
 from xar_scale.precision import MODES, autocast
-from xar_scale.presets import model_values, recipe
 
 STEPS = 2  # the second finds what the first allocates once
 
@@ -35,8 +35,7 @@ def config_of(options: argparse.Namespace, world: int) -> Config:
     """Return imagenet256_h's config with the requested model, engine and sizes; no dropout, as a CPU keeps float32 masks."""
     train = {name: getattr(options, name) for name in ("engine", "precision", "recompute", "shard_ranks")}
     train |= {"global_batch": world * options.batch, "micro_batch": options.batch}
-    changes = {"model": {**model_values(options.model), "dropout": 0.0}, "train": train, "data": {"lanes": 1}}
-    return Config.from_dict(merge(recipe("imagenet256_h"), changes))
+    return config_with(options.model, model={"dropout": 0.0}, train=train)
 
 
 def measured_memory(config: Config, device: torch.device) -> int:
@@ -45,10 +44,9 @@ def measured_memory(config: Config, device: torch.device) -> int:
     Only allocated tensors count: fragmentation, libraries, and gloo's and NCCL's buffers do not.
     """
     if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        before = peak_memory(device, reset=True)
         train_steps(config, device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return peak_memory(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         kept = train_steps(config, device)
     del kept
@@ -65,9 +63,8 @@ def train_steps(config: Config, device: torch.device) -> tuple[Engine, EMA]:
     model = meta_model(config.model)
     model.use_kernels(config.kernels, device, torch.float32, training=True)
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
-    engine = create_engine(model, blank_weights(model), config, device)
+    engine, ema = engine_and_ema(config, model, blank_weights(model), device)
     engine.set_precision(config.train.precision)
-    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
     for step in range(STEPS):
         batch = Batch.zeros(model.layout, config.model.channels, config.train.micro_batch or 1, device)
         verdict = engine.attempt(step, [batch])

@@ -12,10 +12,10 @@ from xar_scale.checkpoint.interop.source import InMemory, Source
 from xar_scale.checkpoint.manifest import KINDS
 from xar_scale.checkpoint.reshard import plan
 from xar_scale.checkpoint.reshard.parts import Fixed
-from xar_scale.config import Config, merge
+from xar_scale.config import ModelConfig
 from xar_scale.errors import DataError
 from xar_scale.model.xar import meta_model
-from xar_scale.presets import model_values, recipe
+from xar_scale.presets import model_values
 
 STDOUT = 1
 ZEROS = "xar-scale"
@@ -47,9 +47,8 @@ def bench_reshard(options: argparse.Namespace) -> None:
 
 def _zeros(model: str, folder: Path) -> int:
     """Write a checkpoint of ours as one sparse file; return its size in bytes."""
-    values = {**model_values(model), "grid": [16, 16], "channels": 16, "classes": 1000}
-    config = Config.from_dict(merge(recipe("digits"), {"model": values}))
-    shapes = {name: parameter.shape for name, parameter in meta_model(config.model).named_parameters()}
+    sizes = ModelConfig(**model_values(model))
+    shapes = {name: parameter.shape for name, parameter in meta_model(sizes).named_parameters()}
     zeros = Source(folder, "zeros", {f"{kind}/{name}": shapes[name] for kind in KINDS for name in shapes}, InMemory({}), [])
     planned = plan(zeros, "xar-scale", files=1)
     (output,) = planned.outputs

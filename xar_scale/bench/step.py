@@ -11,15 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xar_scale import dist
-from xar_scale.bench.memory import peak_resident
+from xar_scale.bench.memory import peak_memory
 from xar_scale.bench.published import Published
-from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, Record, check_same_work, compare, markdown, read_record
+from xar_scale.bench.record import BASELINE, OURS, PUBLISHED, SLOWER, Record, check_same_work, compare, markdown, read_record
+from xar_scale.bench.setup import config_with, engine_and_ema
 from xar_scale.bench.timing import WARM_UP, in_turns, median_ms
 from xar_scale.bench.trace import trace
-from xar_scale.config import Config, merge, read_settings
+from xar_scale.config import Config, read_settings
 from xar_scale.data.feed import Feed
-from xar_scale.ema import EMA
-from xar_scale.engines import create_engine
 from xar_scale.errors import UsageError
 from xar_scale.evaluate.generate import prepare
 from xar_scale.files import make_folder
@@ -28,7 +27,7 @@ from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import XAR, Weight, initial_weights, meta_model
 from xar_scale.plan.hardware import GPUS
 from xar_scale.precision import MODES, apply_matmul_mode, autocast
-from xar_scale.presets import model_values, recipe
+from xar_scale.presets import model_values
 from xar_scale.sampler import sample
 from xar_scale.startup import open_data
 
@@ -55,9 +54,8 @@ def bench_step(options: argparse.Namespace) -> None:
     model = meta_model(config.model)
     kernels = model.use_kernels(config.kernels, device, compute, training=True)
     apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
-    before = _memory(device, reset=True)
-    engine = create_engine(model, _random_weights(model, device), config, device)
-    ema = EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
+    before = peak_memory(device, reset=True)
+    engine, ema = engine_and_ema(config, model, _random_weights(model, device), device)
     feed = Feed(dataset, config.train, device)
     feed.seek(0)
 
@@ -67,7 +65,7 @@ def bench_step(options: argparse.Namespace) -> None:
 
     for _ in range(WARM_UP + 1):
         ours()
-    memory = _memory(device) - before
+    memory = peak_memory(device) - before
     works: Works = {OURS: ours, BASELINE: _baseline(options, device, train=True)}
     works |= published
     feed.waited = 0.0
@@ -105,7 +103,7 @@ def bench_sample(options: argparse.Namespace) -> None:
     compute = MODES[options.precision].compute
     labels = [7 * image % CLASSES for image in range(options.batch)]
     published, apart = _published(options, device, lambda: _published_sampling(options, labels, device))
-    before = _memory(device, reset=True)
+    before = peak_memory(device, reset=True)
     model = meta_model(_config(options).model).eval()
     for weight in _random_weights(model, device):
         weight.place(device)
@@ -117,7 +115,7 @@ def bench_sample(options: argparse.Namespace) -> None:
             sample(model, labels, steps=options.steps, guidance=options.guidance)
 
     ours()
-    memory = _memory(device) - before
+    memory = peak_memory(device) - before
     works: Works = {OURS: ours, BASELINE: _baseline(options, device, train=False)}
     works |= published
     seconds = in_turns(works, device, options.repeats) | apart
@@ -192,15 +190,14 @@ def _config(options: argparse.Namespace) -> Config:
     """Return imagenet256_h's config with the requested model and sizes, on synthetic latents."""
     kernels: dict[str, Any] = {}
     train: dict[str, Any] = {"global_batch": dist.world() * options.batch, "precision": options.precision}
-    model = {**model_values(options.model), "grid": [options.grid] * 2}
+    model: dict[str, Any] = {"grid": [options.grid] * 2}
     if hasattr(options, "engine"):
         train |= {"engine": options.engine, "recompute": options.recompute, "ds_config": options.ds_config}
         model["dropout"] = options.dropout
         kernels = {"attention": options.attention, "compile": options.compile}
     workers = 4 if dist.local_device().type == "cuda" else 0  # on a CPU they would compete with compute
-    data = {"path": "synthetic:4096", "lanes": 1, "workers": workers}
-    changes = {"model": model, "train": train, "kernels": kernels, "data": data}
-    return Config.from_dict(merge(recipe("imagenet256_h"), changes))
+    data = {"path": "synthetic:4096", "workers": workers}
+    return config_with(options.model, model=model, train=train, kernels=kernels, data=data)
 
 
 def _settings(options: argparse.Namespace, *more: str) -> dict[str, Any]:
@@ -252,20 +249,13 @@ def _peak(device: torch.device, precision: str) -> float:
     return 2 * rows**3 / (median_ms(lambda: matrix @ matrix, device) / 1e3)
 
 
-def _memory(device: torch.device, reset: bool = False) -> float:
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-            return torch.cuda.memory_allocated(device)
-        return torch.cuda.max_memory_allocated(device)
-    return peak_resident(reset=reset)
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of both commands."""
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--reference", type=Path, help="checkout of the published code, timed in turns with ours")
     parser.add_argument("--json", type=Path, help="file for the record")
     parser.add_argument(
-        "--compare", type=Path, help="a record; exit with code 1 if our time relative to the baseline grew by more than 15 %%"
+        "--compare",
+        type=Path,
+        help=f"a record; exit with code 1 if our time relative to the baseline grew by more than {SLOWER - 1:.0%}%",
     )

@@ -4,7 +4,6 @@ import dataclasses
 from itertools import dropwhile, takewhile
 
 from xar_scale.config import micro_batches
-from xar_scale.doctor import table
 from xar_scale.memory.rank import MARGIN, RankMemory
 from xar_scale.model.flops import forward_flops, training_flops
 from xar_scale.plan.cost import (
@@ -20,6 +19,7 @@ from xar_scale.plan.hardware import Machines
 from xar_scale.plan.search import ENGINES, RECOMPUTE, TIME_TOLERANCE, Candidate, FeasibleCandidate, Search
 from xar_scale.precision import MODES
 from xar_scale.presets import IMAGENET_IMAGES
+from xar_scale.tables import aligned
 
 
 def describe(found: Search, model: str, gpu: str) -> str:
@@ -47,7 +47,7 @@ def _model(found: Search, model: str, gpu: str) -> str:
         ("global batch", f"{train.global_batch:,}, {train.steps:,} steps in {train.precision}"),
         ("images trained on", f"{images:,} ({images / IMAGENET_IMAGES:,.1f} epochs of ImageNet)"),
     ]
-    return table((model, ""), rows)
+    return aligned((model, ""), rows)
 
 
 def _memory(found: Search, best: FeasibleCandidate) -> str:
@@ -66,7 +66,7 @@ def _memory(found: Search, best: FeasibleCandidate) -> str:
             row = [f"{mode}, {recompute}", *map(_gb, memory), _gb(memory.total), str(largest or "none")]
             rows.append(row)
     used = [n for n, title in enumerate(titles) if title == titles[-1] or any(row[n] != "0" for row in rows)]
-    return table([titles[n] for n in used], [[row[n] for n in used] for row in rows])
+    return aligned([titles[n] for n in used], [[row[n] for n in used] for row in rows])
 
 
 def _communication(best: FeasibleCandidate) -> str:
@@ -78,7 +78,7 @@ def _communication(best: FeasibleCandidate) -> str:
     ]
     sent = sum(each.bytes_sent for each in best.collectives)
     rows.append(("total", "", "", _gb(sent), f"{best.time.communication * 1e3:.1f}"))
-    return table(("communication per step", "ranks", "calls", "GB sent per GPU", "ms"), rows)
+    return aligned(("communication per step", "ranks", "calls", "GB sent per GPU", "ms"), rows)
 
 
 def _step(found: Search, best: FeasibleCandidate) -> str:
@@ -108,7 +108,7 @@ def _step(found: Search, best: FeasibleCandidate) -> str:
         ),
         ("whole run", f"{hours:,.1f} hours, {hours * found.machines.gpus:,.0f} GPU-hours"),
     ]
-    return table(("time per step", ""), rows)
+    return aligned(("time per step", ""), rows)
 
 
 def _outside(found: Search, best: FeasibleCandidate) -> str:
@@ -123,7 +123,7 @@ def _outside(found: Search, best: FeasibleCandidate) -> str:
         ),
         ("data per node", f"{of_node:,.0f} samples/s, {of_node * sample_bytes(config) / 1e6:,.1f} MB/s"),
     ]
-    return table(("outside the GPUs", ""), rows)
+    return aligned(("outside the GPUs", ""), rows)
 
 
 def _assumptions(found: Search, best: FeasibleCandidate) -> str:

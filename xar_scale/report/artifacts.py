@@ -12,8 +12,9 @@ from PIL import Image
 
 from xar_scale.checkpoint.manifest import FOLDER, LATEST, Manifest, checkpoint_paths, read_manifest
 from xar_scale.errors import XarScaleError
+from xar_scale.evaluate import previews
+from xar_scale.evaluate.evaluation import RESULT
 
-SAMPLES, EVALUATION_FILE = "samples", "evaluation.json"
 MAX_GRIDS = 24  # on the page at most
 NEWEST_SIDE, EARLIER_SIDE = 1600, 480  # pixels on the longer side
 
@@ -69,7 +70,7 @@ def checkpoints(run: Path) -> list[CheckpointEntry]:
 
 def sample_grids(run: Path) -> list[SampleGrid]:
     """Return the grids, oldest first: at most ``MAX_GRIDS``, evenly chosen, including the first and the newest."""
-    named = ((re.fullmatch(r"step-(\d{8,})\.png", path.name), path) for path in (run / SAMPLES).glob("step-*.png"))
+    named = ((re.fullmatch(r"step-(\d{8,})\.png", path.name), path) for path in (run / previews.FOLDER).glob("step-*.png"))
     files = sorted((int(match[1]), path) for match, path in named if match)
     if len(files) > MAX_GRIDS:
         files = [files[round(n * (len(files) - 1) / (MAX_GRIDS - 1))] for n in range(MAX_GRIDS)]
@@ -91,7 +92,7 @@ def _sample_grid(step: int, path: Path, side: int) -> SampleGrid:
 
 def evaluations(run: Path) -> list[Evaluation]:
     """Return all evaluations below the run, by the step of the weights."""
-    found = [_evaluation(run, path) for path in run.rglob(EVALUATION_FILE)]
+    found = [_evaluation(run, path) for path in run.rglob(RESULT)]
     return sorted(found, key=lambda entry: (entry.step is None, entry.step, entry.name))
 
 

@@ -1,6 +1,7 @@
 """Image tokenizers, by name: each encodes uint8 images into what a shard stores, and decodes latents into images."""
 
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,17 @@ def create_tokenizer(
     elif not settings.get("sha256"):
         raise DataError("the data set does not record which kl16 weights made it: its tokenizer has no sha256")
     return makers[name](**settings)
+
+
+def parse_tokenizer(text: str) -> dict[str, Any]:
+    """Return the name and settings in a tool's ``--tokenizer``. Raises UsageError if it is not JSON of them."""
+    try:
+        description = json.loads(text)
+    except ValueError:
+        raise UsageError(f"--tokenizer {text!r} is not JSON") from None
+    if not isinstance(description, dict) or not isinstance(description.get("name"), str):
+        raise UsageError(f"--tokenizer {text!r} is not a JSON object with a name")
+    return description
 
 
 def check_origin(description: dict[str, Any], stored: str, channels: int) -> None:
