@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.processes import launch
+from tests.processes import assert_one_line, launch
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import ShardWriter
 from xar_scale.evaluate.digits import load_digits
@@ -33,15 +33,6 @@ def train(folder: Path, run: str, *more: str, world: int = 1, data: str = "data"
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def assert_one_line(ended, code: int, *parts: str) -> None:
-    """Every rank ends with ``code``; together they say one line of ours, with all ``parts``, and print no traceback."""
-    assert set(ended.codes) == {code}, ended.text
-    assert "Traceback" not in ended.text, ended.text
-    lines = [line for line in ended.text.splitlines() if line.startswith("xar-scale: ")]
-    assert len(lines) == 1, ended.text
-    assert all(part in lines[0] for part in parts), lines[0]
 
 
 def test_a_missing_data_folder(folder):

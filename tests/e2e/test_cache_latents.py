@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.test_demo import command
-from tests.processes import finish, kill, launch, start
+from tests.processes import command, finish, kill, launch, start
 from tests.unit.encoding import smooth, tars
 from xar_scale.data.images import center_crop
 from xar_scale.data.reader import LatentShards

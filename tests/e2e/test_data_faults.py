@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.test_bad_input import assert_one_line
 from tests.object_store import object_store
-from tests.processes import Ended, finish, kill, launch, start
+from tests.processes import Ended, assert_one_line, finish, kill, launch, start
 from xar_scale.checkpoint.manifest import read_manifest
 from xar_scale.evaluate.digits import cache_digits
 

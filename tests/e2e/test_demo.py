@@ -2,41 +2,18 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.processes import LIMIT_S, ROOT, environment
+from tests.processes import command
 from xar_scale.guard import GuardState
 
 METRICS = {"step", "loss", "lr", "grad_norm", "images_per_s", "tflops_per_s", "step_s", "data_wait_s", "memory_gb", "epoch"}
 METRICS |= {"bad_samples", "largest_activation", "checkpoint_stall_s"} | set(GuardState().counts)
-
-
-def command(*words: str, limit_s: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
-    """A command as typed in the activated environment; nothing of it is left running."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    process = subprocess.Popen(
-        words,
-        cwd=ROOT,
-        env=environment() | {"PATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=limit_s)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import kl16_shapes
-from tests.e2e.test_demo import command
-from tests.processes import launch
+from tests.processes import command, launch
 from tests.unit.tiny_run import Run
 from tools import bench, sweep
 from xar_scale.data.reader import LatentShards

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from tests.processes import ROOT
-from tests.unit.test_cli import assert_ends
+from tests.unit.conftest import assert_ends
+from tests.unit.plans import FEW, H100, config
 from xar_scale.cli import main
-from xar_scale.config import Config, merge, override, read_yaml
+from xar_scale.config import Config, read_yaml
 from xar_scale.engines.deepspeed.settings import deepspeed_settings
 from xar_scale.memory.rank import WEIGHT, padded, rank_memory, weights_of
 from xar_scale.model.flops import forward_flops, training_flops
@@ -21,14 +22,8 @@ from xar_scale.model.xar import meta_model
 from xar_scale.plan import cost, text
 from xar_scale.plan.hardware import GPUS, Machines
 from xar_scale.plan.search import RECOMPUTE, Search, search
-from xar_scale.presets import model_values, recipe
 
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
-H100 = Machines(GPUS["h100"], 16, 8)
-
-
-def config(*overrides: str, model: str = "nano") -> Config:
-    return Config.from_dict(override(merge(recipe("imagenet256_h"), {"model": model_values(model)}), list(overrides)))
 
 
 def time_of(config: Config, machines: Machines = H100) -> cost.StepTime:
@@ -238,7 +233,6 @@ def test_exactly_those_that_fit_are_found():
     assert f"{2048 / best.time.total:,.0f} (" in said and f"{weights_of(config().model).total:,} in 4 blocks" in said
 
 
-FEW = ("train.global_batch=8", "data.lanes=8")  # few batch sizes, as each is measured
 EAGER = ("train.engine=fsdp2", "kernels.compile=false")  # compiled graphs take longer to trace
 
 
