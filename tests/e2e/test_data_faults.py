@@ -158,5 +158,3 @@ def test_synthetic_latents_need_no_disk(folder):
     ended = train(folder, "synthetic", "synthetic:1000", *SINGLE)
     assert ended.codes == [0], ended.text
     assert "1,000 samples" in ended.text
-    wrong = train(folder, "none", "synthetic:many", *SINGLE)
-    assert_one_line(wrong, 78, "data.path synthetic:many: the number of samples must follow the colon")
