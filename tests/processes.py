@@ -122,3 +122,32 @@ def finish(
 
 def launch(world: int, arguments: list[str], folder: Path, **more: str) -> Ended:
     return finish(start(world, arguments, folder, **more), folder)
+
+
+def command(*words: str, limit_s: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
+    """A command as typed in the activated environment; nothing of it is left running."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    process = subprocess.Popen(
+        words,
+        cwd=ROOT,
+        env=environment() | {"PATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        out, err = process.communicate(timeout=limit_s)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def assert_one_line(ended: Ended, code: int, *parts: str) -> None:
+    """Every rank ends with ``code``; together they say one line of ours, with all ``parts``, and print no traceback."""
+    assert set(ended.codes) == {code}, ended.text
+    assert "Traceback" not in ended.text, ended.text
+    lines = [line for line in ended.text.splitlines() if line.startswith("xar-scale: ")]
+    assert len(lines) == 1, ended.text
+    assert all(part in lines[0] for part in parts), lines[0]

@@ -31,6 +31,12 @@ SMALL3 = {
     "sub_group_size": 10000,
 }  # of all kinds: some parameters, several sub-groups
 
+STEPS = 20
+HALF = STEPS // 2
+BEFORE, AFTER = 5, 3  # steps in bf16, then in fp32
+TRAINED = [["taken", HALF, "first"], ["saved"], ["taken", HALF, "second"], ["saved"]]
+MICRO = {1: 12, 2: 6, 3: 4, 4: 6}  # samples a pass, by the number of ranks: 2, 2, 2 and 1 passes a step
+
 
 def write_ds_configs(folder: Path) -> None:
     """Ours, with sizes at which a small model has several buckets and sub-groups, and is cut at all."""
@@ -47,6 +53,58 @@ def run_jobs(world: int, folder: Path, jobs: list[dict[str, Any]]) -> dict[str, 
     ended = launch(world, ["-m", "tests.dist.jobs", str(folder)], folder / "logs")
     assert ended.codes == [0] * world, ended.text
     return {job["name"]: json.loads((folder / f"{job['name']}.json").read_text()) for job in jobs}
+
+
+def overrides(folder: Path, kind: str, world: int, *more: str) -> list[str]:
+    """Of a kind, "ENGINE or file of ds_configs[/shard_ranks]"."""
+    name, _, ranks = kind.partition("/")
+    own = [f"train.engine={name}"] if name in ("single", "ddp", "fsdp2") else [f"train.ds_config={folder / name}.json"]
+    shared = [f"train.shard_ranks={ranks}"] if ranks else []
+    return [*own, *shared, f"train.micro_batch={MICRO[world]}", *more]
+
+
+def job_name(kind: str) -> str:
+    return kind.replace("/", "-of-")
+
+
+class Runs:
+    """Jobs of one launch; a kind in bf16 and in fp32 are engines of their own."""
+
+    def __init__(self, folder: Path, world: int) -> None:
+        self.folder, self.world, self.jobs = folder, world, []
+        self.at = folder / str(world)
+
+    def add(self, name: str, kind: str, actions: list, *more: str) -> None:
+        self.jobs.append({"name": name, "overrides": overrides(self.folder, kind, self.world, *more), "actions": actions})
+
+    def add_trained(self, kinds: list[str]) -> None:
+        for kind in kinds:
+            self.add(job_name(kind), kind, TRAINED)
+
+    def add_lowered(self, kinds: list[str]) -> None:
+        """Engines that begin in bf16, go over to fp32 and back, with steps that are attempted and not taken; and undisturbed
+        ones."""
+        before, lowered, back = ["taken", BEFORE, "before"], ["taken", AFTER, "fp32"], ["taken", AFTER, "bf16"]
+        for kind in kinds:
+            name = job_name(kind)
+            saved = ["loaded", self.checkpoint(f"{name}-lowered", BEFORE)]
+            actions = [before, ["saved"], ["discarded"], ["precision", "fp32"], lowered]
+            actions += [saved, ["precision", "bf16"], ["discarded"], back]
+            actions += [saved, ["discarded"], ["precision", "fp32", 2], ["taken", AFTER, "split"]]
+            self.add(f"{name}-lowered", kind, actions, "train.precision=bf16")
+            self.add(f"{name}-bf16", kind, [before, back], "train.precision=bf16")
+
+    def add_fresh(self, kinds: list[str]) -> None:
+        for kind in kinds:
+            saved = ["loaded", self.checkpoint(f"{job_name(kind)}-lowered", BEFORE)]
+            self.add(f"{job_name(kind)}-fp32", kind, [saved, ["taken", AFTER, "fp32"]])
+
+    def checkpoint(self, name: str, step: int) -> str:
+        return str(self.at / name / "checkpoints" / f"step-{step:08d}")
+
+    def run(self) -> dict[str, dict]:
+        jobs, self.jobs = self.jobs, []
+        return run_jobs(self.world, self.at, jobs)
 
 
 class Job(Run):

@@ -35,3 +35,8 @@ def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         vectors = (torch.cat([t.flatten() for name, t in of.items() if name.startswith(f"{kind}/")]) for of in (one, other))
         whole, reference = vectors
         assert (whole - reference).norm() < 1e-5 * reference.norm(), kind
+
+
+def assert_same_curve(came: dict, expected: dict) -> None:
+    for name in ("loss", "grad_norm"):
+        torch.testing.assert_close(torch.tensor(came[name]), torch.tensor(expected[name]), rtol=1e-5, atol=0)

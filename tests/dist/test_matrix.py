@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from tests.dist.test_engines import Runs, job_name
-from tests.dist.jobs import write_ds_configs
+from tests.dist.jobs import Runs, job_name, write_ds_configs
 
 pytestmark = pytest.mark.long  # whichever test comes first starts all the launches
 # odd shapes: parameters of 1, 10 and 33 elements, which neither 2 nor 3 ranks divide; decay that a lost group would show

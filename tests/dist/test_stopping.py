@@ -69,14 +69,17 @@ def test_a_stop_request_to_one_rank_stops_all_and_the_run_resumes_bitwise(folder
         assert set(names) <= {path.name for path in checkpoint_paths(run, kind)}
 
 
-def test_a_time_limit_shorter_than_the_first_step_still_leaves_a_checkpoint(folder):
-    step = assert_stopped(train(folder, "late", "--stop-after", "1s"), folder / "late", "--stop-after 1 s has passed")
-    assert step == 1
+@pytest.fixture(scope="module")
+def late(folder) -> Ended:
+    return train(folder, "late", "--stop-after", "1s")
 
 
+def test_a_time_limit_shorter_than_the_first_step_still_leaves_a_checkpoint(folder, late):
+    assert assert_stopped(late, folder / "late", "--stop-after 1 s has passed") == 1
+
+
+@pytest.mark.usefixtures("late")
 def test_two_ranks_of_the_engine_for_one_are_refused_with_one_line(folder):
-    run = folder / "two"
-    assert_stopped(train(folder, "two", "--stop-after", "0s"), run, "--stop-after 0 s has passed")
-    ended = train(folder, "two", "train.engine=single")
+    ended = train(folder, "late", "train.engine=single")
     assert ended.codes == [78, 78] and ended.text.count("xar-scale: ") == 1 and "Traceback" not in ended.text, ended.text
     assert "train.engine single is one process, not 2; use train.engine=ddp, fsdp2 or deepspeed" in ended.outputs[0]

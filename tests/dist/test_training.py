@@ -14,6 +14,7 @@ import torch
 
 from tests.dist.states import assert_bitwise, assert_near, state
 from tests.processes import finish, kill, launch, start
+from tests.unit.damage import flip_byte
 
 pytestmark = pytest.mark.long
 STEPS = 20
@@ -193,7 +194,3 @@ def test_a_damaged_checkpoint_is_passed_over_out_loud_and_replaced(folder, zero2
     assert sorted(os.listdir(run / "checkpoints")) == ["damaged-step-00000020", "latest", "step-00000010", "step-00000020"]
 
 
-def flip_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)

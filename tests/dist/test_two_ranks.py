@@ -1,8 +1,7 @@
 """FSDP2, whose ranks share one copy of the model or have one each, and DDP on two ranks: steps and state are those of one."""
 
-from tests.dist.jobs import Job
-from tests.dist.states import assert_near, state
-from tests.dist.test_engines import Runs, assert_same_curve, job_name, overrides
+from tests.dist.jobs import Job, Runs, job_name, overrides
+from tests.dist.states import assert_near, assert_same_curve, state
 from xar_scale.checkpoint.manifest import read_manifest
 
 STEPS = 3

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.processes import launch
+from tests.processes import assert_one_line, launch
+from tests.unit.conftest import assert_ends
+from xar_scale.cli import main
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import ShardWriter
 from xar_scale.evaluate.digits import load_digits
@@ -26,22 +28,16 @@ def run(folder):
     return folder / "run"
 
 
+def arguments(folder: Path, run: str, *more: str, data: str = "data") -> list[str]:
+    return ["train", "--recipe", "digits", "--run-dir", str(folder / run), f"data.path={folder / data}", *SMALL, *more]
+
+
 def train(folder: Path, run: str, *more: str, world: int = 1, data: str = "data"):
-    own = ["--recipe", "digits", "--run-dir", str(folder / run), f"data.path={folder / data}", *SMALL]
-    return launch(world, ["-m", "xar_scale", "train", *own, *more], folder / "logs" / run)
+    return launch(world, ["-m", "xar_scale", *arguments(folder, run, *more, data=data)], folder / "logs" / run)
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def assert_one_line(ended, code: int, *parts: str) -> None:
-    """Every rank ends with ``code``; together they say one line of ours, with all ``parts``, and print no traceback."""
-    assert set(ended.codes) == {code}, ended.text
-    assert "Traceback" not in ended.text, ended.text
-    lines = [line for line in ended.text.splitlines() if line.startswith("xar-scale: ")]
-    assert len(lines) == 1, ended.text
-    assert all(part in lines[0] for part in parts), lines[0]
 
 
 def test_a_missing_data_folder(folder):
@@ -70,7 +66,7 @@ def test_a_flipped_bit_in_a_latent_names_shard_and_sample(folder):
     assert_one_line(ended, 65, "digits-00000", ".tar, sample ", "checksum does not match")
 
 
-def test_a_checkpoint_with_a_flipped_byte_when_it_is_the_only_one(folder, run):
+def test_a_checkpoint_with_a_flipped_byte_when_it_is_the_only_one(folder, run, capsys):
     damaged = folder / "only"
     shutil.copytree(run, damaged)
     shutil.rmtree(damaged / "checkpoints" / "step-00000002")
@@ -79,22 +75,15 @@ def test_a_checkpoint_with_a_flipped_byte_when_it_is_the_only_one(folder, run):
     content[-5] ^= 64
     victim.write_bytes(content)
     before = files(damaged)
-    ended = train(folder, "only", "train.engine=single", "train.steps=6")
-    assert_one_line(ended, 65, "none of the 1 checkpoints", "is valid")
-    assert f"{victim.name} is corrupt" in ended.text
+    assert main(arguments(folder, "only", "train.engine=single", "train.steps=6")) == 65
+    said, error = capsys.readouterr()
+    assert f"{victim.name} is corrupt" in said and error.count("\n") == 1
+    assert error.startswith("xar-scale: none of the 1 checkpoints") and "is valid" in error
     assert files(damaged) == before
 
     out = folder / "samples.png"
-    sampled = launch(
-        1, ["-m", "xar_scale", "sample", str(victim.parent), "--seeds", "1", "--out", str(out)], folder / "logs" / "sample"
-    )
-    assert_one_line(sampled, 65, victim.name, "is corrupt")
+    assert_ends(capsys, ["sample", victim.parent, "--seeds", "1", "--out", out], 65, victim.name, "is corrupt")
     assert not out.exists()
-
-
-def test_an_unknown_recipe(folder):
-    ended = launch(2, ["-m", "xar_scale", "train", "--recipe", "nosuch"], folder / "logs" / "recipe")
-    assert_one_line(ended, 64, "no recipe 'nosuch'", "digits")
 
 
 def test_a_global_batch_that_does_not_divide(folder):
@@ -103,11 +92,10 @@ def test_a_global_batch_that_does_not_divide(folder):
     assert not (folder / "new").exists()
 
 
-def test_a_run_that_exists_is_not_started_over(folder, run):
+def test_a_run_that_exists_is_not_started_over(folder, run, capsys):
     before = files(run)
     for resume in ("none", str(run / "checkpoints" / "step-00000002")):
-        ended = train(folder, "run", "train.engine=single", "--resume", resume)
-        assert_one_line(ended, 64, "holds checkpoints")
+        assert_ends(capsys, arguments(folder, "run", "train.engine=single", "--resume", resume), 64, "holds checkpoints")
     assert files(run) == before
 
 
@@ -121,10 +109,10 @@ def test_a_refused_deepspeed_config_leaves_the_run_as_it_was(folder, run):
     assert files(run) == before
 
 
-def test_another_model_does_not_continue_the_run(folder, run):
+def test_another_model_does_not_continue_the_run(folder, run, capsys):
     before = files(run)
-    ended = train(folder, "run", "train.engine=single", "model.width=64")
-    assert_one_line(ended, 78, "model.width is 64", "was made with 128")
+    words = arguments(folder, "run", "train.engine=single", "model.width=64")
+    assert_ends(capsys, words, 78, "model.width is 64", "was made with 128")
     assert files(run) == before
 
 

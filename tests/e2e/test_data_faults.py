@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.test_bad_input import assert_one_line
 from tests.object_store import object_store
-from tests.processes import Ended, finish, kill, launch, start
+from tests.processes import Ended, assert_one_line, finish, kill, launch, start
 from xar_scale.checkpoint.manifest import read_manifest
 from xar_scale.evaluate.digits import cache_digits
 
@@ -159,5 +158,3 @@ def test_synthetic_latents_need_no_disk(folder):
     ended = train(folder, "synthetic", "synthetic:1000", *SINGLE)
     assert ended.codes == [0], ended.text
     assert "1,000 samples" in ended.text
-    wrong = train(folder, "none", "synthetic:many", *SINGLE)
-    assert_one_line(wrong, 78, "data.path synthetic:many: the number of samples must follow the colon")

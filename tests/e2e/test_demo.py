@@ -2,41 +2,18 @@
 
 import json
 import os
-import signal
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.processes import LIMIT_S, ROOT, environment
+from tests.processes import command
 from xar_scale.guard import GuardState
 
 METRICS = {"step", "loss", "lr", "grad_norm", "images_per_s", "tflops_per_s", "step_s", "data_wait_s", "memory_gb", "epoch"}
 METRICS |= {"bad_samples", "largest_activation", "checkpoint_stall_s"} | set(GuardState().counts)
-
-
-def command(*words: str, limit_s: float = LIMIT_S) -> subprocess.CompletedProcess[str]:
-    """A command as typed in the activated environment; nothing of it is left running."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    process = subprocess.Popen(
-        words,
-        cwd=ROOT,
-        env=environment() | {"PATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=limit_s)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 
 @pytest.fixture(scope="module")
@@ -109,19 +86,6 @@ def test_samples_are_drawn_evaluated_and_reported(folder, trained):
     assert command("xar-scale", "report", str(run)).returncode == 0
     page = (run / "report.html").read_text()
     assert "frechet" in page and f"{metrics['read_as_class']:.3g}"[:4] in page and page.count("data:image/") == 2  # the grids
-
-
-def test_a_picture_is_its_class_and_its_seed(folder, trained):
-    def draw(name: str, *more: str) -> np.ndarray:
-        out = folder / f"{name}.npz"
-        done = command("xar-scale", "sample", str(folder / "run"), "--out", str(out), *more)
-        assert done.returncode == 0, done.stderr
-        with np.load(out) as archive:
-            return archive["arr_0"].astype(int)
-
-    first = draw("first", "--classes", "3,7", "--seeds", "0-2")
-    assert np.abs(first[3] - draw("small", "--classes", "7", "--seeds", "1")[0]).max() <= 1  # a grey level
-    assert np.abs(first[3] - draw("other", "--classes", "7", "--seeds", "3")[0]).max() > 20
 
 
 def test_the_launcher_passes_the_exit_code_on():

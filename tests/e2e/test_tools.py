@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 from tests.conftest import kl16_shapes
-from tests.e2e.test_demo import command
-from tests.processes import launch
+from tests.processes import command, launch
 from tests.unit.tiny_run import Run
-from tools import bench, sweep
+from tools import bench, cache_latents, sweep
 from xar_scale.data.reader import LatentShards
 from xar_scale.evaluate.digits import cache_digits
 from xar_scale.evaluate.evaluation import image_set
@@ -183,10 +182,11 @@ def test_the_orders_are_drawn(tmp_path):
 
 
 @pytest.mark.parametrize("words", [[], ["nosuch", "--out", "x"], ["digits", "--out", "x", "--samples-per-shard", "0"]])
-def test_wrong_words_end_in_one_line(words, tmp_path):
-    done = command(sys.executable, "tools/cache_latents.py", *words)
-    assert done.returncode == 64
-    assert done.stderr.startswith("cache_latents: ") and done.stderr.count("\n") == 1
+def test_wrong_words_end_in_one_line(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cache_latents", *words])
+    assert cache_latents.main() == 64
+    said = capsys.readouterr().err
+    assert said.startswith("cache_latents: ") and said.count("\n") == 1
 
 
 def test_one_rank_of_many_is_built():

@@ -7,16 +7,20 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import digits_config
+from xar_scale.cli import main
 from xar_scale.config import AttentionBackend
 from xar_scale.data import remote
 from xar_scale.data.cache import NodeCache
+from xar_scale.data.loader import Batch, LatentDataset
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.shards import DatasetInfo, Sample, ShardWriter
 from xar_scale.flow import velocity_loss
-from xar_scale.model.entities import EntityLayout
+from xar_scale.model.entities import EntityLayout, create_layout
 from xar_scale.model.xar import XAR, create_model
 
 CLASSES = 10
+CPU = torch.device("cpu")
 
 
 def nano_model(**changes) -> XAR:
@@ -90,6 +94,25 @@ def write_set(
 def read_set(folder: Path) -> list[Sample]:
     shards = LatentShards(folder)
     return [shards.read(number, at) for number, shard in enumerate(shards.info.shards) for at in range(shard.samples)]
+
+
+def open_set(folder, *overrides: str) -> LatentDataset:
+    config = digits_config(f"data.path={folder}", "data.window=6", "data.prefetch=1", *overrides)
+    return LatentDataset(LatentShards(folder), config, create_layout(config.model))
+
+
+def assert_equal(one: Batch, two: Batch) -> None:
+    assert one.keys == two.keys
+    for name in ("latents", "labels", "t", "noise"):
+        ours, theirs = getattr(one, name), getattr(two, name)
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+
+
+def assert_ends(capsys, arguments: list, code: int, *parts: str) -> None:
+    assert main([str(word) for word in arguments]) == code
+    said = capsys.readouterr().err
+    assert said.startswith("xar-scale: ") and said.count("\n") == 1, said
+    assert all(part in said for part in parts), said
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tests.conftest import digits_config
 from tests.object_store import ObjectStore
-from tests.unit.test_loader import CPU, assert_equal
+from tests.unit.conftest import CPU, assert_equal
 from xar_scale.data.loader import Batch, LatentDataset, RankBatchSampler, batches
 from xar_scale.data.sources import open_shards
 from xar_scale.model.entities import create_layout

@@ -11,8 +11,8 @@ import torch.nn.attention.flex_attention as flex_attention
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from tests.unit.conftest import nano_model, normal, unequal_layout
-from tests.unit.test_attention import BACKENDS, CPU, LAYOUTS, naive, qkv
+from tests.unit.attention_inputs import BACKENDS, LAYOUTS, naive, qkv
+from tests.unit.conftest import CPU, nano_model, normal, unequal_layout
 from xar_scale.config import KernelConfig
 from xar_scale.errors import ConfigError
 from xar_scale.model import attention, flash

@@ -15,9 +15,8 @@ import pytest
 
 from tests.conftest import digits_config
 from tests.object_store import slow
-from tests.unit.conftest import write_set
+from tests.unit.conftest import CPU, write_set
 from tests.unit.remote_sets import PER_SHARD, ROOM, SETTINGS, assert_same_batches, shard_gets, stream
-from tests.unit.test_loader import CPU
 from xar_scale.data import cache as cache_module
 from xar_scale.data.cache import NodeCache
 from xar_scale.data.loader import LatentDataset, RankBatchSampler, batches

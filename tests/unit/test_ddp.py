@@ -10,7 +10,7 @@ import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.conftest import digits_config, random_batch
-from tests.unit.test_fsdp2 import engine_of, losses, state, take_over
+from tests.unit.tiny_engine import engine_of, losses, state, take_over
 from xar_scale import dist
 from xar_scale.config import Config
 from xar_scale.engines import Engine, replicated

@@ -14,8 +14,7 @@ import pytest
 import torch
 
 from tests.processes import environment
-from tests.unit.conftest import write_set
-from tests.unit.test_loader import CPU, assert_equal, open_set
+from tests.unit.conftest import CPU, assert_equal, open_set, write_set
 from xar_scale.data import shards as shards_module
 from xar_scale.data.faults import BadSamples, Fault
 from xar_scale.data.loader import Batch, LatentDataset, RankBatchSampler, batches

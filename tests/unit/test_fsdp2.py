@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from tests.conftest import digits_config, random_batch
+from tests.conftest import random_batch
+from tests.unit.tiny_engine import engine_of, losses, state, take_over
 from xar_scale import dist
 from xar_scale.checkpoint import vectors
 from xar_scale.checkpoint.chunks import read_header
@@ -16,9 +17,8 @@ from xar_scale.checkpoint.files import Range, file_name, write_file
 from xar_scale.checkpoint.load import parts_of, state_vectors
 from xar_scale.checkpoint.manifest import Checkpoint
 from xar_scale.ema import EMA
-from xar_scale.engines import Engine, create_engine
+from xar_scale.engines import Engine
 from xar_scale.engines.fsdp2 import _policies, owned_range
-from xar_scale.model.xar import initial_weights, meta_model
 
 CPU = torch.device("cpu")
 
@@ -28,35 +28,6 @@ def one_rank():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
-
-
-def engine_of(*overrides: str) -> Engine:
-    config = digits_config("train.engine=fsdp2", "train.global_batch=8", *overrides)
-    model = meta_model(config.model)
-    return create_engine(model, initial_weights(model, 0), config, CPU)
-
-
-def losses(engine: Engine, *steps: int) -> list[float]:
-    """Of steps that are taken."""
-    found = []
-    for step in steps:
-        verdict = engine.attempt(step, [random_batch(step)])
-        engine.step(1e-2, verdict)
-        found.append(verdict.loss)
-    return found
-
-
-def state(engine: Engine) -> list[torch.Tensor]:
-    return [tensor.clone() for shard in engine.shards() for tensor in (shard.master, shard.exp_avg, shard.exp_avg_sq)]
-
-
-def take_over(engine: Engine, trained: Engine, steps: int) -> None:
-    """Return the state of an engine after ``steps``."""
-    with torch.no_grad():
-        for shard, wanted in zip(engine.shards(), trained.shards(), strict=True):
-            for tensor, value in zip(shard[4:], wanted[4:], strict=True):
-                tensor.copy_(value)
-    engine.shards_written(steps)
 
 
 def engine_in(precision: str, engine: str = "fsdp2") -> Engine:

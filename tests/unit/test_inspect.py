@@ -15,8 +15,8 @@ import torch
 
 from tests.conftest import digits_config
 from tests.processes import ROOT
+from tests.unit.damage import edit, flip_byte
 from tests.unit.foreign_checkpoints import reshard
-from tests.unit.test_store import edit, flip_byte
 from tests.unit.tiny_run import Run
 from tools import inspect_checkpoint
 from xar_scale.checkpoint.files import fingerprint, header_of

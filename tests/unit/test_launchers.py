@@ -20,6 +20,37 @@ def bash(script: str, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
 
 
+@pytest.fixture
+def launch(tmp_path):
+    """launchers/deepspeed.sh where ``deepspeed`` and ``nvidia-smi`` only print their arguments."""
+    for name, script in (("deepspeed", 'echo "deepspeed $* DS=${DS_ACCELERATOR:-}"'), ("nvidia-smi", "cat $GPU_LIST")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def launch(gpus: str, **variables: str) -> str:
+        (tmp_path / "gpus").write_text(gpus)
+        kept = {name: value for name, value in os.environ.items() if name not in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")}
+        given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GPU_LIST": str(tmp_path / "gpus"), "MASTER_PORT": "1"} | variables
+        done = subprocess.run(
+            ["launchers/deepspeed.sh", "train", "a=1"], cwd=ROOT, env=kept | given, capture_output=True, text=True, check=True
+        )
+        return done.stdout.splitlines()[-1]
+
+    return launch
+
+
+def test_the_launcher_chooses_the_ranks(launch):
+    gpus = "".join(f"GPU {n}: NVIDIA (UUID: x)\n" for n in range(6))
+    rest = "--master_port 1 --no_local_rank --module xar_scale train a=1 DS="
+    assert launch(gpus) == f"deepspeed --quiet --include localhost:0,1,2,3 {rest}"
+    assert launch(gpus, PROCESSES="6") == f"deepspeed --quiet --include localhost:0,1,2,3,4,5 {rest}"
+    assert launch(gpus, CUDA_VISIBLE_DEVICES="2,5") == f"deepspeed --quiet --include localhost:2,5 {rest}"
+    for nothing in ("", "No devices were found\n"):
+        assert launch(nothing) == f"deepspeed --quiet --num_gpus 2 {rest}cpu"
+    assert launch(gpus, CUDA_VISIBLE_DEVICES="") == f"deepspeed --quiet --num_gpus 2 {rest}cpu"
+    assert launch("", PROCESSES="3") == f"deepspeed --quiet --num_gpus 3 {rest}cpu"
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_the_scripts_are_clean():
     scripts = [*sorted((ROOT / "launchers").glob("*.sh")), ROOT / "launchers" / "slurm.sbatch", ROOT / ".ci" / "run"]

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from tests.conftest import digits_config
 from tests.processes import wait_until_gone
-from tests.unit.conftest import write_set
+from tests.unit.conftest import CPU, assert_equal, open_set, write_set
 from xar_scale.data import loader, reader
 from xar_scale.data.loader import Batch, LatentDataset, RankBatchSampler, batches, check_fits
 from xar_scale.data.order import SampleOrder
@@ -25,14 +25,6 @@ from xar_scale.data.shards import Sample
 from xar_scale.data.workers import from_workers, is_worker_death
 from xar_scale.errors import ConfigError, ProcessError
 from xar_scale.flow import sample_time
-from xar_scale.model.entities import create_layout
-
-CPU = torch.device("cpu")
-
-
-def open_set(folder, *overrides: str) -> LatentDataset:
-    config = digits_config(f"data.path={folder}", "data.window=6", "data.prefetch=1", *overrides)
-    return LatentDataset(LatentShards(folder), config, create_layout(config.model))
 
 
 def read(*of, **more) -> list[Batch]:
@@ -76,13 +68,6 @@ def test_a_thread_that_pins_memory_and_dies_is_reported_as_without_a_time_limit(
 
 def joined(parts: list[Batch]) -> Batch:
     return Batch.concatenate(parts)
-
-
-def assert_equal(one: Batch, two: Batch):
-    assert one.keys == two.keys
-    for name in ("latents", "labels", "t", "noise"):
-        ours, theirs = getattr(one, name), getattr(two, name)
-        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from tests.conftest import digits_config
+from tests.unit.memory_configs import CPU, CUDA, GRID, REDUCED_B, config_of
 from xar_scale.config import Config
 from xar_scale.flow import velocity_loss
 from xar_scale.memory import passes
@@ -22,15 +22,8 @@ from xar_scale.model.xar import initial_weights, meta_model
 from xar_scale.precision import MODES
 from xar_scale.presets import model_values
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SAMPLES = 2
-GRID = ["model.channels=16", "model.grid=[16,16]"]
 NANO = GRID
-REDUCED_B = [*GRID, "model.width=768", "model.heads=12"]
-
-
-def config_of(*overrides: str) -> Config:
-    return digits_config("train.engine=single", *overrides)
 
 
 def real_pass(config: Config, mode: str, device: torch.device = CPU):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conftest import digits_config
-from tests.unit.test_memory_passes import CPU, CUDA, GRID, REDUCED_B, config_of
+from tests.unit.memory_configs import CPU, CUDA, GRID, REDUCED_B, config_of
 from xar_scale.bench.record import read_record
 from xar_scale.config import Config, merge
 from xar_scale.memory import rank

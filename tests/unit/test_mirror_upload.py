@@ -11,8 +11,7 @@ import fsspec
 import pytest
 
 from tests.unit.mirrored import FILES, copied, objects, resumed_from, trained
-from tests.unit.test_saving import poll_until
-from tests.unit.tiny_run import Run
+from tests.unit.tiny_run import Run, poll_until
 from xar_scale import background
 from xar_scale.checkpoint import store as store_module
 from xar_scale.checkpoint.files import file_name, fingerprint

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from tests.unit.test_plan import FEW, H100, config
+from tests.unit.plans import FEW, H100, config
 from xar_scale.errors import ConfigError
 from xar_scale.memory.passes import PassMemory
 from xar_scale.memory.rank import RankMemory, Weights, weights_of

@@ -9,7 +9,7 @@ import torch
 
 from tests.conftest import digits_config
 from tests.processes import ROOT
-from tests.unit.test_store import flip_byte
+from tests.unit.damage import flip_byte
 from tests.unit.tiny_run import Run
 from xar_scale.checkpoint.load import load_weights
 from xar_scale.checkpoint.manifest import verify

@@ -9,8 +9,7 @@ import torch
 
 from tests.conftest import digits_config
 from tests.unit.guarded_run import Guarded
-from tests.unit.test_store import same
-from tests.unit.tiny_run import Run
+from tests.unit.tiny_run import Run, same
 from xar_scale.checkpoint import store
 from xar_scale.checkpoint.load import check_resumable, load, load_weights
 from xar_scale.checkpoint.manifest import KINDS, checkpoint_paths, newest_valid, read_manifest, verify

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 
 from tests.processes import ROOT, environment
+from tests.unit.damage import flip_byte
 from tests.unit.foreign_checkpoints import (
     assert_bitwise,
     contents,
@@ -31,7 +32,6 @@ from tests.unit.foreign_checkpoints import (
     values,
     write_zero3,
 )
-from tests.unit.test_store import flip_byte
 from tests.unit.tiny_run import CONFIG, Run
 from xar_scale.bench import reshard as bench
 from xar_scale.checkpoint.files import fingerprint

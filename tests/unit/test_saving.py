@@ -7,18 +7,13 @@ import threading
 import time
 
 import pytest
-import torch
 
-from tests.unit.tiny_run import Run
+from tests.unit.tiny_run import Run, poll_until, same
 from xar_scale import background, dist
 from xar_scale.checkpoint import store
 from xar_scale.checkpoint.load import load
 from xar_scale.checkpoint.manifest import checkpoint_paths, newest_valid, verify
 from xar_scale.errors import FileError
-
-
-def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def names(run: Run) -> list[str]:
@@ -28,14 +23,6 @@ def names(run: Run) -> list[str]:
 def begin(run: Run) -> None:
     run.train()
     run.store.save(run.manifest())
-
-
-def poll_until(run: Run, what) -> None:
-    begun = time.monotonic()
-    while not what():
-        assert time.monotonic() - begun < 200
-        run.store.poll()
-        time.sleep(0.001)
 
 
 @pytest.fixture

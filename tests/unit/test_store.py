@@ -11,7 +11,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.conftest import digits_config
-from tests.unit.tiny_run import CONFIG, INFO, Run
+from tests.unit.damage import edit, flip_byte
+from tests.unit.tiny_run import CONFIG, INFO, Run, same
 from xar_scale.checkpoint import files, manifest, store
 from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.load import check_resumable, load, load_weights, state_vectors
@@ -21,22 +22,6 @@ from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.data.order import Position
 from xar_scale.data.shards import ShardInfo
 from xar_scale.errors import ConfigError, DataError, UsageError
-
-
-def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def flip_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def edit(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new))
 
 
 def test_a_saved_state_loads_into_another_engine_and_trains_on_identically(tmp_path):

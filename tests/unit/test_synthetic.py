@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import digits_config
-from tests.unit.conftest import write_set
-from tests.unit.test_loader import CPU, assert_equal
+from tests.unit.conftest import CPU, assert_equal, write_set
 from xar_scale.data.loader import LatentDataset, RankBatchSampler, batches
 from xar_scale.data.reader import LatentShards
 from xar_scale.data.sources import open_shards

@@ -1,5 +1,6 @@
 """A tiny model in training on one process, and its checkpoints."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -100,3 +101,15 @@ class Run:
     def state(self) -> list[torch.Tensor]:
         shards = [tensor.clone() for s in self.engine.shards() for tensor in (s.master, s.exp_avg, s.exp_avg_sq)]
         return shards + [average.clone() for average in self.ema.tensors]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def poll_until(run: Run, what) -> None:
+    begun = time.monotonic()
+    while not what():
+        assert time.monotonic() - begun < 200
+        run.store.poll()
+        time.sleep(0.001)
