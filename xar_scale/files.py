@@ -4,12 +4,14 @@ import contextlib
 import errno
 import fcntl
 import itertools
+import json
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def make_folder(path: Path) -> None:
@@ -110,3 +112,11 @@ def free_name(path: Path) -> Path:
     """Return ``path``, or, if it exists, the first unused name with a number after the stem."""
     numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
     return path if not path.exists() else next(name for name in numbered if not name.exists())
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Parse JSON. Raises ValueError for anything else, also for what is nested too deeply to be parsed."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

@@ -24,6 +24,8 @@ from xar_scale.data.encode import ENCODING, PLAN
 from xar_scale.data.shards import DATASET_FILE
 from xar_scale.errors import DataError, UsageError
 
+NESTED = pytest.param("[" * 100_000, id="nested")
+
 # interruptions
 
 
@@ -129,7 +131,9 @@ def test_the_bad_images_of_a_shard_that_is_made_again_count_no_more(source, tmp_
     assert encode(out, copy).samples == 21
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"shard": 1, "bad": []}', '{"shard": {"name": "x"}, "bad": []}', "3"])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"shard": 1, "bad": []}', '{"shard": {"name": "x"}, "bad": []}', "3", NESTED]
+)
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_torn_record_is_named_and_without_it_the_shard_is_made_again(source, tmp_path, content, bad):
     copy, out = damage(source, tmp_path / "copy", *BAD[:bad]), tmp_path / "set"
@@ -143,7 +147,7 @@ def test_a_torn_record_is_named_and_without_it_the_shard_is_made_again(source, t
     assert encode(out, copy, max_bad=bad).samples == 21 - bad
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}, "images": []}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"settings": {}, "images": []}', NESTED])
 def test_a_torn_plan_is_named_and_without_the_folder_all_is_made_anew(source, tmp_path, whole, content):
     out = tmp_path / "set"
     with pytest.raises(StopError):

@@ -1,12 +1,14 @@
 """Sets made by other tools: stock webdataset's tars, and MAR's cache."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
 import webdataset as wds
 
 from tests.unit.conftest import small_info, small_samples
+from xar_scale.data import foreign
 from xar_scale.data.foreign import index_set, mar_samples
 from xar_scale.data.index import Members
 from xar_scale.data.reader import LatentShards
@@ -123,6 +125,50 @@ def test_an_array_that_is_no_npy_is_refused(tmp_path, samples):
         writer.write({"__key__": "a", "z.npy": b"no array", "y": "1"})
     with pytest.raises(DataError, match=r"theirs-00.tar, sample a: z.npy is not a .npy array"):
         index_set(tmp_path, Members(latent="z.npy", label="y"), **{**SETTINGS, "flipped": False})
+
+
+def npy_of(header: str, values: bytes = b"") -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + values
+
+
+def described(shape: str) -> str:
+    return f"{{'descr': '<f2', 'fortran_order': False, 'shape': {shape}}}"
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (npy_of("(" * 9000), "z.npy is not a .npy array"),
+        (npy_of("{[]: 1}"), "z.npy is not a .npy array"),
+        (npy_of(described("(-1, 2, 2)"), bytes(8)), r"z.npy is float16\(-1, 2, 2\), not 3-D"),
+        (npy_of(described("(1000000000000, 1, 1)"), bytes(8)), ".* its header says 2,000,000,000,000 bytes, it has 8"),
+        (npy_of(described("(16, 20000, 20000)"), bytes(8)), ".* its header says 12,800,000,000 bytes, it has 8"),
+        (npy_of(described("(True, 1, 1)"), bytes(2)), r"an array is not float16\(1, 1, 1\) like the first"),
+    ],
+)
+def test_a_header_that_numpy_would_not_survive_is_refused(tmp_path, content, says):
+    with wds.ShardWriter(f"{tmp_path}/theirs-%02d.tar", verbose=0) as writer:
+        writer.write({"__key__": "a", "z.npy": content, "y": "1"})
+    with pytest.raises(DataError, match=f"theirs-00.tar, sample a: {says}"):
+        index_set(tmp_path, Members(latent="z.npy", label="y"), **{**SETTINGS, "flipped": False})
+
+
+@pytest.mark.parametrize("header", ["(" * 9000, described("(1000000000000, 1, 1)")])
+def test_the_same_headers_in_a_cache_are_refused(tmp_path, header):
+    (tmp_path / "n0000").mkdir()
+    with zipfile.ZipFile(tmp_path / "n0000" / "bad.npz", "w") as file:
+        file.writestr("moments.npy", npy_of(header))
+    with pytest.raises(DataError, match="n0000/bad.npz is not a sample of MAR's cache: ."):
+        list(mar_samples(tmp_path, "float16"))
+
+
+def test_an_array_that_expands_beyond_any_of_a_cache_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "n0000").mkdir()
+    array = np.zeros((1, 100, 100), np.float32)
+    np.savez_compressed(tmp_path / "n0000" / "bad.npz", moments=array, moments_flip=array)
+    monkeypatch.setattr(foreign, "MAX_ARRAY_BYTES", 30_000)
+    with pytest.raises(DataError, match=r"bad.npz is not a sample of MAR's cache: an array has 40,128 bytes, over 30,000"):
+        list(mar_samples(tmp_path, "float16"))
 
 
 def mar_cache(root, samples):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from xar_scale.data.shards import DATASET_FILE
 from xar_scale.errors import DataError, FileError
 
 TAR, INDEX = "latents-000001.tar", "latents-000001.index.json"
+NESTED = pytest.param("[" * 100_000, id="nested")
 
 
 # faults: each ends in a DataError that names the file
@@ -33,7 +35,7 @@ def edit_json(path, change):
     path.write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("text", ["", '{"format": 2, "sha', "[]", "null", "\x00\x01"])
+@pytest.mark.parametrize("text", ["", '{"format": 2, "sha', "[]", "null", "\x00\x01", NESTED])
 def test_a_torn_description_is_named(tmp_path, text):
     write_set(tmp_path)
     (tmp_path / DATASET_FILE).write_text(text)
@@ -58,6 +60,9 @@ def test_a_description_of_another_format_is_refused_with_both(tmp_path):
         (lambda values: values.update(stored="other"), "stored = 'other'"),
         (lambda values: values.update(shape=[4, 4, -4]), "shape.2 = -4"),
         (lambda values: values.update(shape="abc"), "shape = 'abc'"),
+        (lambda values: values.update(shape=[16, 20_000, 20_000]), "shape = .*: 12,800,000,000 bytes, at most"),
+        (lambda values: values.update(shape=[10**9] * 3), "shape = .*: 2,000,000,000,000,000,000,000,000,000 bytes, at most"),
+        (lambda values: values["shards"][0].update(samples=2**63), "shards.0.samples = 9223372036854775808"),
         (lambda values: values["shards"][0].update(samples="4"), "shards.0.samples = '4'"),
     ],
 )
@@ -186,6 +191,68 @@ def test_a_torn_or_changed_index_is_named(tmp_path, change):
     shards.read(0, 0)
     with pytest.raises(DataError, match=f"{tmp_path}/{INDEX} is torn or changed"):
         shards.read(1, 0)
+
+
+def write_index(folder, content: bytes) -> None:
+    """An index that its set vouches for."""
+    (folder / INDEX).write_bytes(content)
+    edit_json(folder / DATASET_FILE, lambda values: values["shards"][1].update(index_crc32=zlib.crc32(content)))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda index: index["labels"].__setitem__(2, 10), "gives sample s0006 the label 10, outside 0..9"),  # the null class
+        (lambda index: index["labels"].__setitem__(2, 11), "gives sample s0006 the label 11, outside 0..9"),
+        (lambda index: index["labels"].__setitem__(2, -1), "gives sample s0006 the label -1, outside 0..9"),
+        (lambda index: index["labels"].__setitem__(2, 2.7), "has labels that are not integers"),
+        (lambda index: index["labels"].__setitem__(2, "3"), "has labels that are not integers"),
+        (lambda index: index["labels"].__setitem__(2, True), "has labels that are not integers"),
+        (lambda index: index["labels"].__setitem__(2, 2**64), "gives sample s0006 the label 1844674.*, outside 0..9"),
+        (lambda index: index["latent"]["data"].__setitem__(2, 2**64), "is not the index of a shard"),
+        (lambda index: index.update(labels=3), "has labels that are not integers"),
+        (lambda index: index["labels"].pop(), "has 3 labels for 4 samples"),
+        (lambda index: index["latent"]["size"].pop(), "has 3 latent.size for 4 samples"),
+        (lambda index: index["flipped"]["crc32"].pop(), "has 3 flipped.crc32 for 4 samples"),
+        (lambda index: index["latent"].pop("data"), "has latent.data that are not integers"),
+        (lambda index: index["latent"]["begin"].__setitem__(1, -1), "places sample s0005 where no sample can be"),
+        (lambda index: index["flipped"]["size"].__setitem__(3, -1), "places sample s0007 where no sample can be"),
+        (lambda index: index.pop("flipped"), "lacks mirrored arrays, dataset.json says otherwise"),
+        (lambda index: index.update(keys="abcd"), "has keys that are not text"),
+        (lambda index: index["keys"].__setitem__(0, None), "has keys that are not text"),
+        (lambda index: index.pop("keys"), "is not the index of a shard"),
+        (lambda index: index.update(latent=[]), "is not the index of a shard"),
+        (lambda index: index["latent"].update(more=[]), "is not the index of a shard"),
+    ],
+)
+def test_an_index_of_what_cannot_be_is_refused(tmp_path, change, says):
+    write_set(tmp_path, flipped=True)
+    index = json.loads((tmp_path / INDEX).read_text())
+    change(index)
+    write_index(tmp_path, json.dumps(index).encode())
+    with pytest.raises(DataError, match=f"{tmp_path}/{INDEX} {says}"):
+        LatentShards(tmp_path).read(1, 0)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "\udcff", NESTED])
+def test_an_index_that_is_none_is_refused(tmp_path, content):
+    write_set(tmp_path)
+    write_index(tmp_path, content.encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match=f"{tmp_path}/{INDEX} is not the index of a shard"):
+        LatentShards(tmp_path).read(1, 0)
+
+
+@pytest.mark.parametrize("column", ["begin", "data", "size"])
+def test_an_index_that_leads_out_of_its_tar_loses_the_sample_alone(tmp_path, column):
+    written = write_set(tmp_path)
+    index = json.loads((tmp_path / INDEX).read_text())
+    for name in ("begin", "data") if column == "begin" else (column,):
+        index["latent"][name][1] = 10**14
+    write_index(tmp_path, json.dumps(index).encode())
+    shards = LatentShards(tmp_path)
+    with pytest.raises(DataError, match=rf"shard {tmp_path}/{TAR}, sample s0005 \(number 1\): checksum does not match"):
+        shards.read(1, 1)
+    assert_same_samples([shards.read(1, 2)], [written[6]])
 
 
 def test_a_missing_index_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Sets behind URLs: exactly what is stored, in spite of faults of a real store."""
 
 import functools
+import gzip
 import http.server
 import json
 import random
@@ -225,6 +226,37 @@ def test_a_plain_web_server_without_ranges_will_do(stored, cache, monkeypatch):
         with pytest.raises(DataError, match=f"{where}/none/dataset.json is missing"):
             LatentShards(RemoteFolder(f"{where}/none", cache))
         server.shutdown()
+
+
+class _Bomb(http.server.BaseHTTPRequestHandler):
+    """Answers with far more than it sends, and does not say how much."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        self.wfile.write(gzip.compress(bytes(1 << 24)))
+
+    def log_message(self, *of):
+        pass
+
+
+def test_a_description_that_expands_without_end_is_not_read_to_its_end(cache, monkeypatch):
+    monkeypatch.setattr(remote, "MAX_DESCRIPTION", 1 << 20)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Bomb) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        where = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(DataError, match=f"{where}/dataset.json has over 1,048,576 bytes: neither a description nor"):
+            LatentShards(RemoteFolder(where, cache))
+        server.shutdown()
+
+
+def test_an_object_too_large_for_an_index_is_not_fetched(store, url, cache, monkeypatch):
+    shards = LatentShards(RemoteFolder(url, cache))
+    monkeypatch.setattr(remote, "MAX_DESCRIPTION", 100)
+    with pytest.raises(DataError, match=f"{url}/latents-000001.index.json has over 100 bytes: neither a description nor"):
+        shards.read(1, 0)
+    assert store.gets[f"/{url[5:]}/latents-000001.index.json"] == 0
 
 
 def test_a_file_comes_in_blocks(store, stored, url, cache, monkeypatch):

@@ -199,6 +199,7 @@ def test_members_may_have_other_names():
         ([*TWO, *TWO[:2]], "shard x.tar, sample a: appears twice"),
         ([("a.cls", b"cat"), ("a.latent.npy", ARRAY)], "shard x.tar, sample a: its label b'cat' is not a number"),
         ([("a.cls", b"-1"), ("a.latent.npy", ARRAY)], "its label b'-1' is not a number"),
+        ([("a.cls", b"9" * 6000), ("a.latent.npy", ARRAY)], "its label b'9{20}' is not a number of up to 18 digits"),
     ],
 )
 def test_samples_that_are_not_whole_are_refused_by_name(entries, says):
@@ -305,6 +306,44 @@ def test_an_empty_file_and_one_of_zeros_are_no_shards():
     with pytest.raises(DataError, match="shard x.tar"):
         index_tar(io.BytesIO(b""), "x.tar", Members(), flipped=False)
     assert index_tar(io.BytesIO(bytes(10240)), "x.tar", Members(), flipped=False).keys == []
+
+
+def declared(name: str, size: int, type: bytes = tarfile.REGTYPE) -> bytes:
+    """A header that declares a size, without that many bytes after it."""
+    header = tarfile.TarInfo(name)
+    header.size, header.type = size, type
+    return header.tobuf(tarfile.GNU_FORMAT)
+
+
+def extended(**values: str) -> bytes:
+    """A header after a pax header with these values."""
+    header = tarfile.TarInfo("a.cls")
+    header.pax_headers = values
+    return header.tobuf(tarfile.PAX_FORMAT)
+
+
+LONG_NAME, FAR = tarfile.GNUTYPE_LONGNAME, 10**11
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (declared("a.txt", 0) + declared("b.txt", -512), "a header declares -512 bytes"),  # which leads back to itself
+        (extended(size="-512"), "a header declares -512 bytes"),
+        *((declared(name, FAR), "declares 100,000,000,000 bytes, the file has") for name in ("a.cls", "a.latent.npy")),
+        *((declared("a", FAR, type), "declares 100,000,000,000 bytes") for type in (tarfile.XHDTYPE, LONG_NAME)),
+        (extended(size=f"{FAR}"), "declares 100,000,000,000 bytes"),
+        (declared("a.txt", 2**80), "a header declares 1,208,925,819,614,629,174,706,176 bytes"),
+        (extended(**{"GNU.sparse.map": "a,b"}), "an extended header is garbled"),
+        (extended(**{"GNU.sparse.size": "9" * 6000}), "an extended header is garbled"),
+        (declared("a", 0, LONG_NAME) * 3000, "an extended header is garbled"),
+    ],
+)
+def test_a_header_that_tarfile_would_not_survive_is_refused(tmp_path, content, says):
+    (tmp_path / "x.tar").write_bytes(content + bytes(10240))
+    says = f"shard x.tar is not a complete tar: .*{says}"
+    with (tmp_path / "x.tar").open("rb") as file, pytest.raises(DataError, match=says):  # a file allocates what is asked of it
+        index_tar(file, "x.tar", Members(), flipped=False)
 
 
 def _die(shards, number):

@@ -37,7 +37,7 @@ from xar_scale.data.shards import (
 )
 from xar_scale.data.storage import LocalFolder
 from xar_scale.errors import ConfigError, DataError, UsageError, XarScaleError
-from xar_scale.files import locked, sync_folder, write_atomically
+from xar_scale.files import locked, parse_json, sync_folder, write_atomically
 from xar_scale.tokenizers import Tokenizer, check_origin
 
 PREFIX = "latents"
@@ -149,7 +149,7 @@ def _plan(out: Path, settings: EncodeSettings, notes: "_ErrorNotes", reporter: R
     while True:
         try:
             with _data_error_if_torn(path, f"remove {path.parent} to start over"):
-                values = json.loads(path.read_bytes())
+                values = parse_json(path.read_bytes())
                 original, images = dict(values["settings"]), [SourceImage(*row) for row in values["images"]]
                 plan = Plan(settings, int(values["classes"]), images)
             break
@@ -284,7 +284,7 @@ class _Encoder:
     def _record(self, name: str) -> "_Record":
         path = self.out / ENCODING / name
         with _data_error_if_torn(path, "remove it to encode its shard again"):
-            record = json.loads(path.read_bytes())
+            record = parse_json(path.read_bytes())
             shard = None if record["shard"] is None else ShardInfo(**record["shard"])
             return _Record(shard, [_Bad(*image) for image in record["bad"]])
 
@@ -347,7 +347,7 @@ class _ErrorNotes:
         for path in sorted(path for path, when in self._found().items() if self.old.get(path) != when):
             rank = path.name.removeprefix(NOTE)
             with _data_error_if_torn(path, f"rank {rank} failed, reason unknown"):
-                reason, code = json.loads(path.read_bytes())
+                reason, code = parse_json(path.read_bytes())
             error = XarScaleError(f"rank {rank} failed: {reason}")
             error.exit_code = code
             raise error

@@ -1,6 +1,7 @@
 """Latents made by other tools: indexing their WebDataset tars, and reading MAR's folder of .npz files."""
 
 import io
+import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -8,7 +9,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from xar_scale.data.processes import map_in_processes
 from xar_scale.data.shards import (
     DATASET_FILE,
     INDEX,
+    MAX_ARRAY_BYTES,
     DatasetInfo,
     Sample,
     ShardInfo,
@@ -68,16 +69,21 @@ def _first_array(path: Path, members: Members, flipped: bool) -> tuple[tuple[int
         if not index.keys:
             raise DataError(f"shard {path} holds no samples")
         file.seek(index.latent.data[0])
-        content = io.BytesIO(file.read(index.latent.size[0]))
+        content = io.BytesIO(file.read(size := index.latent.size[0]))
     try:
         if np.lib.format.read_magic(content) != (1, 0):
             raise ValueError("its version is not 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(content)
-    except ValueError as error:
-        raise DataError(f"shard {path}, sample {index.keys[0]}: {members.latent} is not a .npy array: {error}") from None
-    if fortran or len(shape) != 3 or 0 in shape or dtype not in (np.float16, np.float32) or not dtype.isnative:
+    except Exception as error:  # numpy's parser raises any of a dozen types
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(f"shard {path}, sample {index.keys[0]}: {members.latent} is not a .npy array: {why}") from None
+    if fortran or len(shape) != 3 or min(shape) < 1 or dtype not in (np.float16, np.float32) or not dtype.isnative:
         raise DataError(f"shard {path}, sample {index.keys[0]}: {members.latent} is {dtype}{shape}, not 3-D float16 or float32")
-    return shape, "float16" if dtype == np.float16 else "float32"
+    if (wanted := math.prod(shape) * dtype.itemsize) != size - content.tell() or wanted > MAX_ARRAY_BYTES:
+        says = f"its header says {wanted:,} bytes, it has {size - content.tell():,}; at most {MAX_ARRAY_BYTES:,} are read"
+        raise DataError(f"shard {path}, sample {index.keys[0]}: {members.latent} is not a .npy array: {says}")
+    channels, rows, columns = map(int, shape)  # True is 1 too
+    return (channels, rows, columns), "float16" if dtype == np.float16 else "float32"
 
 
 def _index_shard(info: DatasetInfo, path: Path) -> ShardInfo:
@@ -97,7 +103,7 @@ def _index_shard(info: DatasetInfo, path: Path) -> ShardInfo:
 
 def _check_arrays(file: BinaryIO, index: Index, info: DatasetInfo, path: Path) -> None:
     header = npy_header(info)
-    whole = len(header) + np.zeros(info.shape, info.dtype).nbytes
+    whole = len(header) + info.array_bytes
     for spans in (index.latent, index.flipped):
         for key, data, size in zip(index.keys, spans.data, spans.size, strict=False):
             file.seek(data)
@@ -125,9 +131,12 @@ def mar_samples(root: Path, dtype: Literal["float16", "float32"]) -> Iterator[Sa
         path, label = files[at]
         try:
             with np.load(path, allow_pickle=False) as arrays:
+                if (largest := max(member.file_size for member in arrays.zip.infolist())) > MAX_ARRAY_BYTES:
+                    raise ValueError(f"an array has {largest:,} bytes, over {MAX_ARRAY_BYTES:,}")
                 latent, flipped = (arrays[name] for name in (MAR_LATENT, MAR_FLIPPED))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zlib.error, BadZipFile) as error:
-            raise DataError(f"{path} is not a sample of MAR's cache: {error}") from None
+        except Exception as error:  # torn bytes raise any of a dozen types; a header of a huge shape, MemoryError
+            why = (str(error) or type(error).__name__).splitlines()[0]
+            raise DataError(f"{path} is not a sample of MAR's cache: {why}") from None
         with np.errstate(over="ignore"):  # checked next
             latent, flipped = latent.astype(dtype), flipped.astype(dtype)
         if latent.ndim != 3 or not (np.isfinite(latent).all() and np.isfinite(flipped).all()):

@@ -1,6 +1,7 @@
 """The index of one shard: the samples in a tar, the location of their arrays, and the checksums of their bytes."""
 
 import json
+import os
 import tarfile
 import zlib
 from dataclasses import dataclass, field
@@ -9,8 +10,10 @@ from typing import Any, BinaryIO
 from typing_extensions import Self
 
 from xar_scale.errors import DataError
+from xar_scale.files import parse_json
 
 LARGE_RECORDS = [1 << power for power in range(15, 21)]  # tar record sizes other than the usual one are powers of two
+MOST_DIGITS = 18  # of a label: further on it would not fit an integer of 64 bits
 LATENT, FLIPPED, LABEL = "latent.npy", "flipped.npy", "cls"  # members of a sample, as this project writes them
 
 
@@ -45,8 +48,8 @@ class Index:
 
     @classmethod
     def from_json(cls, content: bytes) -> Self:
-        """Parse what ``to_json`` wrote. The caller has compared the checksum, so nothing is validated here."""
-        values: dict[str, Any] = json.loads(content)
+        """Parse what ``to_json`` wrote. Raises ValueError, KeyError or TypeError if it has other keys; columns are as found."""
+        values: dict[str, Any] = parse_json(content)
         latent, flipped = Spans(**values["latent"]), Spans(**values.get("flipped", {}))
         return cls(values["keys"], values["labels"], latent, flipped)
 
@@ -71,6 +74,7 @@ def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool, *, che
     arrays = {members.latent: index.latent} | ({members.flipped: index.flipped} if flipped else {})
     wanted = {*arrays, members.label}
     key, end = "", 0
+    header = _header_class(file.seek(0, os.SEEK_END))
     file.seek(0)
 
     def finish() -> None:
@@ -88,7 +92,7 @@ def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool, *, che
                 getattr(spans, column).append(value)
 
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=header) as tar:
             for member in tar:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 folder, slash, base = member.name.rpartition("/")
@@ -121,6 +125,35 @@ def index_tar(file: BinaryIO, path: str, members: Members, flipped: bool, *, che
     return index
 
 
+def _header_class(whole: int) -> type[tarfile.TarInfo]:
+    """Return a class for the headers of a tar of ``whole`` bytes: those that tarfile would not survive are a ReadError.
+
+    A negative size sends tarfile back to headers it has read, forever, in Pythons before the mend of CVE-2025-8194.
+    """
+
+    def checked(header: tarfile.TarInfo) -> None:
+        if not 0 <= header.size <= whole:
+            raise tarfile.ReadError(f"a header declares {header.size:,} bytes, the file has {whole:,}")
+
+    class Header(tarfile.TarInfo):
+        @classmethod
+        def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+            header = super().frombuf(buf, encoding, errors)
+            checked(header)  # before tarfile reads that many bytes, if they extend the next header
+            return header
+
+        @classmethod
+        def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+            try:
+                header = super().fromtarfile(tar)
+            except (ValueError, IndexError, RecursionError):  # tarfile parses extended headers as if they were always right
+                raise tarfile.ReadError("an extended header is garbled") from None
+            checked(header)  # again: an extended header may replace the size
+            return header
+
+    return Header
+
+
 def _span(file: BinaryIO, member: tarfile.TarInfo, checksums: bool) -> dict[str, int]:
     begin, data, size = member.offset, member.offset_data, member.size
     crc32 = zlib.crc32(_bytes(file, begin, data + size)) if checksums else 0
@@ -140,8 +173,9 @@ def _bytes(file: BinaryIO, begin: int, end: int) -> bytes:
 
 
 def _label(content: bytes, path: str, key: str) -> int:
-    if not content.strip().isdigit():
-        raise DataError(f"shard {path}, sample {key}: its label {content[:20]!r} is not a number")
+    if not content.strip().isdigit() or len(content.strip()) > MOST_DIGITS:
+        label = content[: MOST_DIGITS + 2]
+        raise DataError(f"shard {path}, sample {key}: its label {label!r} is not a number of up to {MOST_DIGITS} digits")
     return int(content)
 
 

@@ -1,6 +1,5 @@
 """Read one sample of a data set at any position. Every byte is checked before it is used."""
 
-import json
 import zlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
@@ -12,9 +11,19 @@ import numpy as np
 from xar_scale.config import validated
 from xar_scale.data.faults import Fault
 from xar_scale.data.index import Index, Spans
-from xar_scale.data.shards import DATASET_FILE, FORMAT, INDEX, DatasetInfo, Sample, ShardInfo, npy_header
+from xar_scale.data.shards import (
+    DATASET_FILE,
+    FORMAT,
+    INDEX,
+    MAX_ARRAY_BYTES,
+    DatasetInfo,
+    Sample,
+    ShardInfo,
+    npy_header,
+)
 from xar_scale.data.storage import FileSpec, LocalFolder, MissingFileError, Storage
 from xar_scale.errors import DataError
+from xar_scale.files import parse_json
 
 
 class ShardError(DataError):
@@ -43,6 +52,9 @@ class LatentShards:
         self.info = validated(DatasetInfo, values, DataError, where=f"{path}: ")
         if not self.info.samples:
             raise DataError(f"{path} lists no samples")
+        if self.info.array_bytes > MAX_ARRAY_BYTES:
+            says = f"shape = {list(self.info.shape)}: {self.info.array_bytes:,} bytes, at most {MAX_ARRAY_BYTES:,} are read"
+            raise DataError(f"{path}: {says}")
         seen = set[str]()
         for shard in self.info.shards:
             if "/" in shard.name or not shard.name.isprintable():
@@ -50,7 +62,6 @@ class LatentShards:
             if shard.name in seen:
                 raise DataError(f"{path}: shard {shard.name!r} is listed twice")
             seen.add(shard.name)
-        self._array_bytes = int(np.prod(self.info.shape)) * np.dtype(self.info.dtype).itemsize
         self._npy_header = npy_header(self.info)
 
     def faults(self) -> Iterator[Fault]:
@@ -71,7 +82,7 @@ class LatentShards:
     def index(self, shard: int) -> Index:
         """Return a shard's index. Raises DataError if the index or the tar is missing, or not as written."""
         self._open(shard)
-        return _read_index(self.storage, self.info.shards[shard])
+        return _read_index(self.storage, self.info, self.info.shards[shard])
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Start to fetch shards that will be read soon."""
@@ -82,7 +93,7 @@ class LatentShards:
 
     def _open(self, shard: int) -> "_OpenShard":
         if not hasattr(self, "_opened"):  # created on first use: it cannot be pickled
-            self._opened = lru_cache(maxsize=self.open_shards)(partial(_OpenShard, self.storage))
+            self._opened = lru_cache(maxsize=self.open_shards)(partial(_OpenShard, self.storage, self.info))
             self._broken = dict[int, str]()  # shards that cannot be opened: not tried again for each of their samples
         if shard in self._broken:
             raise ShardError(self._broken[shard])
@@ -106,17 +117,18 @@ class LatentShards:
         opened = self._open(shard)
         key = opened.keys[position]
         begin, data, size, crc32 = (opened.flipped if flipped else opened.latent)[position].tolist()
-        content = opened.file.pread(data + size - begin, begin)
+        wanted = max(min(data + size, opened.shard.bytes) - begin, 0)  # an index may place a sample beyond its tar
+        content = opened.file.pread(wanted, begin)
         found = zlib.crc32(content)
         if found != crc32 and opened.discard():
-            content = opened.file.pread(data + size - begin, begin)
+            content = opened.file.pread(wanted, begin)
             found = zlib.crc32(content)
         if found != crc32:
             raise DataError(f"shard {opened.file.name}, sample {key} (number {position}): checksum does not match")
         # The header must equal the set's, byte for byte. No header is ever interpreted, so no pickle is ever loaded
         data -= begin
         begin = data + len(self._npy_header)
-        if content[data:begin] != self._npy_header or size != len(self._npy_header) + self._array_bytes:
+        if content[data:begin] != self._npy_header or size != len(self._npy_header) + self.info.array_bytes:
             name = "the mirrored array" if flipped else "the array"
             raise DataError(f"shard {opened.file.name}, sample {key}: {name} is not {self.info.dtype}{self.info.shape}")
         array = np.frombuffer(content, self.info.dtype, offset=begin).reshape(self.info.shape)
@@ -126,9 +138,9 @@ class LatentShards:
 class _OpenShard:
     """A shard's file, and what reading needs of its index, as compact arrays: hundreds of shards are open at a time."""
 
-    def __init__(self, storage: Storage, shard: ShardInfo) -> None:
+    def __init__(self, storage: Storage, info: DatasetInfo, shard: ShardInfo) -> None:
         self.storage, self.shard = storage, shard
-        index = _read_index(storage, shard)
+        index = _read_index(storage, info, shard)
         self.keys, self.labels = index.keys, np.array(index.labels)
         self.latent, self.flipped = _rows(index.latent), _rows(index.flipped)
         self.file = storage.open(f"{shard.name}.tar", shard.bytes, shard.crc32)
@@ -138,15 +150,44 @@ class _OpenShard:
         return self.storage.discard(f"{self.shard.name}.tar", self.shard.crc32)
 
 
-def _read_index(storage: Storage, shard: ShardInfo) -> Index:
+def _read_index(storage: Storage, info: DatasetInfo, shard: ShardInfo) -> Index:
     name = f"{shard.name}{INDEX}"
     content = storage.read_immutable(name, shard.index_crc32)
     if zlib.crc32(content) != shard.index_crc32:
         raise DataError(f"{storage.path(name)} is torn or changed: its checksum does not match {DATASET_FILE}")
-    index = Index.from_json(content)
-    if len(index.keys) != shard.samples:
-        raise DataError(f"{storage.path(name)} holds {len(index.keys)} samples, {DATASET_FILE} says {shard.samples}")
+    try:
+        index = Index.from_json(content)
+        wrong = _wrong(index, info, shard)
+    except (KeyError, TypeError, ValueError, OverflowError):  # the last: a number that does not fit 64 bits
+        raise DataError(f"{storage.path(name)} is not the index of a shard") from None
+    if wrong:
+        raise DataError(f"{storage.path(name)} {wrong}")
     return index
+
+
+def _wrong(index: Index, info: DatasetInfo, shard: ShardInfo) -> str:
+    """Return what an index holds that cannot be, or nothing. Its checksum does not tell: whoever wrote it computed that too."""
+    if not isinstance(index.keys, list) or set(map(type, index.keys)) != {str}:
+        return "has keys that are not text"
+    if len(index.keys) != shard.samples:
+        return f"holds {len(index.keys)} samples, {DATASET_FILE} says {shard.samples}"
+    if (index.flipped != Spans()) != info.flipped:
+        return f"{'lacks' if info.flipped else 'holds'} mirrored arrays, {DATASET_FILE} says otherwise"
+    arrays = {"latent": index.latent} | ({"flipped": index.flipped} if info.flipped else {})
+    spans = {f"{array}.{name}": column for array, columns in arrays.items() for name, column in vars(columns).items()}
+    for name, column in {"labels": index.labels, **spans}.items():
+        if not isinstance(column, list) or set(map(type, column)) != {int}:  # numpy would round and convert
+            return f"has {name} that are not integers"
+        if len(column) != shard.samples:
+            return f"has {len(column)} {name} for {shard.samples} samples"
+    if outside := [at for at, label in enumerate(index.labels) if not 0 <= label < info.classes]:
+        return f"gives sample {index.keys[outside[0]]} the label {index.labels[outside[0]]}, outside 0..{info.classes - 1}"
+    for columns in arrays.values():
+        begin, data, size, _ = _rows(columns).T
+        misplaced = (begin < 0) | (data < begin) | (size < 0)
+        if misplaced.any():
+            return f"places sample {index.keys[misplaced.argmax()]} where no sample can be"
+    return ""
 
 
 def _rows(spans: Spans) -> np.ndarray:
@@ -156,7 +197,7 @@ def _rows(spans: Spans) -> np.ndarray:
 
 def _json(content: bytes, path: str) -> dict[str, Any]:
     try:
-        values = json.loads(content)
+        values = parse_json(content)
     except ValueError:
         raise DataError(f"{path} is not JSON: torn or changed") from None
     if not isinstance(values, dict):

@@ -23,6 +23,7 @@ BLOCK = 16 << 20  # bytes per request: as object stores recommend; also the cost
 ATTEMPTS, FIRST_WAIT_S, MAX_WAIT_S = 10, 0.5, 60.0  # waits double: three minutes, plus those of the store's library
 START_ATTEMPTS = 4  # some seconds, at startup: waiting does not fix what is wrong then (credentials, for example)
 CHECKSUM_TRIES = 3  # downloads of a file that does not match its description, before the original is taken as damaged
+MAX_DESCRIPTION = 1 << 28  # bytes of a file that is read whole: an index of a million samples has half of that
 PREFETCH_THREADS = 4  # per process
 
 
@@ -146,16 +147,18 @@ def _blocks(url: str, size: int, attempts: int) -> Iterator[bytes]:
 def _get(url: str, begin: int | None = None, end: int | None = None, attempts: int = ATTEMPTS) -> bytes:
     """Return the bytes of a URL.
 
-    Raises MissingFileError if it does not exist, ContentError if it ends before ``end``, FileError if access is denied or
-    all attempts fail.
+    Raises MissingFileError if it does not exist, DataError if it is to be read whole and too large for that, ContentError if
+    it ends before ``end``, FileError if access is denied or all attempts fail.
     """
     wait = FIRST_WAIT_S
     for attempt in range(1, attempts + 1):
         try:
             system, path = fsspec.url_to_fs(url)  # one per process and thread; cached by fsspec
-            return system.cat_file(path, start=begin, end=end)
+            return _whole(system, path) if end is None else system.cat_file(path, start=begin, end=end)
         except FileNotFoundError:
             raise MissingFileError(f"{url} is missing") from None
+        except _TooLargeError:
+            raise DataError(f"{url} has over {MAX_DESCRIPTION:,} bytes: neither a description nor an index") from None
         except PermissionError as error:
             raise FileError(f"{url}: {error}") from None
         except Exception as error:  # each store and library has its own types
@@ -169,6 +172,25 @@ def _get(url: str, begin: int | None = None, end: int | None = None, attempts: i
         time.sleep(wait * random.uniform(0.5, 1.5))  # jitter: the ranks of a node must not retry all at once
         wait = min(2 * wait, MAX_WAIT_S)
     raise AssertionError
+
+
+class _TooLargeError(Exception):
+    """A file that is read whole is larger than any that belongs to a set."""
+
+
+def _whole(system: Any, path: str) -> bytes:
+    """Return a whole file. A web server does not always say how much will come, least of all if it compresses: count."""
+    if "https" not in system.protocol:
+        if (system.info(path).get("size") or 0) > MAX_DESCRIPTION:
+            raise _TooLargeError
+        return system.cat_file(path)
+    content = bytearray()
+    with system.open(path, block_size=0, size=1) as file:  # a stream, opened without asking for the size
+        while block := file.read(BLOCK):
+            content += block
+            if len(content) > MAX_DESCRIPTION:
+                raise _TooLargeError
+    return bytes(content)
 
 
 def _size(url: str) -> int | None:

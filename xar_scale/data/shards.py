@@ -7,6 +7,7 @@ A set is a folder: ``dataset.json`` (what all samples share, and the list of sha
 import hashlib
 import io
 import json
+import math
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -14,10 +15,10 @@ from dataclasses import asdict, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import PositiveInt
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
@@ -30,14 +31,17 @@ from xar_scale.tokenizers import check_origin
 FORMAT = 2
 MAX_KEY = 80  # characters: with a member's ending it must fit the 100 of a tar header
 DATASET_FILE, INDEX = "dataset.json", ".index.json"  # INDEX is a suffix of a shard's name
+MAX_ARRAY_BYTES = 1 << 30  # of one stored array: only a mistake exceeds it, and every read would allocate it
 ENCODING = ".encoding"  # folder in a set that data/encode.py has not completed yet
+
+Count = Annotated[int, Field(gt=0, lt=1 << 48)]  # sums of counts fit an integer of 64 bits
 
 
 @dataclass(frozen=True, config=STRICT)
 class ShardInfo:
     name: str
-    samples: PositiveInt
-    bytes: PositiveInt
+    samples: Count
+    bytes: Count
     crc32: int  # of the tar
     index_crc32: int  # of the index file, which must be as reliable as the tar
 
@@ -49,9 +53,9 @@ class DatasetInfo:
     tokenizer: dict[str, Any]  # name and settings
     latent_scale: float
     stored: Literal["latents", "moments"]
-    shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # of a stored array: channels, rows, columns
+    shape: tuple[Count, Count, Count]  # of a stored array: channels, rows, columns
     dtype: Literal["float16", "float32"]
-    classes: PositiveInt
+    classes: Count
     flipped: bool  # a second array of the mirrored image
     members: Members = Members()  # names of a sample's files in the tars
     shards: tuple[ShardInfo, ...] = ()
@@ -60,6 +64,10 @@ class DatasetInfo:
     @property
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
+
+    @cached_property  # read for each sample
+    def array_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
     def max_shards_spanned(self, samples: int) -> int:
         """Return the most shards that ``samples`` consecutive samples can span, for any order of the shards."""
@@ -88,8 +96,10 @@ def npy(array: np.ndarray) -> bytes:
 
 def npy_header(info: DatasetInfo) -> bytes:
     """Return the .npy header that every stored array of a set starts with; its values follow."""
-    empty = np.zeros(info.shape, info.dtype)
-    return npy(empty)[: -empty.nbytes]
+    buffer = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(np.dtype(info.dtype)), "fortran_order": False, "shape": info.shape}
+    np.lib.format.write_array_header_1_0(buffer, described)
+    return buffer.getvalue()
 
 
 class Sample(NamedTuple):
