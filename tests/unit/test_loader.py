@@ -386,7 +386,7 @@ def test_as_many_shards_stay_open_as_the_lanes_go_around(tmp_path, monkeypatch):
     monkeypatch.setattr(LatentShards, "open_shards", 1)
     opened = []
     open_ = reader._OpenShard.__init__
-    monkeypatch.setattr(reader._OpenShard, "__init__", lambda self, *of: opened.append(of) or open_(self, *of))
+    monkeypatch.setattr(reader._OpenShard, "__init__", lambda self, *of: opened.append(of[-1]) or open_(self, *of))
     dataset = open_set(tmp_path, "data.lanes=16", "train.global_batch=16")  # windows of six: three shards, four at their edges
     assert dataset.shards.open_shards == 16 * 4
     for step in range(18):
