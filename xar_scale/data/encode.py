@@ -359,7 +359,7 @@ class _ErrorNotes:
         except UsageError:
             raise  # it concerns this command line, and those of the others may differ
         except Exception as caught:
-            error = dist.file_error(caught) if isinstance(caught, OSError) else caught
+            error = dist.known_error(caught) or caught
             note = [str(error) or type(error).__name__, getattr(error, "exit_code", XarScaleError.exit_code)]
             with suppress(OSError):  # there is no folder yet, or the error persists
                 write_atomically(self.folder / f"{NOTE}{self.rank}", json.dumps(note).encode())

@@ -131,7 +131,7 @@ def _errors_logged(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, UsageError, DataError, NonFiniteError) as error:  # either on all ranks, or on rank 0 in writing
-        dist.say(f"{what}: {dist.file_error(error) if isinstance(error, OSError) else error}")
+        dist.say(f"{what}: {dist.known_error(error)}")
 
 
 def _evenly_spaced(classes: int) -> Sequence[int]:
