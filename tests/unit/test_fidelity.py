@@ -255,6 +255,12 @@ def test_image_files_are_read_and_invalid_ones_named(tmp_path, folders):
         open_images(tmp_path / "nowhere.npz")
 
 
+def test_an_image_that_another_program_would_have_to_draw_is_not_opened(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", "EPS")
+    with pytest.raises(DataError, match=r"cannot read image .*a.png: cannot identify image file"):
+        open_images(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [

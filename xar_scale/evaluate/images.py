@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from xar_scale.data.images import FORMATS
 from xar_scale.errors import DataError, UsageError
 
 T = TypeVar("T", "ImagesInMemory", "ImageFiles")
@@ -73,7 +74,7 @@ class ImageFiles:
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.mode not in MODES:
                 raise DataError(f"{path} has mode {image.mode}, expected 8 bits per channel without transparency")
             image.load()
