@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def make_folder(path: Path) -> None:
@@ -86,6 +87,11 @@ def publish(folder: Path, final: Path) -> None:
     sync_folder(folder)
     folder.rename(final)
     sync_folder(final.parent)
+
+
+def is_entry_name(name: Any) -> bool:
+    """Whether ``name``, read from a file, names an entry of a folder and cannot lead out of it."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def free_name(path: Path) -> Path:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import json
 import os
 import pickle
 import random
@@ -236,6 +237,24 @@ def test_missing_paths_and_unknown_formats(tmp_path, own):
     shard.unlink()
     with pytest.raises(DataError, match=f"{shard.name} is missing"):
         open_source(tmp_path / "own")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "deeper/outside.safetensors", "..", "", 7])
+def test_an_index_cannot_name_files_elsewhere(tmp_path, name):
+    (tmp_path / "given").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "outside.safetensors")
+    index = tmp_path / "given" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(DataError, match=f"{index} names {name!r}, which is not a file in its folder"):
+        open_source(tmp_path / "given")
+
+
+@pytest.mark.parametrize("name", ["../zero", "..", "{}/zero", ""])
+def test_a_pointer_cannot_name_a_checkpoint_elsewhere(tmp_path, zero, name):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "latest").write_text(name.format(tmp_path))
+    with pytest.raises(DataError, match="latest names '.*', which is not a folder next to it"):
+        open_source(tmp_path / "given")
 
 
 @pytest.mark.parametrize("how", ["compressed", "in another order", "without room between", "with folders"])

@@ -13,6 +13,7 @@ from xar_scale.checkpoint.interop.official import our_names
 from xar_scale.checkpoint.interop.pickled import is_pickled, read_pickled
 from xar_scale.checkpoint.interop.source import InMemory, Source
 from xar_scale.errors import DataError
+from xar_scale.files import is_entry_name
 
 INDEX, PTH = f"model{SUFFIX}.index.json", "model.pth"
 
@@ -22,11 +23,7 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == SUFFIX or is_pickled(path) else []
     if (path / INDEX).is_file():
-        try:
-            names: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
-            return [path / name for name in sorted(set(names.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{path / INDEX} is not an index of safetensors files") from None
+        return [path / name for name in sorted(set(_index(path).values()))]
     return [path / name for name in (f"model{SUFFIX}", PTH) if (path / name).is_file()][:1]
 
 
@@ -100,8 +97,18 @@ def _safetensors(path: Path) -> dict[str, tuple[Chunk, torch.Size]]:
         raise DataError(f"{path} is torn, or not a safetensors file") from None
 
 
+def _index(folder: Path) -> dict[str, str]:
+    """Return the name of each tensor's file, which is in the same folder."""
+    try:
+        files: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        elsewhere = [name for name in files.values() if not is_entry_name(name)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{folder / INDEX} is not an index of safetensors files") from None
+    if elsewhere:
+        raise DataError(f"{folder / INDEX} names {elsewhere[0]!r}, which is not a file in its folder")
+    return files
+
+
 def _check_index(path: Path, names: set[str]) -> None:
-    if (path / INDEX).is_file():
-        listed: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
-        if lacking := set(listed) - names:
-            raise DataError(f"{path / INDEX} lists {len(lacking)} tensors that its files lack, first {min(lacking)}")
+    if (path / INDEX).is_file() and (lacking := set(_index(path)) - names):
+        raise DataError(f"{path / INDEX} lists {len(lacking)} tensors that its files lack, first {min(lacking)}")
