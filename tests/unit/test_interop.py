@@ -326,6 +326,34 @@ def test_safetensors_that_are_truncated_or_lack_what_their_index_lists(tmp_path)
         open_source(tmp_path / "one.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ([4], [-16, 0]),  # the end of the header, as weights
+        ([4], [0.0, 16.0]),
+        ([4], [16, 0]),
+        ([4], [False, 16]),
+        ([-2, -2], [0, 16]),
+        ([2.0, 2], [0, 16]),
+        ([2**32, 2**32], [0, 0]),  # no elements, modulo 2**64
+        ([2**70, 0], [0, 0]),
+        ([2**70], [0, 2**72]),
+        ("ab", [0, 0]),
+        (None, [0, 0]),
+        ([4], [0, 16, 32]),
+    ],
+)
+def test_impossible_shapes_and_places_in_safetensors_are_refused(tmp_path, shape, offsets):
+    entries = {
+        "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+        "b": {"dtype": "F32", "shape": shape, "data_offsets": offsets},
+    }
+    header = json.dumps(entries).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(DataError, match="x.safetensors is torn, or not a safetensors file"):
+        open_source(tmp_path / "x.safetensors")
+
+
 def test_shapes_are_known_without_reading_values(tmp_path):
     write_zero3(tmp_path / "zero", STATE)
     with open_source(tmp_path / "zero") as source:

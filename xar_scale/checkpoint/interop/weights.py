@@ -1,13 +1,14 @@
 """Weights alone: published ``.pth`` files and safetensors, in one file or several. Published names are mapped to ours."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xar_scale.checkpoint.chunks import DTYPES, Chunk, ChunkReader, full_spans, read_header
+from xar_scale.checkpoint.chunks import DTYPES, Chunk, ChunkReader, full_spans, located, read_header
 from xar_scale.checkpoint.files import SUFFIX
 from xar_scale.checkpoint.interop.official import our_names
 from xar_scale.checkpoint.interop.pickled import is_pickled, read_pickled
@@ -85,11 +86,12 @@ def _safetensors(path: Path) -> dict[str, tuple[Chunk, torch.Size]]:
         header.pop("__metadata__", None)
         found = {}
         for name, entry in header.items():
-            shape, (begin, end) = torch.Size(entry["shape"]), entry["data_offsets"]
+            shape, begin, end = located(entry)
             if dtype := DTYPES.get(entry["dtype"]):
-                if end - begin != shape.numel() * dtype.itemsize:
+                elements = math.prod(shape)
+                if end - begin != elements * dtype.itemsize:
                     raise ValueError
-                found[name] = Chunk(0, shape.numel(), path, offset + begin, dtype), shape
+                found[name] = Chunk(0, elements, path, offset + begin, dtype), torch.Size(shape)
             elif entry["dtype"].startswith("F"):
                 raise DataError(f"{path}: {name} is {entry['dtype']}; only {', '.join(DTYPES)} are supported")
         return found
