@@ -108,6 +108,11 @@ def publish(folder: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
+def is_entry_name(name: Any) -> bool:
+    """Whether ``name``, read from a file, names an entry of a folder and cannot lead out of it."""
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
+
+
 def free_name(path: Path) -> Path:
     """Return ``path``, or, if it exists, the first unused name with a number after the stem."""
     numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))

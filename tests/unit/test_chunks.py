@@ -1,7 +1,9 @@
 """Ranges of vectors read from the chunks that files hold: no more than is owned, from as few files, each opened once."""
 
 import errno
+import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -111,3 +113,25 @@ def test_missing_vectors_and_ranges_are_named(tmp_path, own):
         vectors.open_ranges(read_manifest(own), {"model/nothing": (0, 1)}, 0, 1)
     with pytest.raises(DataError, match="but no other"):
         vectors.open_ranges(read_manifest(own), {"other/in_proj.weight": (0, 1)}, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "start"),
+    [
+        ({"data_offsets": [-16, 0]}, 0),
+        ({"data_offsets": [0.0, 16.0]}, 0),
+        ({"shape": [-4], "data_offsets": [16, 0]}, 4),
+        ({}, -4),
+        ({}, 0.0),
+    ],
+)
+def test_impossible_places_in_a_checkpoints_file_are_refused(tmp_path, own, place, start):
+    shutil.copytree(own, tmp_path / "own")
+    (path,) = (tmp_path / "own").glob("*.safetensors")
+    key = "model/in_proj.bias"
+    entry = {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} | place
+    saved = json.dumps({key: {"saved_offsets": [start]}})
+    header = json.dumps({"__metadata__": {"DCP_SHARDING_INFO": saved}, key: entry}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(DataError, match=f"{path.name} is not a file of flat float32 vectors"):
+        vectors.open_ranges(read_manifest(tmp_path / "own"), {key: (0, 4)}, 0, 1)

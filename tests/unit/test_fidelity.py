@@ -1,6 +1,9 @@
 """Our metrics against torch-fidelity's own pipeline and against ones computed by hand; statistics; Inception weights."""
 
+import contextlib
 import hashlib
+import random
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,12 +12,14 @@ import scipy.linalg
 import torch
 import torch_fidelity
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from torch import nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from tools import sweep
 from xar_scale.errors import DataError, UsageError
 from xar_scale.evaluate import fidelity
+from xar_scale.evaluate import images as images_module
 from xar_scale.evaluate.evaluation import Comparison, check_folder, sha256_of, write
 from xar_scale.evaluate.fidelity import Extractor, Reference, measure, read_statistics, statistics_of
 from xar_scale.evaluate.images import ImageFiles, ImagesInMemory, open_images
@@ -255,6 +260,12 @@ def test_image_files_are_read_and_invalid_ones_named(tmp_path, folders):
         open_images(tmp_path / "nowhere.npz")
 
 
+def test_an_image_that_another_program_would_have_to_draw_is_not_opened(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png", "EPS")
+    with pytest.raises(DataError, match=r"cannot read image .*a.png: cannot identify image file"):
+        open_images(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
@@ -334,6 +345,43 @@ def test_images_in_an_npz_are_read_a_part_at_a_time(tmp_path):
     (tmp_path / "x.npz").write_bytes(content[:1000])
     with pytest.raises(DataError, match="is not an npz of arrays, or is torn"):
         open_images(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damage_anywhere_in_an_npz_is_a_one_line_error(tmp_path, save):
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    save(tmp_path / "x.npz", arr_0=images, arr_1=np.arange(2), mu=np.zeros(3), sigma=np.eye(3))
+    content = (tmp_path / "x.npz").read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(content)), 300):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "x.npz").write_bytes(damaged)
+        for read in (open_images, read_statistics):
+            with contextlib.suppress(DataError):
+                read(tmp_path / "x.npz")
+
+
+def test_an_npz_that_would_exhaust_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module, "EXPANDED", 1 << 20)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive, archive.open("mu.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, {"shape": (1 << 20,), "fortran_order": False, "descr": "<f4"})
+        file.write(bytes(1 << 22))
+    with pytest.raises(DataError, match=r"x.npz: mu.npy would expand from [\d,]+ to 4,194,432 bytes in memory"):
+        read_statistics(tmp_path / "x.npz")
+    with zipfile.ZipFile(tmp_path / "y.npz", "w") as archive:
+        for name in ("mu", "sigma", "arr_0"):  # numpy would allocate the 4 TB that its header claims
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array_header_1_0(file, {"shape": (1 << 40,), "fortran_order": False, "descr": "<f4"})
+    for read in (open_images, read_statistics):
+        with pytest.raises(DataError, match="y.npz is not an npz of arrays, or is torn"):
+            read(tmp_path / "y.npz")
+
+
+def test_images_too_large_for_memory_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    Image.new("1", (3000, 3000)).save(tmp_path / "a.png")
+    monkeypatch.setattr(PngImageFile, "load", None)
+    with pytest.raises(DataError, match="a.png is 3000x3000 pixels, the most is 4,194,304 in all"):
+        open_images(tmp_path)
 
 
 def test_one_image_is_nothing_to_compare_and_few_have_fewer_numbers(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import json
 import os
 import pickle
 import random
@@ -238,6 +239,24 @@ def test_missing_paths_and_unknown_formats(tmp_path, own):
         open_source(tmp_path / "own")
 
 
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/outside.safetensors", "deeper/outside.safetensors", "..", "", 7])
+def test_an_index_cannot_name_files_elsewhere(tmp_path, name):
+    (tmp_path / "given").mkdir()
+    save_file({"a": torch.ones(2)}, tmp_path / "outside.safetensors")
+    index = tmp_path / "given" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(DataError, match=f"{index} names {name!r}, which is not a file in its folder"):
+        open_source(tmp_path / "given")
+
+
+@pytest.mark.parametrize("name", ["../zero", "..", "{}/zero", ""])
+def test_a_pointer_cannot_name_a_checkpoint_elsewhere(tmp_path, zero, name):
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "latest").write_text(name.format(tmp_path))
+    with pytest.raises(DataError, match="latest names '.*', which is not a folder next to it"):
+        open_source(tmp_path / "given")
+
+
 @pytest.mark.parametrize("how", ["compressed", "in another order", "without room between", "with folders"])
 def test_a_repacked_pth_is_refused_and_not_misread(tmp_path, weights, how):
     """torch.load reads it, but its values are not where torch.save would have put them."""
@@ -305,6 +324,34 @@ def test_safetensors_that_are_truncated_or_lack_what_their_index_lists(tmp_path)
     (tmp_path / "one.safetensors").write_bytes(content.replace(b'"shape":[3]', b'"shape":[4]'))
     with pytest.raises(DataError, match="one.safetensors is torn, or not a safetensors file"):
         open_source(tmp_path / "one.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("shape", "offsets"),
+    [
+        ([4], [-16, 0]),  # the end of the header, as weights
+        ([4], [0.0, 16.0]),
+        ([4], [16, 0]),
+        ([4], [False, 16]),
+        ([-2, -2], [0, 16]),
+        ([2.0, 2], [0, 16]),
+        ([2**32, 2**32], [0, 0]),  # no elements, modulo 2**64
+        ([2**70, 0], [0, 0]),
+        ([2**70], [0, 2**72]),
+        ("ab", [0, 0]),
+        (None, [0, 0]),
+        ([4], [0, 16, 32]),
+    ],
+)
+def test_impossible_shapes_and_places_in_safetensors_are_refused(tmp_path, shape, offsets):
+    entries = {
+        "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+        "b": {"dtype": "F32", "shape": shape, "data_offsets": offsets},
+    }
+    header = json.dumps(entries).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(DataError, match="x.safetensors is torn, or not a safetensors file"):
+        open_source(tmp_path / "x.safetensors")
 
 
 def test_shapes_are_known_without_reading_values(tmp_path):

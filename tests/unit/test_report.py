@@ -220,6 +220,12 @@ def test_a_torn_picture_and_another_file_among_the_samples(run):
     assert "After 20 steps" in text and "step-00000040.png cannot be shown" in text and "step-00000060.png cannot be" in text
 
 
+def test_a_picture_that_another_program_would_have_to_draw_is_not_opened(run):
+    (run / "samples").mkdir()
+    Image.new("RGB", (4, 4)).save(run / "samples" / "step-00000020.png", "EPS")
+    assert "step-00000020.png cannot be shown: cannot identify image file" in text_of(build_page(run))
+
+
 def test_evaluations_by_step_of_their_weights(run):
     def write(where: str, step: int | None, **metrics) -> None:
         values = {"metrics": metrics, "weights": {"step": step, "path": "p"}, "features": {"name": "some-features"}}

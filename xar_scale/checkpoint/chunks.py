@@ -21,6 +21,7 @@ from xar_scale.files import path_in_errors
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # float32 represents all of them exactly
 MAX_HEADER = 1 << 28  # bytes; a larger number is not a header length
+MAX_BYTES = 1 << 60  # of a file: sizes up to this one do not wrap around in torch
 OPEN_FILES = 256  # at a time, of one reader, if the system's limit cannot be raised for more
 
 
@@ -163,3 +164,16 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     if not isinstance(header, dict):
         raise ValueError
     return header, 8 + length
+
+
+def located(entry: Any) -> tuple[list[int], int, int]:
+    """Return the shape of a header's tensor, and where its values begin and end. Raises ValueError if these are impossible.
+
+    That the file is long enough is checked when it is opened.
+    """
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if not all(type(number) is int and 0 <= number <= MAX_BYTES for number in (*shape, begin, end)):
+        raise ValueError
+    if begin > end:
+        raise ValueError
+    return shape, begin, end

@@ -12,6 +12,7 @@ from xar_scale import dist
 from xar_scale.checkpoint.files import SUFFIX, Fingerprint, fingerprint
 from xar_scale.data.order import Position
 from xar_scale.errors import DataError, FileError, UsageError
+from xar_scale.files import is_entry_name
 from xar_scale.guard import GuardState
 
 FORMAT = 4
@@ -126,7 +127,7 @@ def parse_manifest(content: bytes, location: Path | str) -> Manifest:
             "shapes": {name: our_shape(name, shape) for name, shape in values["shapes"].items()},
             "files": {name: Fingerprint(**entry) for name, entry in values["files"].items()},
         }
-        if elsewhere := [name for name in values["files"] if Path(name).name != name or not name.endswith(SUFFIX)]:
+        if elsewhere := [name for name in values["files"] if not is_entry_name(name) or not name.endswith(SUFFIX)]:
             # downloads are written under these names, and others may be able to write to the mirror
             raise DataError(f"checkpoint {location}: {MANIFEST} names {elsewhere[0]!r}, which is not a checkpoint file")
         return Manifest(**(values | typed))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from xar_scale.checkpoint.chunks import FLOAT32, Chunk, ChunkReader, full_spans, read_header
+from xar_scale.checkpoint.chunks import FLOAT32, Chunk, ChunkReader, full_spans, located, read_header
 from xar_scale.checkpoint.manifest import Checkpoint
 from xar_scale.errors import DataError
 
@@ -65,8 +65,8 @@ def _chunks_in(path: Path) -> Iterator[tuple[str, Chunk]]:
         header, offset = read_header(path)
         starts = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
         for key, entry in header.items():
-            (start,), (elements,), (begin, end) = starts[key]["saved_offsets"], entry["shape"], entry["data_offsets"]
-            if entry["dtype"] != "F32" or end - begin != FLOAT32 * elements:
+            (start,), ((elements,), begin, end) = starts[key]["saved_offsets"], located(entry)
+            if type(start) is not int or start < 0 or entry["dtype"] != "F32" or end - begin != FLOAT32 * elements:
                 raise ValueError
             yield key, Chunk(start, start + elements, path, offset + begin)
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -1,25 +1,28 @@
 """Read sets of images, an npz or a folder of image files, in parts of fixed size."""
 
+import errno
 import math
 import os
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from xar_scale.errors import DataError, UsageError
+from xar_scale.data.images import FORMATS
+from xar_scale.errors import DataError, UsageError, XarScaleError
 
 T = TypeVar("T", "ImagesInMemory", "ImageFiles")
 PART = 256  # images per part
 MODES = ("1", "L", "P", "RGB")  # pillow's names of the image modes that are accepted
 ZIP_LENGTHS = 26  # offset of the lengths of name and extra field in a local zip header
+MOST_PIXELS = 1 << 22  # of an image: a part of such images takes 3 GB
+EXPANDED, EXPANSION = 1 << 30, 20  # bytes and times to which only what was made to exhaust memory expands
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -73,12 +76,16 @@ class ImageFiles:
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.mode not in MODES:
                 raise DataError(f"{path} has mode {image.mode}, expected 8 bits per channel without transparency")
+            if image.width * image.height > MOST_PIXELS:
+                raise DataError(f"{path} is {image.width}x{image.height} pixels, the most is {MOST_PIXELS:,} in all")
             image.load()
             yield image
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:
+        if not is_damage(error):
+            raise
         raise DataError(f"cannot read image {path}: {error}") from None
 
 
@@ -116,38 +123,74 @@ def _require_several(path: Path, images: T) -> T:
 def npz_names(path: Path) -> list[str]:
     """Return the names of the arrays. Raises DataError if the file is not an npz."""
     with _npz(path) as archive:
-        return list(archive.files)
+        return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
 def read_npz(path: Path, *names: str) -> dict[str, np.ndarray]:
     """Return those arrays of ``names`` that the file has. Raises DataError if it is not an npz, or is torn."""
     with _npz(path) as archive:
-        return {name: archive[name] for name in names if name in archive.files}
+        return {name: _read(archive, name) for name in names if f"{name}.npy" in archive.namelist()}
 
 
 @contextmanager
-def _npz(path: Path) -> Iterator[Any]:
+def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.file_size > max(EXPANDED, EXPANSION * entry.compress_size):
+                    raise DataError(
+                        f"{path}: {entry.filename} would expand from {entry.compress_size:,} to {entry.file_size:,} bytes in "
+                        "memory: store it uncompressed, as np.savez does"
+                    )
             yield archive
-    except (ValueError, TypeError, EOFError, AttributeError, OSError, zipfile.BadZipFile, zlib.error):
+    except Exception as error:
+        if not is_damage(error):
+            raise
         raise DataError(f"{path} is not an npz of arrays, or is torn") from None
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether the content of a file made its reader fail: damage raises any of two dozen types. Else it was the machine."""
+    if isinstance(error, OSError):
+        return error.errno in (None, errno.EINVAL)  # the latter: a seek before the start of a torn archive
+    return not isinstance(error, XarScaleError | MemoryError)
+
+
+class _Header(NamedTuple):
+    """Of an array in an npz; ``size`` is its own."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+    size: int
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> _Header:
+    """Raises ValueError if the array is not as large as its header says: numpy would allocate that first."""
+    entry = archive.getinfo(f"{name}.npy")
+    with archive.open(entry) as file:
+        of_version = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        header = _Header(*of_version[np.lib.format.read_magic(file)](file), file.tell())
+    if header.size + header.dtype.itemsize * math.prod(header.shape) != entry.file_size:
+        raise ValueError
+    return header
+
+
+def _read(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    _header(archive, name)
+    with archive.open(f"{name}.npy") as file:
+        values: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    return values
 
 
 def _memory_map(path: Path, name: str) -> np.ndarray:
     """Return an array, memory-mapped if stored uncompressed: it may exceed memory, and a rank reads only what it needs."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file:
-        entry = archive.getinfo(f"{name}.npy")
-        if entry.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
-            return read_npz(path, name)[name]
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
-        header = file.tell()
-    if fortran or dtype.hasobject:
-        return read_npz(path, name)[name]
-    with path.open("rb") as file:
-        file.seek(entry.header_offset + ZIP_LENGTHS)
-        lengths = struct.unpack("<HH", file.read(4))  # of the name and the extra field, which precede the content
-    offset = entry.header_offset + ZIP_LENGTHS + 4 + sum(lengths) + header
-    if offset + dtype.itemsize * math.prod(shape) > path.stat().st_size:
-        raise DataError(f"{path} is not an npz of arrays, or is torn")
-    return np.memmap(path, dtype, "r", offset, shape)
+    with _npz(path) as archive:
+        header, entry = _header(archive, name), archive.getinfo(f"{name}.npy")
+        if entry.compress_type != zipfile.ZIP_STORED or header.fortran:
+            return _read(archive, name)
+        with path.open("rb") as file:
+            file.seek(entry.header_offset + ZIP_LENGTHS)
+            lengths = struct.unpack("<HH", file.read(4))  # of the name and the extra field, which precede the content
+        offset = entry.header_offset + ZIP_LENGTHS + 4 + sum(lengths) + header.size
+        return np.memmap(path, header.dtype, "r", offset, header.shape)

@@ -14,7 +14,7 @@ import numpy as np
 from xar_scale import dist
 from xar_scale.errors import DataError, UsageError
 from xar_scale.evaluate.generate import Generator
-from xar_scale.evaluate.images import PART
+from xar_scale.evaluate.images import PART, is_damage
 from xar_scale.files import write_atomically
 
 DESCRIPTION, MADE_WITH = "set.json", "drawn_with"
@@ -66,7 +66,9 @@ class ImageSet:
         try:
             with path.open("rb") as file:  # np.load would also accept archives and pickles
                 images: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
-        except (ValueError, EOFError):
+        except Exception as error:
+            if not is_damage(error):
+                raise
             raise DataError(f"{path} is torn; delete it to generate its images again") from None
         if images.dtype != np.uint8 or images.ndim != 4 or len(images) != count:
             raise DataError(f"{path} is {images.dtype}{images.shape}, not {count} images; delete it to generate them again")

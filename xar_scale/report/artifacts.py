@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from xar_scale.checkpoint.manifest import FOLDER, LATEST, Manifest, checkpoint_paths, read_manifest
+from xar_scale.data.images import FORMATS
 from xar_scale.errors import XarScaleError
 from xar_scale.evaluate import previews
 from xar_scale.evaluate.evaluation import RESULT
@@ -80,7 +81,7 @@ def sample_grids(run: Path) -> list[SampleGrid]:
 def _sample_grid(step: int, path: Path, side: int) -> SampleGrid:
     """Return the grid as a JPEG of at most ``side`` pixels per side: a page of PNGs would have tens of MB."""
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             image = opened.convert("L" if opened.mode in ("1", "L") else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # pillow has no common error class
         return SampleGrid(step, "", f"{path.name} cannot be shown: {error}")

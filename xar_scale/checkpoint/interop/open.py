@@ -10,6 +10,7 @@ from xar_scale.checkpoint.interop.zero import is_zero, open_zero
 from xar_scale.checkpoint.manifest import FOLDER, LATEST, MANIFEST, checkpoint_paths, read_manifest
 from xar_scale.checkpoint.vectors import open_vectors, shapes_of
 from xar_scale.errors import DataError, UsageError
+from xar_scale.files import is_entry_name
 
 SUMS = "SHA256SUMS"
 TAGS = (LATEST, "latest_universal")  # files that name the current checkpoint, a folder next to them
@@ -48,10 +49,12 @@ def _tagged(folder: Path) -> Path:
         return paths[-1]
     for tag in (folder / name for name in TAGS):
         if tag.is_file():
-            tagged = tag.parent / tag.read_text().strip()
-            if not tagged.is_dir():
-                raise DataError(f"{tag} names {tagged.name}, which does not exist")
-            return tagged
+            name = tag.read_text().strip()
+            if not is_entry_name(name):
+                raise DataError(f"{tag} names {name!r}, which is not a folder next to it")
+            if not (folder / name).is_dir():
+                raise DataError(f"{tag} names {name}, which does not exist")
+            return folder / name
     return folder
 
 

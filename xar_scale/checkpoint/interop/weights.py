@@ -1,18 +1,20 @@
 """Weights alone: published ``.pth`` files and safetensors, in one file or several. Published names are mapped to ours."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from xar_scale.checkpoint.chunks import DTYPES, Chunk, ChunkReader, full_spans, read_header
+from xar_scale.checkpoint.chunks import DTYPES, Chunk, ChunkReader, full_spans, located, read_header
 from xar_scale.checkpoint.files import SUFFIX
 from xar_scale.checkpoint.interop.official import our_names
 from xar_scale.checkpoint.interop.pickled import is_pickled, read_pickled
 from xar_scale.checkpoint.interop.source import InMemory, Source
 from xar_scale.errors import DataError
+from xar_scale.files import is_entry_name
 
 INDEX, PTH = f"model{SUFFIX}.index.json", "model.pth"
 
@@ -22,11 +24,7 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path] if path.suffix == SUFFIX or is_pickled(path) else []
     if (path / INDEX).is_file():
-        try:
-            names: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
-            return [path / name for name in sorted(set(names.values()))]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{path / INDEX} is not an index of safetensors files") from None
+        return [path / name for name in sorted(set(_index(path).values()))]
     return [path / name for name in (f"model{SUFFIX}", PTH) if (path / name).is_file()][:1]
 
 
@@ -88,11 +86,12 @@ def _safetensors(path: Path) -> dict[str, tuple[Chunk, torch.Size]]:
         header.pop("__metadata__", None)
         found = {}
         for name, entry in header.items():
-            shape, (begin, end) = torch.Size(entry["shape"]), entry["data_offsets"]
+            shape, begin, end = located(entry)
             if dtype := DTYPES.get(entry["dtype"]):
-                if end - begin != shape.numel() * dtype.itemsize:
+                elements = math.prod(shape)
+                if end - begin != elements * dtype.itemsize:
                     raise ValueError
-                found[name] = Chunk(0, shape.numel(), path, offset + begin, dtype), shape
+                found[name] = Chunk(0, elements, path, offset + begin, dtype), torch.Size(shape)
             elif entry["dtype"].startswith("F"):
                 raise DataError(f"{path}: {name} is {entry['dtype']}; only {', '.join(DTYPES)} are supported")
         return found
@@ -100,8 +99,18 @@ def _safetensors(path: Path) -> dict[str, tuple[Chunk, torch.Size]]:
         raise DataError(f"{path} is torn, or not a safetensors file") from None
 
 
+def _index(folder: Path) -> dict[str, str]:
+    """Return the name of each tensor's file, which is in the same folder."""
+    try:
+        files: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        elsewhere = [name for name in files.values() if not is_entry_name(name)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{folder / INDEX} is not an index of safetensors files") from None
+    if elsewhere:
+        raise DataError(f"{folder / INDEX} names {elsewhere[0]!r}, which is not a file in its folder")
+    return files
+
+
 def _check_index(path: Path, names: set[str]) -> None:
-    if (path / INDEX).is_file():
-        listed: dict[str, str] = json.loads((path / INDEX).read_text())["weight_map"]
-        if lacking := set(listed) - names:
-            raise DataError(f"{path / INDEX} lists {len(lacking)} tensors that its files lack, first {min(lacking)}")
+    if (path / INDEX).is_file() and (lacking := set(_index(path)) - names):
+        raise DataError(f"{path / INDEX} lists {len(lacking)} tensors that its files lack, first {min(lacking)}")
