@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import shutil
 import tempfile
@@ -98,3 +99,11 @@ def free_name(path: Path) -> Path:
     """Return ``path``, or, if it exists, the first unused name with a number after the stem."""
     numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
     return path if not path.exists() else next(name for name in numbered if not name.exists())
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Return JSON's value. Raises ValueError, also for text that is nested too deeply for the parser."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

@@ -13,6 +13,7 @@ from PIL import Image
 from xar_scale.checkpoint.manifest import FOLDER, LATEST, Manifest, checkpoint_paths, read_manifest
 from xar_scale.data.images import FORMATS
 from xar_scale.errors import XarScaleError
+from xar_scale.files import parse_json
 
 SAMPLES, EVALUATION_FILE = "samples", "evaluation.json"
 MAX_GRIDS = 24  # on the page at most
@@ -99,7 +100,7 @@ def evaluations(run: Path) -> list[Evaluation]:
 def _evaluation(run: Path, path: Path) -> Evaluation:
     name = str(path.parent.relative_to(run))
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(path.read_text())
         metrics = dict(values["metrics"])
         step, images = values.get("weights", {}).get("step"), dict(values.get("set", {})).get("images")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
