@@ -120,7 +120,7 @@ def free_name(path: Path) -> Path:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """Parse JSON. Raises ValueError for anything else, also for what is nested too deeply to be parsed."""
+    """Return JSON's value. Raises ValueError, also for text that is nested too deeply for the parser."""
     try:
         return json.loads(content)
     except RecursionError:

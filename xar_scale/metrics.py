@@ -24,6 +24,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from typing_extensions import Self
 
 from xar_scale.dist import file_error
+from xar_scale.files import parse_json
 
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
@@ -202,7 +203,7 @@ def _whole_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     for line in content.splitlines(keepends=True):
         end += len(line)
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             readable = line.endswith(b"\n") and math.isfinite(values["step"])
         except (ValueError, KeyError, TypeError):
             continue

@@ -19,7 +19,7 @@ from xar_scale.data.loader import Batch
 from xar_scale.diagnosis import Activations, Watch
 from xar_scale.engines import Engine
 from xar_scale.errors import DataError, UsageError
-from xar_scale.files import free_name, write_atomically
+from xar_scale.files import free_name, parse_json, write_atomically
 from xar_scale.guard import Bad, Decision, Event
 
 FOLDER, FORMAT = "reports", 1
@@ -178,7 +178,7 @@ def _opened(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise UsageError(f"no report at {path}")
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(path.read_text())
         if values["format"] != FORMAT:
             raise DataError(f"report {path} has format {values['format']}, this version reads {FORMAT}")
         yield values

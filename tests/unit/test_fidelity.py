@@ -308,7 +308,7 @@ def test_results_of_something_else_are_not_overwritten(tmp_path, folders):
             check_folder(tmp_path / "numbers", result | {section: result[section] | change})
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"set": {}, "reference": 1, "features": {}}', "\udcff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 99999, '{"set": {}, "reference": 1, "features": {}}', "\udcff"])
 def test_numbers_that_are_torn_are_named(tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content, errors="surrogateescape")
     wanted = {"set": {}, "reference": {}, "features": {}}

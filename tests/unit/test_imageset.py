@@ -115,9 +115,10 @@ def test_images_without_a_valid_description_are_refused(tmp_path, trained):
     images = image_set(trained, tmp_path / "set", COUNT, 4)
     images.open()
     images.draw(open_generator(trained, CPU))
-    (tmp_path / "set" / "set.json").write_text("[1]")
-    with pytest.raises(DataError, match=r"set.json is torn or changed"):
-        images.open()
+    for torn in ("[1]", "[" * 100000):
+        (tmp_path / "set" / "set.json").write_text(torn)
+        with pytest.raises(DataError, match=r"set.json is torn or changed"):
+            images.open()
     (tmp_path / "set" / "set.json").unlink()
     with pytest.raises(UsageError, match=r"holds images of an unknown set: set.json is missing"):
         images.open()

@@ -354,6 +354,15 @@ def test_impossible_shapes_and_places_in_safetensors_are_refused(tmp_path, shape
         open_source(tmp_path / "x.safetensors")
 
 
+def test_headers_and_indices_nested_too_deeply_for_the_parser_are_torn(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes((100000).to_bytes(8, "little") + b"[" * 100000)
+    with pytest.raises(DataError, match="model.safetensors is torn, or not a safetensors file"):
+        open_source(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[" * 100000)
+    with pytest.raises(DataError, match="model.safetensors.index.json is not an index"):
+        open_source(tmp_path)
+
+
 def test_shapes_are_known_without_reading_values(tmp_path):
     write_zero3(tmp_path / "zero", STATE)
     with open_source(tmp_path / "zero") as source:

@@ -249,6 +249,20 @@ def test_evaluations_by_step_of_their_weights(run):
     assert page.count("is torn or not an evaluation") == 2
 
 
+def test_files_nested_too_deeply_for_the_parser_are_damaged_ones(run):
+    for folder in ("hangs", "evaluations", "reports", "checkpoints/step-00000010"):
+        (run / folder).mkdir(parents=True)
+    names = ["heartbeat.json", "hangs/step-00000010-rank-0.txt", "evaluations/evaluation.json", "reports/step-00000010.json"]
+    for name in (*names, "checkpoints/step-00000010/manifest.json"):
+        (run / name).write_text("[" * 100000)
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write("[" * 100000 + "\n")
+    text = text_of(build_page(run))
+    assert "Heartbeat none" in text and "Steps 100 of" in text and "step-00000010-rank-0.txt cannot be read" in text
+    assert "evaluation.json is torn or not an evaluation" in text and "manifest.json is torn or changed" in text
+    assert "step-00000010.json is no step report, or is torn" in text
+
+
 def test_each_empty_section_says_so(tmp_path):
     text = text_of(build_page(write_run(tmp_path / "run", [])))
     for words in (

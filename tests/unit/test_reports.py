@@ -210,9 +210,10 @@ def test_a_report_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     run.resolve()
     path = tmp_path / "reports" / "step-00000005.json"
     whole, batch = path.read_text(), path.with_suffix(".safetensors")
-    path.write_text(whole[:100])
-    with pytest.raises(DataError, match="torn or changed"):
-        reports.read(path)
+    for torn in (whole[:100], "[" * 100000):
+        path.write_text(torn)
+        with pytest.raises(DataError, match="torn or changed"):
+            reports.read(path)
     path.write_text(whole.replace('"format": 1', '"format": 7'))
     with pytest.raises(DataError, match=r"^report \S+ has format 7, this version reads 1$"):
         reports.read(path)

@@ -16,7 +16,7 @@ from tests.unit.tiny_run import CONFIG, INFO, Run, same
 from xar_scale.checkpoint import files, manifest, store
 from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.load import check_resumable, load, load_weights, state_vectors
-from xar_scale.checkpoint.manifest import FORMAT, checkpoint_paths, newest_valid, read_manifest, verify
+from xar_scale.checkpoint.manifest import FORMAT, checkpoint_paths, newest_valid, parse_manifest, read_manifest, verify
 from xar_scale.checkpoint.store import Store
 from xar_scale.checkpoint.vectors import open_vectors
 from xar_scale.data.order import Position
@@ -175,6 +175,7 @@ def test_a_save_is_flushed_before_it_is_published_and_published_before_an_older_
         (lambda path: os.truncate(path / "manifest.json", 50), "manifest.json is torn or changed"),
         (lambda path: (path / "manifest.json").unlink(), "has no manifest.json"),
         (lambda path: (path / "manifest.json").write_text('{"format": 99}'), "has format 99"),
+        (lambda path: (path / "manifest.json").write_text("[" * 100000), "manifest.json is torn or changed"),
         (lambda path: (path / "manifest.json").write_text(f'{{"format": {FORMAT}}}'), "manifest.json is torn or changed"),
         (lambda path: edit(path / "manifest.json", '"seed": 0', '"seed": 1'), "manifest.json is torn or changed"),
         (lambda path: (path / "junk.safetensors").write_bytes(b""), "junk.safetensors is not listed in its manifest"),
@@ -325,3 +326,10 @@ def test_torch_s_own_dcp_reads_the_files(tmp_path):
     owned = {key: torch.zeros_like(tensor) for key, _, tensor in state_vectors(run.engine, run.ema)}
     dcp.load(owned, storage_reader=dcp.HuggingFaceStorageReader(str(path)), no_dist=True)
     assert [key for key, _, tensor in state_vectors(run.engine, run.ema) if not torch.equal(owned[key], tensor)] == []
+
+
+def test_a_manifest_nested_almost_too_deeply_for_the_parser_is_torn():
+    for depth in range(800, 1000, 4):  # some of these can be parsed, but not written again for their checksum
+        content = f'{{"format": {FORMAT}, "sha256": "", "config": {"[" * depth}{"]" * depth}}}'
+        with pytest.raises(DataError, match="manifest.json is torn or changed"):
+            parse_manifest(content.encode(), "here")

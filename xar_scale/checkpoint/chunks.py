@@ -1,7 +1,6 @@
 """Read ranges of vectors stored in files, in chunks of any length and of any dtype that float32 represents exactly."""
 
 import contextlib
-import json
 import os
 import resource
 import sys
@@ -17,7 +16,7 @@ from typing_extensions import Self
 
 from xar_scale.checkpoint.files import BLOCK, FLOAT32
 from xar_scale.errors import DataError
-from xar_scale.files import path_in_errors
+from xar_scale.files import parse_json, path_in_errors
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # float32 represents all of them exactly
 MAX_HEADER = 1 << 28  # bytes; a larger number is not a header length
@@ -160,7 +159,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
             raise ValueError
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise ValueError
     return header, 8 + length

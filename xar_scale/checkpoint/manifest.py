@@ -12,7 +12,7 @@ from xar_scale import dist
 from xar_scale.checkpoint.files import SUFFIX, Fingerprint, fingerprint
 from xar_scale.data.order import Position
 from xar_scale.errors import DataError, FileError, UsageError
-from xar_scale.files import is_entry_name
+from xar_scale.files import is_entry_name, parse_json
 from xar_scale.guard import GuardState
 
 FORMAT = 4
@@ -115,7 +115,7 @@ def read_manifest(path: Path) -> Checkpoint:
 def parse_manifest(content: bytes, location: Path | str) -> Manifest:
     """Parse the manifest of the checkpoint at ``location``. Raises DataError if it is torn, changed or of another format."""
     try:
-        values = json.loads(content)
+        values = parse_json(content)
         if values["format"] != FORMAT:
             raise DataError(f"checkpoint {location} has format {values['format']}, this version reads {FORMAT}")
         if values.pop("sha256") != _digest(values):
@@ -131,7 +131,7 @@ def parse_manifest(content: bytes, location: Path | str) -> Manifest:
             # downloads are written under these names, and others may be able to write to the mirror
             raise DataError(f"checkpoint {location}: {MANIFEST} names {elsewhere[0]!r}, which is not a checkpoint file")
         return Manifest(**(values | typed))
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # the last: of the digest, nested as deeply
         raise DataError(f"checkpoint {location}: {MANIFEST} is torn or changed") from None
 
 

@@ -1,6 +1,5 @@
 """Locate the vectors of an xar-scale checkpoint in its files."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from xar_scale.checkpoint.chunks import FLOAT32, Chunk, ChunkReader, full_spans, located, read_header
 from xar_scale.checkpoint.manifest import Checkpoint
 from xar_scale.errors import DataError
+from xar_scale.files import parse_json
 
 
 def shapes_of(checkpoint: Checkpoint) -> dict[str, torch.Size]:
@@ -63,7 +63,7 @@ def _open(checkpoint: Checkpoint, spans: Mapping[str, tuple[int, int]], names: S
 def _chunks_in(path: Path) -> Iterator[tuple[str, Chunk]]:
     try:
         header, offset = read_header(path)
-        starts = json.loads(header.pop("__metadata__")["DCP_SHARDING_INFO"])
+        starts = parse_json(header.pop("__metadata__")["DCP_SHARDING_INFO"])
         for key, entry in header.items():
             (start,), ((elements,), begin, end) = starts[key]["saved_offsets"], located(entry)
             if type(start) is not int or start < 0 or entry["dtype"] != "F32" or end - begin != FLOAT32 * elements:

@@ -29,7 +29,7 @@ from xar_scale.evaluate.fidelity import (
 from xar_scale.evaluate.images import ImagesInMemory, image_paths, npz_names, open_images
 from xar_scale.evaluate.imageset import MADE_WITH, ImageSet
 from xar_scale.evaluate.trained import TrainedModel, digest
-from xar_scale.files import write_atomically
+from xar_scale.files import parse_json, write_atomically
 from xar_scale.version import __version__
 
 DIGITS = "digits"  # value of --reference
@@ -163,7 +163,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(path.read_text())
         return {**values, **{section: dict(values[section]) for section in COMPARED}}
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{path} is torn or changed; remove it or write elsewhere") from None

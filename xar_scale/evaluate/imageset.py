@@ -15,7 +15,7 @@ from xar_scale import dist
 from xar_scale.errors import DataError, UsageError
 from xar_scale.evaluate.generate import Generator
 from xar_scale.evaluate.images import PART, is_damage
-from xar_scale.files import write_atomically
+from xar_scale.files import parse_json, write_atomically
 
 DESCRIPTION, MADE_WITH = "set.json", "drawn_with"
 PROGRESS_EVERY_S = 10.0
@@ -105,7 +105,7 @@ class ImageSet:
         if not path.is_file():
             return {}
         try:
-            there = json.loads(path.read_text())
+            there = parse_json(path.read_text())
             assert isinstance(there, dict) and isinstance(there[MADE_WITH], dict)
         except (ValueError, KeyError, AssertionError):
             raise DataError(f"{path} is torn or changed") from None

@@ -15,6 +15,7 @@ from xar_scale.data.images import FORMATS
 from xar_scale.errors import XarScaleError
 from xar_scale.evaluate import previews
 from xar_scale.evaluate.evaluation import RESULT
+from xar_scale.files import parse_json
 
 MAX_GRIDS = 24  # on the page at most
 NEWEST_SIDE, EARLIER_SIDE = 1600, 480  # pixels on the longer side
@@ -100,7 +101,7 @@ def evaluations(run: Path) -> list[Evaluation]:
 def _evaluation(run: Path, path: Path) -> Evaluation:
     name = str(path.parent.relative_to(run))
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(path.read_text())
         metrics = dict(values["metrics"])
         step, images = values.get("weights", {}).get("step"), dict(values.get("set", {})).get("images")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -112,7 +112,7 @@ def _hang(files: list[Path]) -> Iterator[str]:
             values, _ = json.JSONDecoder().raw_decode(path.read_text(errors="replace"))
             rank = watchdog.RankState(**values)
             seen[rank.rank] = rank
-        except (ValueError, TypeError, OSError):
+        except (ValueError, TypeError, OSError, RecursionError):
             yield f"{path.name} cannot be read"
     try:
         yield from [*watchdog.diagnose(seen, max(seen) + 1)] if seen else []

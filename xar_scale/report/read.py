@@ -1,6 +1,5 @@
 """Read a run's folder for its report: config, log, heartbeat, times."""
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from xar_scale.config import Config, read_yaml, validated
 from xar_scale.errors import ConfigError, UsageError
+from xar_scale.files import parse_json
 from xar_scale.metrics import METRICS_FILE, TENSORBOARD_FOLDER, read_log
 from xar_scale.startup import CONFIG_FILE
 from xar_scale.watchdog import HEARTBEAT_FILE
@@ -54,7 +54,7 @@ def _started(run: Path) -> float | None:
 
 def _heartbeat(path: Path) -> dict[str, Any] | None:
     try:
-        beat = json.loads(path.read_text())
+        beat = parse_json(path.read_text())
         return {"step": int(beat["step"]), "time": float(beat["time"]), "host": beat["host"], "pid": beat["pid"]}
     except (OSError, ValueError, KeyError, TypeError):
         return None  # optional: a run that has just started has none

@@ -1,6 +1,5 @@
 """Weights alone: published ``.pth`` files and safetensors, in one file or several. Published names are mapped to ours."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from xar_scale.checkpoint.interop.official import our_names
 from xar_scale.checkpoint.interop.pickled import is_pickled, read_pickled
 from xar_scale.checkpoint.interop.source import InMemory, Source
 from xar_scale.errors import DataError
-from xar_scale.files import is_entry_name
+from xar_scale.files import is_entry_name, parse_json
 
 INDEX, PTH = f"model{SUFFIX}.index.json", "model.pth"
 
@@ -102,7 +101,7 @@ def _safetensors(path: Path) -> dict[str, tuple[Chunk, torch.Size]]:
 def _index(folder: Path) -> dict[str, str]:
     """Return the name of each tensor's file, which is in the same folder."""
     try:
-        files: dict[str, str] = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        files: dict[str, str] = parse_json((folder / INDEX).read_bytes())["weight_map"]
         elsewhere = [name for name in files.values() if not is_entry_name(name)]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{folder / INDEX} is not an index of safetensors files") from None

@@ -18,7 +18,7 @@ from xar_scale.checkpoint.interop.pickled import is_pickled
 from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.reshard.parts import Fixed, Output, Plan, Slice
 from xar_scale.errors import DataError, FileError, UsageError
-from xar_scale.files import path_in_errors, publish, sync_folder, write_atomically
+from xar_scale.files import parse_json, path_in_errors, publish, sync_folder, write_atomically
 
 SYNC = 1 << 28  # bytes between two points from which an interrupted run can resume
 JOURNAL = "journal"
@@ -120,7 +120,7 @@ class _Work:
             self._journal.truncate(sum(map(len, lines[:-1])))  # in bytes too: the JSON is ASCII
             lines.pop()
         try:
-            entries = [json.loads(line) for line in lines]
+            entries = [parse_json(line) for line in lines]
         except ValueError:
             return False
         if not entries or entries[0].get("digest") != digest:
