@@ -1,5 +1,7 @@
 """Errors that end a program deliberately: one class and one documented exit code for each kind of exit."""
 
+import errno
+
 OK = 0
 INTERRUPTED = 130  # Ctrl-C, where no command handles it
 UNREAD = 141  # the reader of the output has exited
@@ -71,3 +73,10 @@ class ConfigError(XarScaleError):
     """The configuration contradicts itself, the data or the machine."""
 
     exit_code = 78
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether the content of a file made its reader fail: damage raises any of two dozen types. Else it was the machine."""
+    if isinstance(error, OSError):
+        return error.errno in (None, errno.EINVAL)  # the latter: a seek before the start of a torn archive
+    return not isinstance(error, XarScaleError | MemoryError)

@@ -17,9 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.unit.foreign_checkpoints import SHAPES, assert_bitwise, published, random_state, values, write_zero3
 from tests.unit.tiny_run import CONFIG, Run
-from xar_scale.checkpoint.interop import open_source
+from xar_scale.checkpoint.interop import Source, open_source
+from xar_scale.checkpoint.interop.source import InMemory
 from xar_scale.checkpoint.load import load_weights
 from xar_scale.checkpoint.manifest import KINDS, read_manifest
+from xar_scale.checkpoint.reshard.writer import verify_source
 from xar_scale.errors import DataError, UsageError
 
 STATE = random_state("model", "exp_avg", "exp_avg_sq")
@@ -361,6 +363,73 @@ def test_headers_and_indices_nested_too_deeply_for_the_parser_are_torn(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[" * 100000)
     with pytest.raises(DataError, match="model.safetensors.index.json is not an index"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_damage_anywhere_in_an_archive_is_found_or_harmless(tmp_path, kind):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "saved.pth")
+    with zipfile.ZipFile(tmp_path / "saved.pth") as saved, zipfile.ZipFile(tmp_path / "whole.pth", "w", kind) as whole:
+        for name in saved.namelist():
+            whole.writestr(name, saved.read(name))
+    content, draw = (tmp_path / "whole.pth").read_bytes(), random.Random(0)
+    source = Source(tmp_path, "", {}, InMemory({}), [tmp_path / "damaged.pth"])
+    for _ in range(2000):
+        damaged = bytearray(content)
+        damaged[draw.randrange(len(damaged))] ^= 1 << draw.randrange(8)
+        (tmp_path / "damaged.pth").write_bytes(damaged)
+        with contextlib.suppress(DataError):
+            verify_source(source, lambda _: None)
+
+
+def test_text_files_of_any_bytes_beside_a_checkpoint(tmp_path, own):
+    (tmp_path / "latest").write_bytes(b"global_step\xff")
+    with pytest.raises(DataError, match="latest names global_step\ufffd, which does not exist"):
+        open_source(tmp_path)
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "SHA256SUMS").write_bytes(b"0" * 64 + b"  \xff.bin\n" + b"1" * 64 + b"  a.safetensors\n")
+    with open_source(tmp_path / "a.safetensors") as source:
+        assert source.checksums[tmp_path / "a.safetensors"] == "1" * 64
+
+
+@pytest.mark.parametrize("shapes", [{"a": [2]}, [{"a": 2.5}], [3], 3])
+def test_a_layout_that_is_not_of_a_universal_checkpoint_is_refused(tmp_path, shapes):
+    (tmp_path / "zero").mkdir()
+    torch.save({"param_shapes": shapes, "global_steps": 1}, tmp_path / "mp_rank_00_model_states.pt")
+    torch.save({"param_groups": []}, tmp_path / "zero" / "optimizer_state.pt")
+    with pytest.raises(DataError, match=f"{tmp_path} is not laid out as DeepSpeed 0.19.8's universal checkpoints"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.empty(3, device="meta")], ids=["sparse", "meta"])
+def test_tensors_without_values_in_a_row_are_refused(tmp_path, old, tensor):
+    torch.save({"a": torch.ones(2), "b": tensor}, tmp_path / "x.pth", _use_new_zipfile_serialization=not old)
+    with pytest.raises(DataError, match="x.pth"):
+        open_source(tmp_path / "x.pth")
+
+
+def test_a_rank_file_of_a_high_number_is_one_of_many(zero):
+    (zero / "zero_pp_rank_300000000_mp_rank_00_optim_states.pt").touch()
+    with pytest.raises(DataError, match="lacks zero_pp_rank_3_mp_rank_00_optim_states.pt"):
+        open_source(zero)
+
+
+def test_a_pth_with_any_compressed_entry_is_refused_unread(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(2)}, tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth") as saved, zipfile.ZipFile(tmp_path / "y.pth", "w") as anew:
+        for name in saved.namelist():
+            kind = zipfile.ZIP_DEFLATED if name.endswith("data.pkl") else zipfile.ZIP_STORED
+            anew.writestr(name, saved.read(name), compress_type=kind)
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(DataError, match="y.pth was repacked"):
+        open_source(tmp_path / "y.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_few_bytes_that_ask_for_more_memory_than_there_is(tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"\x80\x02cbuiltins\nbytearray\n\x8a\x07" + (10**15).to_bytes(7, "little") + b"\x85R.")
+    with pytest.raises(DataError, match="x.pth is torn, or not a torch.save file"):
+        open_source(tmp_path / "x.pth")
 
 
 def test_shapes_are_known_without_reading_values(tmp_path):

@@ -1,6 +1,5 @@
 """Read sets of images, an npz or a folder of image files, in parts of fixed size."""
 
-import errno
 import math
 import os
 import struct
@@ -15,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from xar_scale.data.images import FORMATS
-from xar_scale.errors import DataError, UsageError, XarScaleError
+from xar_scale.errors import DataError, UsageError, is_damage
 
 T = TypeVar("T", "ImagesInMemory", "ImageFiles")
 PART = 256  # images per part
@@ -147,13 +146,6 @@ def _npz(path: Path) -> Iterator[zipfile.ZipFile]:
         if not is_damage(error):
             raise
         raise DataError(f"{path} is not an npz of arrays, or is torn") from None
-
-
-def is_damage(error: Exception) -> bool:
-    """Whether the content of a file made its reader fail: damage raises any of two dozen types. Else it was the machine."""
-    if isinstance(error, OSError):
-        return error.errno in (None, errno.EINVAL)  # the latter: a seek before the start of a torn archive
-    return not isinstance(error, XarScaleError | MemoryError)
 
 
 class _Header(NamedTuple):

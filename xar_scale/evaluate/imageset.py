@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from xar_scale import dist
-from xar_scale.errors import DataError, UsageError
+from xar_scale.errors import DataError, UsageError, is_damage
 from xar_scale.evaluate.generate import Generator
-from xar_scale.evaluate.images import PART, is_damage
+from xar_scale.evaluate.images import PART
 from xar_scale.files import parse_json, write_atomically
 
 DESCRIPTION, MADE_WITH = "set.json", "drawn_with"

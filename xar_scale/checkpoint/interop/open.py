@@ -49,7 +49,7 @@ def _tagged(folder: Path) -> Path:
         return paths[-1]
     for tag in (folder / name for name in TAGS):
         if tag.is_file():
-            name = tag.read_text().strip()
+            name = tag.read_text(errors="replace").strip()
             if not is_entry_name(name):
                 raise DataError(f"{tag} names {name!r}, which is not a folder next to it")
             if not (folder / name).is_dir():
@@ -93,6 +93,7 @@ def _checksums(path: Path) -> dict[Path, str]:
     folder = path if path.is_dir() else path.parent
     for location in (folder, folder.parent):
         if (location / SUMS).is_file():
-            lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in (location / SUMS).read_text().splitlines()]
+            text = (location / SUMS).read_text(errors="surrogateescape")  # as in paths: a name may hold any bytes
+            lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in text.splitlines()]
             return {location / line[2]: line[1] for line in lines if line}
     return {}

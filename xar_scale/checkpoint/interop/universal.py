@@ -1,6 +1,7 @@
 """DeepSpeed's universal checkpoints: a folder per parameter, with one file each for its weight and moments."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -8,7 +9,7 @@ from xar_scale.checkpoint.chunks import ChunkReader, full_spans
 from xar_scale.checkpoint.interop.pickled import Pickled, read_pickled
 from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.interop.zero import optimizer_steps, read_common, settings
-from xar_scale.errors import DataError
+from xar_scale.errors import DataError, is_damage
 
 # kind -> parent folder, file. DeepSpeed has no EMA: ours is in a folder that it ignores
 LAYOUT = {
@@ -27,6 +28,16 @@ def is_universal(folder: Path) -> bool:
 def open_universal(folder: Path, trust_pickle: bool) -> Source:
     """Raises DataError naming a file that is missing or not as DeepSpeed 0.19.8 writes it."""
     common, optimizer = read_common(folder, trust_pickle), read_pickled(folder / OPTIMIZER, trust_pickle)
+    try:
+        return _open(folder, common, optimizer, trust_pickle)
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{folder} is not laid out as DeepSpeed 0.19.8's universal checkpoints ({reason})") from None
+
+
+def _open(folder: Path, common: dict[str, Any], optimizer: Pickled, trust_pickle: bool) -> Source:
     known = {name: torch.Size(shape) for group in common.get("param_shapes") or () for name, shape in group.items()}
     chunks, shapes = {}, {}
     for kind, (parent, name) in LAYOUT.items():
@@ -42,19 +53,16 @@ def open_universal(folder: Path, trust_pickle: bool) -> Source:
     if lacking or not shapes:
         raise DataError(f"{folder} lacks {len(lacking)} tensors, first {min(lacking, default='of all')}")
     reader = ChunkReader(chunks, full_spans(shapes))
-    try:
-        return Source(
-            folder,
-            "DeepSpeed universal",
-            shapes,
-            reader,
-            reader.files,
-            step=int(common["global_steps"]),
-            updates=_steps(folder, optimizer, trust_pickle),
-            groups=settings(optimizer.value["param_groups"]),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder} is not laid out as DeepSpeed 0.19.8's universal checkpoints ({error})") from None
+    return Source(
+        folder,
+        "DeepSpeed universal",
+        shapes,
+        reader,
+        reader.files,
+        step=int(common["global_steps"]),
+        updates=_steps(folder, optimizer, trust_pickle),
+        groups=settings(optimizer.value["param_groups"]),
+    )
 
 
 def _steps(folder: Path, optimizer: Pickled, trust_pickle: bool) -> int:

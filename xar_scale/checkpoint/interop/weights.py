@@ -71,6 +71,8 @@ def named_states(path: Path, value: Any) -> dict[str, Tensor]:
     if not any(key.startswith("model/") for key in tensors):
         raise DataError(f"{path} holds no weights")
     for key, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.device.type == "meta":
+            raise DataError(f"{path}: {key} is sparse, or has no values")
         if tensor.dtype not in DTYPES.values():
             raise DataError(f"{path}: {key} is {tensor.dtype}; only float32, bfloat16 and float16 are supported")
     return tensors

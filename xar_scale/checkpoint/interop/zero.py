@@ -11,7 +11,7 @@ import torch
 from xar_scale.checkpoint.chunks import Chunk, ChunkReader, full_spans
 from xar_scale.checkpoint.interop.pickled import Pickled, read_pickled
 from xar_scale.checkpoint.interop.source import Source
-from xar_scale.errors import DataError
+from xar_scale.errors import DataError, is_damage
 
 OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
@@ -27,8 +27,10 @@ def open_zero(folder: Path, trust_pickle: bool) -> Source:
     common = read_common(folder, trust_pickle)
     try:
         return _open(folder, ranks, common)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        missing = f"{type(error).__name__} {error}"
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        missing = f"{type(error).__name__} {error}".partition("\n")[0]
         raise DataError(f"{folder} is not laid out as DeepSpeed 0.19.8 writes ZeRO checkpoints ({missing})") from None
 
 
@@ -51,8 +53,9 @@ def _rank_files(folder: Path) -> list[Path]:
             if int(match[2]):
                 raise DataError(f"{path}: model-parallel checkpoints are not supported")
             found[int(match[1])] = path
-    if missing := set(range(max(found) + 1)) - set(found):
-        raise DataError(f"{folder} lacks zero_pp_rank_{min(missing)}_mp_rank_00_optim_states.pt")
+    if len(found) <= max(found):
+        missing = next(rank for rank in range(len(found)) if rank not in found)
+        raise DataError(f"{folder} lacks zero_pp_rank_{missing}_mp_rank_00_optim_states.pt")
     return [found[rank] for rank in sorted(found)]
 
 

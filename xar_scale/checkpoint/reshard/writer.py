@@ -17,7 +17,7 @@ from xar_scale.checkpoint.files import BLOCK, FLOAT32, Fingerprint, fingerprint
 from xar_scale.checkpoint.interop.pickled import is_pickled
 from xar_scale.checkpoint.interop.source import Source
 from xar_scale.checkpoint.reshard.parts import Fixed, Output, Plan, Slice
-from xar_scale.errors import DataError, FileError, UsageError
+from xar_scale.errors import DataError, FileError, UsageError, is_damage
 from xar_scale.files import parse_json, path_in_errors, publish, sync_folder, write_atomically
 
 SYNC = 1 << 28  # bytes between two points from which an interrupted run can resume
@@ -45,8 +45,11 @@ def verify_source(source: Source, progress: Progress) -> None:
 def _verify_zip(path: Path) -> None:
     """Check the CRC-32 of each entry."""
     try:
-        bad = zipfile.ZipFile(path).testzip()
-    except (zipfile.BadZipFile, EOFError) as error:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except Exception as error:
+        if not is_damage(error):
+            raise
         raise DataError(f"{path} is torn: {error}") from None
     if bad is not None:
         raise DataError(f"{path}: {bad} is corrupt (its CRC-32 differs)")
