@@ -253,7 +253,7 @@ def test_a_post_hoc_ema_is_made_shown_and_sampled(tmp_path, tool, capsys):
     assert code == 64 and "--std 0.01 cannot be made from 4 snapshots" in complaint and not (tmp_path / "short").exists()
     assert tool("ema", tmp_path / "run", "--std", "0.07", "--step", "4", "--out", tmp_path / "earlier")[0] == 0
     assert read_manifest(tmp_path / "earlier").manifest.step == 4
-    assert not torch.equal(*(load_weights(read_manifest(tmp_path / at))["in_proj.weight"] for at in ("made", "earlier")))
+    assert not torch.equal(*(load_weights(read_manifest(tmp_path / at), "ema")["in_proj.weight"] for at in ("made", "earlier")))
 
 
 def test_snapshots_from_before_the_first_update_are_not_averaged(tmp_path, tool):
