@@ -189,7 +189,7 @@ def failing_in_turn(monkeypatch, name: str, times: int) -> None:
 def test_each_stage_has_six_attempts(tmp_path, monkeypatch, no_pauses):
     run = Run(tmp_path)
     failing(monkeypatch, 5)
-    failing_in_turn(monkeypatch, "sync_folder", 5)
+    failing_in_turn(monkeypatch, "publish", 5)
     begin(run)
     run.store.finish()
     assert names(run) == ["step-00000001"] and no_pauses == 2 * [1, 2, 4, 8, 16]
@@ -220,7 +220,7 @@ def test_a_rank_that_succeeded_keeps_what_it_did_while_another_tries_again(tmp_p
 def test_failures_of_one_stage_do_not_add_attempts_to_the_next(tmp_path, monkeypatch, capsys):
     run = Run(tmp_path)
     failing(monkeypatch, 4)
-    failing_in_turn(monkeypatch, "sync_folder", 100)
+    failing_in_turn(monkeypatch, "publish", 100)
     begin(run)
     poll_until(run, lambda: "attempt 3 failed" in capsys.readouterr().out)
     pauses: list[float] = []
