@@ -349,6 +349,7 @@ def test_an_earlier_plan_is_replaced(tmp_path):
         (["train.micro_batch=3"], 78, ["micro_batch 3"]),
         (["train.engine=deepspeed", "train.precision=fp16"], 78, ["train.precision fp16 needs a loss scale"]),
         (["train.engine=single"], 78, ["single is one process, not 4"]),
+        (["train.shard_ranks=3"], 78, ["world 4 is not divisible by train.shard_ranks 3"]),
         (
             ["train.engine=deepspeed", "train.shard_ranks=1"],
             78,
