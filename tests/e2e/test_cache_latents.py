@@ -47,6 +47,17 @@ def images(source: Path, out: Path, *more: str) -> subprocess.CompletedProcess[s
     return command(sys.executable, TOOL, "images", str(source), "--out", str(out), *WORDS, *more)
 
 
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """The exit code and standard error of the command in this process."""
+
+    def run(*words: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["cache_latents", *words])
+        return cache_latents.main(), capsys.readouterr().err
+
+    return run
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -64,7 +75,7 @@ def wait_for_records(out: Path, count: int) -> None:
     raise AssertionError(f"no {count} records in {out}")
 
 
-def test_the_set_is_whole_and_the_same_command_again_says_so(source, whole, tmp_path):
+def test_the_set_is_whole_and_the_same_command_again_says_so(source, whole, tmp_path, refused):
     out = tmp_path / "set"
     shutil.copytree(source, tmp_path / "copy")
     assert images(source, out, "--workers", "0", "--classes", "4", "--precision", "fp32").returncode == 0
@@ -72,10 +83,12 @@ def test_the_set_is_whole_and_the_same_command_again_says_so(source, whole, tmp_
     again = images(source, out)
     assert again.returncode == 0 and again.stderr == ""
     assert again.stdout == f"already complete: 180 samples in 23 shards, 0 bad images skipped: {out}\n"
-    for other in (images(tmp_path / "copy", out), images(source, out, "--batch", "8"), images(source, out, "--no-flip")):
-        assert other.returncode == 64 and other.stderr == (
-            f"cache_latents: {out} already holds a data set; remove it or write elsewhere\n"
-        )
+    for other in (
+        arguments(tmp_path / "copy", out),
+        arguments(source, out, "--batch", "8"),
+        arguments(source, out, "--no-flip"),
+    ):
+        assert refused(*other[1:]) == (64, f"cache_latents: {out} already holds a data set; remove it or write elsewhere\n")
     well = command(sys.executable, "tools/verify_shards.py", str(out))
     assert well.returncode == 0 and well.stdout.endswith("every byte as written, every value finite\n"), well.stderr
 
@@ -146,11 +159,11 @@ def test_bad_images_end_it_or_are_counted(source, tmp_path):
     assert sorted(LatentShards(out).info.images["skipped"]) == ["n0/i000.JPEG", "n3/i007.JPEG"]
 
 
-def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16, kl16_weights):
+def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16, kl16_weights, refused):
     tars(tmp_path / "tars", [4, 0, 4])
     words = ["images", str(tmp_path / "tars"), "--out", str(tmp_path / "set"), "--weights", str(kl16_weights), "--size", "16"]
-    bare = command(sys.executable, TOOL, *words)
-    assert bare.returncode == 64 and "which do not give the number of classes: set --classes" in bare.stderr
+    code, said = refused(*words)
+    assert code == 64 and "which do not give the number of classes: set --classes" in said
     done = command(sys.executable, TOOL, *words, "--classes", "5", "--precision", "bf16", "--batch", "2", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     info = LatentShards(tmp_path / "set").info
@@ -185,9 +198,8 @@ def test_tars_and_the_autoencoder_of_a_file(tmp_path, kl16, kl16_weights):
         ([".", "--tokenizer", "pixel", "--nosuch"], 64, "unrecognized arguments: --nosuch"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(words, code, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["cache_latents", "images", *words, "--out", str(tmp_path / "set")])
-    assert cache_latents.main() == code
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-1].startswith("cache_latents: ") and says in lines[-1] and len(lines) <= 2
+def test_what_cannot_be_is_refused_in_one_line(words, code, says, tmp_path, refused):
+    found, said = refused("images", *words, "--out", str(tmp_path / "set"))
+    lines = said.splitlines()
+    assert found == code and lines[-1].startswith("cache_latents: ") and says in lines[-1] and len(lines) <= 2
     assert not (tmp_path / "set").exists()

@@ -21,6 +21,8 @@ from xar_scale.evaluate.digits import cache_digits
 STEPS = 24
 SETTINGS = ["train.global_batch=96", "train.log_every=1", "optim.warmup_steps=1", "train.label_drop=0.1"]
 SINGLE = ["train.engine=single"]
+SHARDED = ["train.engine=fsdp2"]
+SMALL = ["model.width=32", "model.heads=2"]
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +66,11 @@ def test_bad_samples_are_skipped_alike_on_any_number_of_ranks_and_counted_over_t
     content[np.array(index["latent"]["data"])[:7] + 130] ^= 1
     content.tofile(data / "digits-000005.tar")
     budget = "data.max_bad_samples=107"
-    alone = train(folder, "bad1", data, *SINGLE, budget, "train.checkpoint_every=10", "train.keep_last=9")
+    alone = train(folder, "bad1", data, *SINGLE, *SMALL, budget, "train.checkpoint_every=10", "train.keep_last=9")
     assert alone.codes == [0], alone.text
     assert f"shard {data}/digits-000003.tar is missing: its 100 samples will be skipped" in alone.text
-    together = train(folder, "bad2", data, budget, "train.micro_batch=16", world=2)  # three micro-batches per step
+    more = [*SHARDED, *SMALL, "train.micro_batch=16"]  # three micro-batches per step
+    together = train(folder, "bad2", data, *more, budget, world=2)
     assert together.codes == [0, 0], together.text
     one, two = (log(folder / run, "loss", "bad_samples") for run in ("bad1", "bad2"))
     assert [count for _, count in one] == [count for _, count in two] and one[0][1] < one[-1][1] == 107  # an epoch is 19 steps
@@ -80,10 +83,10 @@ def test_bad_samples_are_skipped_alike_on_any_number_of_ranks_and_counted_over_t
     middle = folder / "bad1" / "checkpoints" / "step-00000010"
     known = read_manifest(middle).manifest.bad_samples
     assert len(known) == one[9][1] and {shard for shard, _ in known} == {"digits-000003", "digits-000005"}
-    again = train(folder, "bad1-again", data, *SINGLE, budget, "--resume", str(middle))
+    again = train(folder, "bad1-again", data, *SINGLE, *SMALL, budget, "--resume", str(middle))
     assert again.codes == [0], again.text
     assert sum(count for count, _ in said(again)) == 107 - len(known)
-    over = train(folder, "over", data, "data.max_bad_samples=104", "train.checkpoint_every=10", world=2)
+    over = train(folder, "over", data, *SHARDED, *SMALL, "data.max_bad_samples=104", "train.checkpoint_every=10", world=2)
     assert_one_line(over, 65, "digits-00000", "data.max_bad_samples is 104")
     last = max(path.name for path in (folder / "over" / "checkpoints").glob("step-*"))
     assert one[int(last[5:]) - 1][1] <= 104 < one[int(last[5:])][1]  # the step before the one that would have been too many

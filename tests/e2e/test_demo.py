@@ -10,6 +10,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.processes import command
+from xar_scale.cli import main
 from xar_scale.guard import GuardState
 
 METRICS = {"step", "loss", "lr", "grad_norm", "images_per_s", "tflops_per_s", "step_s", "data_wait_s", "memory_gb", "epoch"}
@@ -26,10 +27,13 @@ def trained(folder):
     cached = command(sys.executable, "tools/cache_latents.py", "digits", "--out", str(folder / "data"))
     assert (cached.returncode, cached.stdout) == (0, f"1797 samples in 8 shards: {folder / 'data'}\n"), cached.stderr
     more = [
-        "train.steps=200",
-        "train.checkpoint_every=150",
-        "optim.lr=4e-3",
-        "sample.every=100",
+        "train.steps=160",
+        "train.checkpoint_every=120",
+        "model.width=64",
+        "model.heads=2",
+        "optim.lr=6e-3",
+        "optim.ema_decay=0.97",  # with the recipe's, an average of so few steps is still that of noise
+        "sample.every=80",
         f"data.path={folder / 'data'}",
     ]
     done = command("launchers/deepspeed.sh", "train", "--recipe", "digits", "--run-dir", str(folder / "run"), *more)
@@ -38,24 +42,24 @@ def trained(folder):
 
 
 def test_training_reports_itself(folder, trained):
-    assert "1,260,460 parameters, 1,797 samples, deepspeed on 2 x cpu, fp32" in trained.stdout
-    assert trained.stdout.count("step 100/200  loss ") == 1  # by one rank, in plain lines off a terminal
+    assert "326,868 parameters, 1,797 samples, deepspeed on 2 x cpu, fp32" in trained.stdout
+    assert trained.stdout.count("step 100/160  loss ") == 1  # by one rank, in plain lines off a terminal
     assert "ETA" in trained.stdout
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(20, 201, 20))
+    assert [line["step"] for line in lines] == list(range(20, 161, 20))
     # a word, and a number a rank: TensorBoard has no curve for them
     assert all(set(line) == METRICS | {"precision", "forward_s"} and len(line["forward_s"]) == 2 for line in lines)
     assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
     events = EventAccumulator(str(folder / "run" / "tensorboard")).Reload()
     assert {tag.removeprefix("train/") for tag in events.Tags()["scalars"]} == METRICS - {"step"}
     assert events.Scalars("train/loss")[-1].value == pytest.approx(lines[-1]["loss"])
-    assert sorted(os.listdir(folder / "run" / "checkpoints")) == ["latest", "step-00000150", "step-00000200"]
+    assert sorted(os.listdir(folder / "run" / "checkpoints")) == ["latest", "step-00000120", "step-00000160"]
 
 
 def test_the_saved_config_is_the_run(folder, trained):
     printed = command("xar-scale", "train", "--config", str(folder / "run" / "config.yaml"), "--print-config")
     assert printed.stdout == (folder / "run" / "config.yaml").read_text()
-    assert "steps: 200" in printed.stdout
+    assert "steps: 160" in printed.stdout
 
 
 def test_samples_are_drawn_evaluated_and_reported(folder, trained):
@@ -71,7 +75,7 @@ def test_samples_are_drawn_evaluated_and_reported(folder, trained):
 
     judged = command("xar-scale", "evaluate", str(run), "--reference", "digits", "--images", "300")
     assert judged.returncode == 0, judged.stderr
-    metrics = json.loads((run / "evaluations" / "step-00000200" / "digits" / "evaluation.json").read_text())["metrics"]
+    metrics = json.loads((run / "evaluations" / "step-00000160" / "digits" / "evaluation.json").read_text())["metrics"]
     for name, value in metrics.items():
         assert f"\n{name:32} {value:.4f}\n" in judged.stdout
     assert metrics["held_out_read_as_class"] > 0.97
@@ -80,7 +84,7 @@ def test_samples_are_drawn_evaluated_and_reported(folder, trained):
 
     shuffled = folder / "shuffled.npz"  # wrong labels must not be read as right
     np.savez(shuffled, arr_0=images, arr_1=(labels + 1) % 10)
-    command("xar-scale", "evaluate", str(shuffled), "--reference", "digits", "--out", str(folder / "shuffled"))
+    assert main(["evaluate", str(shuffled), "--reference", "digits", "--out", str(folder / "shuffled")]) == 0
     assert json.loads((folder / "shuffled" / "digits" / "evaluation.json").read_text())["metrics"]["read_as_class"] < 0.1
 
     assert command("xar-scale", "report", str(run)).returncode == 0
