@@ -295,7 +295,7 @@ def _report(options: argparse.Namespace) -> None:
     from xar_scale.report.page import build_page
 
     out = options.out or options.run / "report.html"
-    page = build_page(options.run).encode()
+    page = build_page(options.run).encode(errors="replace")  # names of files and hosts may hold any bytes
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, page)
     print(f"report of {options.run}: {out}, {len(page) / 1e3:,.0f} kB")

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import itertools
 import json
-import math
 import os
 import resource
 import socket
@@ -26,6 +25,7 @@ from typing_extensions import Self
 from xar_scale.dist import file_error
 from xar_scale.files import parse_json
 
+MAX_STEP = 1 << 53  # a larger number is not a step
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
 
@@ -204,7 +204,7 @@ def _whole_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         end += len(line)
         try:
             values = parse_json(line)
-            readable = line.endswith(b"\n") and math.isfinite(values["step"])
+            readable = line.endswith(b"\n") and type(values["step"]) is int and 0 < values["step"] < MAX_STEP
         except (ValueError, KeyError, TypeError):
             continue
         if readable:

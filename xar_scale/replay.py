@@ -8,9 +8,11 @@ import torch
 from xar_scale.checkpoint.load import check_shapes, config_difference, load_weights
 from xar_scale.checkpoint.manifest import Checkpoint, checkpoint_paths, step_of, verify
 from xar_scale.config import Config, merge
+from xar_scale.data.loader import Batch
 from xar_scale.diagnosis import Activations, Watch
 from xar_scale.engines import Verdict, create_engine
-from xar_scale.errors import ConfigError, UsageError
+from xar_scale.errors import ConfigError, DataError, UsageError
+from xar_scale.model.entities import create_layout
 from xar_scale.model.xar import blank_weights, meta_model
 from xar_scale.precision import MODES
 from xar_scale.reports import SavedReport
@@ -47,6 +49,7 @@ def replay(report: SavedReport, checkpoint: Checkpoint, device: torch.device) ->
     config = Config.from_dict(merge(report.config, {"train": sizes, "data": {"lanes": 1}}))
     if checkpoint.manifest.config and (differs := config_difference(checkpoint, config)):  # other formats have no config
         raise ConfigError(f"report {report.path}: {differs}")
+    _check_batch(report, config)
     model = meta_model(config.model)
     engine = create_engine(model, blank_weights(model), config, device)
     check_shapes(checkpoint, engine.shapes)
@@ -59,3 +62,18 @@ def replay(report: SavedReport, checkpoint: Checkpoint, device: torch.device) ->
             verdict = engine.attempt(report.step, batches)
         engine.discard()
         yield Replayed(mode, verdict, watch.forward, watch.backward, activations.largest)
+
+
+def _check_batch(report: SavedReport, config: Config) -> None:
+    """Raise DataError if the batch is not one of the config's model."""
+    batch, classes = report.batches[0], config.model.classes
+    wanted = Batch.zeros(create_layout(config.model), config.model.channels, len(batch.labels))
+    for name in ("latents", "labels", "t", "noise", "places"):
+        found, ours = getattr(batch, name), getattr(wanted, name)
+        if found.shape != ours.shape or found.is_floating_point() != ours.is_floating_point():
+            raise DataError(
+                f"report {report.path}: {name} are {found.dtype}{[*found.shape]}, the model's {ours.dtype}{[*ours.shape]}"
+            )
+    for part in report.batches:
+        if not ((part.labels >= 0) & (part.labels <= classes)).all():  # the last is the null class
+            raise DataError(f"report {report.path}: its batch has labels outside 0..{classes}")

@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from xar_scale import dist
-from xar_scale.config import Config
+from xar_scale.config import STRICT, Config, validated
 from xar_scale.data.loader import Batch
 from xar_scale.diagnosis import Activations, Watch
 from xar_scale.engines import Engine
-from xar_scale.errors import DataError, UsageError
+from xar_scale.errors import DataError, UsageError, is_damage
 from xar_scale.files import free_name, parse_json, write_atomically
 from xar_scale.guard import Bad, Decision, Event
+from xar_scale.precision import MODES
 
 FOLDER, FORMAT = "reports", 1
 
@@ -146,13 +148,37 @@ class SavedReport:
     summary: str  # what was found and decided, a line per attempt
 
 
+@dataclass(frozen=True)
+class _Facts:
+    """What a replay needs of a report, besides the batch."""
+
+    __pydantic_config__ = STRICT
+
+    step: NonNegativeInt
+    mode: str
+    loss_scale: PositiveFloat
+    rank: NonNegativeInt
+    passes: PositiveInt
+    config: dict[str, Any]
+
+
 def read(path: Path) -> SavedReport:
     """Read a report and its batch.
 
     Raises UsageError if there is no report, DataError if it or its batch is torn or has another format.
     """
     with _opened(path) as values:
-        file = path.with_name(values["batch"]["file"])
+        first, of_batch = values["attempts"][0], values["batch"]
+        given = {
+            "mode": first["mode"],
+            "loss_scale": first["loss_scale"],
+            "rank": of_batch["rank"],
+            "passes": of_batch["passes"],
+        }
+        facts = validated(_Facts, {"step": values["step"], "config": values["config"], **given}, DataError, f"report {path}: ")
+        if facts.mode not in MODES:
+            raise DataError(f"report {path}: mode {facts.mode!r} is none of {', '.join(MODES)}")
+        file = path.with_name(of_batch["file"])
         try:
             tensors = load_file(file)
         except FileNotFoundError:
@@ -160,10 +186,8 @@ def read(path: Path) -> SavedReport:
         except SafetensorError as error:
             raise DataError(f"report {path}: its batch cannot be read: {error}") from None
         batch = Batch(**tensors, keys=("",) * len(tensors["labels"]))
-        batches = batch.split(values["batch"]["passes"])
-        first, rank = values["attempts"][0], values["batch"]["rank"]
-        config, summary = values["config"], _summary(values)
-        return SavedReport(path, values["step"], first["mode"], first["loss_scale"], rank, batches, config, summary)
+        batches = batch.split(facts.passes)
+        return SavedReport(path, facts.step, facts.mode, facts.loss_scale, facts.rank, batches, facts.config, _summary(values))
 
 
 def read_summary(path: Path) -> str:
@@ -182,7 +206,9 @@ def _opened(path: Path) -> Iterator[dict[str, Any]]:
         if values["format"] != FORMAT:
             raise DataError(f"report {path} has format {values['format']}, this version reads {FORMAT}")
         yield values
-    except (ValueError, KeyError, TypeError, IndexError, AssertionError) as error:
+    except Exception as error:
+        if not is_damage(error):
+            raise
         raise DataError(f"report {path} is no step report, or is torn or changed ({type(error).__name__})") from None
 
 

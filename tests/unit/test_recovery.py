@@ -181,7 +181,7 @@ def test_skipped_steps_are_not_counted_as_taken_after_a_roll_back(tmp_path):
     run.store.save(run.manifest(step=4, position=position, quarantined=[("a", 3)], guard=remembered))
     run.store.finish()
     manifest = newest_valid(tmp_path).manifest
-    assert manifest.quarantined == [["a", 3]] and manifest.guard == remembered
+    assert manifest.quarantined == [("a", 3)] and manifest.guard == remembered
     for step in (100, 4):
         run.recovery.state = GuardState(rollbacks=1, skipped=7)
         assert run.recovery.roll_back() == step

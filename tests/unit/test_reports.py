@@ -1,5 +1,6 @@
 """Where a forward-backward pass breaks, what a report holds, and its replay."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import random_batch
 from tests.unit.guarded_run import NAN, Guarded
@@ -200,6 +201,56 @@ def test_a_replay_with_the_weights_of_another_model_says_what_differs(met, tmp_p
     assert main(["replay", str(met), "--checkpoint", str(tmp_path / "deeper")]) == 65
     said = r"xar-scale: checkpoint \S+: decoder\.2\.\S+ is \[.*\], the model's is None\n"
     assert re.fullmatch(said, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("attempts", 0, "mode"), "fp7"),
+        (("attempts", 0, "mode"), 3),
+        (("attempts", 0, "loss_scale"), "x"),
+        (("attempts",), {}),
+        (("attempts",), 3),
+        (("batch", "passes"), 0),
+        (("batch", "passes"), 7),
+        (("batch", "passes"), -1),
+        (("batch", "rank"), "x"),
+        (("batch", "file"), 3),
+        (("ranks",), [3]),
+        (("step",), "x"),
+        (("step",), -1),
+        (("config",), 3),
+    ],
+)
+def test_a_report_of_wrong_types_is_not_replayed(met, capsys, where, value):
+    values = json.loads(met.read_text())
+    at = values
+    for key in where[:-1]:
+        at = at[key]
+    at[where[-1]] = value
+    met.write_text(json.dumps(values))
+    assert main(["replay", str(met)]) == 65
+    assert re.fullmatch(f"xar-scale: report {met}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("labels", lambda tensor: tensor * 0 + 99),
+        ("labels", lambda tensor: tensor * 0 - 1),
+        ("labels", lambda tensor: tensor.float()),
+        ("latents", lambda tensor: tensor[:, :1]),
+        ("noise", lambda tensor: tensor.long()),
+        ("t", lambda tensor: tensor[:, :1]),
+    ],
+)
+def test_a_batch_of_another_model_is_not_replayed(met, capsys, name, change):
+    batch = met.with_suffix(".safetensors")
+    tensors = load_file(batch)
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, batch)
+    assert main(["replay", str(met)]) == 65
+    assert re.fullmatch(f"xar-scale: report {met}: .*{name}.*\n", capsys.readouterr().err)
 
 
 def test_a_report_that_cannot_be_read_is_named(tmp_path, monkeypatch):

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from pydantic import Field
 from torch import Tensor
 
 from xar_scale.files import path_in_errors
@@ -21,6 +22,7 @@ from xar_scale.files import path_in_errors
 SUFFIX = ".safetensors"
 BLOCK = 1 << 23  # bytes hashed or written at a time
 FLOAT32 = 4  # bytes
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # as read from a file: a larger number is none
 
 
 class Range(NamedTuple):
@@ -35,7 +37,7 @@ class Range(NamedTuple):
 class Fingerprint:
     """Size in bytes and SHA-256 of a file."""
 
-    bytes: int
+    bytes: Count
     sha256: str
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from xar_scale import dist
-from xar_scale.checkpoint.files import SUFFIX, Fingerprint, fingerprint
+from xar_scale.checkpoint.files import SUFFIX, Count, Fingerprint, fingerprint
+from xar_scale.config import STRICT, validated
 from xar_scale.data.order import Position
 from xar_scale.errors import DataError, FileError, UsageError
 from xar_scale.files import is_entry_name, parse_json
@@ -32,19 +33,21 @@ def our_shape(name: str, shape: Sequence[int]) -> list[int]:
 class Manifest:
     """What a checkpoint holds. There is no generator state: every draw is a function of (seed, step, sample number)."""
 
-    step: int  # steps taken
+    __pydantic_config__ = STRICT
+
+    step: Count  # steps taken
     seed: int
-    samples_consumed: int  # in total
+    samples_consumed: Count  # in total
     position: Position  # epoch, samples consumed in it
     bad_samples: list[tuple[str, int]]  # met so far, as (shard, position in it)
     quarantined: list[tuple[str, int]]  # samples excluded by the guard, likewise
     guard: GuardState
     dataset: dict[str, Any]  # samples and fingerprint; tokenizer and latent scale, for decoding
-    world: int  # ranks that wrote it
+    world: Count  # ranks that wrote it
     engine: str
     precision: str
     config: dict[str, Any]
-    shapes: dict[str, list[int]]
+    shapes: dict[str, list[Count]]
     kinds: tuple[str, ...] = KINDS
     sigma_rel: float | None = None  # width of a post-hoc EMA (xar_scale.posthoc)
     files: dict[str, Fingerprint] = field(default_factory=dict)
@@ -120,17 +123,11 @@ def parse_manifest(content: bytes, location: Path | str) -> Manifest:
             raise DataError(f"checkpoint {location} has format {values['format']}, this version reads {FORMAT}")
         if values.pop("sha256") != _digest(values):
             raise DataError(f"checkpoint {location}: {MANIFEST} is torn or changed")
-        typed = {
-            "position": Position(*values["position"]),
-            "guard": GuardState.from_dict(values["guard"]),
-            "kinds": tuple(values["kinds"]),
-            "shapes": {name: our_shape(name, shape) for name, shape in values["shapes"].items()},
-            "files": {name: Fingerprint(**entry) for name, entry in values["files"].items()},
-        }
+        values["shapes"] = {name: our_shape(name, shape) for name, shape in values["shapes"].items()}
         if elsewhere := [name for name in values["files"] if not is_entry_name(name) or not name.endswith(SUFFIX)]:
             # downloads are written under these names, and others may be able to write to the mirror
             raise DataError(f"checkpoint {location}: {MANIFEST} names {elsewhere[0]!r}, which is not a checkpoint file")
-        return Manifest(**(values | typed))
+        return validated(Manifest, values, DataError, f"checkpoint {location}: {MANIFEST}: ")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # the last: of the digest, nested as deeply
         raise DataError(f"checkpoint {location}: {MANIFEST} is torn or changed") from None
 

@@ -102,9 +102,10 @@ def _evaluation(run: Path, path: Path) -> Evaluation:
     name = str(path.parent.relative_to(run))
     try:
         values = parse_json(path.read_text())
-        metrics = dict(values["metrics"])
-        step, images = values.get("weights", {}).get("step"), dict(values.get("set", {})).get("images")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        metrics = {name: value if isinstance(value, int | float) else str(value) for name, value in values["metrics"].items()}
+        step, images = values.get("weights", {}).get("step"), values.get("set", {}).get("images")
+        details = json.dumps(values, indent=1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Evaluation(name, None, None, {}, "", f"{path} is torn or not an evaluation ({type(error).__name__})")
     step, images = (value if isinstance(value, int) else None for value in (step, images))
-    return Evaluation(name, step, images, metrics, json.dumps(values, indent=1), "")
+    return Evaluation(name, step, images, metrics, details, "")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from xar_scale import reports, watchdog
-from xar_scale.errors import XarScaleError
+from xar_scale.config import validated
+from xar_scale.errors import DataError, XarScaleError
 from xar_scale.report.read import Entries
 
 COUNTS = {  # the GuardState.counts that only guard events increase, and their titles
@@ -21,6 +23,7 @@ COUNTS = {  # the GuardState.counts that only guard events increase, and their t
     "guard_quarantined": "samples quarantined",
     "guard_rollbacks": "rollbacks",
 }
+MOST_RANKS = 1 << 17  # a larger number is not a rank: each one below the largest gets a line
 RECENT = 20  # the last measurements, by which ranks are compared
 
 
@@ -81,8 +84,8 @@ def guard_events(entries: Entries) -> list[GuardEvent]:
     """Return the increases of counters between logged steps, starting from 0. A rollback may lower them: that is no event."""
     found = []
     for before, entry in itertools.pairwise([{"step": 0}, *entries]):
-        differences = {what: int(entry.get(name, 0) - before.get(name, 0)) for name, what in COUNTS.items()}
-        if increases := {what: difference for what, difference in differences.items() if difference > 0}:
+        differences = {what: entry.get(name, 0) - before.get(name, 0) for name, what in COUNTS.items()}
+        if increases := {what: int(difference) for what, difference in differences.items() if 1 <= difference < math.inf}:
             found.append(GuardEvent(before["step"], entry["step"], increases))
     return found
 
@@ -110,9 +113,11 @@ def _hang(files: list[Path]) -> Iterator[str]:
     for path in files:
         try:
             values, _ = json.JSONDecoder().raw_decode(path.read_text(errors="replace"))
-            rank = watchdog.RankState(**values)
+            rank = validated(watchdog.RankState, values, DataError)
+            if not 0 <= rank.rank < MOST_RANKS:
+                raise DataError(f"rank {rank.rank}")
             seen[rank.rank] = rank
-        except (ValueError, TypeError, OSError, RecursionError):
+        except (DataError, ValueError, OSError, RecursionError):
             yield f"{path.name} cannot be read"
     try:
         yield from [*watchdog.diagnose(seen, max(seen) + 1)] if seen else []

@@ -104,7 +104,10 @@ def _incidents(run: Path, events: Sequence[incidents.GuardEvent]) -> list[Incide
 
 
 def _utc(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
+    try:
+        return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
+    except (ValueError, OverflowError, OSError):  # NaN, or after the year 9999
+        return "at an unknown time"
 
 
 def _size(count: float) -> str:
@@ -118,4 +121,6 @@ def _size(count: float) -> str:
 def _number(value: Any) -> str:
     if isinstance(value, float) and abs(value) < 1e4:
         return f"{value:,.4g}"
-    return f"{value:,.0f}" if isinstance(value, int | float) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"  # of any size, where a float would overflow
+    return f"{value:,.0f}" if isinstance(value, float) else str(value)

@@ -1,5 +1,6 @@
 """Read a run's folder for its report: config, log, heartbeat, times."""
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 from xar_scale.config import Config, read_yaml, validated
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.files import parse_json
-from xar_scale.metrics import METRICS_FILE, TENSORBOARD_FOLDER, read_log
+from xar_scale.metrics import MAX_STEP, METRICS_FILE, TENSORBOARD_FOLDER, read_log
 from xar_scale.startup import CONFIG_FILE
 from xar_scale.watchdog import HEARTBEAT_FILE
 
+LARGEST = 3.5e38  # just above float32's
 Entries = list[dict[str, Any]]  # of the log, a dictionary per logged step
 
 
@@ -38,11 +40,27 @@ def read_run(path: Path) -> RunFolder:
     return RunFolder(
         config=validated(Config, values, ConfigError, f"{config}: "),
         config_text=config.read_text(encoding="utf-8"),
-        entries=read_log(path),
+        entries=[_typed(entry) for entry in read_log(path)],
         started=_started(path),
         written=log.stat().st_mtime,
         heartbeat=_heartbeat(path / HEARTBEAT_FILE),
     )
+
+
+def _typed(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return those values of a log's entry that have the types that training logs."""
+    typed = {name: value for name, value in entry.items() if _is_number(value) and name != "forward_s"}
+    if isinstance(precision := entry.get("precision"), str):
+        typed["precision"] = precision
+    seconds = entry.get("forward_s")
+    if isinstance(seconds, list) and all(_is_number(value) and 0 < value < math.inf for value in seconds):
+        typed["forward_s"] = seconds
+    return typed
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a number that can be plotted: within float32's range, or not finite."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and not LARGEST < abs(value) < math.inf
 
 
 def _started(run: Path) -> float | None:
@@ -55,6 +73,8 @@ def _started(run: Path) -> float | None:
 def _heartbeat(path: Path) -> dict[str, Any] | None:
     try:
         beat = parse_json(path.read_text())
-        return {"step": int(beat["step"]), "time": float(beat["time"]), "host": beat["host"], "pid": beat["pid"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        step = int(beat["step"])
+        found = {"step": step, "time": float(beat["time"]), "host": str(beat["host"]), "pid": str(beat["pid"])}
+        return found if 0 <= step < MAX_STEP else None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # optional: a run that has just started has none
