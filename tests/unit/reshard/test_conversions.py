@@ -1,26 +1,19 @@
-"""tools/reshard.py: bitwise equal output, atomic, resumed after a kill, in little memory."""
+"""tools/reshard.py: bitwise equal output, one line for what cannot be, atomic."""
 
-import argparse
 import errno
 import json
-import os
 import re
 import resource
 import shutil
-import signal
 import subprocess
-import sys
-import textwrap
 import types
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from tests.processes import ROOT, environment
 from tests.unit.damage import flip_byte
 from tests.unit.foreign_checkpoints import (
     assert_bitwise,
@@ -33,43 +26,10 @@ from tests.unit.foreign_checkpoints import (
     write_zero3,
 )
 from tests.unit.tiny_run import CONFIG, Run
-from xar_scale.bench import reshard as bench
-from xar_scale.checkpoint.files import fingerprint
-from xar_scale.checkpoint.interop import Source, official_names, open_source
-from xar_scale.checkpoint.interop import source as sources
-from xar_scale.checkpoint.interop.source import InMemory
+from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.load import load
-from xar_scale.checkpoint.manifest import KINDS, read_manifest, verify
-from xar_scale.checkpoint.reshard import parts, plan, writer
-from xar_scale.errors import DataError
-
-TARGETS = ["universal", "safetensors", "pth", "xar-scale"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    run = Run(tmp_path_factory.mktemp("own"))
-    run.train(2)
-    run.save()
-    return run
-
-
-@pytest.fixture
-def own(run):
-    return run.store.newest
-
-
-@pytest.fixture(scope="module")
-def zero(tmp_path_factory):
-    """A ZeRO-3 checkpoint after 5 steps, of which its moments have seen 4."""
-    folder = tmp_path_factory.mktemp("foreign") / "zero"
-    write_zero3(folder, random_state("model", "exp_avg", "exp_avg_sq"))
-    return folder
-
-
-@pytest.fixture
-def state(own):
-    return values(own)
+from xar_scale.checkpoint.manifest import read_manifest, verify
+from xar_scale.checkpoint.reshard import TARGETS, writer
 
 
 def only(state, kind: str) -> dict[str, torch.Tensor]:
@@ -337,157 +297,3 @@ def test_if_a_run_drops_the_checkpoint_meanwhile_a_newer_one_is_converted(tmp_pa
     first = run.store.newest
     assert reshard(first, tmp_path / "other", "--to", "xar-scale") == 74  # no other was asked for
     assert capsys.readouterr().err.startswith(f"reshard: {first}/")
-
-
-KILLED = """
-    import os, signal, sys
-    from tools import reshard
-    from xar_scale.checkpoint.reshard import writer
-    writer.SYNC, writer.BLOCK = {sync}, {block}
-    count, write_block = 0, writer._write
-    def killed(file, offset, view):
-        global count
-        count += 1
-        if count == {after}:
-            write_block(file, offset, view[:len(view) // 2])
-            os.kill(os.getpid(), signal.SIGKILL)
-        write_block(file, offset, view)
-    writer._write = killed
-    sys.exit(reshard.main())
-"""
-
-
-@pytest.mark.parametrize(("target", "after"), [("pth", 150), ("universal", 150)])
-def test_after_a_kill_it_resumes_and_the_result_is_the_same(tmp_path, own, zero, target, after, monkeypatch):
-    source, block = (zero, 64) if target == "universal" else (own, 4096)
-    program = textwrap.dedent(KILLED.format(sync=12 * block, block=block, after=after))
-    words = [source, tmp_path / "new", "--to", target]
-    done = subprocess.run([sys.executable, "-c", program, *map(str, words)], cwd=ROOT, env=environment(), timeout=400)
-    assert done.returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == [".new.partial"]
-
-    read, asked = sources.Source.read, 0
-
-    def counted(self, key, start, out):
-        nonlocal asked
-        asked += out.numel()
-        read(self, key, start, out)
-
-    monkeypatch.setattr(sources.Source, "read", counted)
-    monkeypatch.setattr(writer, "verify_source", lambda *_: pytest.fail("what was verified is verified again"))
-    monkeypatch.setattr(writer, "BLOCK", block)
-    assert reshard(*words) == 0
-    monkeypatch.setattr(writer, "verify_source", lambda *_: None)
-    went_on, asked = asked, 0
-    assert reshard(source, tmp_path / "undisturbed", "--to", target) == 0
-    assert 0 < went_on < 0.8 * asked
-    assert contents(tmp_path / "new") == contents(tmp_path / "undisturbed")
-    assert all(zipfile.ZipFile(path).testzip() is None for path in (tmp_path / "new").rglob("*.p*t*"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "undisturbed"]
-
-
-def test_another_source_or_target_starts_over(tmp_path, own, state):
-    program = textwrap.dedent(KILLED.format(sync=40960, block=4096, after=60))
-    words = [sys.executable, "-c", program, str(own), str(tmp_path / "new"), "--to", "xar-scale"]
-    assert subprocess.run(words, cwd=ROOT, env=environment(), timeout=400).returncode == -signal.SIGKILL
-    assert reshard(own, tmp_path / "new", "--to", "xar-scale", "--files", "2") == 0
-    assert len(verify(tmp_path / "new").manifest.files) == 2
-    assert_bitwise(values(tmp_path / "new"), state)
-
-
-def test_a_changed_manifest_starts_over(tmp_path, own, capsys):
-    """Its checksums are verified although its shards are the same."""
-    source = shutil.copytree(own, tmp_path / "own")
-    program = textwrap.dedent(KILLED.format(sync=40960, block=4096, after=60))
-    words = [sys.executable, "-c", program, str(source), str(tmp_path / "new"), "--to", "pth"]
-    assert subprocess.run(words, cwd=ROOT, env=environment(), timeout=400).returncode == -signal.SIGKILL
-    manifest = read_manifest(source).manifest
-    files = {name: replace(entry, sha256="0" * 64) for name, entry in manifest.files.items()}
-    (source / "manifest.json").write_bytes(replace(manifest, files=files).to_json())
-    assert reshard(source, tmp_path / "new", "--to", "pth") == 65
-    assert "is corrupt (its SHA-256 differs)" in capsys.readouterr().err
-
-
-def test_what_the_last_file_says_is_part_of_the_digest(own):
-    with open_source(own) as source:
-        before = writer._digest(source, plan(source, "xar-scale"))
-        source.manifest = replace(source.manifest, step=source.manifest.step + 1)
-        assert writer._digest(source, plan(source, "xar-scale")) != before
-
-
-def test_an_interrupted_conversion_does_not_depend_on_names_in_the_code(own, monkeypatch):
-    with open_source(own) as source:
-        before = [writer._digest(source, plan(source, target)) for target in TARGETS]
-        for part in (parts.Slice, parts.Fixed, parts.Deferred):
-            monkeypatch.setattr(part, "__repr__", lambda self: f"Renamed({tuple(self)})")
-        assert [writer._digest(source, plan(source, target)) for target in TARGETS] == before
-
-
-def test_a_record_after_a_torn_line_of_the_journal_is_read_at_the_next_start(tmp_path):
-    with writer._Work(tmp_path / "new", "digest"):
-        pass
-    with (tmp_path / ".new.partial" / "journal").open("a") as journal:
-        journal.write('{"file": "a", "by')
-    with writer._Work(tmp_path / "new", "digest") as work:
-        work.record({"verified": True})
-    with writer._Work(tmp_path / "new", "digest") as work:
-        assert work.verified
-
-
-def test_two_processes_do_not_write_the_same_destination(tmp_path, own, capsys):
-    with open_source(own) as source:
-        digest = writer._digest(source, plan(source, "pth"))
-    with writer._Work(tmp_path / "new", digest):
-        assert reshard(own, tmp_path / "new", "--to", "pth") == 64
-    assert "another process is writing" in capsys.readouterr().err
-
-
-MEASURED = """
-    import resource, sys
-    from tests.unit.foreign_checkpoints import reshard
-    for target in sys.argv[3:]:
-        assert reshard(sys.argv[1], f"{sys.argv[2]}/{target}", "--to", target) == 0
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def peak_mib(source: Path, destination: Path) -> float:
-    """Peak memory of a process that makes all targets."""
-    words = [sys.executable, "-c", textwrap.dedent(MEASURED), str(source), str(destination), *TARGETS]
-    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.splitlines()[-1]) / 1024
-
-
-@pytest.fixture(scope="module")
-def sparse(tmp_path_factory):
-    """Two xar-scale checkpoints of 16 and 80 MiB whose files are holes; one tensor of the network has nearly all elements."""
-    folder = tmp_path_factory.mktemp("sparse")
-    names = official_names(CONFIG.model).values()
-    for scale in (1, 5):
-        shapes = {name: torch.Size((1 << 20, scale) if name == "class_embed.weight" else (2,)) for name in names}
-        made = Source(
-            folder, "zeros", {f"{kind}/{name}": shape for kind in KINDS for name, shape in shapes.items()}, InMemory({}), []
-        )
-        (folder / str(scale)).mkdir()
-        for output in (planned := plan(made, "xar-scale", files=1)).outputs:
-            path = folder / str(scale) / output.name
-            path.write_bytes(output.parts[0].content)
-            os.truncate(path, output.size)
-        path.with_name("manifest.json").write_bytes(planned.last({path.name: fingerprint(path)})[1])
-    return folder
-
-
-def test_memory_does_not_grow_with_the_checkpoint(tmp_path, sparse):
-    small, large = (peak_mib(sparse / scale, tmp_path / scale) for scale in ("1", "5"))
-    assert large - small < 8, (small, large)
-
-
-def test_the_benchmark_measures_time_and_memory_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "CONVERSIONS", [(bench.ZEROS, "safetensors", "a")])
-    bench.bench_reshard(argparse.Namespace(model="nano", data=tmp_path / "bench"))
-    (row,) = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "safetensors" in line]
-    assert 0 < float(row[2]) < 0.1 and float(row[3]) > 0 and int(row[4].rstrip(" |")) > 100
-    assert list((tmp_path / "bench").iterdir()) == []
-    with pytest.raises(DataError, match="exited with code 64"):
-        bench._measured("tools/reshard.py", str(tmp_path / "nothing"), str(tmp_path / "new"), "--to", "pth")
