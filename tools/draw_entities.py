@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from xar_scale.config import ModelConfig, validated
+from xar_scale.config import ModelConfig
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.evaluate.output import png_bytes
 from xar_scale.files import write_atomically
 from xar_scale.model.entities import EntityLayout, create_layout, kinds
 from xar_scale.program import tool_parser
+from xar_scale.validation import validated
 
 SIDE, GAP, TITLE = 22, 14, 24  # pixels: side of a token, gap between grids, height of a title
 

@@ -5,22 +5,20 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
-from xar_scale.errors import ConfigError, FileError, UsageError, XarScaleError
-
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+from xar_scale.errors import ConfigError, FileError, UsageError
+from xar_scale.validation import STRICT, known_keys, unknown_key, validated
 
 # only a mistake exceeds these; further on it would end in an overflow
 MAX_WIDTH, MAX_TOKENS = 2**17, 2**20
 MAX_LR = 1e3  # AdamW moves a weight by about this much per step
 
-T = TypeVar("T")
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 UnitInterval = Annotated[float, Field(ge=0, le=1)]
 Recompute = Literal["none", "full", "selective", "offload"]
@@ -235,39 +233,6 @@ class Config:
         return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
 
 
-def validated(cls: type[T], values: dict[str, Any], error: type[XarScaleError], where: str = "") -> T:
-    """Build the dataclass ``cls`` from plain values. Raises ``error`` with ``where``, the first offending key and its value."""
-
-    def refuse(value: Any) -> None:
-        raise error(f"{where}{value!r} is a {type(value).__name__}: no key takes one")
-
-    try:
-        text = json.dumps(values, default=refuse)
-    except (ValueError, RecursionError):
-        raise error(f"{where}the values contain themselves") from None
-    try:
-        return TypeAdapter(cls).validate_json(text)  # a JSON list may become a tuple; nothing else is coerced
-    except ValidationError as caught:
-        first = caught.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "unexpected_keyword_argument":
-            raise error(f"{where}{_unknown_key(cls, first['loc'])}") from None
-        if first["type"] in ("missing", "missing_argument"):
-            raise error(f"{where}key {key} is missing") from None
-        raise error(f"{where}{key} = {first['input']!r}: {first['msg']}") from None
-
-
-def _unknown_key(cls: Any, location: tuple[int | str, ...]) -> str:
-    return f"unknown key {'.'.join(map(str, location))}; known keys: {', '.join(_known_keys(cls, location))}"
-
-
-def _known_keys(cls: Any, location: tuple[int | str, ...]) -> list[str]:
-    """Return the valid keys at the location of a key."""
-    for part in location[:-1]:
-        cls = {field.name: field.type for field in dataclasses.fields(cls)}[str(part)]
-    return [field.name for field in dataclasses.fields(cls)]
-
-
 class _Loader(yaml.SafeLoader):
     """Reads 1e-4 as a number, as in YAML 1.2 (1.1 requires 1.0e-4), and refuses duplicate keys, as both versions do."""
 
@@ -327,8 +292,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} holds a {type(values).__name__}, not sections of keys")
 
     def check(*location: str) -> None:  # here, because later nobody knows which keys are from the file
-        if location[-1] not in _known_keys(Config, location):
-            raise ConfigError(f"{path}: {_unknown_key(Config, location)}")
+        if location[-1] not in known_keys(Config, location):
+            raise ConfigError(f"{path}: {unknown_key(Config, location)}")
 
     for section, keys in values.items():
         check(section)

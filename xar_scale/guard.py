@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 from typing_extensions import Self
 
-from xar_scale.config import STRICT, GuardConfig, validated
+from xar_scale.config import GuardConfig
 from xar_scale.errors import DataError
 from xar_scale.precision import Precision
+from xar_scale.validation import STRICT, validated
 
 FIRST_SCALE, LARGEST_SCALE = 2.0**16, 2.0**24
 SCALE_GROWS_AFTER = 2000  # steps, as in torch.amp.GradScaler

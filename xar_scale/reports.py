@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from xar_scale import dist
-from xar_scale.config import STRICT, Config, validated
+from xar_scale.config import Config
 from xar_scale.data.loader import Batch
 from xar_scale.diagnosis import Activations, Watch
 from xar_scale.engines import Engine
@@ -23,6 +23,7 @@ from xar_scale.errors import DataError, UsageError, is_damage
 from xar_scale.files import free_name, parse_json, write_atomically
 from xar_scale.guard import Bad, Decision, Event
 from xar_scale.precision import MODES
+from xar_scale.validation import STRICT, validated
 
 FOLDER, FORMAT = "reports", 1
 

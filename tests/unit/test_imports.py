@@ -13,6 +13,7 @@ PACKAGE = ROOT / "xar_scale"
 # From the bottom up: a room imports from those below it, never beside or above.
 LAYERS = [
     ["errors", "version", "files", "slurm", "tables"],
+    ["validation"],
     ["rng", "config", "posthoc"],
     ["presets"],
     ["model"],

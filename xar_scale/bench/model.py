@@ -17,7 +17,7 @@ from xar_scale.bench.fake_group import join_fake_group
 from xar_scale.bench.memory import peak_memory, resident
 from xar_scale.bench.setup import config_with
 from xar_scale.bench.timing import median_ms
-from xar_scale.config import ModelConfig, Recompute, validated
+from xar_scale.config import ModelConfig, Recompute
 from xar_scale.engines import create_engine
 from xar_scale.errors import ConfigError, UsageError, XarScaleError
 from xar_scale.flow import velocity_loss
@@ -27,6 +27,7 @@ from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import Weight, create_model, initial_weights, meta_model
 from xar_scale.precision import MODES, autocast
 from xar_scale.presets import model_values
+from xar_scale.validation import validated
 
 
 def _config(options: argparse.Namespace, entity: str) -> ModelConfig:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from xar_scale.config import validated
 from xar_scale.errors import UsageError, XarScaleError
+from xar_scale.validation import validated
 
 OURS, BASELINE, PUBLISHED = "ours", "baseline", "published"
 SLOWER = 1.15  # slowdown against an earlier record, relative to the baseline, that is an error

@@ -17,9 +17,10 @@ from xar_scale import dist
 from xar_scale.checkpoint.interop import Source, open_source
 from xar_scale.checkpoint.manifest import POSITIONS, verify
 from xar_scale.checkpoint.reshard.writer import verify_source
-from xar_scale.config import ModelConfig, validated
+from xar_scale.config import ModelConfig
 from xar_scale.errors import DataError
 from xar_scale.model.entities import EntityLayout, create_layout
+from xar_scale.validation import validated
 
 READERS = 16  # each reads the headers of all files; more would hardly read the values faster
 MIN_FRACTION = 0.1  # of the model's elements: if fewer match, the source is another model

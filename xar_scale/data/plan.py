@@ -6,8 +6,8 @@ from typing import Any, Literal, NamedTuple
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
-from xar_scale.config import STRICT
 from xar_scale.data.images import SourceImage
+from xar_scale.validation import STRICT
 
 
 @dataclass(frozen=True, config=STRICT, kw_only=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from xar_scale.config import validated
 from xar_scale.data.faults import Fault
 from xar_scale.data.index import Index, Spans
 from xar_scale.data.shards import (
@@ -24,6 +23,7 @@ from xar_scale.data.shards import (
 from xar_scale.data.storage import FileSpec, LocalFolder, MissingFileError, Storage
 from xar_scale.errors import DataError
 from xar_scale.files import parse_json
+from xar_scale.validation import validated
 
 
 class ShardError(DataError):

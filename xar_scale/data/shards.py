@@ -22,11 +22,11 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from typing_extensions import Self
 
-from xar_scale.config import STRICT
 from xar_scale.data.index import Members, index_tar
 from xar_scale.errors import DataError, UsageError
 from xar_scale.files import make_folder, write_atomically
 from xar_scale.tokenizers import check_origin
+from xar_scale.validation import STRICT
 
 FORMAT = 2
 MAX_KEY = 80  # characters: with a member's ending it must fit the 100 of a tar header

@@ -12,11 +12,12 @@ from xar_scale.checkpoint.interop import Source, open_source
 from xar_scale.checkpoint.interop.pretrained import config_of, preset_of
 from xar_scale.checkpoint.manifest import FOLDER, MANIFEST, Checkpoint, open_checkpoint
 from xar_scale.checkpoint.reshard.writer import verify_source
-from xar_scale.config import Config, KernelConfig, ModelConfig, SampleConfig, override, validated
+from xar_scale.config import Config, KernelConfig, ModelConfig, SampleConfig, override
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.evaluate.images import SUFFIXES
 from xar_scale.presets import RECIPES
 from xar_scale.tokenizers.kl16 import KL16Tokenizer
+from xar_scale.validation import validated
 
 WEIGHTS = (".safetensors", ".pth", ".pt")  # suffixes of weight files in a folder
 SECTIONS = ("sample.", "kernels.")  # of the config that may be overridden in sampling

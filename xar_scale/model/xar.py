@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xar_scale import rng
-from xar_scale.config import KernelConfig, ModelConfig, validated
+from xar_scale.config import KernelConfig, ModelConfig
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.model.apex import choose_library
 from xar_scale.model.attention import choose_backend, describe
@@ -17,6 +17,7 @@ from xar_scale.model.kv_cache import KVCache, LayerCache
 from xar_scale.model.layers import Attention, Block, RMSNorm, TimeEmbedding
 from xar_scale.model.rope import rotary_angles
 from xar_scale.presets import model_values
+from xar_scale.validation import validated
 
 
 class XAR(nn.Module):

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from xar_scale import reports, watchdog
-from xar_scale.config import validated
 from xar_scale.errors import DataError, XarScaleError
 from xar_scale.report.read import Entries
+from xar_scale.validation import validated
 
 COUNTS = {  # the GuardState.counts that only guard events increase, and their titles
     "guard_discarded": "attempts discarded",

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xar_scale.config import Config, read_yaml, validated
+from xar_scale.config import Config, read_yaml
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.files import parse_json
 from xar_scale.metrics import MAX_STEP, METRICS_FILE, TENSORBOARD_FOLDER, read_log
 from xar_scale.startup import CONFIG_FILE
+from xar_scale.validation import validated
 from xar_scale.watchdog import HEARTBEAT_FILE
 
 LARGEST = 3.5e38  # just above float32's

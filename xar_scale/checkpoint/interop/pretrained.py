@@ -8,10 +8,11 @@ import torch
 from xar_scale.checkpoint.interop.open import open_source
 from xar_scale.checkpoint.interop.source import InMemory, Source
 from xar_scale.checkpoint.interop.weights import named_states
-from xar_scale.config import ModelConfig, validated
+from xar_scale.config import ModelConfig
 from xar_scale.errors import DataError, UsageError
 from xar_scale.model.xar import XAR, meta_model
 from xar_scale.presets import MODELS, model_values
+from xar_scale.validation import validated
 
 
 def load_official(source: str | Path | dict[str, Any], ema: bool = True, trust_pickle: bool = False) -> XAR:

@@ -1,0 +1,46 @@
+"""Values read from a file or a command line into a frozen dataclass, or one line that names the first one that is wrong."""
+
+import dataclasses
+import json
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from xar_scale.errors import XarScaleError
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+T = TypeVar("T")
+
+
+def validated(cls: type[T], values: dict[str, Any], error: type[XarScaleError], where: str = "") -> T:
+    """Build the dataclass ``cls`` from plain values. Raises ``error`` with ``where``, the first offending key and its value."""
+
+    def refuse(value: Any) -> None:
+        raise error(f"{where}{value!r} is a {type(value).__name__}: no key takes one")
+
+    try:
+        text = json.dumps(values, default=refuse)
+    except (ValueError, RecursionError):
+        raise error(f"{where}the values contain themselves") from None
+    try:
+        return TypeAdapter(cls).validate_json(text)  # a JSON list may become a tuple; nothing else is coerced
+    except ValidationError as caught:
+        first = caught.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "unexpected_keyword_argument":
+            raise error(f"{where}{unknown_key(cls, first['loc'])}") from None
+        if first["type"] in ("missing", "missing_argument"):
+            raise error(f"{where}key {key} is missing") from None
+        raise error(f"{where}{key} = {first['input']!r}: {first['msg']}") from None
+
+
+def unknown_key(cls: Any, location: tuple[int | str, ...]) -> str:
+    """Return the complaint about a key that ``cls`` does not have."""
+    return f"unknown key {'.'.join(map(str, location))}; known keys: {', '.join(known_keys(cls, location))}"
+
+
+def known_keys(cls: Any, location: tuple[int | str, ...]) -> list[str]:
+    """Return the valid keys at the location of a key."""
+    for part in location[:-1]:
+        cls = {field.name: field.type for field in dataclasses.fields(cls)}[str(part)]
+    return [field.name for field in dataclasses.fields(cls)]
