@@ -13,13 +13,14 @@ from torch.utils.checkpoint import checkpoint
 from tests.processes import ROOT, environment
 from xar_scale.model import flash
 from xar_scale.model.flash import BlockSizes, flash_attention
+from xar_scale.model.flash_kernels import triton
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 here = pytest.mark.skipif(not (GPU or INTERPRETED), reason="runs where Triton interprets")
 outside = pytest.mark.skipif(INTERPRETED, reason="runs where Triton does not interpret")
-pytestmark = pytest.mark.skipif(flash.triton is None, reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(triton is None, reason="Triton is not installed")
 
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 3e-2}  # of outputs and gradients up to about 6: a few roundings
 DTYPES = [torch.float16, torch.bfloat16] if GPU else [torch.float16]

@@ -3,6 +3,7 @@
 import pytest
 
 from xar_scale.model import flash
+from xar_scale.model.flash_kernels import KERNELS
 
 triton = pytest.importorskip("triton", reason="wheels for a CPU come without Triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -15,7 +16,7 @@ TYPES = {"seed": "*i32", "ends": "*i32", "words": "*i32", "lse": "*fp32", "delta
 
 def compiled(name: str, head_width: int, capability: int):
     """Compile as launched: addresses and strides are multiples of 16."""
-    kernel, cut = flash._KERNELS[name], flash.block_sizes(name, head_width)
+    kernel, cut = KERNELS[name], flash.block_sizes(name, head_width)
     constants = flash.constants(head_width, cut, dropout=True)
     signature, aligned = {}, {}
     for place, argument in enumerate(kernel.arg_names):
@@ -34,7 +35,7 @@ def compiled(name: str, head_width: int, capability: int):
 LONG = pytest.mark.long
 
 
-@pytest.mark.parametrize("name", flash._KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("head_width", [pytest.param(64, marks=LONG), 80, pytest.param(128, marks=LONG)])
 @pytest.mark.parametrize("capability", [pytest.param(each, marks=() if each == 90 else LONG) for each in SHARED])
 def test_kernels_compile_for_every_supported_gpu(name, head_width, capability):
