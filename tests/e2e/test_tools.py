@@ -280,7 +280,9 @@ def table_of(output: str) -> dict[str, list[str]]:
 def test_what_the_guard_adds_to_a_step_is_the_sum_of_its_parts(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "guard", "--model", "nano", "--grid", "4", "--batch", "1"])
     assert bench.main() == 0
-    rows = table_of(capsys.readouterr().out)
+    said = capsys.readouterr().out
+    assert said.startswith("nano, 4x4 tokens, batch 1, fp32, cpu; attention ")  # the kernels that training would use
+    rows = table_of(said)
     (step,), (guard, share) = rows.pop("the step"), rows.pop("the guard")
     assert len(rows) == 5 and float(guard) == pytest.approx(sum(float(row[0]) for row in rows.values()), abs=0.004)
     assert 0 < float(guard) / float(step) == pytest.approx(float(share.rstrip("%")) / 100, rel=0.05)

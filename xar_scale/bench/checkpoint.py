@@ -19,7 +19,7 @@ from xar_scale.config import Config
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine
 from xar_scale.errors import ConfigError
-from xar_scale.model.xar import initial_weights, meta_model
+from xar_scale.model.xar import initial_weights
 
 REPEATS = 3
 
@@ -33,8 +33,7 @@ def bench_checkpoint(options: argparse.Namespace) -> None:
     train = {"engine": "deepspeed", "precision": options.precision, "global_batch": dist.world()}
     train["keep_last"] = 2  # so that saves also remove some
     config = config_with(options.model, model={"grid": [options.grid] * 2}, train=train)
-    network = meta_model(config.model)
-    engine, ema = engine_and_ema(config, network, initial_weights(network, 0), device)
+    engine, ema, _ = engine_and_ema(config, lambda model: initial_weights(model, 0), device)
     dist.on_rank_0(lambda: options.data.mkdir(parents=True))
     try:
         rows = {"ours": _ours(engine, ema, config, options.data), "DeepSpeed, universal": _theirs(engine, options.data)}

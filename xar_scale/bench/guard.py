@@ -10,7 +10,7 @@ from xar_scale.checkpoint.store import Store
 from xar_scale.data.loader import Batch
 from xar_scale.engines.base import finite_if_all_are
 from xar_scale.guard import GuardState
-from xar_scale.model.xar import initial_weights, meta_model
+from xar_scale.model.xar import initial_weights
 from xar_scale.recovery import Recovery
 
 
@@ -20,8 +20,7 @@ def bench_guard(options: argparse.Namespace) -> None:
     train = {"engine": "single", "precision": options.precision, "global_batch": options.batch}
     config = config_with(options.model, model=model, train=train)
     device = dist.local_device()
-    network = meta_model(config.model)
-    engine, ema = engine_and_ema(config, network, initial_weights(network, 0), device)
+    engine, ema, kernels = engine_and_ema(config, lambda model: initial_weights(model, 0), device)
     recovery = Recovery(config, engine, ema, ["shard"], Store(Path("none"), engine, ema, config.train), GuardState())
     batch = Batch.zeros(engine.layout, config.model.channels, options.batch, device)
     masters = [shard.master for shard in engine.shards()]
@@ -42,7 +41,8 @@ def bench_guard(options: argparse.Namespace) -> None:
         / every,
         f"take a snapshot, every {every} steps": median_ms(lambda: recovery.snapshots.take(0, recovery.state), device) / every,
     }
-    print(f"{options.model}, {options.grid}x{options.grid} tokens, batch {options.batch}, {options.precision}, {device}\n")
+    sizes = f"{options.model}, {options.grid}x{options.grid} tokens, batch {options.batch}, {options.precision}"
+    print(f"{sizes}, {device}; {kernels}\n")
     print("| part | ms per step | share of the step |\n| --- | --- | --- |")
     for name, ms in parts.items():
         print(f"| {name} | {ms:.3f} | {ms / whole:.3%} |")

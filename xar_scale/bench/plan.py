@@ -60,13 +60,9 @@ def measured_memory(config: Config, device: torch.device) -> int:
 
 def train_steps(config: Config, device: torch.device) -> tuple[Engine, EMA]:
     """Return an engine and its EMA after a few steps of one micro-batch each, on zeros."""
-    model = meta_model(config.model)
-    model.use_kernels(config.kernels, device, torch.float32, training=True)
-    apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
-    engine, ema = engine_and_ema(config, model, blank_weights(model), device)
-    engine.set_precision(config.train.precision)
+    engine, ema, _ = engine_and_ema(config, blank_weights, device)
     for step in range(STEPS):
-        batch = Batch.zeros(model.layout, config.model.channels, config.train.micro_batch or 1, device)
+        batch = Batch.zeros(engine.layout, config.model.channels, config.train.micro_batch or 1, device)
         verdict = engine.attempt(step, [batch])
         engine.step(1e-4, verdict)
         ema.update(step + 1)

@@ -1,6 +1,6 @@
 """What several measurements start from: the config of a model, an engine and its EMA."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -8,7 +8,9 @@ import torch
 from xar_scale.config import Config, merge
 from xar_scale.ema import EMA
 from xar_scale.engines import Engine, create_engine
-from xar_scale.model.xar import XAR, Weight
+from xar_scale.model.recompute import apply_recompute
+from xar_scale.model.xar import XAR, Weight, meta_model
+from xar_scale.precision import MODES
 from xar_scale.presets import model_values, recipe
 
 
@@ -18,6 +20,10 @@ def config_with(model_name: str, **changes: dict[str, Any]) -> Config:
     return Config.from_dict(merge(values, changes))
 
 
-def engine_and_ema(config: Config, model: XAR, weights: Iterable[Weight], device: torch.device) -> tuple[Engine, EMA]:
-    engine = create_engine(model, weights, config, device)
-    return engine, EMA([shard.master for shard in engine.shards()], config.optim.ema_decay)
+def engine_and_ema(config: Config, weights: Callable[[XAR], Iterable[Weight]], device: torch.device) -> tuple[Engine, EMA, str]:
+    """Return them as in training, with ``weights`` of the network, and which kernels compute it."""
+    model = meta_model(config.model)
+    kernels = model.use_kernels(config.kernels, device, MODES[config.train.precision].compute, training=True)
+    apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
+    engine = create_engine(model, weights(model), config, device)
+    return engine, EMA([shard.master for shard in engine.shards()], config.optim.ema_decay), kernels

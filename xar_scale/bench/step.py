@@ -23,7 +23,6 @@ from xar_scale.errors import UsageError
 from xar_scale.evaluate.generate import prepare
 from xar_scale.files import make_folder
 from xar_scale.model.flops import training_flops
-from xar_scale.model.recompute import apply_recompute
 from xar_scale.model.xar import XAR, Weight, initial_weights, meta_model
 from xar_scale.plan.hardware import GPUS
 from xar_scale.precision import MODES, apply_matmul_mode, autocast
@@ -47,15 +46,11 @@ def bench_step(options: argparse.Namespace) -> None:
         settings["zero"] = read_settings(options.ds_config).get("zero_optimization")
     earlier = _earlier(options, "step", settings)
     apply_matmul_mode(options.precision)
-    compute = MODES[options.precision].compute
     config = _config(options)
     published, apart = _published(options, device, lambda: _published_step(options, device))
     dataset = open_data(config)
-    model = meta_model(config.model)
-    kernels = model.use_kernels(config.kernels, device, compute, training=True)
-    apply_recompute(model.blocks, config.train.recompute, compiled=config.kernels.compile)
     before = peak_memory(device, reset=True)
-    engine, ema = engine_and_ema(config, model, _random_weights(model, device), device)
+    engine, ema, kernels = engine_and_ema(config, lambda model: _random_weights(model, device), device)
     feed = Feed(dataset, config.train, device)
     feed.seek(0)
 
