@@ -309,8 +309,9 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError):
             descriptor = os.open(note, os.O_WRONLY | os.O_CREAT, 0o666)
             os.write(descriptor, f"{code:<4}\n".encode())  # in place: a rank may be killed after it has emptied the file
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed by who started this
+            stream.flush()
     os._exit(code)
 
 

@@ -28,7 +28,7 @@ class UsageError(XarScaleError):
 
 
 class DataError(XarScaleError):
-    """Latents, an index or a checkpoint are missing, truncated or changed."""
+    """Latents, an index, a checkpoint or a step report are missing, truncated or changed."""
 
     exit_code = 65
 

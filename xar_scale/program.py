@@ -1,6 +1,7 @@
 """The frame of every program: its options; maps each deliberate exit to one line and a code."""
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -53,6 +54,8 @@ def exit_code_of(program: str, run: Callable[[], None]) -> int:
     from xar_scale import dist
 
     dist.adopt_launcher()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path may hold any bytes
     try:
         run()
     except BrokenPipeError:  # as when `head` has its lines: not an error

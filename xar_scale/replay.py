@@ -16,6 +16,7 @@ from xar_scale.model.entities import create_layout
 from xar_scale.model.xar import blank_weights, meta_model
 from xar_scale.precision import MODES
 from xar_scale.reports import SavedReport
+from xar_scale.validation import validated
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def replay(report: SavedReport, checkpoint: Checkpoint, device: torch.device) ->
     batches = [batch.to(device) for batch in report.batches]
     micro = len(batches[0].labels)
     sizes = {"engine": "single", "shard_ranks": None, "micro_batch": micro, "global_batch": micro * len(batches)}
-    config = Config.from_dict(merge(report.config, {"train": sizes, "data": {"lanes": 1}}))
+    values = merge(report.config, {"train": sizes, "data": {"lanes": 1}})
+    config = validated(Config, values, ConfigError, f"report {report.path}: ")
     if checkpoint.manifest.config and (differs := config_difference(checkpoint, config)):  # other formats have no config
         raise ConfigError(f"report {report.path}: {differs}")
     _check_batch(report, config)
@@ -70,7 +72,7 @@ def _check_batch(report: SavedReport, config: Config) -> None:
     wanted = Batch.zeros(create_layout(config.model), config.model.channels, len(batch.labels))
     for name in ("latents", "labels", "t", "noise", "places"):
         found, ours = getattr(batch, name), getattr(wanted, name)
-        if found.shape != ours.shape or found.is_floating_point() != ours.is_floating_point():
+        if (found.shape, found.dtype) != (ours.shape, ours.dtype):
             raise DataError(
                 f"report {report.path}: {name} are {found.dtype}{[*found.shape]}, the model's {ours.dtype}{[*ours.shape]}"
             )

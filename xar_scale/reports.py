@@ -214,7 +214,7 @@ def _opened(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _summary(values: dict[str, Any]) -> str:
-    whose = RankReport(**values["ranks"][values["batch"]["rank"]])
+    whose = RankReport(**dict(enumerate(values["ranks"]))[values["batch"]["rank"]])  # -1 is no rank
     lines = [f"step {values['step']}, {_traced(whose)}:"]
     for attempt in values["attempts"]:
         what = " and ".join(attempt["bad"]) or "nothing"

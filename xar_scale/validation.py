@@ -9,6 +9,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from xar_scale.errors import XarScaleError
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+LONGEST = 200  # characters of a value in an error
 T = TypeVar("T")
 
 
@@ -26,12 +27,20 @@ def validated(cls: type[T], values: dict[str, Any], error: type[XarScaleError], 
         return TypeAdapter(cls).validate_json(text)  # a JSON list may become a tuple; nothing else is coerced
     except ValidationError as caught:
         first = caught.errors()[0]
+        if not first["loc"]:  # of the whole text, not of a key
+            raise error(f"{where}{first['msg']}") from None
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "unexpected_keyword_argument":
             raise error(f"{where}{unknown_key(cls, first['loc'])}") from None
         if first["type"] in ("missing", "missing_argument"):
             raise error(f"{where}key {key} is missing") from None
-        raise error(f"{where}{key} = {first['input']!r}: {first['msg']}") from None
+        raise error(f"{where}{key} = {_shown(first['input'])}: {first['msg']}") from None
+
+
+def _shown(value: Any) -> str:
+    """Return ``value`` as a line shows it: a file may hold anything where a number should be."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def unknown_key(cls: Any, location: tuple[int | str, ...]) -> str:

@@ -221,7 +221,8 @@ def _newest(of: RankState) -> str:
 
 
 def _named(call: traceback.FrameSummary) -> str:
-    return f"{call.name} ({call.filename}:{call.lineno})"
+    file = os.fsencode(call.filename).decode(errors="replace")  # a path of any bytes, in a file of JSON
+    return f"{call.name} ({file}:{call.lineno})"
 
 
 def _collectives() -> tuple[dict[str, int], dict[str, str]]:

@@ -15,6 +15,7 @@ from xar_scale.config import ModelConfig
 
 SHAPES = {"one.weight": (5, 7), "two.weight": (3, 11), "one.bias": (2,)}  # on three ranks: padded, even, and an empty chunk
 GROUPS = [["one.weight"], ["one.bias", "two.weight"]]
+TARGETS = ["universal", "safetensors", "pth", "xar-scale"]  # what can be written
 
 
 def reshard(*words: object) -> int:

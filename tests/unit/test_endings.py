@@ -31,6 +31,9 @@ def test_a_program_s_code_is_the_process_s():
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("ZeroDivisionError")
     done = ended("from xar_scale.dist import run; run(lambda: signal.default_int_handler(2, None))")
     assert done.returncode == 130
+    closed = "sys.stdout = None; from xar_scale.cli import main; from xar_scale.dist import run; run(main)"
+    done = ended(closed, "train", "--recipe", "digits", "--print-config")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import gradcheck
 
+from tests.conftest import digits_config
 from tests.unit.conftest import nano_model, normal, unequal_layout
 from xar_scale.config import ModelConfig
 from xar_scale.errors import ConfigError, UsageError
@@ -291,6 +292,11 @@ def test_a_model_of_any_size_is_created_without_memory_for_it(name, count):
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert sum(parameter.numel() for parameter in model.parameters()) == count
     assert not list(model.buffers())  # nothing else needs memory
+
+
+def test_the_demonstration_s_model_is_of_the_documented_size():
+    model = meta_model(digits_config().model)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_260_460
 
 
 @pytest.mark.parametrize("name", ["xar_2b", "xar_4b", "xar_7b"])

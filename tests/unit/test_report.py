@@ -279,6 +279,12 @@ def test_a_log_of_wrong_types_is_no_traceback(tmp_path, value, whole):
     assert f"Steps 40 of {STEPS}" in text_of(build_page(run))
 
 
+@pytest.mark.parametrize(("images", "tflops"), [(1.0, math.inf), (1e-300, 3e38), (NAN, 1.0), (-1.0, 1.0)])
+def test_rates_whose_ratio_is_no_number_have_no_second_axis(tmp_path, images, tflops):
+    run = write_run(tmp_path / "run", [logged(10, images_per_s=images, tflops_per_s=tflops)])
+    assert "right axis" not in text_of(build_page(run))
+
+
 @pytest.mark.parametrize("value", ["x", [1], {}, None, NAN, math.inf, 10**4000, 1e300, -5, "\ud800"])
 def test_other_files_of_wrong_types_are_no_traceback(run, value):
     for folder in ("hangs", "evaluations", "reports"):

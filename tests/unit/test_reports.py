@@ -220,6 +220,8 @@ def test_a_replay_with_the_weights_of_another_model_says_what_differs(met, tmp_p
         (("step",), "x"),
         (("step",), -1),
         (("config",), 3),
+        (("config", "model"), 3),
+        (("config", "train", "steps"), list(range(10_000))),
     ],
 )
 def test_a_report_of_wrong_types_is_not_replayed(met, capsys, where, value):
@@ -229,8 +231,9 @@ def test_a_report_of_wrong_types_is_not_replayed(met, capsys, where, value):
         at = at[key]
     at[where[-1]] = value
     met.write_text(json.dumps(values))
-    assert main(["replay", str(met)]) == 65
-    assert re.fullmatch(f"xar-scale: report {met}.*\n", capsys.readouterr().err)
+    assert main(["replay", str(met)]) == (78 if where[0] == "config" and where[1:] else 65)
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"xar-scale: report {met}.*\n", said) and len(said) < 600
 
 
 @pytest.mark.parametrize(
@@ -239,9 +242,12 @@ def test_a_report_of_wrong_types_is_not_replayed(met, capsys, where, value):
         ("labels", lambda tensor: tensor * 0 + 99),
         ("labels", lambda tensor: tensor * 0 - 1),
         ("labels", lambda tensor: tensor.float()),
+        ("labels", lambda tensor: tensor.bool()),
+        ("latents", lambda tensor: tensor.half()),
         ("latents", lambda tensor: tensor[:, :1]),
         ("noise", lambda tensor: tensor.long()),
         ("t", lambda tensor: tensor[:, :1]),
+        ("t", lambda tensor: tensor.double()),
     ],
 )
 def test_a_batch_of_another_model_is_not_replayed(met, capsys, name, change):
@@ -268,6 +274,10 @@ def test_a_report_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     path.write_text(whole.replace('"format": 1', '"format": 7'))
     with pytest.raises(DataError, match=r"^report \S+ has format 7, this version reads 1$"):
         reports.read(path)
+    values = json.loads(whole)
+    path.write_text(json.dumps(values | {"batch": values["batch"] | {"rank": -1}}))
+    with pytest.raises(DataError, match="torn or changed"):  # not the last rank's
+        reports.read_summary(path)
     path.write_text(whole)
     batch.write_bytes(batch.read_bytes()[:50])
     with pytest.raises(DataError, match="its batch cannot be read"):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 
 import pytest
 import torch
@@ -42,6 +43,11 @@ def test_groups_that_a_rank_does_not_belong_to_do_not_count():
     lines = list(diagnose(ranks, 3))
     assert lines[0].startswith("rank 1 (host1, process 101) has not entered all_reduce number 5 of group left")
     assert len([line for line in lines if "has not entered" in line]) == 1
+
+
+def test_where_a_rank_is_can_be_written_whatever_the_names_of_its_files():
+    call = traceback.FrameSummary(os.fsdecode(b"/home/\xe9/x.py"), 3, "wait")
+    assert watchdog._named(call) == "wait (/home/\ufffd/x.py:3)"
 
 
 def test_a_rank_that_does_not_answer_is_named_and_so_is_a_hang_of_all():

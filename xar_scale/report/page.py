@@ -1,5 +1,6 @@
 """Render the page: a run's data, curves and images in one self-contained HTML file."""
 
+import math
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -80,6 +81,7 @@ def _charts(entries: Entries, events: Sequence[int]) -> list[Chart]:
         return []
     images, flops = entries[-1].get("images_per_s"), entries[-1].get("tflops_per_s")
     right = flops / images if images and flops else 0.0  # the ratio is the same at every step
+    right = right if 0 < right < math.inf else 0.0
     wait = curve(entries, "data_wait_s", per="step_s")
     both = "images/s" + ("; TFLOP/s on the right axis" if right else "")
     drawn = [

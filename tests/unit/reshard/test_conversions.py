@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from tests.unit.damage import flip_byte
 from tests.unit.foreign_checkpoints import (
+    TARGETS,
     assert_bitwise,
     contents,
     named_ours,
@@ -29,7 +30,7 @@ from tests.unit.tiny_run import CONFIG, Run
 from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.load import load
 from xar_scale.checkpoint.manifest import read_manifest, verify
-from xar_scale.checkpoint.reshard import TARGETS, writer
+from xar_scale.checkpoint.reshard import writer
 
 
 def only(state, kind: str) -> dict[str, torch.Tensor]:

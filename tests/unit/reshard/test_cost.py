@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from tests.processes import ROOT, environment
+from tests.unit.foreign_checkpoints import TARGETS
 from tests.unit.tiny_run import CONFIG
 from xar_scale.bench import reshard as bench
 from xar_scale.checkpoint.files import fingerprint
 from xar_scale.checkpoint.interop import Source, official_names
 from xar_scale.checkpoint.interop.source import InMemory
 from xar_scale.checkpoint.manifest import KINDS
-from xar_scale.checkpoint.reshard import TARGETS, plan
+from xar_scale.checkpoint.reshard import plan
 from xar_scale.errors import DataError
 
 MEASURED = """

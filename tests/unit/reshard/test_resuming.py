@@ -11,11 +11,11 @@ from dataclasses import replace
 import pytest
 
 from tests.processes import ROOT, environment
-from tests.unit.foreign_checkpoints import assert_bitwise, contents, reshard, values
+from tests.unit.foreign_checkpoints import TARGETS, assert_bitwise, contents, reshard, values
 from xar_scale.checkpoint.interop import open_source
 from xar_scale.checkpoint.interop import source as sources
 from xar_scale.checkpoint.manifest import read_manifest, verify
-from xar_scale.checkpoint.reshard import TARGETS, parts, plan, writer
+from xar_scale.checkpoint.reshard import parts, plan, writer
 
 KILLED = """
     import os, signal, sys
