@@ -24,8 +24,8 @@ from typing_extensions import Self
 
 from xar_scale.dist import file_error
 from xar_scale.files import parse_json
+from xar_scale.validation import MAX_COUNT
 
-MAX_STEP = 1 << 53  # a larger number is not a step
 METRICS_FILE, TENSORBOARD_FOLDER = "metrics.jsonl", "tensorboard"
 
 
@@ -204,7 +204,7 @@ def _whole_lines(content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
         end += len(line)
         try:
             values = parse_json(line)
-            readable = line.endswith(b"\n") and type(values["step"]) is int and 0 < values["step"] < MAX_STEP
+            readable = line.endswith(b"\n") and type(values["step"]) is int and 0 < values["step"] < MAX_COUNT
         except (ValueError, KeyError, TypeError):
             continue
         if readable:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
@@ -23,7 +23,7 @@ from xar_scale.errors import DataError, UsageError, is_damage
 from xar_scale.files import free_name, parse_json, write_atomically
 from xar_scale.guard import Bad, Decision, Event
 from xar_scale.precision import MODES
-from xar_scale.validation import STRICT, validated
+from xar_scale.validation import STRICT, Count, validated
 
 FOLDER, FORMAT = "reports", 1
 
@@ -155,10 +155,10 @@ class _Facts:
 
     __pydantic_config__ = STRICT
 
-    step: NonNegativeInt
+    step: Count
     mode: str
     loss_scale: PositiveFloat
-    rank: NonNegativeInt
+    rank: Count
     passes: PositiveInt
     config: dict[str, Any]
 
@@ -170,13 +170,9 @@ def read(path: Path) -> SavedReport:
     """
     with _opened(path) as values:
         first, of_batch = values["attempts"][0], values["batch"]
-        given = {
-            "mode": first["mode"],
-            "loss_scale": first["loss_scale"],
-            "rank": of_batch["rank"],
-            "passes": of_batch["passes"],
-        }
-        facts = validated(_Facts, {"step": values["step"], "config": values["config"], **given}, DataError, f"report {path}: ")
+        given = {name: values[name] for name in ("step", "config")}
+        given |= {name: first[name] for name in ("mode", "loss_scale")} | {name: of_batch[name] for name in ("rank", "passes")}
+        facts = validated(_Facts, given, DataError, f"report {path}: ")
         if facts.mode not in MODES:
             raise DataError(f"report {path}: mode {facts.mode!r} is none of {', '.join(MODES)}")
         file = path.with_name(of_batch["file"])

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from xar_scale.errors import XarScaleError
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+MAX_COUNT = 1 << 53  # of steps, samples or bytes: a larger number in a file is damage
+Count = Annotated[int, Field(ge=0, lt=MAX_COUNT)]
 LONGEST = 200  # characters of a value in an error
 T = TypeVar("T")
 

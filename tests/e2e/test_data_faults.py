@@ -21,7 +21,6 @@ from xar_scale.evaluate.digits import cache_digits
 STEPS = 24
 SETTINGS = ["train.global_batch=96", "train.log_every=1", "optim.warmup_steps=1", "train.label_drop=0.1"]
 SINGLE = ["train.engine=single"]
-SHARDED = ["train.engine=fsdp2"]
 SMALL = ["model.width=32", "model.heads=2"]
 
 
@@ -86,7 +85,9 @@ def test_bad_samples_are_skipped_alike_on_any_number_of_ranks_and_counted_over_t
     again = train(folder, "bad1-again", data, *SINGLE, *SMALL, budget, "--resume", str(middle))
     assert again.codes == [0], again.text
     assert sum(count for count, _ in said(again)) == 107 - len(known)
-    over = train(folder, "over", data, *SHARDED, *SMALL, "data.max_bad_samples=104", "train.checkpoint_every=10", world=2)
+    over = train(
+        folder, "over", data, "train.engine=fsdp2", *SMALL, "data.max_bad_samples=104", "train.checkpoint_every=10", world=2
+    )
     assert_one_line(over, 65, "digits-00000", "data.max_bad_samples is 104")
     last = max(path.name for path in (folder / "over" / "checkpoints").glob("step-*"))
     assert one[int(last[5:]) - 1][1] <= 104 < one[int(last[5:])][1]  # the step before the one that would have been too many

@@ -12,17 +12,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import Field
 from torch import Tensor
 
 from xar_scale.files import path_in_errors
+from xar_scale.validation import Count
 
 SUFFIX = ".safetensors"
 BLOCK = 1 << 23  # bytes hashed or written at a time
 FLOAT32 = 4  # bytes
-Count = Annotated[int, Field(ge=0, lt=1 << 53)]  # as read from a file: a larger number is none
 
 
 class Range(NamedTuple):

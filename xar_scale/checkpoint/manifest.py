@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from xar_scale import dist
-from xar_scale.checkpoint.files import SUFFIX, Count, Fingerprint, fingerprint
+from xar_scale.checkpoint.files import SUFFIX, Fingerprint, fingerprint
 from xar_scale.data.order import Position
 from xar_scale.errors import DataError, FileError, UsageError
 from xar_scale.files import is_entry_name, parse_json
 from xar_scale.guard import GuardState
-from xar_scale.validation import STRICT, validated
+from xar_scale.validation import STRICT, Count, validated
 
 FORMAT = 4
 FOLDER, MANIFEST, LATEST = "checkpoints", "manifest.json", "latest"

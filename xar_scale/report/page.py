@@ -80,8 +80,8 @@ def _charts(entries: Entries, events: Sequence[int]) -> list[Chart]:
     if not entries:
         return []
     images, flops = entries[-1].get("images_per_s"), entries[-1].get("tflops_per_s")
-    right = flops / images if images and flops else 0.0  # the ratio is the same at every step
-    right = right if 0 < right < math.inf else 0.0
+    ratio = flops / images if images and flops else 0.0  # the same at every step
+    right = ratio if 0 < ratio < math.inf else 0.0
     wait = curve(entries, "data_wait_s", per="step_s")
     both = "images/s" + ("; TFLOP/s on the right axis" if right else "")
     drawn = [

@@ -9,9 +9,9 @@ from typing import Any
 from xar_scale.config import Config, read_yaml
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.files import parse_json
-from xar_scale.metrics import MAX_STEP, METRICS_FILE, TENSORBOARD_FOLDER, read_log
+from xar_scale.metrics import METRICS_FILE, TENSORBOARD_FOLDER, read_log
 from xar_scale.startup import CONFIG_FILE
-from xar_scale.validation import validated
+from xar_scale.validation import MAX_COUNT, validated
 from xar_scale.watchdog import HEARTBEAT_FILE
 
 LARGEST = 3.5e38  # just above float32's
@@ -76,6 +76,6 @@ def _heartbeat(path: Path) -> dict[str, Any] | None:
         beat = parse_json(path.read_text())
         step = int(beat["step"])
         found = {"step": step, "time": float(beat["time"]), "host": str(beat["host"]), "pid": str(beat["pid"])}
-        return found if 0 <= step < MAX_STEP else None
+        return found if 0 <= step < MAX_COUNT else None
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None  # optional: a run that has just started has none

@@ -1,14 +1,11 @@
 """The report of a run: what is read from its folder, and the page."""
 
 import base64
-import html
 import io
 import json
-import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -17,55 +14,17 @@ import pytest
 from PIL import Image
 
 from tests.processes import ROOT
-from tests.unit.guarded_run import NAN, Guarded
-from tests.unit.tiny_run import CONFIG, Run
-from xar_scale.checkpoint import manifest
+from tests.unit.guarded_run import Guarded
+from tests.unit.run_folder import CALM, STEPS, draw_samples, logged, text_of, write_run
+from tests.unit.tiny_run import Run
 from xar_scale.cli import main
 from xar_scale.errors import ConfigError, UsageError
 from xar_scale.guard import GuardState
-from xar_scale.metrics import Metrics, read_log
-from xar_scale.report import artifacts, curves, incidents
-from xar_scale.report.curves import Curve, plot
+from xar_scale.metrics import read_log
+from xar_scale.report import artifacts, incidents
 from xar_scale.report.page import build_page
 from xar_scale.report.read import read_run
 from xar_scale.watchdog import RankState
-
-STEPS = CONFIG.train.steps
-CALM = GuardState()
-
-
-def logged(step: int, counts: GuardState = CALM, **changes) -> dict:
-    values = {"step": step, "loss": 1 / step, "lr": 1e-3, "grad_norm": 2.0, "images_per_s": 100.0, "tflops_per_s": 5.0}
-    values |= {"step_s": 0.5, "data_wait_s": 0.1, "memory_gb": 1.5, "precision": "bf16", "forward_s": [0.25], **counts.counts}
-    return values | changes
-
-
-def write_run(folder, entries=None):
-    """Write a run's folder as training does, with these entries in its log."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(CONFIG.to_yaml())
-    entries = [logged(step) for step in range(10, 101, 10)] if entries is None else entries
-    with Metrics(folder, 0, STEPS) as metrics:
-        for entry in entries:
-            metrics.log(entry["step"], {name: value for name, value in entry.items() if name != "step"})
-    return folder
-
-
-@pytest.fixture
-def run(tmp_path):
-    return write_run(tmp_path / "run")
-
-
-def text_of(page: str) -> str:
-    """Return the visible text, without curves."""
-    text = re.sub(r"<svg.*?</svg>|<style.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL)
-    return " ".join(html.unescape(text).split())
-
-
-def draw_samples(run, steps, size=(40, 30)) -> None:
-    (run / "samples").mkdir(exist_ok=True)
-    for step in steps:
-        Image.new("RGB", size, (step % 256, 10, 10)).save(run / "samples" / f"step-{step:08d}.png")
 
 
 def test_the_head_says_what_is_training_and_how_far_it_is(run):
@@ -252,78 +211,6 @@ def test_evaluations_by_step_of_their_weights(run):
     assert page.count("is torn or not an evaluation") == 2
 
 
-def test_files_nested_too_deeply_for_the_parser_are_damaged_ones(run):
-    for folder in ("hangs", "evaluations", "reports", "checkpoints/step-00000010"):
-        (run / folder).mkdir(parents=True)
-    names = ["heartbeat.json", "hangs/step-00000010-rank-0.txt", "evaluations/evaluation.json", "reports/step-00000010.json"]
-    for name in (*names, "checkpoints/step-00000010/manifest.json"):
-        (run / name).write_text("[" * 100000)
-    with (run / "metrics.jsonl").open("a") as log:
-        log.write("[" * 100000 + "\n")
-    text = text_of(build_page(run))
-    assert "Heartbeat none" in text and "Steps 100 of" in text and "step-00000010-rank-0.txt cannot be read" in text
-    assert "evaluation.json is torn or not an evaluation" in text and "manifest.json is torn or changed" in text
-    assert "step-00000010.json is no step report, or is torn" in text
-
-
-@pytest.mark.parametrize("value", ["x", [1], {}, None, True, NAN, math.inf, -math.inf, 10**4000, 1e308, -1e308, -5, 0])
-@pytest.mark.parametrize("whole", [False, True])
-def test_a_log_of_wrong_types_is_no_traceback(tmp_path, value, whole):
-    """``whole``: every entry has the value, or only the last one."""
-    entries = [logged(10), logged(20), logged(30)]
-    for entry in entries[0 if whole else 2 :]:
-        entry |= dict.fromkeys(entry.keys() - {"step"}, value)
-    run = write_run(tmp_path / "run", [])
-    lines = [*entries, logged(40) | {"step": value}, logged(40) | {"forward_s": [value, [1], 1]}]
-    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(entry)}\n" for entry in lines))
-    assert f"Steps 40 of {STEPS}" in text_of(build_page(run))
-
-
-@pytest.mark.parametrize(("images", "tflops"), [(1.0, math.inf), (1e-300, 3e38), (NAN, 1.0), (-1.0, 1.0)])
-def test_rates_whose_ratio_is_no_number_have_no_second_axis(tmp_path, images, tflops):
-    run = write_run(tmp_path / "run", [logged(10, images_per_s=images, tflops_per_s=tflops)])
-    assert "right axis" not in text_of(build_page(run))
-
-
-@pytest.mark.parametrize("value", ["x", [1], {}, None, NAN, math.inf, 10**4000, 1e300, -5, "\ud800"])
-def test_other_files_of_wrong_types_are_no_traceback(run, value):
-    for folder in ("hangs", "evaluations", "reports"):
-        (run / folder).mkdir()
-    (run / "tensorboard" / f"events.out.tfevents.{'9' * 100}.5.host").touch()
-    (run / "heartbeat.json").write_text(json.dumps({"step": 1, "time": value, "host": value, "pid": value}))
-    seen = vars(RankState(0, "node", 7, 70, "wait", {"0 world": 3}, {"0 world": "all_reduce"}))
-    for rank, name in enumerate(seen):
-        (run / "hangs" / f"step-00000070-rank-{rank}.txt").write_text(json.dumps(seen | {name: value}))
-    evaluated = {"metrics": {"fid": value}, "weights": {"step": value}, "set": {"images": value}}
-    (run / "evaluations" / "evaluation.json").write_text(json.dumps(evaluated))
-    whole = {"format": 1, "step": 1, "attempts": [], "ranks": [], "batch": {"rank": 0}}
-    for number, name in enumerate(whole):
-        (run / "reports" / f"step-0000000{number}.json").write_text(json.dumps(whole | {name: value}))
-    assert main(["report", str(run)]) == 0
-    shown = text_of((run / "report.html").read_text())
-    assert "rank-0.txt cannot be read" in shown and "is no step report" in shown
-
-
-def test_a_manifest_of_wrong_types_is_listed_as_damaged(run):
-    trained = Run(run)
-    trained.train()
-    path = trained.save() / "manifest.json"
-    whole = json.loads(path.read_text())
-    files = {name: entry | {"bytes": 10**4000} for name, entry in whole["files"].items()}
-    for change in ({"step": "x"}, {"step": -1}, {"world": 10**4000}, {"shapes": {"a": [-1]}}, {"files": files}, {"kinds": [1]}):
-        values = whole | change
-        del values["sha256"]
-        path.write_text(json.dumps({"sha256": manifest._digest(values), **values}))
-        assert f"step-00000001 latest manifest.json: {next(iter(change))}" in text_of(build_page(run))
-
-
-def test_names_of_any_bytes_are_shown(run):
-    named = run.rename(run.with_name(os.fsdecode(b"run-\xff")))
-    done = subprocess.run([sys.executable, "-m", "xar_scale", "report", named], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "run-" in done.stdout
-    assert "run-?" in (named / "report.html").read_text()
-
-
 def test_each_empty_section_says_so(tmp_path):
     text = text_of(build_page(write_run(tmp_path / "run", [])))
     for words in (
@@ -365,58 +252,6 @@ def test_nothing_on_the_page_is_fetched(run):
 def test_the_page_is_the_same_for_the_same_files(run):
     draw_samples(run, [20, 40])
     assert build_page(run) == build_page(run)
-
-
-def test_curves_are_drawn_in_the_colours_of_the_page():
-    picture = plot("loss", Curve(np.arange(1.0, 50), np.arange(1.0, 50)), marks=[10, 20])
-    assert all(f"var(--{name})" in picture for name in ("ink", "raw", "accent", "warn"))
-    assert not re.search("#[0-9a-f]{6}", picture) and "<style" not in picture
-    labels = re.findall(r'text-anchor: end[^>]* x="([\d.]+)"', picture)
-    assert labels and all(float(x) < 30 for x in labels)  # the frame uses the available width
-
-
-def arrows(picture: str) -> int:
-    return picture.count("<use ")
-
-
-def test_a_spike_does_not_flatten_the_curve_and_is_marked():
-    values = np.linspace(1, 0.5, 200)
-    values[[50, 60, 70]] = 1000.0, NAN, np.inf
-    picture = plot("loss", Curve(np.arange(200.0), values), "linear")
-    assert arrows(picture) == 3
-    labels = [float(label) for label in re.findall(r">([\d.]+)</text>", picture)]
-    assert 0.6 in labels and 1000.0 not in labels
-    assert arrows(plot("norm", Curve(np.arange(200.0), values), "log")) == 2  # a log scale has room for the spike
-
-
-@pytest.mark.parametrize("values", [[], [NAN], [1.0], [0.0, 0.0], [0.0, -1.0, NAN], [3.0, 3.0, 3.0]])
-@pytest.mark.parametrize("scale", ["linear", "from 0", "log"])
-def test_curves_of_little(values, scale):
-    assert "</svg>" in plot("loss", Curve(np.arange(len(values), dtype=float), np.array(values)), scale)
-
-
-def test_values_that_are_not_numbers_are_not_plotted():
-    entries = [logged(10), logged(20, data_wait_s=None), {"step": 30}, logged(40, step_s=0.0)]
-    steps, values = curves.curve(entries, "data_wait_s", per="step_s")
-    assert steps.tolist() == [10, 40] and values.tolist() == [0.2, np.inf]
-
-
-def test_a_long_curve_keeps_its_extremes_and_is_small():
-    values = np.random.default_rng(0).normal(1, 0.01, 50_000)
-    values[12_345], values[23_456] = 1.5, 0.5
-    thin = curves._downsampled(Curve(np.arange(50_000.0), values))
-    assert len(thin.steps) <= 2 * curves.BUCKETS and {12_345.0, 23_456.0} <= set(thin.steps)
-    assert (np.diff(thin.steps) > 0).all()
-    assert len(plot("loss", Curve(np.arange(50_000.0), values))) < 100_000
-
-
-def test_smoothing_follows_the_curve_and_passes_over_what_is_not_finite():
-    values = np.linspace(0, 1, 400)
-    values[100:103] = NAN
-    smoothed = curves._smoothed(values)
-    assert np.isnan(smoothed[100:103]).all() and np.nanmax(np.abs(smoothed - values)[20:-20]) < 0.005
-    noise = np.random.default_rng(0).normal(size=400)
-    assert curves._smoothed(noise).std() < 0.5 * noise.std()
 
 
 def test_the_command_writes_the_page_where_it_is_told(run, capsys, tmp_path):
